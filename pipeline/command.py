@@ -1,0 +1,148 @@
+"""What the commands share: a configuration from a file and `key=value` words, help, and errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stages.errors import UserError
+
+Config = TypeVar("Config")
+FAILURE, WRONG_USAGE = 1, 2
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}  # a disk's, not a defect of ours
+
+
+class UsageError(UserError):
+    """The command line or the configuration file is wrong."""
+
+
+def run(config_class: type[Config], main: Callable[[Config], None], description: str) -> NoReturn:
+    """Parse the command line into `config_class`, call `main`, and exit: 0 done, 1 a failure, 2 wrong usage."""
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(help_text(config_class, description))
+        sys.exit(0)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    try:
+        main(parse(config_class, words))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(WRONG_USAGE if isinstance(error, UsageError) else FAILURE)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        sys.exit(FAILURE)
+    except KeyboardInterrupt:
+        print("error: interrupted; what was written before is kept", file=sys.stderr)
+        sys.exit(FAILURE)
+    sys.exit(0)
+
+
+def parse(config_class: type[Config], words: list[str]) -> Config:
+    """The defaults of `config_class`, then the file after `--config`, then each `key=value`, checked key by key.
+
+    Raises:
+        UsageError: an unknown key, a value of another type, a missing one, or a file that cannot be read.
+    """
+    words, layers = list(words), []
+    while "--config" in words:
+        place = words.index("--config")
+        if place + 1 == len(words):
+            raise UsageError("--config: name a YAML file after it")
+        layers.append(read_file(Path(words[place + 1])))
+        del words[place : place + 2]
+    for word in words:
+        if "=" not in word or word.startswith("-"):
+            raise UsageError(f"{word}: not understood: options are `--config FILE`, `--help` and `key=value`")
+        layers.append(read_word(word))
+    config = OmegaConf.structured(config_class)
+    for layer in layers:
+        merge(config, layer)
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise UsageError(f"{missing[0]}: not given: say {missing[0]}=...")
+    result = OmegaConf.to_object(config)
+    assert isinstance(result, config_class)
+    return result
+
+
+def read_file(path: Path) -> DictConfig:
+    try:
+        layer = OmegaConf.load(path)
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(layer, DictConfig):
+        raise UsageError(f"--config {path}: holds no keys")
+    return layer
+
+
+def read_word(word: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([word])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UsageError(f"{word}: not readable as key=value") from error
+
+
+def merge(config: DictConfig, layer: DictConfig) -> None:
+    """Merge one layer, a key at a time, so that an error names its key."""
+    known = {name for name, *_ in options(OmegaConf.get_type(config))}
+    for key, value in leaves(layer, known):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f": did you mean {near[0]}?" if near else ": --help lists the keys"
+            raise UsageError(f"{key}: no such key{hint}")
+        try:
+            OmegaConf.update(config, key, value)
+            OmegaConf.select(config, key)
+        except OmegaConfBaseException as error:
+            raise UsageError(f"{key}={value}: {str(error).splitlines()[0]}") from error
+
+
+def leaves(layer: Any, known: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys with their values, going no deeper than the keys that are known."""
+    for key in layer:
+        name, value = f"{prefix}{key}", layer._get_node(key)
+        if isinstance(value, DictConfig) and name not in known and not value._is_none():
+            yield from leaves(value, known, f"{name}.")
+        else:
+            yield name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else layer[key]
+
+
+def options(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """(dotted key, type, default, meaning) of every option of a dataclass and of those inside it."""
+    kinds = get_type_hints(config_class)
+    for option in fields(config_class):
+        kind = kinds[option.name]
+        if is_dataclass(kind):
+            yield from options(kind, f"{prefix}{option.name}.")
+        else:
+            default = option.default_factory() if callable(option.default_factory) else option.default
+            yield prefix + option.name, kind, default, option.metadata.get("help", "")
+
+
+def help_text(config_class: type[Any], description: str) -> str:
+    lines = [description, "", "usage: --config FILE key=value ...", ""]
+    for key, kind, default, meaning in options(config_class):
+        name = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+        shown = "required" if default == MISSING else f"default {default}"
+        lines.append(f"  {key}  ({name.replace('typing.', '')}, {shown})\n      {meaning}")
+    return "\n".join(lines)
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as it is saved beside every output; `--config` reads it back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,1 @@
+"""The stages of the pipeline: generation, training and evaluation, and the contracts between them."""

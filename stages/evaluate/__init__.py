@@ -1,0 +1,1 @@
+"""Evaluation: the adapter against guidance in two passes and against none, on the same noise."""

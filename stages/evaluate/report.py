@@ -1,0 +1,111 @@
+"""The report: a table, plots and images in one file that opens anywhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from PIL import Image
+from torch import Tensor
+
+from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting
+from stages.records.storage import whole_file
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+TITLES = {NONE: "no guidance", CFG: "guided, two passes", ONE_PASS: "one pass"}
+COLOURS = {NONE: "#888888", CFG: "#1f6fb4", ONE_PASS: "#d9541e"}
+ENLARGED = 2
+PLOTS = {
+    "frechet_distance": "Frechet distance to real images (lower is better)",
+    "class_accuracy": "share of images of the class asked for",
+    "gap_closed": "gap closed in the final latents",
+}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text with aligned columns, for a terminal."""
+    cells = [["method", "scale", "Frechet distance", "class accuracy", "gap closed", "evaluations", "time"]]
+    for row in rows:
+        cells.append(
+            [
+                TITLES[row["method"]],
+                f"{row['guidance_scale']:g}",
+                f"{row['frechet_distance']:.1f}",
+                f"{row['class_accuracy']:.3f}",
+                f"{row['gap_closed']:.3f}",
+                f"{row['denoiser_evaluations']:g}",
+                f"{row['time_relative_to_none']:.2f}x",
+            ]
+        )
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in cells
+    )
+
+
+def grid(rows: list[Tensor]) -> Image.Image:
+    """Images `[n, c, h, w]` in [-1, 1], one tensor per row, as one picture."""
+    height, width = rows[0].shape[-2:]
+    sheet = Image.new("RGB", (width * max(len(row) for row in rows), height * len(rows)))
+    for y, row in enumerate(rows):
+        pixels = ((row.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        for x, image in enumerate(pixels):
+            sheet.paste(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), (x * width, y * height))
+    return sheet.resize((sheet.width * ENLARGED, sheet.height * ENLARGED), Image.Resampling.NEAREST)
+
+
+def plot(rows: list[dict[str, Any]], quantity: str) -> bytes:
+    """A quantity against the scale as PNG, a line per method; what has no scale is a level."""
+    figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    for method in (NONE, CFG, ONE_PASS):
+        points = [(row["guidance_scale"], row[quantity]) for row in rows if row["method"] == method]
+        if method == NONE:
+            axes.axhline(points[0][1], color=COLOURS[method], linestyle="--", label=TITLES[method])
+        else:
+            axes.plot(*zip(*sorted(points), strict=True), "o-", color=COLOURS[method], label=TITLES[method])
+    axes.set_xlabel("guidance scale")
+    axes.set_title(PLOTS[quantity], fontsize=10)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    plt.close(figure)
+    return content.getvalue()
+
+
+def write_report(folder: Path, rows: list[dict[str, Any]], shown: dict[Setting, Tensor], about: dict[str, Any]) -> Path:
+    """Write `report.html`, one self-contained file, with the plots as files beside it."""
+    pictures = []
+    for quantity, title in PLOTS.items():
+        content = plot(rows, quantity)
+        with whole_file(folder / f"{quantity}.png") as file:
+            file.write(content)
+        pictures.append({"title": title, "source": as_source(content)})
+    grids = []
+    for scale in sorted({setting.guidance_scale for setting in shown if setting.method == CFG}):
+        lines = [shown[Setting(NONE, 1.0)], shown[Setting(CFG, scale)], shown[Setting(ONE_PASS, scale)]]
+        sheet = io.BytesIO()
+        grid(lines).save(sheet, format="png")
+        grids.append({"scale": scale, "source": as_source(sheet.getvalue())})
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = templates.get_template("report.html.j2").render(
+        rows=rows, titles=TITLES, plots=pictures, grids=grids, about=about
+    )
+    path = folder / "report.html"
+    with whole_file(path) as file:
+        file.write(page.encode())
+    return path
+
+
+def as_source(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,31 @@
+"""What one worker does: load the teacher once, then make units, each a shard and its commit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stages.generate.config import GenerateConfig
+from stages.generate.plan import Plan
+from stages.generate.teacher import Teacher
+from stages.records.dataset import commit_unit
+
+
+class UnitWorker:
+    """The same on a Ray node as in the driver's own process; `load` comes before `make`."""
+
+    def __init__(self, config: GenerateConfig) -> None:
+        self.config = config
+
+    def load(self) -> dict[str, Any]:
+        """Load the teacher and tell its facts."""
+        self.plan = Plan(self.config)
+        self.teacher = Teacher(self.config)
+        return self.teacher.facts()
+
+    def make(self, index: int) -> int:
+        """Make one unit, commit it, and tell how many records it holds."""
+        trajectories = self.teacher.run(self.plan.unit(index))
+        parts = [part for trajectory in trajectories for part in trajectory.parts(self.config.records_per_sample)]
+        commit = commit_unit(Path(self.config.output_dir), index, parts)
+        return sum(row["records"] for row in commit["samples"])

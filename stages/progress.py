@@ -1,0 +1,40 @@
+"""One bar on a terminal, plain lines otherwise."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class _Lines:
+    """Turns the carriage returns by which tqdm redraws its bar into lines of a log."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self.stream.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm[Any]:
+    """A bar over `total` things named `unit`, of which `initial` were done before; close it, or use it in a `with`."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=description,
+        unit=unit,
+        smoothing=0.05,
+        dynamic_ncols=terminal,
+        file=sys.stderr if terminal else _Lines(sys.stderr),
+        mininterval=0.1 if terminal else SECONDS_BETWEEN_LINES,
+        bar_format=None if terminal else "{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}",
+    )

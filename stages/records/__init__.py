@@ -1,0 +1,1 @@
+"""The contract between the stages: record, shard, manifest, dataset, storage. Nothing here knows a model."""

@@ -1,0 +1,185 @@
+"""A dataset's folder: what is committed, what is published, and how a reader opens it.
+
+    DATASET/shards/00012-<attempt>.tar   DATASET/commits/00012.json   DATASET/manifest.parquet   DATASET/dataset.json
+
+A shard counts once its commit record exists, and the first attempt at a unit to make one wins. Readers go by the
+manifest and never list a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import safetensors.torch
+from torch import Tensor
+
+from stages.errors import UserError
+from stages.records.manifest import read_manifest, write_manifest
+from stages.records.record import Trajectory, describe
+from stages.records.shard import hash_file, write_shard
+from stages.records.storage import create, write_json
+
+SCHEMA_VERSION = 1
+DATASET_FILE = "dataset.json"
+MANIFEST_FILE = "manifest.parquet"
+
+
+def commit_unit(root: Path, unit: int, trajectories: Iterable[Trajectory]) -> dict[str, Any]:
+    """Write a unit's shard and commit it; returns the commit record that won, be it this attempt's or an earlier one's."""
+    shard = root / "shards" / f"{unit:05d}-{uuid.uuid4().hex[:8]}.tar"
+    record = root / "commits" / f"{unit:05d}.json"
+    trajectories = list(trajectories)
+    samples = write_shard(shard, trajectories)
+    commit = {
+        "unit": unit,
+        "shard": f"shards/{shard.name}",
+        "size": shard.stat().st_size,
+        "sha256": hash_file(shard),
+        "tensors": describe(trajectories[0]),
+        "samples": samples,
+    }
+    if not create(record, json.dumps(commit).encode()):
+        shard.unlink()
+    return json.loads(record.read_bytes())
+
+
+def read_commits(root: Path) -> dict[int, dict[str, Any]]:
+    """Every commit record by unit, in the order of the plan.
+
+    Raises:
+        UserError: a record is not readable.
+    """
+    commits = {}
+    for path in sorted((root / "commits").glob("[0-9]*.json")):
+        try:
+            commit = json.loads(path.read_bytes())
+            commits[int(commit["unit"])] = commit
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged: move it away and generate again, which makes its unit anew") from error
+    return commits
+
+
+def write_info(root: Path, info: dict[str, Any]) -> None:
+    """Write `dataset.json`: what the dataset is meant to hold, before its first shard."""
+    write_json(root / DATASET_FILE, {"schema_version": SCHEMA_VERSION, "complete": False} | info)
+
+
+def publish(root: Path, info: dict[str, Any], commits: list[dict[str, Any]]) -> None:
+    """Write the manifest and say in `dataset.json` that the dataset is whole, so that readers open it."""
+    write_manifest(root / MANIFEST_FILE, commits)
+    rows = [row for commit in commits for row in commit["samples"]]
+    counts = {
+        "units": len(commits),
+        "trajectories": len({row["trajectory"] for row in rows}),
+        "samples": len(rows),
+        "records": sum(row["records"] for row in rows),
+        "bytes": sum(commit["size"] for commit in commits),
+    }
+    published = {"complete": True, "counts": counts, "tensors": commits[0]["tensors"]}
+    write_info(root, info | published | {"manifest_sha256": hash_file(root / MANIFEST_FILE)})
+
+
+def read_info(root: Path) -> dict[str, Any] | None:
+    """The content of `dataset.json`, or None where there is none.
+
+    Raises:
+        UserError: it is not readable, or of a newer schema than this version knows.
+    """
+    path = root / DATASET_FILE
+    if not path.exists():
+        return None
+    try:
+        info = json.loads(path.read_bytes())
+        version = int(info["schema_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a readable dataset description; restore it, or generate into a new folder"
+        ) from error
+    if version > SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest known here: upgrade this project"
+        )
+    return info
+
+
+class Dataset:
+    """A whole dataset, opened for reading.
+
+    Attributes:
+        info: the content of `dataset.json`.
+        manifest: the table of samples.
+
+    Raises:
+        UserError: there is no dataset, it is unfinished, of a newer schema, or a file is missing or of another size.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        info = read_info(self.root)
+        if info is None:
+            raise UserError(
+                f"{self.root}: holds no dataset: make one with `python -m pipeline.generate output_dir={self.root}`"
+            )
+        if not info["complete"]:
+            done, planned = len(read_commits(self.root)), info["plan"]["units"]
+            raise UserError(
+                f"{self.root}: unfinished, {done} of {planned} units are there: run the command that began it again"
+            )
+        if problems := manifest_problems(self.root, info):
+            raise UserError(_told(self.root, problems[0]))
+        self.info = info
+        self.manifest = read_manifest(self.root / MANIFEST_FILE)
+        if problems := size_problems(self.root, self.manifest):
+            raise UserError(_told(self.root, problems[0]))
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this dataset from any other: the manifest holds the checksum of everything."""
+        return self.info["manifest_sha256"]
+
+    def read(self, file: BinaryIO, row: dict[str, Any]) -> dict[str, Tensor]:
+        """The tensors of one sample, checked, from its open shard: `latent [k, ...]`, `timestep [k]`, `target [k, ...]`, `cond.*`.
+
+        Raises:
+            UserError: the bytes are not those that were written.
+        """
+        file.seek(row["offset"])
+        content = file.read(row["size"])
+        if zlib.crc32(content) != row["checksum"]:
+            found = {"shard": row["shard"], "expected": f"CRC-32 {row['checksum']:08x} of {row['key']}"}
+            raise UserError(_told(self.root, found | {"found": f"{zlib.crc32(content):08x}"}))
+        return safetensors.torch.load(content)
+
+
+def manifest_problems(root: Path, info: dict[str, Any]) -> list[dict[str, str]]:
+    """Whether the manifest is the one that `dataset.json` was published with."""
+    path = root / MANIFEST_FILE
+    found = hash_file(path) if path.exists() else "no such file"
+    if found == info["manifest_sha256"]:
+        return []
+    return [{"shard": MANIFEST_FILE, "expected": f"SHA-256 {info['manifest_sha256']}", "found": found}]
+
+
+def size_problems(root: Path, manifest: pa.Table) -> list[dict[str, str]]:
+    """The shards that are missing or not of the size that was committed."""
+    problems = []
+    for shard in manifest.group_by(["shard", "shard_size"]).aggregate([]).to_pylist():
+        path = root / shard["shard"]
+        size = path.stat().st_size if path.exists() else None
+        if size != shard["shard_size"]:
+            found = "no such file" if size is None else f"{size} bytes"
+            problems.append({"shard": shard["shard"], "expected": f"{shard['shard_size']} bytes", "found": found})
+    return problems
+
+
+def _told(root: Path, problem: dict[str, str]) -> str:
+    return (
+        f"{root / problem['shard']}: damaged: expected {problem['expected']}, found {problem['found']}: "
+        f"`python -m pipeline.verify data_dir={root}` lists all damage"
+    )

@@ -1,0 +1,47 @@
+"""The manifest: one row per sample, the index, the checksums and the provenance of a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.records.storage import whole_file
+
+SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("shard_size", pa.int64(), nullable=False),
+        pa.field("shard_sha256", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("checksum", pa.uint32(), nullable=False),
+        pa.field("trajectory", pa.int64(), nullable=False),
+        pa.field("records", pa.int64(), nullable=False),
+        pa.field("scale", pa.float64(), nullable=False),
+        pa.field("timestep_min", pa.float64(), nullable=False),
+        pa.field("timestep_max", pa.float64(), nullable=False),
+        pa.field("class_label", pa.int64()),
+        pa.field("prompt", pa.string()),
+        pa.field("seed", pa.int64(), nullable=False),
+    ]
+)
+
+
+def write_manifest(path: Path, commits: Iterable[dict[str, Any]]) -> None:
+    """Write the rows of all commits, in the order of the plan."""
+    batches = []
+    for commit in commits:
+        about = {"shard": commit["shard"], "shard_size": commit["size"], "shard_sha256": commit["sha256"]}
+        batches.append(pa.RecordBatch.from_pylist([about | row for row in commit["samples"]], schema=SCHEMA))
+    with whole_file(path) as file:
+        pq.write_table(pa.Table.from_batches(batches, schema=SCHEMA), file)
+
+
+def read_manifest(path: Path) -> pa.Table:
+    """The whole table; its columns are those of `SCHEMA`."""
+    return pq.read_table(path, schema=SCHEMA)

@@ -1,0 +1,82 @@
+"""Files that are whole or not there: written aside, synced, and put in place by one system call."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from stages.errors import StorageError
+
+
+def whole_file(path: Path) -> AbstractContextManager[BinaryIO]:
+    """Open a file for writing that appears at `path` only when the block ends well, replacing what was there.
+
+    Raises:
+        StorageError: the disk refused; what was there is still there.
+    """
+    return _written_aside(path, lambda aside: aside.replace(path))
+
+
+def create(path: Path, content: bytes) -> bool:
+    """Write `content` at `path` if nothing is there yet; False if something is. Never half a file, never two winners.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    won = False
+
+    def link(aside: Path) -> None:
+        nonlocal won
+        with suppress(FileExistsError):
+            os.link(aside, path)
+            won = True
+
+    with _written_aside(path, link) as file:
+        file.write(content)
+    return won
+
+
+@contextmanager
+def _written_aside(path: Path, put_in_place: Callable[[Path], Any]) -> Iterator[BinaryIO]:
+    make_folder(path.parent)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        put_in_place(aside)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be written: {error.strerror or error}; nothing was changed there"
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON, whole or not at all."""
+    with whole_file(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be made: {error.strerror or error}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,154 @@
+"""Tiny pipelines with random weights, one Ray, one small dataset and one small adapter: made once for the whole run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from stages.adapters import AdapterConfig
+from stages.generate.config import GenerateConfig, TeacherConfig
+from stages.generate.driver import Driver
+from stages.generate.in_process import InProcessFleet
+from stages.records.dataset import Dataset
+from stages.train.config import TrainConfig
+from stages.train.trainer import Trainer
+
+torch.set_num_threads(1)  # these matrices are so small that a second thread only waits
+VARIANTS = ["offset", "modulated_low_rank"]
+
+
+def tiny_dit(out_channels: int = 4) -> DiTPipeline:
+    """A DiT of two blocks on latents `[4, 8, 8]` with ten classes; 8 output channels make it learn a variance.
+
+    Stock initialisation makes a DiT that all but ignores its class: here the conditions matter.
+    """
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=out_channels,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    ).eval()
+    for block in transformer.transformer_blocks:
+        torch.nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight)
+        torch.nn.init.normal_(block.norm1.linear.weight, std=0.3)
+    torch.nn.init.normal_(transformer.proj_out_2.weight, std=0.1)
+    vae = AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    ).eval()
+    pipe = DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_pipeline(pipe: DiTPipeline, folder: Path) -> Path:
+    """Save a DiT as the ones on a model hub are: with the names of its classes."""
+    pipe.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {str(i): str(i) for i in range(10)}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def generate_config(teacher: Path, output: Path, **changes: Any) -> GenerateConfig:
+    """Twelve trajectories of four steps in four units."""
+    defaults = {
+        "num_trajectories": 12,
+        "num_inference_steps": 4,
+        "trajectories_per_unit": 3,
+        "guidance_scale": [1.0, 6.0],
+        "device": "cpu",
+    }
+    return GenerateConfig(teacher=TeacherConfig(str(teacher)), output_dir=str(output), **(defaults | changes))
+
+
+def generate(config: GenerateConfig) -> Path:
+    """A whole dataset, made in this process."""
+    Driver(config).run(InProcessFleet(config))
+    return Path(config.output_dir)
+
+
+def train_config(data: Path, output: Path, **changes: Any) -> TrainConfig:
+    defaults = {
+        "adapter": AdapterConfig(sites=["attention", "feed_forward"], hidden_size=16, rank=4),
+        "train_batch_size": 8,
+        "max_train_steps": 12,
+        "validation_share": 0.2,
+        "checkpointing_steps": 4,
+        "logging_steps": 4,
+        "report_to": "none",
+        "device": "cpu",
+    }
+    return TrainConfig(data_dir=str(data), output_dir=str(output), **(defaults | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `tiny_dit()`."""
+    return save_pipeline(tiny_dit(), tmp_path_factory.mktemp("teacher") / "tiny_dit")
+
+
+@pytest.fixture(scope="session")
+def other_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same architecture with other weights."""
+    pipe = tiny_dit()
+    with torch.no_grad():
+        pipe.transformer.proj_out_2.bias.add_(0.5)
+    return save_pipeline(pipe, tmp_path_factory.mktemp("teacher") / "other_dit")
+
+
+@pytest.fixture(scope="session")
+def shared_dataset(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished dataset of `tiny_teacher`, to be read only."""
+    return generate(generate_config(tiny_teacher, tmp_path_factory.mktemp("data") / "tiny"))
+
+
+@pytest.fixture
+def dataset(shared_dataset: Path) -> Dataset:
+    return Dataset(shared_dataset)
+
+
+@pytest.fixture
+def damaged(shared_dataset: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset for a test to damage."""
+    import shutil
+
+    return Path(shutil.copytree(shared_dataset, tmp_path / "damaged"))
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(shared_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a briefly trained adapter, to be read only."""
+    config = train_config(shared_dataset, tmp_path_factory.mktemp("runs") / "tiny")
+    Trainer(config).run()
+    return Path(config.output_dir)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One real Ray for all tests that need it."""
+    import ray
+
+    from stages.generate import fleet  # noqa: F401  sets what ray reads at import
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

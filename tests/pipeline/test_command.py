@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import errno
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import MISSING
+
+from pipeline.command import UsageError, help_text, parse, run, to_yaml
+from stages.errors import UserError
+from stages.generate.config import GenerateConfig
+from stages.train.config import TrainConfig
+
+
+@dataclass
+class Inner:
+    depth: int = field(default=2, metadata={"help": "how deep"})
+
+
+@dataclass
+class Example:
+    name: str = field(default=MISSING, metadata={"help": "what it is called"})
+    inner: Inner = field(default_factory=Inner)
+    scales: list[float] = field(default_factory=lambda: [1.0, 2.0], metadata={"help": "which scales"})
+    anything: Any = field(default=None, metadata={"help": "whatever"})
+    path: str | None = field(default=None, metadata={"help": "where"})
+
+
+def test_words_come_after_the_file_and_the_file_after_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "example.yaml"
+    file.write_text("name: file\ninner:\n  depth: 3\nscales: [4]\n")
+    config = parse(Example, ["--config", str(file), "inner.depth=5", "anything=[1,a]"])
+    assert config == Example("file", Inner(5), [4.0], [1, "a"], None)
+    assert parse(Example, ["name=word", "--config", str(file)]).name == "word"
+    assert parse(Example, ["name=x", "path=null"]).path is None
+
+
+def test_the_saved_configuration_is_read_back(tmp_path: Path) -> None:
+    config = Example("x", Inner(7), [3.0], {"a": 1}, "somewhere")
+    (tmp_path / "saved.yaml").write_text(to_yaml(config))
+    assert parse(Example, ["--config", str(tmp_path / "saved.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["name=x", "inner.dept=3"], "inner.dept: no such key: did you mean inner.depth?"),
+        (["name=x", "zzz=3"], "zzz: no such key: --help lists the keys"),
+        (["name=x", "inner.depth=deep"], "inner.depth=deep: Value 'deep'"),
+        (["name=x", "scales=[a]"], r"scales=\['a'\]: Value 'a'"),
+        (["name=x", "scales=3"], "scales=3"),
+        (["name=x", "inner=3"], "inner: no such key"),
+        (["name=x", "name.first=3"], "name={.*Cannot convert"),
+        ([], "name: not given: say name=..."),
+        (["name"], "name: not understood"),
+        (["--name=x"], "--name=x: not understood"),
+        (["name=x", "--config"], "--config: name a YAML file"),
+        (["--config", "missing.yaml"], "--config missing.yaml: No such file"),
+        (["name=[1"], r"name=\[1: not readable"),
+    ],
+)
+def test_wrong_usage_is_told_in_one_line_that_names_the_key(words: list[str], told: str) -> None:
+    with pytest.raises(UsageError, match=told) as error:
+        parse(Example, words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["a: [", "- a\n", "\x00"])
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(UsageError, match=r"bad\.yaml: ") as error:
+        parse(Example, ["--config", str(tmp_path / "bad.yaml")])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", [Example, GenerateConfig, TrainConfig])
+def test_help_lists_every_key_with_its_default_and_meaning(config: type) -> None:
+    text = help_text(config, "what it does")
+    for line in text.splitlines():
+        if line.startswith("  ") and not line.startswith("      "):
+            assert "default" in line or "required" in line
+    if config is Example:
+        assert "  name  (str, required)\n      what it is called" in text
+        assert "  inner.depth  (int, default 2)\n      how deep" in text
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "told"),
+    [
+        (None, 0, ""),
+        (UserError("thing: way out"), 1, "error: thing: way out\n"),
+        (UsageError("key: way out"), 2, "error: key: way out\n"),
+        (KeyboardInterrupt(), 1, "error: interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device", "logs"), 1, "error: logs: No space left on device\n"),
+    ],
+)
+def test_exit_status_and_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raised: BaseException | None,
+    status: int,
+    told: str,
+) -> None:
+    def main(config: Example) -> None:
+        if raised:
+            raise raised
+
+    monkeypatch.setattr(sys, "argv", ["command", "name=x"])
+    with pytest.raises(SystemExit) as exited:
+        run(Example, main, "")
+    assert exited.value.code == status
+    assert capsys.readouterr().err.startswith(told)
+
+
+def test_an_error_of_ours_stays_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", "name=x"])
+    with pytest.raises(ZeroDivisionError):
+        run(Example, lambda _: 1 / 0, "")  # type: ignore[arg-type, return-value]

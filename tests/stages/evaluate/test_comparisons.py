@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.errors import UserError
+from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, check_class_labels, load_pair, sample, settings
+from tests.conftest import save_pipeline, tiny_dit
+
+
+def test_no_guidance_once_and_both_ways_at_every_scale() -> None:
+    assert settings([2.0, 3.0]) == [
+        Setting(NONE, 1.0),
+        Setting(CFG, 2.0),
+        Setting(ONE_PASS, 2.0),
+        Setting(CFG, 3.0),
+        Setting(ONE_PASS, 3.0),
+    ]
+    for scales in ([], [1.0], [2.0, 0.5]):
+        with pytest.raises(UserError, match="scales above 1"):
+            settings(scales)
+
+
+def test_methods_start_from_the_same_noise_and_cost_what_they_cost(tiny_adapter: Path) -> None:
+    pipe, adapter = load_pair(str(tiny_adapter), None, "cpu")
+    start = {}
+    for setting in settings([3.0]):
+        scheduler_step = pipe.scheduler.step
+        seen: list[torch.Tensor] = []
+
+        def step(prediction, t, sample, *args, _seen=seen, _step=scheduler_step, **kwargs):  # type: ignore[no-untyped-def]
+            _seen.append(sample[:2])
+            return _step(prediction, t, sample, *args, **kwargs)
+
+        pipe.scheduler.step = step
+        result = sample(pipe, adapter, setting, [1, 2], [10, 11], 4)
+        del pipe.scheduler.step
+        start[setting.method] = seen[0]
+        assert result.latents.shape == (2, 4, 8, 8)
+        assert result.seconds > 0
+        assert result.denoiser_evaluations == {NONE: 8, CFG: 16, ONE_PASS: 8}[setting.method]
+    assert torch.equal(start[NONE], start[CFG])
+    assert torch.equal(start[NONE], start[ONE_PASS])
+
+
+def test_a_base_of_another_architecture_is_refused(tiny_adapter: Path, tmp_path: Path) -> None:
+    pipe = tiny_dit()
+    pipe.register_modules(
+        transformer=type(pipe.transformer).from_config({**pipe.transformer.config, "attention_head_dim": 12})
+    )
+    with pytest.raises(UserError, match="does not fit this DiTTransformer2DModel"):
+        load_pair(str(tiny_adapter), str(save_pipeline(pipe, tmp_path)), "cpu")
+
+
+def test_classes_the_adapter_never_saw_are_refused(tiny_adapter: Path) -> None:
+    _, adapter = load_pair(str(tiny_adapter), None, "cpu")
+    check_class_labels([0, 9], adapter)
+    for labels in ([], [10], [-1]):
+        with pytest.raises(UserError, match="trained on: 0 to 9"):
+            check_class_labels(labels, adapter)
+
+
+def test_another_checkpoint_of_the_base_is_accepted(tiny_adapter: Path, other_teacher: Path) -> None:
+    pipe, adapter = load_pair(str(tiny_adapter), str(other_teacher), "cpu")
+    assert sample(pipe, adapter, Setting(ONE_PASS, 2.0), [1], [0], 2).denoiser_evaluations == 2

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.errors import StorageError, UserError
+from stages.generate.config import GenerateConfig
+from stages.generate.driver import Driver, Failed, Loaded, Made
+from stages.generate.in_process import InProcessFleet
+from stages.records.dataset import Dataset, read_commits
+from stages.records.verification import verify
+from tests.conftest import generate, generate_config
+
+
+def records(root: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Every tensor of a dataset by key."""
+    dataset = Dataset(root)
+    found = {}
+    for row in dataset.manifest.to_pylist():
+        with (root / row["shard"]).open("rb") as file:
+            found[row["key"]] = dataset.read(file, row)
+    return found
+
+
+def assert_same_records(one: Path, other: Path) -> None:
+    left, right = records(one), records(other)
+    assert left.keys() == right.keys()
+    for key, tensors in left.items():
+        for name, value in tensors.items():
+            assert torch.equal(value, right[key][name]), (key, name)
+
+
+class Faulty(InProcessFleet):
+    """Fails at a unit as often as it is told to, and can stop the whole run after so many units."""
+
+    def __init__(self, config: GenerateConfig, faults: dict[int, int], die_after: int | None = None) -> None:
+        super().__init__(config)
+        self.faults, self.die_after = dict(faults), die_after
+
+    def poll(self, timeout: float) -> list[Loaded | Made | Failed]:
+        if self.unit is not None:
+            if self.faults.get(self.unit, 0):
+                self.faults[self.unit] -= 1
+                failed, self.unit = self.unit, None
+                return [Failed(failed, RuntimeError("injected"))]
+            if self.die_after == 0:
+                raise KeyboardInterrupt
+            self.die_after = None if self.die_after is None else self.die_after - 1
+        return super().poll(timeout)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_dataset(
+    shared_dataset: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    config = generate_config(tiny_teacher, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(config).run(Faulty(config, {}, die_after=2))
+    assert sorted(read_commits(tmp_path)) == [0, 1]
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
+    with pytest.raises(UserError, match="unfinished, 2 of 4 units"):
+        Dataset(tmp_path)
+    again = Driver(config)
+    assert list(again.todo) == [2, 3]
+    again.run(InProcessFleet(config))
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert_same_records(tmp_path, shared_dataset)
+    assert verify(tmp_path)["ok"]
+
+
+def test_a_finished_dataset_is_left_alone(damaged: Path, tiny_teacher: Path) -> None:
+    driver = Driver(generate_config(tiny_teacher, damaged))
+    assert driver.finished
+    assert not driver.todo
+
+
+def test_a_unit_that_fails_now_and_then_is_tried_again(
+    tiny_teacher: Path, tmp_path: Path, shared_dataset: Path
+) -> None:
+    config = generate_config(tiny_teacher, tmp_path)
+    summary = Driver(config).run(Faulty(config, {1: 2}))
+    assert (summary["units_committed"], summary["units_quarantined"]) == (4, 0)
+    assert_same_records(tmp_path, shared_dataset)
+
+
+def test_a_unit_that_always_fails_is_quarantined_and_the_rest_are_made(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = generate_config(tiny_teacher, tmp_path)
+    with pytest.raises(UserError, match=r"1 of 4 units are missing after 3 attempts each; unit 1: .*injected"):
+        Driver(config).run(Faulty(config, {1: 99}))
+    told = json.loads((tmp_path / "generation.json").read_text())
+    assert (told["units_planned"], told["units_committed"], told["units_quarantined"]) == (4, 3, 1)
+    with pytest.raises(UserError, match="unfinished"):
+        Dataset(tmp_path)
+    Driver(config).run(InProcessFleet(config))
+    assert verify(tmp_path)["ok"]
+
+
+def test_a_teacher_that_never_works_ends_the_run(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = generate_config(tiny_teacher, tmp_path)
+    with pytest.raises(UserError, match="no unit could be made in 3 attempts"):
+        Driver(config).run(Faulty(config, dict.fromkeys(range(4), 99)))
+
+
+def test_preemption_is_no_attempt(tiny_teacher: Path, tmp_path: Path) -> None:
+    class Preempted(InProcessFleet):
+        left = 10
+
+        def poll(self, timeout: float) -> list[Loaded | Made | Failed]:
+            if self.unit is not None and self.left:
+                self.left -= 1
+                unit, self.unit = self.unit, None
+                return [Failed(unit, RuntimeError("node gone"), preempted=True)]
+            return super().poll(timeout)
+
+    config = generate_config(tiny_teacher, tmp_path)
+    assert Driver(config).run(Preempted(config))["units_committed"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": 1}, "seed=0, not 1"),
+        ({"guidance_scale": [1.0, 5.0]}, r"guidance_scale=\[1.0, 6.0\], not \[1.0, 5.0\]"),
+        ({"num_trajectories": 13}, "num_trajectories=12, not 13"),
+        ({"storage_dtype": "float32"}, "storage_dtype=float16, not float32"),
+    ],
+)
+def test_a_folder_of_another_configuration_is_refused_and_kept(
+    shared_dataset: Path, tiny_teacher: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        Driver(generate_config(tiny_teacher, shared_dataset, **changes))
+    assert verify(shared_dataset)["ok"]
+
+
+def test_commits_without_a_description_are_refused(damaged: Path, tiny_teacher: Path) -> None:
+    (damaged / "dataset.json").unlink()
+    with pytest.raises(UserError, match="commits but no dataset.json"):
+        Driver(generate_config(tiny_teacher, damaged))
+
+
+def test_a_worker_that_never_loads_ends_a_resumed_run_too(tiny_teacher: Path, tmp_path: Path) -> None:
+    class NeverLoads(InProcessFleet):
+        def poll(self, timeout: float) -> list[Loaded | Made | Failed]:
+            return [Failed(None, RuntimeError("no driver\nand more lines"))]
+
+    config = generate_config(tiny_teacher, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(config).run(Faulty(config, {}, die_after=1))
+    with pytest.raises(UserError, match="could load the teacher in 3 attempts: RuntimeError: no driver$"):
+        Driver(config).run(NeverLoads(config))
+
+
+def test_how_a_dataset_is_made_may_change(shared_dataset: Path, tiny_teacher: Path) -> None:
+    assert Driver(generate_config(tiny_teacher, shared_dataset, num_workers=7, batch_size=2)).finished
+
+
+def test_another_teacher_under_the_same_name_is_refused(
+    tiny_teacher: Path, other_teacher: Path, tmp_path: Path
+) -> None:
+    config = generate_config(tiny_teacher, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(config).run(Faulty(config, {}, die_after=1))
+    with pytest.raises(UserError, match="begun with another teacher: its denoiser_fingerprint"):
+        Driver(config).run(InProcessFleet(generate_config(other_teacher, tmp_path)))
+    assert sorted(read_commits(tmp_path)) == [0]
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = generate_config(tiny_teacher, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(config).run(Faulty(config, {}, die_after=1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="cannot be written.*the same command goes on"):
+            Driver(config).run(InProcessFleet(config))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(read_commits(tmp_path)) == [0]
+    assert len(list((tmp_path / "shards").iterdir())) == 1
+    Driver(config).run(InProcessFleet(config))
+    assert verify(tmp_path)["ok"]
+
+
+def test_a_teacher_that_gives_nan_is_named(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = generate_config(tiny_teacher, tmp_path)
+    fleet = InProcessFleet(config)
+    load = fleet.worker.load
+
+    def broken() -> dict[str, Any]:
+        facts = load()
+        with torch.no_grad():
+            fleet.worker.teacher.pipe.transformer.proj_out_2.bias.fill_(float("nan"))
+        return facts
+
+    fleet.worker.load = broken  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="trajectory 0, step 1: the teacher's latent is not finite"):
+        Driver(config).run(fleet)
+    assert generate(config) == tmp_path

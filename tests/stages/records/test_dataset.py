@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.errors import UserError
+from stages.records.dataset import Dataset, commit_unit, read_commits, read_info
+from tests.stages.records.test_record import trajectory
+
+
+def change_info(root: Path, **changes: Any) -> None:
+    info = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps(info | changes))
+
+
+def first_shard(root: Path) -> Path:
+    return root / Dataset(root).manifest["shard"][0].as_py()
+
+
+def test_the_first_attempt_wins_and_the_loser_takes_its_shard_away(tmp_path: Path) -> None:
+    first = commit_unit(tmp_path, 3, [trajectory()])
+    second = commit_unit(tmp_path, 3, [trajectory()])
+    assert second == first
+    assert [f"shards/{path.name}" for path in (tmp_path / "shards").iterdir()] == [first["shard"]]
+    assert read_commits(tmp_path) == {3: first}
+
+
+def test_the_description_tells_what_the_dataset_is(dataset: Dataset) -> None:
+    info = dataset.info
+    assert info["counts"] == {
+        "units": 4,
+        "trajectories": 12,
+        "samples": 12,
+        "records": 48,
+        "bytes": info["counts"]["bytes"],
+    }
+    assert info["teacher"]["pipeline_class"] == "DiTPipeline"
+    assert info["teacher"]["denoiser_class"] == "DiTTransformer2DModel"
+    assert info["teacher"]["denoiser_subfolder"] == "transformer"
+    assert info["teacher"]["prediction_type"] == "epsilon"
+    assert info["guidance"] == {"rule": "cfg", "scale_range": [1.0, 6.0]}
+    assert info["tensors"]["latent"] == {"dtype": "float16", "shape": [4, 8, 8]}
+    assert dataset.fingerprint == info["manifest_sha256"]
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no dataset"):
+        Dataset(tmp_path)
+
+
+def test_an_unfinished_dataset_is_refused(damaged: Path) -> None:
+    change_info(damaged, complete=False)
+    (damaged / "commits" / "00002.json").unlink()
+    with pytest.raises(UserError, match="unfinished, 3 of 4 units"):
+        Dataset(damaged)
+
+
+def test_a_newer_schema_is_refused(damaged: Path) -> None:
+    change_info(damaged, schema_version=2)
+    with pytest.raises(UserError, match="schema 2 is newer than 1"):
+        Dataset(damaged)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema_version": "x"}', "\x00"])
+def test_an_unreadable_description_is_refused(damaged: Path, content: str) -> None:
+    (damaged / "dataset.json").write_text(content)
+    with pytest.raises(UserError, match="not a readable dataset description"):
+        read_info(damaged)
+
+
+def test_a_missing_shard_is_named(damaged: Path) -> None:
+    shard = first_shard(damaged)
+    shard.unlink()
+    with pytest.raises(UserError, match=rf"{shard.name}.*no such file"):
+        Dataset(damaged)
+
+
+def test_a_truncated_shard_is_named(damaged: Path) -> None:
+    shard = first_shard(damaged)
+    shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(UserError, match=rf"{shard.name}.*expected \d+ bytes, found \d+ bytes"):
+        Dataset(damaged)
+
+
+def test_a_changed_manifest_is_named(damaged: Path) -> None:
+    with (damaged / "manifest.parquet").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match="manifest.parquet: damaged"):
+        Dataset(damaged)
+
+
+def test_a_flipped_bit_is_found_at_reading(damaged: Path) -> None:
+    dataset = Dataset(damaged)
+    row = dataset.manifest.to_pylist()[0]
+    content = bytearray((damaged / row["shard"]).read_bytes())
+    content[row["offset"] + row["size"] // 2] ^= 1
+    (damaged / row["shard"]).write_bytes(content)
+    with (damaged / row["shard"]).open("rb") as file, pytest.raises(UserError, match=rf"CRC-32 .* of {row['key']}"):
+        dataset.read(file, row)
+
+
+def test_an_unreadable_commit_is_named(damaged: Path) -> None:
+    (damaged / "commits" / "00001.json").write_text("{")
+    with pytest.raises(UserError, match=r"00001\.json: damaged"):
+        read_commits(damaged)

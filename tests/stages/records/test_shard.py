@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import hashlib
+import tarfile
+import zlib
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import webdataset
+
+from stages.records.dataset import Dataset
+from stages.records.record import Trajectory, decode
+from stages.records.shard import hash_file, write_shard
+
+
+def test_the_stock_reader_reads_the_shards(dataset: Dataset) -> None:
+    shards = [str(dataset.root / shard) for shard in sorted(set(dataset.manifest["shard"].to_pylist()))]
+    read = list(webdataset.WebDataset(shards, shardshuffle=False).map(decode))
+    assert all(isinstance(trajectory, Trajectory) for trajectory in read)
+    assert [trajectory.index for trajectory in read] == list(range(12))
+    for trajectory, row in zip(read, dataset.manifest.to_pylist(), strict=True):
+        with (dataset.root / row["shard"]).open("rb") as file:
+            assert torch.equal(dataset.read(file, row)["latent"], trajectory.latent)
+        assert trajectory.guidance_scale == row["scale"]
+        assert trajectory.condition == {"class_label": row["class_label"]}
+
+
+def test_rows_lead_to_the_bytes_of_the_tensors(dataset: Dataset) -> None:
+    row = dataset.manifest.to_pylist()[1]
+    with tarfile.open(dataset.root / row["shard"]) as tar:
+        member = tar.getmember(f"{row['key']}.safetensors")
+        content = tar.extractfile(member).read()  # type: ignore[union-attr]
+    assert (member.offset_data, member.size, zlib.crc32(content)) == (row["offset"], row["size"], row["checksum"])
+    assert len(safetensors.torch.load(content)["timestep"]) == row["records"]
+
+
+def test_shards_are_ustar_without_times_and_sorted(dataset: Dataset) -> None:
+    shard = dataset.root / dataset.manifest["shard"][0].as_py()
+    assert shard.read_bytes()[257:265] == b"ustar\x0000"
+    with tarfile.open(shard) as tar:
+        members = tar.getmembers()
+    assert all(member.mtime == 0 and member.uid == 0 for member in members)
+    assert [member.name for member in members] == sorted(member.name for member in members)
+
+
+def test_equal_records_make_equal_bytes(tmp_path: Path, dataset: Dataset) -> None:
+    shards = [str(dataset.root / dataset.manifest["shard"][0].as_py())]
+    trajectories = list(webdataset.WebDataset(shards, shardshuffle=False).map(decode))
+    write_shard(tmp_path / "again.tar", trajectories)
+    assert (tmp_path / "again.tar").read_bytes() == Path(shards[0]).read_bytes()
+
+
+def test_a_file_is_hashed_whole(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 40_000
+    (tmp_path / "file").write_bytes(content)
+    assert hash_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
