@@ -33,6 +33,7 @@ def run(config_class: type[Config], main: Callable[[Config], None], description:
     if {"-h", "--help"} & set(words):
         print(help_text(config_class, description))
         sys.exit(0)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to us; a user can do nothing about them
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     try:
