@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,6 +42,9 @@ def run(config_class: type[Config], main: Callable[[Config], None], description:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_USAGE if isinstance(error, UsageError) else FAILURE)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read us has gone: nothing is left to tell
+        sys.exit(FAILURE)
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
@@ -72,9 +76,12 @@ def parse(config_class: type[Config], words: list[str]) -> Config:
     config = OmegaConf.structured(config_class)
     for layer in layers:
         merge(config, layer)
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        raise UsageError(f"{missing[0]}: not given: say {missing[0]}=...")
-    result = OmegaConf.to_object(config)
+    try:
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise UsageError(f"{missing[0]}: not given: say {missing[0]}=...")
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(result, config_class)
     return result
 
@@ -103,6 +110,8 @@ def merge(config: DictConfig, layer: DictConfig) -> None:
     known = {name for name, *_ in options(OmegaConf.get_type(config))}
     for key, value in leaves(layer, known):
         if key not in known:
+            if any(name.startswith(f"{key}.") for name in known):
+                raise UsageError(f"{key}: holds keys of its own: say {key}.NAME=..., --help lists them")
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f": did you mean {near[0]}?" if near else ": --help lists the keys"
             raise UsageError(f"{key}: no such key{hint}")
@@ -120,7 +129,7 @@ def leaves(layer: Any, known: set[str], prefix: str = "") -> Iterator[tuple[str,
         if isinstance(value, DictConfig) and name not in known and not value._is_none():
             yield from leaves(value, known, f"{name}.")
         else:
-            yield name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else layer[key]
+            yield name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value._value()
 
 
 def options(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:

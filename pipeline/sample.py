@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pipeline.command import run
 from stages.base import choose_device, decode
-from stages.errors import UserError, require_positive
+from stages.config import check_bounds
+from stages.errors import UserError
 from stages.evaluate.comparisons import check_class_labels, load_pair, sample, settings
 from stages.evaluate.config import SampleConfig
 from stages.evaluate.report import TITLES, grid
@@ -17,11 +18,11 @@ from stages.records.storage import whole_file
 
 
 def main(config: SampleConfig) -> None:
+    check_bounds(config)
     output = Path(config.output)
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"output={output}: name an image file, e.g. grid.png")
     pipe, adapter = load_pair(config.adapter_dir, config.pretrained_model_name_or_path, choose_device(config.device))
-    require_positive(config, "num_inference_steps")
     labels = list(config.class_labels)
     check_class_labels(labels, adapter)
     seeds = [(config.seed << 32) + i for i in range(len(labels))]

@@ -19,6 +19,7 @@ def main(config: TrainConfig) -> None:
         print(f"{root}: already trained with this configuration; nothing to do")
         return
     trainer = Trainer(config)
+    (root / "training.json").unlink(missing_ok=True)  # it tells that config.yaml, written next, was trained to its end
     with whole_file(root / "config.yaml") as file:
         file.write(to_yaml(config).encode())
     print(

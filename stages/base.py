@@ -63,7 +63,10 @@ def load_denoiser(name_or_path: str, subfolder: str, class_name: str, torch_dtyp
     try:
         denoiser = kind.from_pretrained(resolve_model(name_or_path), subfolder=subfolder, torch_dtype=torch_dtype)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name_or_path}: no {class_name} could be loaded from it: {first_line(error)}") from error
+        raise UserError(
+            f"{name_or_path}: no {class_name} could be loaded from it ({first_line(error)}): "
+            "name where it is with pretrained_model_name_or_path=..."
+        ) from error
     return denoiser.eval().requires_grad_(False)
 
 

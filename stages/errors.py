@@ -9,10 +9,3 @@ class UserError(Exception):
 
 class StorageError(UserError):
     """The place that is written to refused, e.g. a full disk: no other worker and no further attempt would do better."""
-
-
-def require_positive(config: object, *keys: str) -> None:
-    """Refuse a configuration in which one of these counts is below 1."""
-    for key in keys:
-        if getattr(config, key) < 1:
-            raise UserError(f"{key}={getattr(config, key)}: at least 1")

@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from stages.adapters.conditioning import Conditioning
 from stages.adapters.one_pass import OnePass
 from stages.adapters.sites import ATTENTION, find_sites
 from stages.base import bind_inputs, denoiser_of, first_line
+from stages.config import option
 from stages.errors import UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -29,12 +30,10 @@ FORMAT_VERSION = 1
 
 @dataclass
 class AdapterConfig:
-    variant: str = field(default="modulated_low_rank", metadata={"help": "kind of adapter"})
-    sites: list[str] = field(
-        default_factory=lambda: [ATTENTION], metadata={"help": "kinds of sites: attention, feed_forward"}
-    )
-    hidden_size: int = field(default=128, metadata={"help": "width of the conditioning vector"})
-    rank: int = field(default=16, metadata={"help": "rank of the low-rank branch (modulated_low_rank)"})
+    variant: str = option("modulated_low_rank", "kind of adapter")
+    sites: list[str] = option(lambda: [ATTENTION], "kinds of sites: attention, feed_forward")
+    hidden_size: int = option(128, "width of the conditioning vector", at_least=1)
+    rank: int = option(16, "rank of the low-rank branch (modulated_low_rank)", at_least=1)
 
 
 class Site(nn.Module, ABC):

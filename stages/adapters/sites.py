@@ -17,6 +17,8 @@ def find_sites(denoiser: nn.Module, kinds: list[str]) -> dict[str, int]:
     A block's attention site is its cross-attention where it has one, else its self-attention (the reference recipe's
     rule); its feed-forward site is its feed-forward network.
     """
+    if not kinds:
+        raise UserError(f"adapter.sites: empty: name {ATTENTION}, {FEED_FORWARD} or both")
     if unknown := set(kinds) - {ATTENTION, FEED_FORWARD}:
         raise UserError(f"adapter.sites: unknown kind {sorted(unknown)[0]}: one of {ATTENTION}, {FEED_FORWARD}")
     sites: dict[str, int] = {}

@@ -37,7 +37,7 @@ class Samples:
 
 def settings(scales: list[float]) -> list[Setting]:
     """No guidance once, then both ways of guiding at every scale."""
-    if not scales or min(scales) <= 1:
+    if not scales or not all(1 < scale < float("inf") for scale in scales):
         raise UserError(
             f"guidance_scale={list(scales)}: name scales above 1; 1 is no guidance, which is always compared"
         )

@@ -8,14 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from stages.base import choose_device, decode
-from stages.errors import UserError, require_positive
+from stages.config import check_bounds
 from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, load_pair, sample, settings, trained_class_labels
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.metrics import Reference
 from stages.progress import progress
 
 SHOWN = 10
-MINIMUM_SAMPLES = 2
 
 
 class Evaluation:
@@ -29,9 +28,7 @@ class Evaluation:
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
-        require_positive(config, "batch_size", "num_inference_steps")
-        if config.num_samples < MINIMUM_SAMPLES:
-            raise UserError(f"num_samples={config.num_samples}: at least {MINIMUM_SAMPLES}, for a Frechet distance")
+        check_bounds(config)
         self.config = config
         self.settings = settings(config.guidance_scale)
         device = choose_device(config.device)

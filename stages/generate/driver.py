@@ -74,13 +74,15 @@ class Driver:
         self.root = Path(config.output_dir)
         self.plan = Plan(config)
         self.info = read_info(self.root)
-        if self.info is not None:
-            self._check_same_config(self.info)
         self.committed = {unit: commit["samples"] for unit, commit in read_commits(self.root).items()}
+        if self.info is not None and not self.committed:
+            self.info = None  # an earlier run described what it never began
         if self.committed and self.info is None:
             raise UserError(
                 f"{self.root}: holds commits but no dataset.json to say of what: restore it, or take another output_dir"
             )
+        if self.info is not None:
+            self._check_same_config(self.info)
         self.todo = deque(unit for unit in range(len(self.plan)) if unit not in self.committed)
         self.attempts: Counter[int | None] = Counter()
         self.quarantined: dict[int, str] = {}
@@ -90,7 +92,7 @@ class Driver:
     @property
     def finished(self) -> bool:
         """Whether an earlier run left nothing to do."""
-        return self.info is not None and self.info["complete"]
+        return self.info is not None and self.info["complete"] and not self.todo
 
     def run(self, fleet: Fleet) -> dict[str, Any]:
         """Make what is missing and publish; the content of `generation.json`."""

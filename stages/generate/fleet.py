@@ -47,7 +47,11 @@ class RayFleet:
             self._add_worker()
 
     def _add_worker(self) -> None:
-        worker = self.actor.remote(self.config)
+        try:
+            worker = self.actor.remote(self.config)
+        except ValueError as error:
+            asked = f"num_cpus={self.config.num_cpus:g} num_gpus={self.config.num_gpus:g}"
+            raise UserError(f"{asked}: Ray cannot keep that for a worker: {' '.join(map(str, error.args))}") from error
         self.waiting[worker.load.remote()] = (worker, None)
 
     def idle(self) -> int:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 
 from stages.base import DENOISER_NAMES, first_line, resolve_model
-from stages.errors import UserError, require_positive
+from stages.config import check_bounds
+from stages.errors import UserError
 from stages.generate.config import GenerateConfig
 
 GOLDEN_RATIO = 0.6180339887498949
@@ -71,6 +71,7 @@ class Plan:
 
 def check(config: GenerateConfig) -> None:
     """Refuse what no run could carry out, before anything is loaded."""
+    check_bounds(config)
     scale = config.guidance_scale
     if len(scale) != 2:
         raise UserError(f"guidance_scale={list(scale)}: give the lowest and the highest scale, e.g. [1, 6]")
@@ -78,17 +79,9 @@ def check(config: GenerateConfig) -> None:
         raise UserError(f"guidance_scale={list(scale)}: scales below 1 are not guidance: begin the range at 1 or above")
     if not scale[0] <= scale[1] < float("inf"):
         raise UserError(f"guidance_scale={list(scale)}: the range is upside down or endless: lowest scale first")
-    require_positive(
-        config,
-        "num_trajectories",
-        "num_inference_steps",
-        "trajectories_per_unit",
-        "records_per_sample",
-        "batch_size",
-        "num_workers",
-    )
-    if config.seed < 0:
-        raise UserError(f"seed={config.seed}: at least 0")
+    steps = config.num_inference_steps
+    if steps > (most := count_timesteps(config.teacher.pretrained_model_name_or_path)):
+        raise UserError(f"num_inference_steps={steps}: at most {most}, the timesteps of the teacher's scheduler")
 
 
 def read_class_labels(config: GenerateConfig) -> list[int]:
@@ -97,8 +90,10 @@ def read_class_labels(config: GenerateConfig) -> list[int]:
     asked = config.class_labels
     if asked == "all":
         return list(range(known))
-    named = str(asked) if isinstance(asked, str) else "class_labels"
-    labels = _read_lines(Path(asked)) if isinstance(asked, str) else list(asked)
+    if not isinstance(asked, (str, list)):
+        raise UserError(f"class_labels={asked}: give `all`, a list of classes, or a text file")
+    named = asked if isinstance(asked, str) else "class_labels"
+    labels = _read_lines(Path(asked)) if isinstance(asked, str) else asked
     if not labels:
         raise UserError(f"{named}: empty: name at least one class")
     return [_class_label(value, known, named) for value in labels]
@@ -114,10 +109,9 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _class_label(value: Any, known: int, named: str) -> int:
-    try:
-        label = int(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{named}: {value!r} is not a class: classes are whole numbers, one per line") from None
+    if isinstance(value, bool) or not str(value).lstrip("-").isdecimal():
+        raise UserError(f"{named}: {value!r} is not a class: classes are whole numbers, one per line")
+    label = int(value)
     if not 0 <= label < known:
         raise UserError(f"{named}: class {label} is out of range: the teacher knows 0 to {known - 1}")
     return label
@@ -125,23 +119,36 @@ def _class_label(value: Any, known: int, named: str) -> int:
 
 def count_classes(name_or_path: str) -> int:
     """How many classes a class-conditional pipeline knows, from its configuration alone."""
-    try:
-        index = DiffusionPipeline.load_config(resolve_model(name_or_path))
-        if isinstance(index, tuple):
-            index = index[0]
-        if labels := index.get("id2label"):
-            return len(labels)
-        subfolder = next(name for name in DENOISER_NAMES if name in index)
-        library = getattr(diffusers, index[subfolder][1])
-        denoiser = library.load_config(resolve_model(name_or_path), subfolder=subfolder)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"teacher.pretrained_model_name_or_path={name_or_path}: neither a folder with a diffusers pipeline nor a hub id "
-            f"that can be reached ({first_line(error)})"
-        ) from error
+    index = read_config(name_or_path)
+    if labels := index.get("id2label"):
+        return len(labels)
+    subfolder = next((name for name in DENOISER_NAMES if name in index), DENOISER_NAMES[0])
+    denoiser = read_config(name_or_path, subfolder)
     count = denoiser.get("num_embeds_ada_norm") or denoiser.get("num_class_embeds")
     if not count:
         raise UserError(
             f"{name_or_path}: not class-conditional: only teachers that take `class_labels` can be recorded yet"
         )
     return int(count)
+
+
+def count_timesteps(name_or_path: str) -> int:
+    """How many timesteps a pipeline's scheduler was trained with."""
+    return int(read_config(name_or_path, "scheduler").get("num_train_timesteps", 1000))
+
+
+def read_config(name_or_path: str, component: str | None = None) -> dict[str, Any]:
+    """The configuration of a pipeline, or of one of its components; no weights are loaded.
+
+    Raises:
+        UserError: there is none to be read.
+    """
+    kind: Any = {None: DiffusionPipeline, "scheduler": DDIMScheduler}.get(component, ModelMixin)  # each knows its file
+    try:
+        read = kind.load_config(resolve_model(name_or_path), subfolder=component)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"teacher.pretrained_model_name_or_path={name_or_path}: neither a folder with a diffusers pipeline nor a hub id "
+            f"that can be reached ({first_line(error)})"
+        ) from error
+    return dict(read[0] if isinstance(read, tuple) else read)

@@ -20,10 +20,10 @@ import safetensors.torch
 from torch import Tensor
 
 from stages.errors import UserError
-from stages.records.manifest import read_manifest, write_manifest
+from stages.records.manifest import read_manifest, table_of, write_manifest
 from stages.records.record import Trajectory, describe
 from stages.records.shard import hash_file, write_shard
-from stages.records.storage import create, write_json
+from stages.records.storage import create, seal, unseal, whole_file
 
 SCHEMA_VERSION = 1
 DATASET_FILE = "dataset.json"
@@ -44,35 +44,49 @@ def commit_unit(root: Path, unit: int, trajectories: Iterable[Trajectory]) -> di
         "tensors": describe(trajectories[0]),
         "samples": samples,
     }
-    if not create(record, json.dumps(commit).encode()):
+    if not create(record, seal(commit)):
         shard.unlink()
-    return json.loads(record.read_bytes())
+    return read_commit(record)
+
+
+def commit_paths(root: Path) -> list[Path]:
+    """The files of all commit records, in the order of the plan."""
+    return sorted((root / "commits").glob("[0-9]*.json"))
+
+
+def read_commit(path: Path) -> dict[str, Any]:
+    """One commit record.
+
+    Raises:
+        UserError: it is not as it was written.
+    """
+    try:
+        commit = unseal(path.read_bytes())
+        if commit["unit"] != int(path.stem):
+            raise ValueError("of another unit")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged: move it away and generate again, which makes its unit anew") from error
+    return commit
 
 
 def read_commits(root: Path) -> dict[int, dict[str, Any]]:
     """Every commit record by unit, in the order of the plan.
 
     Raises:
-        UserError: a record is not readable.
+        UserError: one is not as it was written.
     """
-    commits = {}
-    for path in sorted((root / "commits").glob("[0-9]*.json")):
-        try:
-            commit = json.loads(path.read_bytes())
-            commits[int(commit["unit"])] = commit
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: damaged: move it away and generate again, which makes its unit anew") from error
-    return commits
+    return {commit["unit"]: commit for commit in map(read_commit, commit_paths(root))}
 
 
 def write_info(root: Path, info: dict[str, Any]) -> None:
     """Write `dataset.json`: what the dataset is meant to hold, before its first shard."""
-    write_json(root / DATASET_FILE, {"schema_version": SCHEMA_VERSION, "complete": False} | info)
+    with whole_file(root / DATASET_FILE) as file:
+        file.write(seal({"schema_version": SCHEMA_VERSION, "complete": False} | info))
 
 
 def publish(root: Path, info: dict[str, Any], commits: list[dict[str, Any]]) -> None:
     """Write the manifest and say in `dataset.json` that the dataset is whole, so that readers open it."""
-    write_manifest(root / MANIFEST_FILE, commits)
+    write_manifest(root / MANIFEST_FILE, table_of(commits))
     rows = [row for commit in commits for row in commit["samples"]]
     counts = {
         "units": len(commits),
@@ -95,17 +109,15 @@ def read_info(root: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        info = json.loads(path.read_bytes())
-        version = int(info["schema_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a readable dataset description; restore it, or generate into a new folder"
-        ) from error
-    if version > SCHEMA_VERSION:
-        raise UserError(
-            f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest known here: upgrade this project"
-        )
-    return info
+        content = path.read_bytes()
+        version = int(json.loads(content)["schema_version"])
+        if version > SCHEMA_VERSION:
+            raise UserError(
+                f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest known here: upgrade this project"
+            )
+        return unseal(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged: not as it was written; restore it, or generate into a new folder") from error
 
 
 class Dataset:

@@ -32,14 +32,19 @@ SCHEMA = pa.schema(
 )
 
 
-def write_manifest(path: Path, commits: Iterable[dict[str, Any]]) -> None:
-    """Write the rows of all commits, in the order of the plan."""
+def table_of(commits: Iterable[dict[str, Any]]) -> pa.Table:
+    """The rows of all commits, in the order of the plan."""
     batches = []
     for commit in commits:
         about = {"shard": commit["shard"], "shard_size": commit["size"], "shard_sha256": commit["sha256"]}
         batches.append(pa.RecordBatch.from_pylist([about | row for row in commit["samples"]], schema=SCHEMA))
+    return pa.Table.from_batches(batches, schema=SCHEMA)
+
+
+def write_manifest(path: Path, table: pa.Table) -> None:
+    """Write the manifest, whole or not at all."""
     with whole_file(path) as file:
-        pq.write_table(pa.Table.from_batches(batches, schema=SCHEMA), file)
+        pq.write_table(table, file)
 
 
 def read_manifest(path: Path) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stages.errors import StorageError
+
+SEAL = "checksum"
 
 
 def whole_file(path: Path) -> AbstractContextManager[BinaryIO]:
@@ -64,6 +67,27 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON, whole or not at all."""
     with whole_file(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def seal(value: dict[str, Any]) -> bytes:
+    """Readable JSON that carries the checksum of the rest of itself."""
+    return (json.dumps(value | {SEAL: _digest(value)}, indent=2) + "\n").encode()
+
+
+def unseal(content: bytes) -> dict[str, Any]:
+    """What `seal` was given.
+
+    Raises:
+        ValueError: the content is not as it was written.
+    """
+    value = json.loads(content)
+    if not isinstance(value, dict) or value.pop(SEAL, None) != _digest(value):
+        raise ValueError("not as it was written")
+    return value
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def make_folder(path: Path) -> None:

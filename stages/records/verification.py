@@ -15,12 +15,13 @@ from stages.progress import progress
 from stages.records.dataset import (
     DATASET_FILE,
     MANIFEST_FILE,
+    commit_paths,
     manifest_problems,
-    read_commits,
+    read_commit,
     read_info,
     size_problems,
 )
-from stages.records.manifest import read_manifest
+from stages.records.manifest import SCHEMA, read_manifest, table_of
 from stages.records.shard import hash_file
 
 SCALE_BINS = 10
@@ -36,8 +37,8 @@ def verify(root: Path) -> dict[str, Any]:
     info = read_info(root)
     if info is None:
         raise UserError(f"{root}: holds no dataset: there is no {DATASET_FILE} in it")
-    commits = read_commits(root)
-    problems = _unfinished(info, commits)
+    commits, problems = _read_commits(root)
+    problems += _unfinished(info, commits)
     if not problems and not (problems := manifest_problems(root, info)):
         manifest = read_manifest(root / MANIFEST_FILE)
         problems = _differences(commits, manifest) + size_problems(root, manifest)
@@ -60,21 +61,42 @@ def verify(root: Path) -> dict[str, Any]:
     }
 
 
+def _read_commits(root: Path) -> tuple[dict[int, Any], list[dict[str, str]]]:
+    """The commit records that are as they were written, and a problem for each of the others."""
+    commits, problems = {}, []
+    for path in commit_paths(root):
+        try:
+            commits[int(path.stem)] = read_commit(path)
+        except (UserError, ValueError):
+            problems.append({"shard": f"commits/{path.name}", "expected": "a commit record", "found": "damage"})
+    return commits, problems
+
+
 def _unfinished(info: dict[str, Any], commits: dict[int, Any]) -> list[dict[str, str]]:
-    missing = sorted(set(range(info["plan"]["units"])) - set(commits))
-    if not missing and info["complete"]:
+    planned = set(range(info["plan"]["units"]))
+    missing, beyond = sorted(planned - set(commits)), sorted(set(commits) - planned)
+    if info["complete"] and not missing and not beyond:
         return []
-    names = ", ".join(f"{unit:05d}" for unit in missing[:5]) + (", ..." if len(missing) > 5 else "")
-    found = f"{len(commits)}, without {names}" if missing else f"{len(commits)}, not yet published"
-    return [{"shard": DATASET_FILE, "expected": f"{info['plan']['units']} units", "found": found}]
+    told = [f"without {_named(missing)}" if missing else "", f"with {_named(beyond)} beyond the plan" if beyond else ""]
+    found = ", ".join(part for part in (str(len(commits)), *told) if part)
+    if not missing and not beyond:
+        found += ", not yet published"
+    return [{"shard": DATASET_FILE, "expected": f"{len(planned)} units", "found": found}]
+
+
+def _named(units: list[int]) -> str:
+    return ", ".join(f"{unit:05d}" for unit in units[:5]) + (", ..." if len(units) > 5 else "")
 
 
 def _differences(commits: dict[int, Any], manifest: pa.Table) -> list[dict[str, str]]:
-    committed = {(c["shard"], row["key"]) for c in commits.values() for row in c["samples"]}
-    listed = set(zip(manifest["shard"].to_pylist(), manifest["key"].to_pylist(), strict=True))
+    """The samples of which the manifest tells other than their commit does."""
+    committed = {tuple(row.values()) for row in table_of(commits.values()).to_pylist()}
+    listed = {tuple(row.values()) for row in manifest.to_pylist()}
+    place = [SCHEMA.get_field_index(name) for name in ("shard", "key")]
+    differing = sorted({tuple(row[i] for i in place) for row in committed ^ listed})
     return [
-        {"shard": shard, "expected": f"sample {key} in the manifest and in a commit", "found": "in one of them only"}
-        for shard, key in sorted(committed ^ listed)
+        {"shard": shard, "expected": f"{key} in the manifest as in its commit", "found": "a difference"}
+        for shard, key in differing
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -36,6 +35,9 @@ def load_checkpoint(folder: Path, which: str) -> dict[str, Any]:
             raise UserError(f"resume_from_checkpoint=latest: there is no checkpoint in {folder}")
         path = saved[-1]
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling stumbles over in a file that is none of ours
         raise UserError(f"resume_from_checkpoint={which}: {path}: not readable: {first_line(error)}") from error
+    if not isinstance(state, dict) or "dataset_fingerprint" not in state:
+        raise UserError(f"resume_from_checkpoint={which}: {path}: not a checkpoint of this project")
+    return state

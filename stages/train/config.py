@@ -7,33 +7,38 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from stages.adapters import AdapterConfig
+from stages.config import option
+
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup")
+# A resumed run must draw the same records and hold out the same trajectories; what else changes is the user's choice.
+KEPT_WHEN_RESUMED = ("adapter", "seed", "train_batch_size", "shuffle_bytes", "validation_share")
 
 
 @dataclass
 class TrainConfig:
-    data_dir: str = field(default=MISSING, metadata={"help": "folder of the dataset"})
-    output_dir: str = field(default=MISSING, metadata={"help": "folder of the adapter, its checkpoints and logs"})
+    data_dir: str = option(MISSING, "folder of the dataset")
+    output_dir: str = option(MISSING, "folder of the adapter, its checkpoints and logs")
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    pretrained_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "the frozen base; by default the teacher that the dataset names"}
+    pretrained_model_name_or_path: str | None = option(
+        None, "the frozen base; by default the teacher that the dataset names"
     )
-    seed: int = field(default=0, metadata={"help": "seed of the adapter's start and of the order of records"})
-    train_batch_size: int = field(default=64, metadata={"help": "records per step"})
-    max_train_steps: int = field(default=5000, metadata={"help": "optimizer steps"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
-    lr_scheduler: str = field(default="cosine", metadata={"help": "schedule, by its name in diffusers.optimization"})
-    lr_warmup_steps: int = field(default=200, metadata={"help": "steps of linear warm-up"})
-    adam_weight_decay: float = field(default=0.0, metadata={"help": "weight decay of AdamW"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    mixed_precision: str = field(default="no", metadata={"help": "`no` or `bf16`; the adapter's weights stay in fp32"})
-    shuffle_bytes: int = field(
-        default=1 << 30, metadata={"help": "records are drawn across a window of so many bytes of samples"}
+    seed: int = option(0, "seed of the adapter's start and of the order of records", at_least=0, at_most=2**31 - 1)
+    train_batch_size: int = option(64, "records per step", at_least=1)
+    max_train_steps: int = option(5000, "optimizer steps", at_least=1)
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0, at_most=1e3)
+    lr_scheduler: str = option("cosine", "schedule, by its name in diffusers.optimization", one_of=SCHEDULES)
+    lr_warmup_steps: int = option(200, "steps of linear warm-up", at_least=0)
+    adam_weight_decay: float = option(0.0, "weight decay of AdamW", at_least=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
+    mixed_precision: str = option("no", "`no` or `bf16`; the adapter's weights stay in fp32", one_of=("no", "bf16"))
+    shuffle_bytes: int = option(1 << 30, "records are drawn across a window of so many bytes of samples", at_least=1)
+    validation_share: float = option(
+        0.05, "share of trajectories held out for validation, at least one", above=0, at_most=0.99
     )
-    validation_share: float = field(default=0.05, metadata={"help": "share of trajectories held out for validation"})
-    validation_steps: int = field(default=1000, metadata={"help": "steps between two validations"})
-    logging_steps: int = field(default=50, metadata={"help": "steps between two points of the log"})
-    checkpointing_steps: int = field(default=1000, metadata={"help": "steps between two checkpoints"})
-    checkpoints_total_limit: int = field(default=2, metadata={"help": "older checkpoints are removed"})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "`latest`, or a checkpoint's file"})
-    report_to: str = field(default="tensorboard", metadata={"help": "`tensorboard` or `none`"})
-    device: str = field(default="auto", metadata={"help": "`auto` (a GPU where there is one), `cuda` or `cpu`"})
+    validation_steps: int = option(1000, "steps between two validations", at_least=1)
+    logging_steps: int = option(50, "steps between two points of the log", at_least=1)
+    checkpointing_steps: int = option(1000, "steps between two checkpoints", at_least=1)
+    checkpoints_total_limit: int = option(2, "older checkpoints are removed", at_least=1)
+    resume_from_checkpoint: str | None = option(None, "`latest`, or a checkpoint's file")
+    report_to: str = option("tensorboard", "`tensorboard` or `none`", one_of=("tensorboard", "none"))
+    device: str = option("auto", "`auto` (a GPU where there is one), `cuda` or `cpu`")

@@ -6,22 +6,24 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from stages.adapters.adapter import CONFIG_FILE
 from stages.base import choose_device
-from stages.errors import UserError, require_positive
+from stages.config import check_bounds
+from stages.errors import UserError
 from stages.progress import progress
 from stages.records.dataset import Dataset
 from stages.train.card import model_card
 from stages.train.checkpoint import load_checkpoint, save_checkpoint
-from stages.train.config import TrainConfig
+from stages.train.config import KEPT_WHEN_RESUMED, TrainConfig
 from stages.train.objective import squared_error
 from stages.train.stream import Batch, RecordStream, hold_out, load
 from stages.train.student import Student
@@ -37,7 +39,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        check(config)
+        check_bounds(config)
         self.config = config
         self.root = Path(config.output_dir)
         self.checkpoints = self.root / "checkpoints"
@@ -89,6 +91,7 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "records_consumed": self.stream.consumed,
             "dataset_fingerprint": self.dataset.fingerprint,
+            "config": {key: asdict(self.config)[key] for key in KEPT_WHEN_RESUMED},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -97,12 +100,17 @@ class Trainer:
                 f"{self.dataset.root}: not the dataset of the checkpoint: fingerprint {self.dataset.fingerprint[:12]}, "
                 f"the checkpoint has {state['dataset_fingerprint'][:12]}"
             )
-        try:
-            self.adapter.load_state_dict(state["adapter"])
-        except RuntimeError as error:
+        now = asdict(self.config)
+        for key, before in state["config"].items():
+            if now[key] != before:
+                raise UserError(
+                    f"{key}={now[key]}: the checkpoint's run had {before}: resume with that, or begin a new run"
+                )
+        if state["step"] > self.config.max_train_steps:
             raise UserError(
-                "the checkpoint is of another adapter: resume with the configuration that began it"
-            ) from error
+                f"max_train_steps={self.config.max_train_steps}: the checkpoint is already at step {state['step']}"
+            )
+        self.adapter.load_state_dict(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["rng"])
@@ -199,28 +207,6 @@ class Trainer:
             return
         with SummaryWriter(str(self.root / "logs"), purge_step=self.step) as writer:
             yield writer.add_scalar
-
-
-def check(config: TrainConfig) -> None:
-    """Refuse what no run could carry out, before anything is loaded."""
-    require_positive(
-        config,
-        "train_batch_size",
-        "max_train_steps",
-        "logging_steps",
-        "validation_steps",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-    )
-    if not 0 < config.validation_share < 1:
-        raise UserError(f"validation_share={config.validation_share}: a share between 0 and 1")
-    schedules = [schedule.value for schedule in SchedulerType]
-    if config.lr_scheduler not in schedules:
-        raise UserError(f"lr_scheduler={config.lr_scheduler}: one of {', '.join(schedules)}")
-    if config.mixed_precision not in ("no", "bf16"):
-        raise UserError(f"mixed_precision={config.mixed_precision}: one of no, bf16")
-    if config.report_to not in ("tensorboard", "none"):
-        raise UserError(f"report_to={config.report_to}: one of tensorboard, none")
 
 
 def peak_memory(device: str) -> int:

@@ -155,6 +155,25 @@ def test_a_worker_that_never_loads_ends_a_resumed_run_too(tiny_teacher: Path, tm
         Driver(config).run(NeverLoads(config))
 
 
+def test_a_moved_commit_is_made_again_in_a_finished_dataset(
+    damaged: Path, tiny_teacher: Path, shared_dataset: Path
+) -> None:
+    (damaged / "commits" / "00002.json").unlink()
+    driver = Driver(generate_config(tiny_teacher, damaged))
+    assert list(driver.todo) == [2]
+    driver.run(InProcessFleet(driver.config))
+    assert verify(damaged)["ok"]
+    assert_same_records(damaged, shared_dataset)
+
+
+def test_a_folder_in_which_nothing_was_made_takes_another_configuration(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = generate_config(tiny_teacher, tmp_path)
+    with pytest.raises(UserError, match="no unit could be made"):
+        Driver(config).run(Faulty(config, dict.fromkeys(range(4), 99)))
+    assert (tmp_path / "dataset.json").exists()
+    assert generate(generate_config(tiny_teacher, tmp_path, seed=5)) == tmp_path
+
+
 def test_how_a_dataset_is_made_may_change(shared_dataset: Path, tiny_teacher: Path) -> None:
     assert Driver(generate_config(tiny_teacher, shared_dataset, num_workers=7, batch_size=2)).finished
 

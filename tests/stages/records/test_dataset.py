@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +7,12 @@ import pytest
 
 from stages.errors import UserError
 from stages.records.dataset import Dataset, commit_unit, read_commits, read_info
+from stages.records.storage import seal, unseal
 from tests.stages.records.test_record import trajectory
 
 
 def change_info(root: Path, **changes: Any) -> None:
-    info = json.loads((root / "dataset.json").read_text())
-    (root / "dataset.json").write_text(json.dumps(info | changes))
+    (root / "dataset.json").write_bytes(seal(unseal((root / "dataset.json").read_bytes()) | changes))
 
 
 def first_shard(root: Path) -> Path:
@@ -64,10 +63,10 @@ def test_a_newer_schema_is_refused(damaged: Path) -> None:
         Dataset(damaged)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema_version": "x"}', "\x00"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema_version": "x"}', '{"schema_version": 1}', "\x00"])
 def test_an_unreadable_description_is_refused(damaged: Path, content: str) -> None:
     (damaged / "dataset.json").write_text(content)
-    with pytest.raises(UserError, match="not a readable dataset description"):
+    with pytest.raises(UserError, match="damaged: not as it was written"):
         read_info(damaged)
 
 
@@ -105,4 +104,15 @@ def test_a_flipped_bit_is_found_at_reading(damaged: Path) -> None:
 def test_an_unreadable_commit_is_named(damaged: Path) -> None:
     (damaged / "commits" / "00001.json").write_text("{")
     with pytest.raises(UserError, match=r"00001\.json: damaged"):
+        read_commits(damaged)
+
+
+def test_an_edited_description_or_commit_is_refused(damaged: Path) -> None:
+    told = (damaged / "dataset.json").read_text()
+    (damaged / "dataset.json").write_text(told.replace('"scale_range": [\n      1.0', '"scale_range": [\n      2.0'))
+    assert (damaged / "dataset.json").read_text() != told
+    with pytest.raises(UserError, match=r"dataset\.json: damaged: not as it was written"):
+        Dataset(damaged)
+    (damaged / "commits" / "00002.json").write_bytes((damaged / "commits" / "00001.json").read_bytes())
+    with pytest.raises(UserError, match=r"00002\.json: damaged"):
         read_commits(damaged)

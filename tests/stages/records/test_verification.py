@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from stages.errors import UserError
 from stages.records.dataset import Dataset
+from stages.records.storage import seal, unseal
 from stages.records.verification import verify
+from tests.stages.records.test_dataset import change_info
 
 
 def shards(root: Path) -> list[str]:
@@ -51,8 +52,7 @@ def test_each_missing_truncated_and_swapped_shard_is_named_once(damaged: Path) -
 
 
 def test_an_unfinished_dataset_is_a_problem(damaged: Path) -> None:
-    info = json.loads((damaged / "dataset.json").read_text())
-    (damaged / "dataset.json").write_text(json.dumps(info | {"complete": False}))
+    change_info(damaged, complete=False)
     (damaged / "commits" / "00003.json").unlink()
     (problem,) = verify(damaged)["problems"]
     assert problem == {"shard": "dataset.json", "expected": "4 units", "found": "3, without 00003"}
@@ -66,3 +66,27 @@ def test_a_manifest_of_another_dataset_is_a_problem(damaged: Path) -> None:
 def test_no_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no dataset"):
         verify(tmp_path)
+
+
+def test_damaged_and_foreign_commits_are_each_a_problem(damaged: Path) -> None:
+    commits = sorted((damaged / "commits").iterdir())
+    commits[0].write_text(commits[0].read_text().replace('"class_label": 0', '"class_label": 7'))
+    (damaged / "commits" / "00007.json").write_bytes(commits[1].read_bytes())
+    (damaged / "commits" / "99999.json").write_bytes(seal({**unseal(commits[1].read_bytes()), "unit": 99999}))
+    found = verify(damaged)
+    assert [problem["shard"] for problem in found["problems"]] == [
+        "commits/00000.json",
+        "commits/00007.json",
+        "dataset.json",
+    ]
+    assert "without 00000, with 99999 beyond the plan" in found["problems"][-1]["found"]
+
+
+def test_a_manifest_that_tells_other_than_the_commits_is_a_problem(damaged: Path) -> None:
+    path = damaged / "commits" / "00001.json"
+    commit = unseal(path.read_bytes())
+    commit["samples"][2]["scale"] = 9.0
+    path.write_bytes(seal(commit))
+    (problem,) = verify(damaged)["problems"]
+    assert problem["shard"] == commit["shard"]
+    assert "000000005_0000 in the manifest as in its commit" in problem["expected"]

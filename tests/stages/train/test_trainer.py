@@ -70,9 +70,13 @@ def test_a_checkpoint_of_another_dataset_or_adapter_is_refused(
     shared_dataset: Path, damaged: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     checkpoint = str(tiny_adapter / "checkpoints" / "step-00000008.pt")
-    other = AdapterConfig("offset", hidden_size=16)
-    with pytest.raises(UserError, match="another adapter"):
-        Trainer(train_config(shared_dataset, tmp_path, adapter=other, resume_from_checkpoint=checkpoint))
+    for changes, told in (
+        ({"adapter": AdapterConfig("offset", hidden_size=16)}, "adapter=.*: the checkpoint's run had"),
+        ({"seed": 1}, "seed=1: the checkpoint's run had 0"),
+        ({"max_train_steps": 7}, "max_train_steps=7: the checkpoint is already at step 8"),
+    ):
+        with pytest.raises(UserError, match=told):
+            Trainer(train_config(shared_dataset, tmp_path, resume_from_checkpoint=checkpoint, **changes))
     state = torch.load(checkpoint, weights_only=True) | {"dataset_fingerprint": "0" * 64}
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(UserError, match="not the dataset of the checkpoint: fingerprint .*000000000000"):
@@ -127,6 +131,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run(shared_dataset: Path, tmp_pat
         ({"lr_scheduler": "magic"}, "lr_scheduler=magic"),
         ({"report_to": "paper"}, "report_to=paper"),
         ({"validation_share": 0.99}, "nothing is left"),
+        ({"seed": -1}, "seed=-1: at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: more than 0"),
+        ({"adapter": AdapterConfig(rank=0)}, "adapter.rank=0: at least 1"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0: more than 0"),
     ],
 )
 def test_what_no_run_could_carry_out_is_refused(shared_dataset: Path, tmp_path: Path, changes: dict, told: str) -> None:

@@ -1,0 +1,54 @@
+"""Options: a default, a meaning for `--help`, and the bounds that every value must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import field, fields, is_dataclass
+from typing import Any
+
+from stages.errors import UserError
+
+
+def option(
+    default: Any,
+    meaning: str,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    one_of: Sequence[str] | None = None,
+) -> Any:
+    """A field of a configuration; a callable default makes a new value each time."""
+    metadata = {"help": meaning, "at_least": at_least, "above": above, "at_most": at_most, "one_of": one_of}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_bounds(config: Any) -> None:
+    """Refuse a value out of its option's bounds; not-a-number is out of any.
+
+    Raises:
+        UserError: names the key, the value and the bound.
+    """
+    for key, value, bounds in _bounded(config):
+        for name, told, keeps in _BOUNDS:
+            bound = bounds.get(name)
+            if bound is not None and value is not None and not keeps(value, bound):
+                raise UserError(f"{key}={value}: {told} {', '.join(bound) if name == 'one_of' else f'{bound:g}'}")
+
+
+_BOUNDS: list[tuple[str, str, Callable[[Any, Any], bool]]] = [
+    ("at_least", "at least", lambda value, bound: value >= bound),
+    ("above", "more than", lambda value, bound: value > bound),
+    ("at_most", "at most", lambda value, bound: value <= bound),
+    ("one_of", "one of", lambda value, bound: value in bound),
+]
+
+
+def _bounded(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            yield from _bounded(value, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, value, entry.metadata
