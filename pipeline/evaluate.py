@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.command import run, to_yaml
-from stages.base import denoiser_of
+from stages.denoiser import denoiser_of
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation
 from stages.evaluate.report import table, write_report

@@ -8,13 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.command import run
-from stages.base import choose_device, decode
+from stages.base import choose_device
 from stages.config import check_bounds
 from stages.errors import UserError
-from stages.evaluate.comparisons import check_class_labels, load_pair, sample, settings
+from stages.evaluate.comparisons import arguments_of, conditions_of, load_pair, sample_setting, settings
 from stages.evaluate.config import SampleConfig
-from stages.evaluate.report import TITLES, grid
+from stages.evaluate.report import TITLES
+from stages.pictures import grid, to_picture
 from stages.records.storage import whole_file
+from stages.sampling import Request, decode
 
 
 def main(config: SampleConfig) -> None:
@@ -23,18 +25,20 @@ def main(config: SampleConfig) -> None:
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"output={output}: name an image file, e.g. grid.png")
     pipe, adapter = load_pair(config.adapter_dir, config.pretrained_model_name_or_path, choose_device(config.device))
-    labels = list(config.class_labels)
-    check_class_labels(labels, adapter)
-    seeds = [(config.seed << 32) + i for i in range(len(labels))]
+    conditions = conditions_of(pipe, adapter, config.class_labels, list(config.prompts))
+    seeds = [(config.seed << 32) + i for i in range(len(conditions))]
+    request = Request(conditions, seeds, config.num_inference_steps, arguments_of(pipe, adapter))
     rows = []
     for setting in settings([config.guidance_scale]):
-        samples = sample(pipe, adapter, setting, labels, seeds, config.num_inference_steps)
+        samples = sample_setting(pipe, adapter, setting, request)
         rows.append(decode(pipe, samples.latents))
-        evaluations = samples.denoiser_evaluations // len(labels)
+        evaluations = samples.denoiser_evaluations // len(conditions)
         print(f"{TITLES[setting.method]}: {evaluations} denoiser evaluations per image")
     with whole_file(output) as file:
-        grid(rows).save(file, format="jpeg" if output.suffix.lower() == ".jpg" else output.suffix[1:])
-    print(f"{output}: {len(labels)} images in each of {len(rows)} rows")
+        grid([[to_picture(image) for image in row] for row in rows]).save(
+            file, format="jpeg" if output.suffix.lower() == ".jpg" else output.suffix[1:]
+        )
+    print(f"{output}: {len(conditions)} images in each of {len(rows)} rows")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from torch.utils.hooks import RemovableHandle
 from stages.adapters.conditioning import Conditioning
 from stages.adapters.one_pass import OnePass
 from stages.adapters.sites import ATTENTION, find_sites
-from stages.base import bind_inputs, denoiser_of, first_line
+from stages.base import first_line
 from stages.config import option
+from stages.denoiser import bind_inputs, denoiser_of
 from stages.errors import UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -71,7 +72,7 @@ class GuidanceAdapter(nn.Module, ABC):
     def __init__(self, config: AdapterConfig, widths: dict[str, int], about: dict[str, Any]) -> None:
         super().__init__()
         self.config, self.widths, self.about = config, widths, about
-        self.conditioning = Conditioning(config.hidden_size, about["conditions"])
+        self.conditioning = Conditioning(config.hidden_size, about["conditions"], about["timestep_scale"])
         self.sites = nn.ModuleDict({name.replace(".", "/"): self.new_site(width) for name, width in widths.items()})
         self._handles: list[RemovableHandle] = []
         self._one_pass: OnePass | None = None
@@ -154,12 +155,14 @@ class GuidanceAdapter(nn.Module, ABC):
         self._gate = (scale != 1).view(n, 1, 1)
 
     def _hook(self, site: nn.Module) -> Any:
-        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self._vector is None:
                 return None
             tokens = args[0] if args else kwargs["hidden_states"]
-            change = site(tokens.to(self._vector.dtype), self._vector)
-            return output + (change * self._gate).to(output.dtype)
+            change = site(tokens.to(self._vector.dtype), self._vector) * self._gate
+            if isinstance(output, tuple):  # joint attention: the image's tokens come before the text's
+                return (output[0] + change.to(output[0].dtype), *output[1:])
+            return output + change.to(output.dtype)
 
         return add
 

@@ -9,8 +9,8 @@ NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 STROKES = ("thin", "regular", "bold")
 SLANTS = ("leaning left", "upright", "leaning right")
 # The terciles of the training digits, so that each word is said of about a third of them.
-STROKE_BOUNDS = (0.0, 0.0)
-SLANT_BOUNDS = (0.0, 0.0)
+STROKE_BOUNDS = (2.14, 2.61)
+SLANT_BOUNDS = (0.02, 0.28)
 
 
 def stroke_width(images: Tensor) -> Tensor:

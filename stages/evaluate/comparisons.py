@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from stages.adapters import GuidanceAdapter
-from stages.base import bind_inputs, denoiser_of, load_pipeline, undecoded
+from stages.base import load_pipeline
+from stages.denoiser import bind_inputs, denoiser_of
 from stages.errors import UserError
+from stages.sampling import Condition, Request, sample, takes_class_labels, undecoded
 
 NONE, CFG, ONE_PASS = "none", "cfg", "one_pass"
 
@@ -47,42 +50,52 @@ def settings(scales: list[float]) -> list[Setting]:
 def load_pair(adapter_dir: str, name_or_path: str | None, device: str) -> tuple[Any, GuidanceAdapter]:
     """The pipeline and the adapter for it, not attached yet."""
     adapter = GuidanceAdapter.from_pretrained(adapter_dir)
-    pipe = load_pipeline(name_or_path or adapter.about["base"]["pretrained_model_name_or_path"], device=device)
+    base = adapter.about["base"]
+    source = {} if name_or_path else {key: base[key] for key in ("revision", "variant")}
+    pipe = load_pipeline(name_or_path or base["pretrained_model_name_or_path"], device=device, **source)
     adapter.attach(pipe)  # a base that does not fit is refused here, before anything is sampled
     adapter.detach()
     return pipe, adapter.to(device)
 
 
-def trained_class_labels(adapter: GuidanceAdapter) -> list[int]:
-    """The classes that the adapter's dataset holds."""
-    return list(adapter.about["conditions"]["class_labels"]["trained"])
+def arguments_of(pipe: Any, adapter: GuidanceAdapter) -> dict[str, Any]:
+    """What the adapter's teacher was told besides, as far as this pipeline takes it: another rule's settings are left out."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    return {name: value for name, value in adapter.about["arguments"].items() if name in known}
 
 
-def check_class_labels(labels: list[int], adapter: GuidanceAdapter) -> None:
-    trained = trained_class_labels(adapter)
+def conditions_of(
+    pipe: Any, adapter: GuidanceAdapter, class_labels: list[int] | None, prompts: list[str]
+) -> list[Condition]:
+    """What to sample: the prompts that are given, or the classes; by default all that the adapter was trained on.
+
+    Raises:
+        UserError: prompts for a pipeline that takes classes, or the other way round, or a class that was not trained on.
+    """
+    kind = type(pipe)
+    if not takes_class_labels(kind):
+        if not prompts:
+            raise UserError(f"prompts: not given: {kind.__name__} takes prompts, not classes")
+        return [{"prompt": prompt} for prompt in prompts]
+    if prompts:
+        raise UserError(f"prompts: {kind.__name__} takes classes: say class_labels=...")
+    trained = list(adapter.about["sampled"]["class_labels"])
+    labels = trained if class_labels is None else list(class_labels)
     if not labels or not set(labels) <= set(trained):
         known = f"{trained[0]} to {trained[-1]}" if len(trained) == trained[-1] - trained[0] + 1 else str(trained)
-        raise UserError(f"class_labels={list(labels)}: name classes that the adapter was trained on: {known}")
+        raise UserError(f"class_labels={labels}: name classes that the adapter was trained on: {known}")
+    return [{"class_label": label} for label in labels]
 
 
-def sample(
-    pipe: Any, adapter: GuidanceAdapter, setting: Setting, class_labels: list[int], seeds: list[int], num_steps: int
-) -> Samples:
-    """Sample one image per class label, its noise from its own seed."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+def sample_setting(pipe: Any, adapter: GuidanceAdapter, setting: Setting, request: Request) -> Samples:
+    """Sample one image per condition, its noise from its own seed, in the way that a setting says."""
     with undecoded(pipe) as latents, counted(denoiser_of(pipe)[1]) as count:
         if setting.method == ONE_PASS:
             adapter.attach(pipe)
         try:
             synchronize(pipe)
             start = time.perf_counter()
-            pipe(
-                class_labels,
-                guidance_scale=setting.guidance_scale,
-                generator=generators,
-                num_inference_steps=num_steps,
-                output_type="pt",
-            )
+            sample(pipe, request, setting.guidance_scale)
             synchronize(pipe)
             seconds = time.perf_counter() - start
         finally:

@@ -7,12 +7,25 @@ from typing import Any
 
 from torch import Tensor
 
-from stages.base import choose_device, decode
+from stages.base import choose_device
 from stages.config import check_bounds
-from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, load_pair, sample, settings, trained_class_labels
+from stages.errors import UserError
+from stages.evaluate.comparisons import (
+    CFG,
+    NONE,
+    ONE_PASS,
+    Setting,
+    arguments_of,
+    conditions_of,
+    load_pair,
+    sample_setting,
+    settings,
+)
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.metrics import Reference
 from stages.progress import progress
+from stages.prompts import read_prompts
+from stages.sampling import Condition, Request, decode, takes_class_labels
 
 SHOWN = 10
 
@@ -34,12 +47,23 @@ class Evaluation:
         device = choose_device(config.device)
         self.reference = Reference(config.reference, device)
         self.pipe, self.adapter = load_pair(config.adapter_dir, config.pretrained_model_name_or_path, device)
+        self.arguments = arguments_of(self.pipe, self.adapter)
+        self.conditions = self._read_conditions()
         self.measures = {setting: self.reference.measure() for setting in self.settings}
         self.evaluations: Counter[Setting] = Counter()
         self.seconds: dict[Setting, float] = dict.fromkeys(self.settings, 0.0)
         self.errors: dict[Setting, float] = dict.fromkeys(self.settings, 0.0)
         self.shown: dict[Setting, Tensor] = {}
         self.rows: list[dict[str, Any]] = []
+
+    def _read_conditions(self) -> list[Condition]:
+        """Classes, or prompts that tell the class that their image is of, so that it can be judged."""
+        if self.config.prompts is None or takes_class_labels(type(self.pipe)):
+            return conditions_of(self.pipe, self.adapter, None, [self.config.prompts] if self.config.prompts else [])
+        prompts = read_prompts(self.config.prompts)
+        if not all("class_label" in prompt for prompt in prompts):
+            raise UserError(f"prompts={self.config.prompts}: a column class_label must tell what each image is of")
+        return prompts
 
     def run(self) -> list[dict[str, Any]]:
         total = self.config.num_samples
@@ -51,18 +75,16 @@ class Evaluation:
         self.rows = [self._row(setting) for setting in self.settings]
         return self.rows
 
-    def _labels(self, indices: range) -> list[int]:
-        labels = trained_class_labels(self.adapter)
-        return [labels[i % len(labels)] for i in indices]
+    def _of(self, indices: range) -> list[Condition]:
+        return [self.conditions[i % len(self.conditions)] for i in indices]
 
     def _sample(self, indices: range, bar: Any = None) -> dict[Setting, Any]:
         """Every setting on the same batch, one right after the other, so that their times compare."""
         seeds = [(self.config.seed << 32) + i for i in indices]
+        request = Request(self._of(indices), seeds, self.config.num_inference_steps, self.arguments)
         samples = {}
         for setting in self.settings:
-            samples[setting] = sample(
-                self.pipe, self.adapter, setting, self._labels(indices), seeds, self.config.num_inference_steps
-            )
+            samples[setting] = sample_setting(self.pipe, self.adapter, setting, request)
             if bar is not None:
                 bar.update(len(indices))
         return samples
@@ -77,7 +99,7 @@ class Evaluation:
             self.evaluations[setting] += result.denoiser_evaluations
             self.seconds[setting] += result.seconds
             images = decode(self.pipe, result.latents)
-            self.measures[setting].update(images, self._labels(indices))
+            self.measures[setting].update(images, [c["class_label"] for c in self._of(indices)])
             self.shown.setdefault(setting, images[:SHOWN].cpu())
 
     def _row(self, setting: Setting) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import jinja2
 import matplotlib
-from PIL import Image
 from torch import Tensor
 
 from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting
+from stages.pictures import grid, to_picture
 from stages.records.storage import whole_file
 
 matplotlib.use("Agg")
@@ -21,7 +21,6 @@ from matplotlib import pyplot as plt
 
 TITLES = {NONE: "no guidance", CFG: "guided, two passes", ONE_PASS: "one pass"}
 COLOURS = {NONE: "#888888", CFG: "#1f6fb4", ONE_PASS: "#d9541e"}
-ENLARGED = 2
 PLOTS = {
     "frechet_distance": "Frechet distance to real images (lower is better)",
     "class_accuracy": "share of images of the class asked for",
@@ -49,17 +48,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in cells
     )
-
-
-def grid(rows: list[Tensor]) -> Image.Image:
-    """Images `[n, c, h, w]` in [-1, 1], one tensor per row, as one picture."""
-    height, width = rows[0].shape[-2:]
-    sheet = Image.new("RGB", (width * max(len(row) for row in rows), height * len(rows)))
-    for y, row in enumerate(rows):
-        pixels = ((row.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        for x, image in enumerate(pixels):
-            sheet.paste(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), (x * width, y * height))
-    return sheet.resize((sheet.width * ENLARGED, sheet.height * ENLARGED), Image.Resampling.NEAREST)
 
 
 def plot(rows: list[dict[str, Any]], quantity: str) -> bytes:
@@ -93,7 +81,7 @@ def write_report(folder: Path, rows: list[dict[str, Any]], shown: dict[Setting, 
     for scale in sorted({setting.guidance_scale for setting in shown if setting.method == CFG}):
         lines = [shown[Setting(NONE, 1.0)], shown[Setting(CFG, scale)], shown[Setting(ONE_PASS, scale)]]
         sheet = io.BytesIO()
-        grid(lines).save(sheet, format="png")
+        grid([[to_picture(image) for image in line] for line in lines]).save(sheet, format="png")
         grids.append({"scale": scale, "source": as_source(sheet.getvalue())})
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined

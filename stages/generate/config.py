@@ -9,33 +9,63 @@ from omegaconf import MISSING
 
 from stages.config import option
 
-EXECUTION_KEYS = frozenset({"output_dir", "num_workers", "batch_size", "ray_address", "num_cpus", "num_gpus", "device"})
+EXECUTION_KEYS = frozenset(
+    {"output_dir", "num_workers", "batch_size", "ray_address", "num_cpus", "num_gpus", "device", "preview"}
+)
 DTYPES = ("float32", "float16", "bfloat16")
+DISTRIBUTIONS = ("uniform", "log_uniform", "list")
 MOST = 2**31 - 1
 
 
 @dataclass
 class TeacherConfig:
     pretrained_model_name_or_path: str = option(MISSING, "folder or hub id of a stock diffusers pipeline")
+    revision: str | None = option(None, "branch, tag or commit on the hub")
+    variant: str | None = option(None, "variant of the weights' files, e.g. fp16")
     torch_dtype: str = option("float32", "precision the teacher runs in", one_of=DTYPES)
+    pipeline_class: str | None = option(None, "a pipeline class of diffusers; by default the one that the model names")
+    scheduler: str | None = option(
+        None, "a scheduler class of diffusers in place of the model's own, with its configuration"
+    )
+    guider: dict[str, Any] = option(
+        dict, "run the model's modular pipeline with a guider of diffusers: its class as `name`, and its settings"
+    )
+    height: int | None = option(None, "of the images in pixels; by default the pipeline's own", at_least=8)
+    width: int | None = option(None, "of the images in pixels; by default the pipeline's own", at_least=8)
+    offload_text_encoder: bool = option(False, "keep on the GPU only the component that is running")
+    call: dict[str, Any] = option(dict, "anything else that the pipeline's `__call__` takes: teacher.call.NAME=...")
 
 
 @dataclass
 class GenerateConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     output_dir: str = option(MISSING, "folder of the dataset")
-    class_labels: Any = option("all", "`all`, a list of classes, or a text file with one class per line")
-    num_trajectories: int = option(2000, "guided sampling runs to record", at_least=1)
-    num_inference_steps: int = option(20, "denoising steps, and so records, per trajectory", at_least=1)
-    guidance_scale: list[float] = option(
-        lambda: [1.0, 6.0], "lowest and highest scale; each trajectory draws its own, uniformly"
+    prompts: str | None = option(
+        None,
+        "a file or `s3://` object: .txt with one prompt per line, or .jsonl, .csv, .parquet with a column prompt and "
+        "perhaps negative_prompt, seed, guidance_scale, class_label",
     )
+    class_labels: Any = option("all", "without prompts: `all`, a list, or a text file with one class per line")
+    num_trajectories_per_condition: int = option(1, "guided sampling runs of each prompt or class", at_least=1)
+    num_trajectories: int | None = option(
+        None, "in place of that: how many in all, prompts or classes taking turns", at_least=1
+    )
+    num_inference_steps: int = option(20, "denoising steps per trajectory", at_least=1)
+    num_recorded_steps: int | None = option(
+        None, "so many random steps of each trajectory are kept; by default all", at_least=1
+    )
+    guidance_scale: list[float] = option(
+        lambda: [1.0, 6.0],
+        "lowest and highest scale; each trajectory draws its own; with `list`, the scales to draw from",
+    )
+    guidance_scale_distribution: str = option("uniform", "how scales are drawn", one_of=DISTRIBUTIONS)
     shift_timesteps: bool = option(True, "shift each unit's timestep grid, so that all timesteps are covered")
     seed: int = option(0, "seed of the dataset: noise and scales follow from it", at_least=0, at_most=MOST)
     trajectories_per_unit: int = option(50, "trajectories in one shard", at_least=1)
     records_per_sample: int = option(64, "longest part of a trajectory stored as one sample", at_least=1)
-    storage_dtype: str = option("float16", "precision of stored latents and targets", one_of=DTYPES)
+    storage_dtype: str = option("float16", "precision of stored latents, targets and token embeddings", one_of=DTYPES)
     batch_size: int = option(50, "trajectories run at once by a worker", at_least=1)
+    preview: int = option(0, "decode the first so many trajectories into preview.png", at_least=0, at_most=1024)
     num_workers: int = option(1, "teachers that run side by side", at_least=1)
     device: str = option("auto", "`auto` (a GPU where there is one), `cuda` or `cpu`")
     num_cpus: float = option(1.0, "CPU cores that Ray keeps for each worker", at_least=0, at_most=4096)

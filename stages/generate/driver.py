@@ -14,9 +14,11 @@ from stages.base import first_line
 from stages.errors import StorageError, UserError
 from stages.generate.config import EXECUTION_KEYS, GenerateConfig
 from stages.generate.plan import Plan
+from stages.generate.preview import write_preview_grid
 from stages.progress import progress
 from stages.records.dataset import publish, read_commits, read_info, write_info
 from stages.records.storage import write_json
+from stages.sampling import Condition
 
 MAX_ATTEMPTS = 3
 POLL_SECONDS = 1.0
@@ -112,11 +114,12 @@ class Driver:
             )
         assert self.info is not None
         commits = read_commits(self.root)
+        write_preview_grid(self.root)
         publish(self.root, self.info, [commits[unit] for unit in range(len(self.plan))])
         return summary
 
     def _drive(self, fleet: Fleet) -> None:
-        total = self.config.num_trajectories * self.config.num_inference_steps
+        total = self.plan.num_trajectories * self.plan.records_per_trajectory
         done = sum(row["records"] for rows in self.committed.values() for row in rows)
         with progress(total, "generate", "records", initial=done) as bar:
             while self.todo or self.in_flight:
@@ -140,9 +143,9 @@ class Driver:
         if self.info is None:
             self.info = {
                 "teacher": facts,
-                "guidance": {"rule": "cfg", "scale_range": list(self.config.guidance_scale)},
-                "conditions": {"class_labels": sorted(set(self.plan.class_labels))},
-                "plan": {"units": len(self.plan), "trajectories": self.config.num_trajectories},
+                "guidance": {"rule": facts["guidance_rule"], "scale_range": self.plan.scale_range},
+                "conditions": describe_conditions(self.plan.conditions),
+                "plan": {"units": len(self.plan), "trajectories": self.plan.num_trajectories},
                 "config": defining(self.config),
             }
             write_info(self.root, self.info)
@@ -197,6 +200,14 @@ class Driver:
             "seconds": seconds,
             "records_per_second": self.records_made / seconds,
         }
+
+
+def describe_conditions(conditions: list[Condition]) -> dict[str, Any]:
+    """What `dataset.json` tells of what was sampled: the classes, and how many prompts."""
+    labels = sorted({condition["class_label"] for condition in conditions if "class_label" in condition})
+    prompts = {condition["prompt"] for condition in conditions if "prompt" in condition}
+    negative = {condition["negative_prompt"] for condition in conditions if "negative_prompt" in condition}
+    return {"class_labels": labels, "prompts": len(prompts), "negative_prompts": len(negative)}
 
 
 def defining(config: GenerateConfig) -> dict[str, Any]:

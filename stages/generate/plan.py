@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 
-from stages.base import DENOISER_NAMES, first_line, resolve_model
 from stages.config import check_bounds
 from stages.errors import UserError
+from stages.generate.conditions import count_timesteps, read_conditions
 from stages.generate.config import GenerateConfig
+from stages.sampling import Condition
 
 GOLDEN_RATIO = 0.6180339887498949
 
 
 @dataclass(frozen=True)
 class PlannedTrajectory:
-    """What is decided of a trajectory before the teacher runs."""
+    """What is decided of a trajectory before the teacher runs; `steps` are the ones to record, None for all."""
 
     index: int
     seed: int
     guidance_scale: float
-    class_label: int
+    condition: Condition
+    steps: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,106 +49,81 @@ class Plan:
     def __init__(self, config: GenerateConfig) -> None:
         check(config)
         self.config = config
-        self.class_labels = read_class_labels(config)
+        self.conditions = read_conditions(config)
+        self.num_trajectories = config.num_trajectories or len(self.conditions) * config.num_trajectories_per_condition
 
     def __len__(self) -> int:
-        return -(-self.config.num_trajectories // self.config.trajectories_per_unit)
+        return -(-self.num_trajectories // self.config.trajectories_per_unit)
+
+    @property
+    def records_per_trajectory(self) -> int:
+        return self.config.num_recorded_steps or self.config.num_inference_steps
+
+    @property
+    def scale_range(self) -> list[float]:
+        """The lowest and the highest scale that a trajectory can have."""
+        given = [c["guidance_scale"] for c in self.conditions if "guidance_scale" in c]
+        drawn = self.config.guidance_scale if len(given) < len(self.conditions) else []
+        return [min([*given, *drawn]), max([*given, *drawn])]
 
     def unit(self, index: int) -> Unit:
-        size, total = self.config.trajectories_per_unit, self.config.num_trajectories
-        indices = range(index * size, min((index + 1) * size, total))
+        size = self.config.trajectories_per_unit
+        indices = range(index * size, min((index + 1) * size, self.num_trajectories))
         # A golden-ratio sequence spreads any number of shifts evenly over the spacing; a random one leaves holes.
         shift = ((index + 0.5) * GOLDEN_RATIO) % 1.0 if self.config.shift_timesteps else 0.0
         return Unit(index, [self.trajectory(i) for i in indices], shift)
 
     def trajectory(self, index: int) -> PlannedTrajectory:
         sequence = np.random.SeedSequence([self.config.seed, index])
-        low, high = self.config.guidance_scale
-        scale = low + (high - low) * np.random.default_rng(sequence).random()
-        seed = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
-        return PlannedTrajectory(index, seed, float(scale), self.class_labels[index % len(self.class_labels)])
+        random = np.random.default_rng(sequence)
+        repetition, place = divmod(index, len(self.conditions))
+        condition = dict(self.conditions[place])
+        scale = draw_scale(self.config, random)
+        scale = condition.pop("guidance_scale", scale)
+        seed = condition.pop("seed", None)
+        if seed is None or repetition:
+            origin = sequence if seed is None else np.random.SeedSequence([seed, repetition])
+            seed = int(origin.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        steps = None
+        if self.config.num_recorded_steps is not None:
+            chosen = random.choice(self.config.num_inference_steps, self.config.num_recorded_steps, replace=False)
+            steps = sorted(chosen.tolist())
+        return PlannedTrajectory(index, seed, scale, condition, steps)
+
+
+def draw_scale(config: GenerateConfig, random: np.random.Generator) -> float:
+    """A guidance scale from the distribution that the configuration names."""
+    scales = config.guidance_scale
+    if config.guidance_scale_distribution == "list":
+        return float(scales[int(random.integers(len(scales)))])
+    low, high = scales
+    if config.guidance_scale_distribution == "log_uniform":
+        return math.exp(math.log(low) + (math.log(high) - math.log(low)) * random.random())
+    return float(low + (high - low) * random.random())
 
 
 def check(config: GenerateConfig) -> None:
     """Refuse what no run could carry out, before anything is loaded."""
     check_bounds(config)
     scale = config.guidance_scale
-    if len(scale) != 2:
-        raise UserError(f"guidance_scale={list(scale)}: give the lowest and the highest scale, e.g. [1, 6]")
-    if scale[0] < 1:
-        raise UserError(f"guidance_scale={list(scale)}: scales below 1 are not guidance: begin the range at 1 or above")
-    if not scale[0] <= scale[1] < float("inf"):
-        raise UserError(f"guidance_scale={list(scale)}: the range is upside down or endless: lowest scale first")
-    steps = config.num_inference_steps
-    if steps > (most := count_timesteps(config.teacher.pretrained_model_name_or_path)):
-        raise UserError(f"num_inference_steps={steps}: at most {most}, the timesteps of the teacher's scheduler")
-
-
-def read_class_labels(config: GenerateConfig) -> list[int]:
-    """The classes asked for, each of which the teacher knows."""
-    known = count_classes(config.teacher.pretrained_model_name_or_path)
-    asked = config.class_labels
-    if asked == "all":
-        return list(range(known))
-    if not isinstance(asked, (str, list)):
-        raise UserError(f"class_labels={asked}: give `all`, a list of classes, or a text file")
-    named = asked if isinstance(asked, str) else "class_labels"
-    labels = _read_lines(Path(asked)) if isinstance(asked, str) else asked
-    if not labels:
-        raise UserError(f"{named}: empty: name at least one class")
-    return [_class_label(value, known, named) for value in labels]
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().split()
-    except (OSError, UnicodeDecodeError) as error:
+    told = f"guidance_scale={list(scale)}"
+    if config.guidance_scale_distribution == "list":
+        if not scale:
+            raise UserError(f"{told}: empty: name the scales to draw from")
+    elif len(scale) != 2:
+        raise UserError(f"{told}: give the lowest and the highest scale, e.g. [1, 6]")
+    elif scale[0] > scale[1]:
+        raise UserError(f"{told}: the range is upside down: lowest scale first")
+    if not all(value >= 1 for value in scale):
+        raise UserError(f"{told}: scales below 1 are not guidance: begin at 1 or above")
+    if not all(value < float("inf") for value in scale):
+        raise UserError(f"{told}: endless: give finite scales")
+    if config.num_trajectories is not None and config.num_trajectories_per_condition != 1:
         raise UserError(
-            f"{path}: no readable file of classes ({first_line(error)}): give `all`, a list, or a file"
-        ) from error
-
-
-def _class_label(value: Any, known: int, named: str) -> int:
-    if isinstance(value, bool) or not str(value).lstrip("-").isdecimal():
-        raise UserError(f"{named}: {value!r} is not a class: classes are whole numbers, one per line")
-    label = int(value)
-    if not 0 <= label < known:
-        raise UserError(f"{named}: class {label} is out of range: the teacher knows 0 to {known - 1}")
-    return label
-
-
-def count_classes(name_or_path: str) -> int:
-    """How many classes a class-conditional pipeline knows, from its configuration alone."""
-    index = read_config(name_or_path)
-    if labels := index.get("id2label"):
-        return len(labels)
-    subfolder = next((name for name in DENOISER_NAMES if name in index), DENOISER_NAMES[0])
-    denoiser = read_config(name_or_path, subfolder)
-    count = denoiser.get("num_embeds_ada_norm") or denoiser.get("num_class_embeds")
-    if not count:
-        raise UserError(
-            f"{name_or_path}: not class-conditional: only teachers that take `class_labels` can be recorded yet"
+            f"num_trajectories={config.num_trajectories}: tells the same as num_trajectories_per_condition: give one of them"
         )
-    return int(count)
-
-
-def count_timesteps(name_or_path: str) -> int:
-    """How many timesteps a pipeline's scheduler was trained with."""
-    return int(read_config(name_or_path, "scheduler").get("num_train_timesteps", 1000))
-
-
-def read_config(name_or_path: str, component: str | None = None) -> dict[str, Any]:
-    """The configuration of a pipeline, or of one of its components; no weights are loaded.
-
-    Raises:
-        UserError: there is none to be read.
-    """
-    kind: Any = {None: DiffusionPipeline, "scheduler": DDIMScheduler}.get(component, ModelMixin)  # each knows its file
-    try:
-        read = kind.load_config(resolve_model(name_or_path), subfolder=component)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"teacher.pretrained_model_name_or_path={name_or_path}: neither a folder with a diffusers pipeline nor a hub id "
-            f"that can be reached ({first_line(error)})"
-        ) from error
-    return dict(read[0] if isinstance(read, tuple) else read)
+    steps = config.num_inference_steps
+    if config.num_recorded_steps is not None and config.num_recorded_steps > steps:
+        raise UserError(f"num_recorded_steps={config.num_recorded_steps}: at most num_inference_steps={steps}")
+    if steps > (most := count_timesteps(config.teacher)):
+        raise UserError(f"num_inference_steps={steps}: at most {most}, the timesteps of the teacher's scheduler")

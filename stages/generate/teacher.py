@@ -2,48 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from diffusers.guiders import BaseGuidance
 from torch import Tensor
 
-from stages.base import choose_device, denoiser_of, fingerprint, load_pipeline, undecoded
+from stages.base import choose_device, diffusers_class, first_line, load_pipeline
+from stages.denoiser import denoiser_of, fingerprint
 from stages.errors import UserError
-from stages.generate.config import GenerateConfig
+from stages.generate.config import GenerateConfig, TeacherConfig
+from stages.generate.layout import find_layout, guidance_rule
 from stages.generate.plan import PlannedTrajectory, Unit
-from stages.generate.recorder import Recording, record, shifted_timesteps
+from stages.generate.recorder import Recording, record
+from stages.generate.scale import PerSampleScale
+from stages.generate.schedule import shifted_timesteps
 from stages.records.record import Trajectory
-
-# Any scale above 1 makes a pipeline run both passes; the recorder then puts each sample's own in its place.
-SCALE_THAT_GUIDES = 2.0
+from stages.sampling import Condition, Request, decode, guider_of, sample, undecoded
 
 
 class Teacher:
-    """A pipeline with its weights, ready to run units."""
+    """A pipeline with its weights, ready to run units.
 
-    def __init__(self, config: GenerateConfig) -> None:
+    Attributes:
+        previews: decoded images `[c, h, w]` in [-1, 1] of the first trajectories, as many as `preview` asks, by index.
+    """
+
+    def __init__(self, config: GenerateConfig, example: Condition) -> None:
+        """
+        Args:
+            example: a condition to try the pipeline out on.
+
+        Raises:
+            UserError: how the pipeline guides is not certain.
+        """
         self.config = config
         self.device = choose_device(config.device)
         self.storage_dtype = dtype_named(config.storage_dtype, "storage_dtype")
-        dtype = dtype_named(config.teacher.torch_dtype, "teacher.torch_dtype")
-        self.pipe: Any = load_pipeline(config.teacher.pretrained_model_name_or_path, dtype, self.device)
+        self.pipe: Any = load_teacher(config.teacher, self.device)
+        self.arguments = dict(config.teacher.call)
+        self.arguments |= {k: v for k in ("height", "width") if (v := getattr(config.teacher, k)) is not None}
+        check_arguments(self.pipe, self.arguments)
+        self.layout = find_layout(self.pipe, Request([example], [0], config.num_inference_steps, self.arguments))
+        if not self.layout.scale_per_sample and config.batch_size > 1:
+            raise UserError(
+                f"{type(self.pipe).__name__}: its guidance cannot hold several scales in one batch: record with batch_size=1"
+            )
+        self.previews: dict[int, Tensor] = {}
 
     def facts(self) -> dict[str, Any]:
         """What `dataset.json` tells of the teacher; equal on every worker of a run."""
         name, denoiser = denoiser_of(self.pipe)
-        scheduler = self.pipe.scheduler
+        scheduler, told = self.pipe.scheduler, self.config.teacher
         return {
-            "pretrained_model_name_or_path": self.config.teacher.pretrained_model_name_or_path,
+            "pretrained_model_name_or_path": told.pretrained_model_name_or_path,
+            "revision": told.revision,
+            "variant": told.variant,
             "pipeline_class": type(self.pipe).__name__,
             "denoiser_class": type(denoiser).__name__,
             "denoiser_subfolder": name,
             "denoiser_fingerprint": fingerprint(denoiser),
-            "torch_dtype": self.config.teacher.torch_dtype,
+            "torch_dtype": told.torch_dtype,
             "scheduler_class": type(scheduler).__name__,
             "scheduler_config": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
             "prediction_type": scheduler.config.get("prediction_type"),
+            "guidance_rule": guidance_rule(self.pipe, self.arguments),
+            "arguments": self.arguments,
+            "layout": self.layout.facts(),
         }
 
     def run(self, unit: Unit) -> Iterator[Trajectory]:
@@ -58,48 +87,104 @@ class Teacher:
             yield from self._split(batch, self._record(batch, unit.shift))
 
     def _record(self, batch: list[PlannedTrajectory], shift: float) -> Recording:
-        labels = [planned.class_label for planned in batch]
-        requested = {"class_labels": torch.tensor(labels, device=self.device)}
-        scales = torch.tensor([planned.guidance_scale for planned in batch], device=self.device)
+        scales = torch.tensor([planned.guidance_scale for planned in batch])
+        steps = None if batch[0].steps is None else torch.tensor([planned.steps for planned in batch])
+        request = Request(
+            [planned.condition for planned in batch],
+            [planned.seed for planned in batch],
+            self.config.num_inference_steps,
+            self.arguments,
+        )
         with ExitStack() as stack:
-            stack.enter_context(undecoded(self.pipe))
+            latents = stack.enter_context(undecoded(self.pipe))
             if self.config.shift_timesteps:
                 stack.enter_context(shifted_timesteps(self.pipe.scheduler, shift))
-            recorder = stack.enter_context(record(self.pipe, scales, requested))
-            self.pipe(
-                class_labels=labels,
-                guidance_scale=SCALE_THAT_GUIDES,
-                generator=[torch.Generator().manual_seed(planned.seed) for planned in batch],
-                num_inference_steps=self.config.num_inference_steps,
-                output_type="pt",
-            )
+            recorder = stack.enter_context(record(self.pipe, self.layout, len(batch), steps))
+            sample(self.pipe, request, PerSampleScale(scales) if self.layout.scale_per_sample else float(scales[0]))
+        shown = [i for i, planned in enumerate(batch) if planned.index < self.config.preview]
+        if shown:
+            images = decode(self.pipe, latents[0][shown]).cpu()
+            self.previews |= {batch[i].index: image for i, image in zip(shown, images, strict=True)}
         return recorder.recording()
 
     def _split(self, batch: list[PlannedTrajectory], recording: Recording) -> Iterator[Trajectory]:
-        latent = self._stored(recording.latent, "latent", batch)
-        target = self._stored(recording.target, "target", batch)
-        timestep, cond = recording.timestep.cpu(), {name: value.cpu() for name, value in recording.cond.items()}
+        def planned_at(record: int) -> str:
+            owner, step = int(recording.owner[record]), int(recording.step[record])
+            return f"trajectory {batch[owner].index}, step {step}"
+
+        latent = self._stored(recording.latent, "latent", planned_at)
+        target = self._stored(recording.target, "target", planned_at)
+        cond = {
+            name: self._stored(value, name, lambda i: f"trajectory {batch[i].index}") if value.ndim > 2 else value.cpu()
+            for name, value in recording.cond.items()
+        }
+        timestep = recording.timestep.cpu()
         for i, planned in enumerate(batch):
+            mine = recording.owner == i
             yield Trajectory(
                 index=planned.index,
                 seed=planned.seed,
                 guidance_scale=planned.guidance_scale,
-                condition={"class_label": planned.class_label},
-                latent=latent[:, i],
-                timestep=timestep[:, i],
-                target=target[:, i],
+                condition=planned.condition,
+                latent=latent[mine],
+                timestep=timestep[mine],
+                target=target[mine],
                 cond={name: value[i] for name, value in cond.items()},
             )
 
-    def _stored(self, values: Tensor, name: str, batch: list[PlannedTrajectory]) -> Tensor:
-        """`[k, n, ...]` in the storage dtype on the CPU, every number of it finite."""
+    def _stored(self, values: Tensor, name: str, place: Callable[[int], str]) -> Tensor:
+        """`[m, ...]` in the storage dtype on the CPU, every number of it finite."""
+        if not values.is_floating_point():
+            return values.cpu()
         stored = values.to(self.storage_dtype)
         if not bool(stored.isfinite().all()):
-            step, i = (~stored.isfinite()).flatten(2).any(2).nonzero()[0].tolist()
-            overflow = bool(values[step, i].isfinite().all())
-            cause = f"does not fit into {self.config.storage_dtype}" if overflow else "is not finite"
-            raise UserError(f"trajectory {batch[i].index}, step {step}: the teacher's {name} {cause}")
+            first = int((~stored.isfinite()).flatten(1).any(1).nonzero()[0])
+            overflow = bool(values[first].isfinite().all())
+            cause = f"does not fit into storage_dtype={self.config.storage_dtype}" if overflow else "is not finite"
+            raise UserError(f"{place(first)}: the teacher's {name} {cause}")
         return stored.cpu()
+
+
+def load_teacher(config: TeacherConfig, device: str) -> Any:
+    """The pipeline that a configuration names, on its device, with the scheduler it asks for."""
+    dtype = dtype_named(config.torch_dtype, "teacher.torch_dtype")
+    source = {"revision": config.revision, "variant": config.variant}
+    place = "cpu" if config.offload_text_encoder else device
+    kind = "ModularPipeline" if config.guider else config.pipeline_class
+    pipe: Any = load_pipeline(config.pretrained_model_name_or_path, dtype, place, kind, **source)
+    if config.guider:
+        pipe.update_components(guider=new_guider(dict(config.guider)))
+    if config.offload_text_encoder:
+        if device == "cpu":
+            raise UserError("teacher.offload_text_encoder=true: there is no GPU to keep it off")
+        pipe.enable_model_cpu_offload(device=device)
+    if config.scheduler is not None:
+        kind = diffusers_class(config.scheduler, "teacher.scheduler")
+        if not hasattr(kind, "set_timesteps"):
+            raise UserError(f"teacher.scheduler={config.scheduler}: no scheduler")
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def new_guider(settings: dict[str, Any]) -> Any:
+    """A guider of diffusers from its class's `name` and its settings."""
+    kind = diffusers_class(str(settings.pop("name", None)), "teacher.guider.name")
+    if not issubclass(kind, BaseGuidance):
+        raise UserError(f"teacher.guider.name={kind.__name__}: no guider")
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise UserError(f"teacher.guider: {kind.__name__} does not take that: {first_line(error)}") from error
+
+
+def check_arguments(pipe: Any, arguments: dict[str, Any]) -> None:
+    """Refuse what a pipeline's `__call__` does not take."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    for name in arguments:
+        if guider_of(pipe) is None and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise UserError(f"teacher.call.{name}: {type(pipe).__name__} takes no such argument{hint}")
 
 
 def dtype_named(name: str, key: str) -> torch.dtype:

@@ -7,6 +7,7 @@ from typing import Any
 
 from stages.generate.config import GenerateConfig
 from stages.generate.plan import Plan
+from stages.generate.preview import write_preview
 from stages.generate.teacher import Teacher
 from stages.records.dataset import commit_unit
 
@@ -20,12 +21,14 @@ class UnitWorker:
     def load(self) -> dict[str, Any]:
         """Load the teacher and tell its facts."""
         self.plan = Plan(self.config)
-        self.teacher = Teacher(self.config)
+        self.teacher = Teacher(self.config, self.plan.conditions[0])
         return self.teacher.facts()
 
     def make(self, index: int) -> int:
         """Make one unit, commit it, and tell how many records it holds."""
         trajectories = self.teacher.run(self.plan.unit(index))
         parts = [part for trajectory in trajectories for part in trajectory.parts(self.config.records_per_sample)]
+        while self.teacher.previews:
+            write_preview(Path(self.config.output_dir), *self.teacher.previews.popitem())
         commit = commit_unit(Path(self.config.output_dir), index, parts)
         return sum(row["records"] for row in commit["samples"])

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.records.record import CONDITION_PREFIX
 
@@ -57,6 +59,7 @@ class Batch:
 
 
 def concatenate(parts: list[Batch]) -> Batch:
+    """One batch; token embeddings of several lengths are padded, as `collate` does."""
     if len(parts) == 1:
         return parts[0]
     return Batch(
@@ -64,8 +67,35 @@ def concatenate(parts: list[Batch]) -> Batch:
         torch.cat([part.timestep for part in parts]),
         torch.cat([part.target for part in parts]),
         torch.cat([part.scale for part in parts]),
-        {name: torch.cat([part.cond[name] for part in parts]) for name in parts[0].cond},
+        {name: torch.cat(padded([part.cond[name] for part in parts], 1)) for name in parts[0].cond},
     )
+
+
+def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The conditions of several samples, by name `[n, ...]`; shorter token embeddings and their masks are padded with zeros.
+
+    Raises:
+        UserError: embeddings differ in length and have no mask to tell the padding by.
+    """
+    collated = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if len({value.shape for value in values}) > 1 and values[0].ndim == 2 and f"{name}_mask" not in rows[0]:
+            raise UserError(
+                f"cond.{name} differs in length from sample to sample and has no mask: such data cannot be mixed"
+            )
+        collated[name] = torch.stack(padded(values, 0))
+    return collated
+
+
+def padded(values: list[Tensor], dim: int) -> list[Tensor]:
+    """Tensors that differ in one dimension, filled up with zeros there to the longest."""
+    if values[0].ndim <= dim:
+        return values
+    longest = max(value.shape[dim] for value in values)
+    return [
+        functional.pad(value, [0, 0] * (value.ndim - dim - 1) + [0, longest - value.shape[dim]]) for value in values
+    ]
 
 
 def hold_out(manifest: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.Table]:
@@ -77,7 +107,29 @@ def hold_out(manifest: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.
     return manifest.filter(pa.array(~held)), manifest.filter(pa.array(held))
 
 
-def load(dataset: Dataset, rows: list[dict[str, Any]]) -> Batch:
+@dataclass(frozen=True)
+class Window:
+    """All records of some samples: those of each sample share its conditions, which are held once.
+
+    Attributes:
+        records: every tensor `[m, ...]`, with no conditions.
+        owner: `[m]`, the sample of each record.
+        cond: `[n, ...]`, by the denoiser's argument names.
+    """
+
+    records: Batch
+    owner: Tensor
+    cond: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def take(self, chosen: Tensor) -> Batch:
+        part, owner = self.records.take(chosen), self.owner[chosen]
+        return replace(part, cond={name: value[owner] for name, value in self.cond.items()})
+
+
+def load(dataset: Dataset, rows: list[dict[str, Any]]) -> Window:
     """All records of some samples, in their order; each shard is opened once."""
     samples: list[dict[str, Tensor]] = [{}] * len(rows)
     for shard in sorted({row["shard"] for row in rows}):
@@ -85,19 +137,19 @@ def load(dataset: Dataset, rows: list[dict[str, Any]]) -> Batch:
             for i, row in enumerate(rows):
                 if row["shard"] == shard:
                     samples[i] = dataset.read(file, row)
-    counts = torch.tensor([row["records"] for row in rows])
-    scales = torch.tensor([row["scale"] for row in rows], dtype=torch.float32)
-    names = [name for name in samples[0] if name.startswith(CONDITION_PREFIX)]
-    return Batch(
+    owner = torch.arange(len(rows)).repeat_interleave(torch.tensor([row["records"] for row in rows]))
+    records = Batch(
         torch.cat([sample["latent"] for sample in samples]),
         torch.cat([sample["timestep"] for sample in samples]),
         torch.cat([sample["target"] for sample in samples]),
-        scales.repeat_interleave(counts),
-        {
-            name.removeprefix(CONDITION_PREFIX): torch.stack([s[name] for s in samples]).repeat_interleave(counts, 0)
-            for name in names
-        },
+        torch.tensor([row["scale"] for row in rows], dtype=torch.float32)[owner],
+        {},
     )
+    conditions = [
+        {k.removeprefix(CONDITION_PREFIX): v for k, v in sample.items() if k.startswith(CONDITION_PREFIX)}
+        for sample in samples
+    ]
+    return Window(records, owner, collate(conditions))
 
 
 class RecordStream:
@@ -127,7 +179,7 @@ class RecordStream:
                     yield concatenate(parts)
                     parts, missing = [], self.batch_size
 
-    def _windows_ahead(self) -> Iterator[tuple[Batch, Tensor]]:
+    def _windows_ahead(self) -> Iterator[tuple[Window, Tensor]]:
         """Each window's records and what is left of their order; the next window is read while one is in use."""
         with ThreadPoolExecutor(max_workers=1) as thread:
             windows = self._windows()

@@ -8,25 +8,47 @@ import torch
 from torch import Tensor, nn
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
-from stages.base import fingerprint, load_denoiser
+from stages.adapters.conditioning import find_conditions
+from stages.base import load_denoiser
+from stages.denoiser import fingerprint, latent_name, unflatten
 from stages.errors import UserError
 from stages.records.dataset import Dataset
+from stages.records.record import CONDITION_PREFIX
 from stages.train.stream import Batch
+
+BASE_KEYS = (
+    "pretrained_model_name_or_path",
+    "revision",
+    "variant",
+    "pipeline_class",
+    "denoiser_class",
+    "denoiser_subfolder",
+    "denoiser_fingerprint",
+)
 
 
 def describe_base(dataset: Dataset) -> dict[str, Any]:
     """What an adapter's folder tells of its data and its base: conditions, trained range, identity of the base."""
-    teacher = dataset.info["teacher"]
-    labels = dataset.info["conditions"]["class_labels"]
+    teacher, conditions = dataset.info["teacher"], dataset.info["conditions"]
     return {
-        "conditions": {"class_labels": {"classes": max(labels) + 1, "trained": labels}},
+        "conditions": find_conditions(condition_tensors(dataset), max(conditions["class_labels"], default=0) + 1),
+        "sampled": conditions,
+        "arguments": teacher["arguments"],
         "scale_range": dataset.info["guidance"]["scale_range"],
+        "guidance_rule": dataset.info["guidance"]["rule"],
         "prediction_type": teacher["prediction_type"],
-        "base": {
-            key: teacher[key]
-            for key in ("pretrained_model_name_or_path", "denoiser_class", "denoiser_subfolder", "denoiser_fingerprint")
-        },
+        "timestep_scale": teacher["layout"]["timestep_scale"],
+        "base": {key: teacher[key] for key in BASE_KEYS},
         "dataset_fingerprint": dataset.fingerprint,
+    }
+
+
+def condition_tensors(dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """Dtype and shape of the conditional inputs that the records hold, by the denoiser's own names."""
+    return {
+        name.removeprefix(CONDITION_PREFIX): told
+        for name, told in dataset.info["tensors"].items()
+        if name.startswith(CONDITION_PREFIX)
     }
 
 
@@ -39,7 +61,8 @@ def load_base(dataset: Dataset, name_or_path: str | None, device: str) -> nn.Mod
     teacher = dataset.info["teacher"]
     path = name_or_path or teacher["pretrained_model_name_or_path"]
     dtype = getattr(torch, teacher["torch_dtype"])
-    denoiser = load_denoiser(path, teacher["denoiser_subfolder"], teacher["denoiser_class"], dtype)
+    source = {} if name_or_path else {key: teacher[key] for key in ("revision", "variant")}
+    denoiser = load_denoiser(path, teacher["denoiser_subfolder"], teacher["denoiser_class"], dtype, **source)
     found = fingerprint(denoiser)
     if found != teacher["denoiser_fingerprint"]:
         raise UserError(
@@ -50,19 +73,35 @@ def load_base(dataset: Dataset, name_or_path: str | None, device: str) -> nn.Mod
 
 
 class Student:
-    """Predicts the guided output of a batch in one conditional pass."""
+    """Predicts the guided output of a batch in one conditional pass.
 
-    def __init__(self, denoiser: nn.Module, adapter: GuidanceAdapter) -> None:
+    Args:
+        constants: the denoiser's arguments that are the same in every call, as `dataset.json` tells them.
+    """
+
+    def __init__(self, denoiser: nn.Module, adapter: GuidanceAdapter, constants: dict[str, Any]) -> None:
         self.denoiser, self.adapter = denoiser, adapter.attach(denoiser)
+        self.constants = constants
         self.dtype = next(denoiser.parameters()).dtype
+        self.latent = latent_name(denoiser)
 
     @classmethod
     def create(cls, dataset: Dataset, config: AdapterConfig, name_or_path: str | None, device: str) -> Student:
         denoiser = load_base(dataset, name_or_path, device)
-        return cls(denoiser, GuidanceAdapter.for_denoiser(config, denoiser, describe_base(dataset)).to(device))
+        adapter = GuidanceAdapter.for_denoiser(config, denoiser, describe_base(dataset)).to(device)
+        return cls(denoiser, adapter, dataset.info["teacher"]["layout"]["constants"])
 
     def predict(self, batch: Batch) -> Tensor:
         """The channels of the prediction that the target has `[n, c, ...]`; a learned variance beside them is left out."""
+        constants = {name: restored(value, len(batch), batch.latent.device) for name, value in self.constants.items()}
+        inputs = {self.latent: batch.latent, "timestep": batch.timestep, "return_dict": False}
         with self.adapter.guidance_scale(batch.scale):
-            output = self.denoiser(batch.latent, timestep=batch.timestep, **batch.cond, return_dict=False)[0]
+            output = self.denoiser(**inputs, **unflatten({**constants, **batch.cond}))[0]
         return output[:, : batch.target.shape[1]]
+
+
+def restored(value: Any, n: int, device: torch.device) -> Any:
+    """A constant argument from its JSON, for a batch of n (the inverse of `stages.generate.layout.constant`)."""
+    if isinstance(value, dict) and "tensor" in value:
+        return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]), device=device)
+    return [value["each"]] * n if isinstance(value, dict) else value

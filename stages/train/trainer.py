@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +184,13 @@ class Trainer:
         rows = self.validation_rows.to_pylist()
         total, count = 0.0, 0
         for start in range(0, len(rows), VALIDATION_SAMPLES_AT_ONCE):
-            batch = load(self.dataset, rows[start : start + VALIDATION_SAMPLES_AT_ONCE])
-            if untrained:
-                batch = Batch(batch.latent, batch.timestep, batch.target, torch.ones(len(batch)), batch.cond)
-            total += float(self._errors(batch).sum())
-            count += len(batch)
+            window = load(self.dataset, rows[start : start + VALIDATION_SAMPLES_AT_ONCE])
+            for chosen in torch.arange(len(window)).split(self.config.train_batch_size):
+                batch = window.take(chosen)
+                if untrained:
+                    batch = replace(batch, scale=torch.ones(len(batch)))
+                total += float(self._errors(batch).sum())
+            count += len(window)
         return total / count
 
     def _mean(self, losses: list[Tensor]) -> float:

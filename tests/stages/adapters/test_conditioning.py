@@ -7,7 +7,7 @@ from stages.adapters.conditioning import Conditioning, ScaleEmbedding
 
 def conditioning() -> Conditioning:
     torch.manual_seed(0)
-    return Conditioning(16, {"class_labels": {"classes": 10}})
+    return Conditioning(16, {"class_labels": {"kind": "label", "classes": 10}}, 1.0)
 
 
 def test_scale_timestep_and_class_each_matter() -> None:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
-from stages.base import fingerprint
+from stages.denoiser import fingerprint
 from stages.errors import UserError
 from tests.conftest import VARIANTS, tiny_dit
 
 ABOUT = {
-    "conditions": {"class_labels": {"classes": 10}},
+    "conditions": {"class_labels": {"kind": "label", "classes": 10}},
+    "timestep_scale": 1.0,
     "scale_range": [1.0, 6.0],
     "prediction_type": "epsilon",
     "base": {"pretrained_model_name_or_path": "tiny"},

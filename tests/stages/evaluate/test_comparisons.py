@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from stages.errors import UserError
-from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, check_class_labels, load_pair, sample, settings
+from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, conditions_of, load_pair, sample_setting, settings
+from stages.sampling import Request
 from tests.conftest import save_pipeline, tiny_dit
+
+CONDITIONS = [{"class_label": 1}, {"class_label": 2}]
 
 
 def test_no_guidance_once_and_both_ways_at_every_scale() -> None:
@@ -35,7 +38,7 @@ def test_methods_start_from_the_same_noise_and_cost_what_they_cost(tiny_adapter:
             return _step(prediction, t, sample, *args, **kwargs)
 
         pipe.scheduler.step = step
-        result = sample(pipe, adapter, setting, [1, 2], [10, 11], 4)
+        result = sample_setting(pipe, adapter, setting, Request(CONDITIONS, [10, 11], 4, {}))
         del pipe.scheduler.step
         start[setting.method] = seen[0]
         assert result.latents.shape == (2, 4, 8, 8)
@@ -55,13 +58,19 @@ def test_a_base_of_another_architecture_is_refused(tiny_adapter: Path, tmp_path:
 
 
 def test_classes_the_adapter_never_saw_are_refused(tiny_adapter: Path) -> None:
-    _, adapter = load_pair(str(tiny_adapter), None, "cpu")
-    check_class_labels([0, 9], adapter)
+    pipe, adapter = load_pair(str(tiny_adapter), None, "cpu")
+    assert conditions_of(pipe, adapter, [0, 9], []) == [{"class_label": 0}, {"class_label": 9}]
+    assert len(conditions_of(pipe, adapter, None, [])) == 10
     for labels in ([], [10], [-1]):
         with pytest.raises(UserError, match="trained on: 0 to 9"):
-            check_class_labels(labels, adapter)
+            conditions_of(pipe, adapter, labels, [])
+    with pytest.raises(UserError, match="DiTPipeline takes classes"):
+        conditions_of(pipe, adapter, None, ["a cat"])
 
 
 def test_another_checkpoint_of_the_base_is_accepted(tiny_adapter: Path, other_teacher: Path) -> None:
     pipe, adapter = load_pair(str(tiny_adapter), str(other_teacher), "cpu")
-    assert sample(pipe, adapter, Setting(ONE_PASS, 2.0), [1], [0], 2).denoiser_evaluations == 2
+    assert (
+        sample_setting(pipe, adapter, Setting(ONE_PASS, 2.0), Request(CONDITIONS[:1], [0], 2, {})).denoiser_evaluations
+        == 2
+    )

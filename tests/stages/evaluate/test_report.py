@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from stages.evaluate.comparisons import settings
-from stages.evaluate.report import grid, table, write_report
+from stages.evaluate.report import table, write_report
 
 ROWS = [
     {
@@ -37,15 +37,6 @@ def test_the_table_has_a_line_per_row() -> None:
     assert len(lines) == 1 + len(ROWS)
     assert len({len(line) for line in lines}) == 1
     assert lines[2].split()[:5] == ["guided,", "two", "passes", "1.5", "21.0"]
-
-
-def test_a_grid_has_a_row_per_method() -> None:
-    white, black = torch.ones(3, 1, 8, 8), -torch.ones(3, 1, 8, 8)
-    sheet = grid([white, black])
-    assert sheet.size == (48, 32)
-    assert sheet.getpixel((5, 5)) == (255, 255, 255)
-    assert sheet.getpixel((40, 30)) == (0, 0, 0)
-    assert grid([torch.zeros(1, 3, 8, 8)]).size == (16, 16)
 
 
 def test_the_report_is_one_self_contained_file_with_plots_beside_it(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stages.errors import UserError
-from stages.generate.plan import Plan, count_classes
+from stages.generate.plan import Plan
 from tests.conftest import generate_config
 
 
@@ -44,12 +44,44 @@ def test_shifts_cover_the_spacing_evenly(tiny_teacher: Path) -> None:
     assert plan(tiny_teacher, shift_timesteps=False).unit(3).shift == 0
 
 
-def test_classes_come_from_all_a_list_or_a_file(tiny_teacher: Path, tmp_path: Path) -> None:
-    (tmp_path / "classes.txt").write_text("3\n1\n")
-    assert plan(tiny_teacher).class_labels == list(range(10))
-    assert plan(tiny_teacher, class_labels=[4, 2]).class_labels == [4, 2]
-    assert plan(tiny_teacher, class_labels=str(tmp_path / "classes.txt")).class_labels == [3, 1]
-    assert count_classes(str(tiny_teacher)) == 10
+def test_log_uniform_scales_spend_as_much_on_each_doubling(tiny_teacher: Path) -> None:
+    made = plan(tiny_teacher, guidance_scale=[1.0, 16.0], guidance_scale_distribution="log_uniform")
+    scales = np.array([made.trajectory(i).guidance_scale for i in range(2000)])
+    counts, _ = np.histogram(scales, bins=[1, 2, 4, 8, 16])
+    assert counts.min() > 430
+
+
+def test_scales_of_a_list_are_all_drawn(tiny_teacher: Path) -> None:
+    made = plan(tiny_teacher, guidance_scale=[1.0, 3.0, 7.5], guidance_scale_distribution="list")
+    assert {made.trajectory(i).guidance_scale for i in range(100)} == {1.0, 3.0, 7.5}
+    assert made.scale_range == [1.0, 7.5]
+
+
+def test_every_condition_has_its_trajectories(tiny_teacher: Path) -> None:
+    made = plan(tiny_teacher, num_trajectories=None, num_trajectories_per_condition=3, class_labels=[4, 2])
+    assert made.num_trajectories == 6
+    assert [made.trajectory(i).condition["class_label"] for i in range(6)] == [4, 2] * 3
+
+
+def test_what_a_prompt_brings_along_comes_before_the_draw(tiny_teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"prompt": "a cat", "seed": 5, "guidance_scale": 9.5}\n{"prompt": "a dog", "negative_prompt": "blue"}\n'
+    )
+    made = plan(tiny_teacher, prompts=str(tmp_path / "prompts.jsonl"), num_trajectories=4)
+    cat, dog, cat_again, _ = (made.trajectory(i) for i in range(4))
+    assert (cat.seed, cat.guidance_scale, cat.condition) == (5, 9.5, {"prompt": "a cat"})
+    assert cat_again.seed != 5
+    assert cat_again.guidance_scale == 9.5
+    assert dog.condition == {"prompt": "a dog", "negative_prompt": "blue"}
+    assert made.scale_range == [1.0, 9.5]
+
+
+def test_random_steps_are_drawn_for_each_trajectory(tiny_teacher: Path) -> None:
+    made = plan(tiny_teacher, num_inference_steps=50, num_recorded_steps=5)
+    steps = [made.trajectory(i).steps for i in range(400)]
+    assert all(s == sorted(set(s)) and len(s) == 5 for s in steps if s is not None)
+    assert {step for s in steps if s is not None for step in s} == set(range(50))
+    assert made.records_per_trajectory == 5
 
 
 @pytest.mark.parametrize(
@@ -58,7 +90,11 @@ def test_classes_come_from_all_a_list_or_a_file(tiny_teacher: Path, tmp_path: Pa
         ({"guidance_scale": [3.0, 2.0]}, "upside down"),
         ({"guidance_scale": [0.5, 2.0]}, "below 1"),
         ({"guidance_scale": [1.0, float("inf")]}, "endless"),
-        ({"guidance_scale": [1.0, float("nan")]}, "upside down"),
+        ({"guidance_scale": [1.0, float("nan")]}, "below 1"),
+        ({"guidance_scale": [], "guidance_scale_distribution": "list"}, "name the scales"),
+        ({"guidance_scale_distribution": "normal"}, "one of uniform, log_uniform, list"),
+        ({"num_trajectories_per_condition": 2}, "give one of them"),
+        ({"num_recorded_steps": 5}, "num_recorded_steps=5: at most num_inference_steps=4"),
         ({"guidance_scale": [2.0]}, "lowest and the highest"),
         ({"class_labels": []}, "empty"),
         ({"class_labels": [10]}, "class 10 is out of range: the teacher knows 0 to 9"),
@@ -80,14 +116,3 @@ def test_classes_come_from_all_a_list_or_a_file(tiny_teacher: Path, tmp_path: Pa
 def test_what_no_run_could_carry_out_is_refused_by_name(tiny_teacher: Path, changes: Any, told: str) -> None:
     with pytest.raises(UserError, match=told):
         plan(tiny_teacher, **changes)
-
-
-def test_an_empty_class_file_is_named(tiny_teacher: Path, tmp_path: Path) -> None:
-    (tmp_path / "none.txt").touch()
-    with pytest.raises(UserError, match=r"none\.txt: empty"):
-        plan(tiny_teacher, class_labels=str(tmp_path / "none.txt"))
-
-
-def test_a_teacher_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"pretrained_model_name_or_path=.*missing"):
-        plan(tmp_path / "missing")

@@ -9,32 +9,28 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from stages.base import undecoded
-from stages.errors import UserError
-from stages.generate.recorder import Recording, record, shifted_timesteps
+from stages.generate.layout import find_layout
+from stages.generate.recorder import Recording, record
+from stages.generate.scale import PerSampleScale
+from stages.sampling import Request, sample, undecoded
 from tests.conftest import tiny_dit
 
-LABELS, SCALES, STEPS = [1, 7], [3.0, 7.0], 5
+SCALES, STEPS = [3.0, 7.0], 5
+REQUEST = Request([{"class_label": 1}, {"class_label": 7}], [0, 1], STEPS, {})
 
 
-def generators() -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(i) for i in range(2)]
-
-
-def recorded(pipe: Any) -> tuple[Recording, Tensor]:
+def recorded(pipe: Any, steps: Tensor | None = None) -> tuple[Recording, Tensor]:
     """Two classes at two scales in one batch: the recording, and the final latents."""
-    with (
-        undecoded(pipe) as latents,
-        record(pipe, torch.tensor(SCALES), {"class_labels": torch.tensor(LABELS)}) as recorder,
-    ):
-        pipe(LABELS, 2.0, generators(), STEPS, "pt")
+    layout = find_layout(pipe, REQUEST)
+    with undecoded(pipe) as latents, record(pipe, layout, 2, steps) as recorder:
+        sample(pipe, REQUEST, PerSampleScale(torch.tensor(SCALES)))
     return recorder.recording(), latents[0]
 
 
 def run_alone(pipe: Any, i: int) -> Tensor:
     """The untouched pipeline for one class at one scale: its final latent."""
     with undecoded(pipe) as latents:
-        pipe([LABELS[i]], SCALES[i], [generators()[i]], STEPS, "pt")
+        sample(pipe, Request(REQUEST.conditions[i : i + 1], [i], STEPS, {}), SCALES[i])
     return latents[0][0]
 
 
@@ -51,16 +47,28 @@ def test_scales_of_one_batch_equal_the_pipelines_own_separate_runs(out_channels:
 def test_targets_equal_guidance_by_hand_from_two_separate_passes(out_channels: int) -> None:
     pipe = tiny_dit(out_channels)
     recording, _ = recorded(pipe)
-    assert recording.latent.shape == recording.target.shape == (STEPS, 2, 4, 8, 8)
-    assert torch.equal(recording.cond["class_labels"], torch.tensor(LABELS))
-    for step in range(STEPS):
-        inputs = {"timestep": recording.timestep[step], "return_dict": False}
-        with torch.no_grad():
-            c = pipe.transformer(recording.latent[step], class_labels=torch.tensor(LABELS), **inputs)[0][:, :4]
-            u = pipe.transformer(recording.latent[step], class_labels=torch.tensor([1000, 1000]), **inputs)[0][:, :4]
-        w = torch.tensor(SCALES).view(2, 1, 1, 1)
-        torch.testing.assert_close(recording.target[step], u + w * (c - u), atol=2e-5, rtol=1e-4)
-        assert not torch.allclose(c, u, atol=1e-2)
+    assert recording.latent.shape == recording.target.shape == (2 * STEPS, 4, 8, 8)
+    labels = torch.tensor([1, 7])
+    assert torch.equal(recording.cond["class_labels"], labels)
+    inputs = {"timestep": recording.timestep, "return_dict": False}
+    with torch.no_grad():
+        c = pipe.transformer(recording.latent, class_labels=labels[recording.owner], **inputs)[0][:, :4]
+        u = pipe.transformer(recording.latent, class_labels=torch.full_like(recording.owner, 1000), **inputs)[0][:, :4]
+    w = torch.tensor(SCALES)[recording.owner].view(-1, 1, 1, 1)
+    torch.testing.assert_close(recording.target, u + w * (c - u), atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(c, u, atol=1e-2)
+
+
+def test_only_the_steps_asked_for_are_kept() -> None:
+    pipe = tiny_dit()
+    whole, _ = recorded(pipe)
+    part, _ = recorded(pipe, torch.tensor([[0, 3], [2, 3]]))
+    assert list(zip(part.owner.tolist(), part.step.tolist(), strict=True)) == [(0, 0), (1, 2), (0, 3), (1, 3)]
+    for i, (owner, step) in enumerate(zip(part.owner, part.step, strict=True)):
+        same = int(((whole.owner == owner) & (whole.step == step)).nonzero())
+        assert torch.equal(part.latent[i], whole.latent[same])
+        assert torch.equal(part.target[i], whole.target[same])
+        assert part.timestep[i] == whole.timestep[same]
 
 
 class ClosedForm(ModelMixin, ConfigMixin):
@@ -80,15 +88,16 @@ def test_a_closed_form_teacher_is_recorded_as_known() -> None:
     pipe = tiny_dit()
     pipe.register_modules(transformer=ClosedForm())
     recording, _ = recorded(pipe)
-    guidance = torch.tensor(SCALES) * torch.tensor(LABELS)
-    expected = recording.latent / 2 + guidance.view(1, 2, 1, 1, 1)
-    torch.testing.assert_close(recording.target, expected)
-    previous = DDIMScheduler.from_config(pipe.scheduler.config)
-    previous.set_timesteps(STEPS)
-    for step in range(STEPS - 1):
-        t = int(recording.timestep[step, 0])
-        after = previous.step(recording.target[step], t, recording.latent[step]).prev_sample
-        torch.testing.assert_close(after, recording.latent[step + 1])
+    guidance = (torch.tensor(SCALES) * torch.tensor([1, 7]))[recording.owner]
+    torch.testing.assert_close(recording.target, recording.latent / 2 + guidance.view(-1, 1, 1, 1))
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    for i in range(2):
+        mine = recording.owner == i
+        latents, targets, timesteps = recording.latent[mine], recording.target[mine], recording.timestep[mine]
+        for step in range(STEPS - 1):
+            after = scheduler.step(targets[step], int(timesteps[step]), latents[step]).prev_sample
+            torch.testing.assert_close(after, latents[step + 1])
 
 
 def test_the_pipeline_is_as_it_was_afterwards() -> None:
@@ -99,36 +108,4 @@ def test_the_pipeline_is_as_it_was_afterwards() -> None:
     assert "step" not in vars(pipe.scheduler)
     assert "decode" not in vars(pipe.vae)
     assert not pipe.transformer._forward_hooks
-
-
-def test_a_batch_whose_halves_are_alike_is_refused() -> None:
-    pipe = tiny_dit()
-    nothing = {"class_labels": torch.tensor([1000, 1000])}
-    with pytest.raises(UserError, match="not certain"), undecoded(pipe), record(pipe, torch.tensor(SCALES), nothing):
-        pipe([1000, 1000], 2.0, generators(), STEPS, "pt")
-
-
-def test_an_unguided_batch_is_refused() -> None:
-    pipe = tiny_dit()
-    labels = {"class_labels": torch.tensor(LABELS)}
-    with (
-        pytest.raises(UserError, match="a batch of 2 for 2 guided"),
-        undecoded(pipe),
-        record(pipe, torch.ones(2), labels),
-    ):
-        pipe(LABELS, 1.0, generators(), STEPS, "pt")
-
-
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_shifted_grids_cover_the_training_range_and_stay_inside(spacing: str) -> None:
-    scheduler = DDIMScheduler(timestep_spacing=spacing)
-    seen = set()
-    for shift in torch.arange(0, 1, 0.01).tolist():
-        with shifted_timesteps(scheduler, shift):
-            scheduler.set_timesteps(20)
-        seen |= set(scheduler.timesteps.tolist())
-    assert min(seen) >= 0
-    assert max(seen) <= 999
-    assert len(seen) >= 990
-    scheduler.set_timesteps(20)
-    assert "set_timesteps" not in vars(scheduler)
+    assert not pipe.transformer._forward_pre_hooks

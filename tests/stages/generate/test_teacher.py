@@ -14,7 +14,8 @@ from tests.conftest import generate_config
 
 def teacher(folder: Path, **changes: Any) -> tuple[Teacher, Plan]:
     config = generate_config(folder, Path("nowhere"), **changes)
-    return Teacher(config), Plan(config)
+    plan = Plan(config)
+    return Teacher(config, plan.conditions[0]), plan
 
 
 def test_a_unit_gives_its_trajectories_in_order(tiny_teacher: Path) -> None:
@@ -23,8 +24,8 @@ def test_a_unit_gives_its_trajectories_in_order(tiny_teacher: Path) -> None:
     assert [t.index for t in trajectories] == [3, 4, 5]
     for t, planned in zip(trajectories, plan.unit(1).trajectories, strict=True):
         assert (t.guidance_scale, t.seed) == (planned.guidance_scale, planned.seed)
-        assert t.condition == {"class_label": planned.class_label}
-        assert int(t.cond["class_labels"]) == planned.class_label
+        assert t.condition == planned.condition
+        assert int(t.cond["class_labels"]) == planned.condition["class_label"]
         assert t.latent.shape == t.target.shape == (4, 4, 8, 8)
         assert t.latent.dtype == t.target.dtype == torch.float16
 
@@ -65,7 +66,9 @@ def test_an_overflow_in_storing_names_the_tensor(tiny_teacher: Path) -> None:
     made, plan = teacher(tiny_teacher)
     with torch.no_grad():
         made.pipe.transformer.proj_out_2.bias.fill_(1e5)
-    with pytest.raises(UserError, match="trajectory 3, step 1: the teacher's latent does not fit into float16"):
+    with pytest.raises(
+        UserError, match="trajectory 3, step 1: the teacher's latent does not fit into storage_dtype=float16"
+    ):
         list(made.run(plan.unit(1)))
 
 

@@ -40,7 +40,10 @@ def test_the_description_tells_what_the_dataset_is(dataset: Dataset) -> None:
     assert info["teacher"]["denoiser_class"] == "DiTTransformer2DModel"
     assert info["teacher"]["denoiser_subfolder"] == "transformer"
     assert info["teacher"]["prediction_type"] == "epsilon"
-    assert info["guidance"] == {"rule": "cfg", "scale_range": [1.0, 6.0]}
+    assert info["guidance"] == {
+        "rule": {"name": "ClassifierFreeGuidance", "pipeline": "DiTPipeline"},
+        "scale_range": [1.0, 6.0],
+    }
     assert info["tensors"]["latent"] == {"dtype": "float16", "shape": [4, 8, 8]}
     assert dataset.fingerprint == info["manifest_sha256"]
 

@@ -16,7 +16,8 @@ CONFIG = AdapterConfig(sites=["attention"], hidden_size=16, rank=4)
 
 
 def test_untrained_it_is_the_unguided_teacher_at_the_recorded_inputs(dataset: Dataset, tiny_teacher: Path) -> None:
-    batch = load(dataset, dataset.manifest.to_pylist()).to("cpu", torch.float32)
+    window = load(dataset, dataset.manifest.to_pylist())
+    batch = window.take(torch.arange(len(window))).to("cpu", torch.float32)
     student = Student.create(dataset, CONFIG, None, "cpu")
     teacher = load_pipeline(str(tiny_teacher)).transformer
     with torch.no_grad():
@@ -45,5 +46,6 @@ def test_a_base_that_is_not_there_is_named(dataset: Dataset, tmp_path: Path) -> 
 def test_the_adapter_knows_its_base_and_range(dataset: Dataset) -> None:
     about = describe_base(dataset)
     assert about["scale_range"] == [1.0, 6.0]
-    assert about["conditions"] == {"class_labels": {"classes": 10, "trained": list(range(10))}}
+    assert about["conditions"] == {"class_labels": {"kind": "label", "classes": 10}}
+    assert about["sampled"]["class_labels"] == list(range(10))
     assert about["base"]["denoiser_fingerprint"] == dataset.info["teacher"]["denoiser_fingerprint"]

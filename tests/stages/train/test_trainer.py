@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
-from stages.base import fingerprint
+from stages.denoiser import fingerprint
 from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.train.trainer import Trainer

@@ -1,0 +1,97 @@
+"""What is sampled: prompts or classes, each of them possible for the teacher, found without loading weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+
+from stages.base import first_line, resolve_model
+from stages.denoiser import DENOISER_NAMES
+from stages.errors import UserError
+from stages.generate.config import GenerateConfig, TeacherConfig
+from stages.prompts import read_bytes, read_prompts
+from stages.sampling import Condition
+
+
+def read_conditions(config: GenerateConfig) -> list[Condition]:
+    """The conditions asked for, each of them possible for the teacher; from configurations alone, without weights.
+
+    Raises:
+        UserError: the file is missing, empty or not readable, or a condition is none that the teacher knows.
+    """
+    if config.prompts is not None:
+        return read_prompts(config.prompts)
+    known = count_classes(config.teacher)
+    return [{"class_label": label} for label in read_class_labels(config.class_labels, known)]
+
+
+def read_class_labels(asked: Any, known: int) -> list[int]:
+    """Classes from `all`, a list, or a text file, each of which the teacher knows."""
+    if asked == "all":
+        return list(range(known))
+    if not isinstance(asked, (str, list)):
+        raise UserError(f"class_labels={asked}: give `all`, a list of classes, or a text file")
+    named = asked if isinstance(asked, str) else "class_labels"
+    labels = _read_words(asked) if isinstance(asked, str) else asked
+    if not labels:
+        raise UserError(f"{named}: empty: name at least one class")
+    return [_class_label(value, known, named) for value in labels]
+
+
+def _read_words(path: str) -> list[str]:
+    try:
+        return read_bytes(path).decode().split()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: no readable file of classes ({first_line(error)}): give `all`, a list, or a file"
+        ) from error
+
+
+def _class_label(value: Any, known: int, named: str) -> int:
+    if isinstance(value, bool) or not str(value).lstrip("-").isdecimal():
+        raise UserError(f"{named}: {value!r} is not a class: classes are whole numbers, one per line")
+    label = int(value)
+    if not 0 <= label < known:
+        raise UserError(f"{named}: class {label} is out of range: the teacher knows 0 to {known - 1}")
+    return label
+
+
+def count_classes(teacher: TeacherConfig) -> int:
+    """How many classes a class-conditional pipeline knows, from its configuration alone."""
+    index = read_config(teacher)
+    if labels := index.get("id2label"):
+        return len(labels)
+    subfolder = next((name for name in DENOISER_NAMES if name in index), DENOISER_NAMES[0])
+    denoiser = read_config(teacher, subfolder)
+    count = denoiser.get("num_embeds_ada_norm") or denoiser.get("num_class_embeds")
+    if not count or "tokenizer" in index:
+        raise UserError(
+            f"{teacher.pretrained_model_name_or_path}: not class-conditional: give it prompts=FILE "
+            "(.txt, .jsonl, .csv or .parquet)"
+        )
+    return int(count)
+
+
+def count_timesteps(teacher: TeacherConfig) -> int:
+    """How many timesteps a pipeline's scheduler was trained with."""
+    return int(read_config(teacher, "scheduler").get("num_train_timesteps", 1000))
+
+
+def read_config(teacher: TeacherConfig, component: str | None = None) -> dict[str, Any]:
+    """The configuration of a pipeline, or of one of its components; no weights are loaded.
+
+    Raises:
+        UserError: there is none to be read.
+    """
+    # Any model and any scheduler would do: each knows only what its file is called.
+    kind: Any = {None: DiffusionPipeline, "scheduler": DDIMScheduler}.get(component, UNet2DConditionModel)
+    path = teacher.pretrained_model_name_or_path
+    try:
+        read = kind.load_config(resolve_model(path), subfolder=component, revision=teacher.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"teacher.pretrained_model_name_or_path={path}: neither a folder with a diffusers pipeline nor a hub id "
+            f"that can be reached ({first_line(error)})"
+        ) from error
+    return dict(read[0] if isinstance(read, tuple) else read)

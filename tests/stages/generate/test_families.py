@@ -1,0 +1,90 @@
+"""Every family through the recorder: what is stored is what the untouched pipeline does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stages.denoiser import denoiser_of, unflatten
+from stages.generate.layout import Layout, find_layout
+from stages.generate.recorder import Recording, record
+from stages.generate.scale import PerSampleScale
+from stages.generate.watching import watched
+from stages.sampling import Request, sample, undecoded
+from tests.families import ARGUMENTS, FAMILIES, PROMPTS, build
+
+SCALES, STEPS = (3.0, 7.0), 4
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pipe(family: str) -> Any:
+    return build(family)
+
+
+def ask(family: str, *places: int) -> Request:
+    conditions = [{"prompt": PROMPTS[i]} for i in places]
+    return Request(conditions, list(places), STEPS, ARGUMENTS.get(family, {}))
+
+
+@pytest.fixture(scope="module")
+def layout(pipe: Any, family: str) -> Layout:
+    return find_layout(pipe, ask(family, 0))
+
+
+@pytest.fixture(scope="module")
+def recorded(pipe: Any, family: str, layout: Layout) -> tuple[Recording, Tensor]:
+    """Two prompts at two scales in one batch: the recording, and the final latents."""
+    with undecoded(pipe) as latents, record(pipe, layout, 2) as recorder:
+        sample(pipe, ask(family, 0, 1), PerSampleScale(torch.tensor(SCALES)))
+    return recorder.recording(), latents[0]
+
+
+def test_a_mixed_batch_ends_where_the_untouched_pipeline_ends(
+    pipe: Any, family: str, layout: Layout, recorded: tuple[Recording, Tensor]
+) -> None:
+    assert layout.scale_per_sample
+    for i, scale in enumerate(SCALES):
+        with undecoded(pipe) as latents:
+            sample(pipe, ask(family, i), scale)
+        torch.testing.assert_close(recorded[1][i], latents[0][0], atol=1e-3, rtol=1e-3)
+
+
+def predictions(denoiser: Any, layout: Layout, inputs: dict[str, Any]) -> Tensor:
+    """A pass of its own for these inputs, the guided channels of it."""
+    given = {name: value for name, value in inputs.items() if name != layout.latent}
+    with torch.no_grad():
+        output = denoiser(inputs[layout.latent], **unflatten(given), return_dict=False)[0]
+    return output[:, : layout.target_channels]
+
+
+def test_targets_are_guidance_by_hand_from_two_separate_passes(pipe: Any, family: str, layout: Layout) -> None:
+    denoiser, steps = denoiser_of(pipe)[1], []
+    with undecoded(pipe), watched(pipe, lambda calls, prediction, _: steps.append((calls, prediction.clone()))):
+        sample(pipe, ask(family, 0, 1), PerSampleScale(torch.tensor(SCALES)))
+    assert len(steps) == STEPS
+    null = replace(layout, call=layout.calls - 1 - layout.call, chunk=layout.chunks - 1 - layout.chunk)
+    for calls, prediction in steps:
+        c = predictions(denoiser, layout, layout.conditional(calls, 2))
+        u = predictions(denoiser, layout, null.conditional(calls, 2))
+        expected = u + torch.tensor(SCALES).view(2, *[1] * (c.ndim - 1)) * (c - u)
+        if family == "qwen_image":  # keeps the norm of the conditional prediction, token by token
+            expected = expected * c.norm(dim=-1, keepdim=True) / expected.norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(layout.part(prediction, 2), expected, atol=2e-3, rtol=2e-3)
+        assert not torch.allclose(c, u, atol=1e-3)
+
+
+def test_what_is_recorded_belongs_to_the_conditional_pass(recorded: tuple[Recording, Tensor], layout: Layout) -> None:
+    recording, _ = recorded
+    assert len(recording.latent) == len(recording.target) == len(recording.timestep) == 2 * STEPS
+    assert {len(value) for value in recording.cond.values()} == {2}
+    assert not torch.equal(recording.cond["encoder_hidden_states"][0], recording.cond["encoder_hidden_states"][1])
+    assert set(layout.per_sample) <= set(recording.cond)

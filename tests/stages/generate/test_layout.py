@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AdaptiveProjectedGuidance,
+    ClassifierFreeZeroStarGuidance,
+    ModularPipeline,
+    StableDiffusionPAGPipeline,
+)
+from torch import Tensor
+
+from stages.errors import UserError
+from stages.generate.layout import Layout, constant, find_layout, guidance_rule
+from stages.generate.recorder import record
+from stages.generate.scale import PerSampleScale
+from stages.generate.watching import watched
+from stages.sampling import Request, sample, undecoded
+from tests.conftest import tiny_dit
+from tests.families import PROMPTS, build, save
+
+SCALES, STEPS = (3.0, 7.0), 4
+
+
+def ask(*places: int, **arguments: Any) -> Request:
+    return Request([{"prompt": PROMPTS[i]} for i in places], list(places), STEPS, arguments)
+
+
+def targets_alone(pipe: Any, request: Request, scale: float) -> Tensor:
+    """What the untouched pipeline hands its scheduler `[steps, c, h, w]`, for one prompt."""
+    seen: list[Tensor] = []
+    with undecoded(pipe), watched(pipe, lambda _, prediction, t: seen.append(prediction[0].clone())):
+        sample(pipe, request, scale)
+    return torch.stack(seen)
+
+
+def pag() -> Any:
+    pipe = StableDiffusionPAGPipeline(**build("stable_diffusion").components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def modular(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    pipe = ModularPipeline.from_pretrained(str(save("stable_diffusion_xl", tmp_path_factory.mktemp("modular"))))
+    pipe.load_components(torch_dtype=torch.float32)
+    return pipe
+
+
+RULES = ["rescaled", "pag", "apg", "zero_star"]
+
+
+@pytest.fixture(params=RULES)
+def guided(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """(a pipeline, what its call is told, what `dataset.json` must tell of its rule)."""
+    match request.param:
+        case "rescaled":
+            return build("stable_diffusion"), {"guidance_rescale": 0.7}, {"guidance_rescale": 0.7}
+        case "pag":
+            return pag(), {"pag_scale": 2.0}, {"pipeline": "StableDiffusionPAGPipeline", "pag_scale": 2.0}
+        case "apg":
+            pipe, guider = request.getfixturevalue("modular"), AdaptiveProjectedGuidance(eta=0.3)
+            told = {"name": "AdaptiveProjectedGuidance", "eta": 0.3}
+        case _:
+            pipe, guider = request.getfixturevalue("modular"), ClassifierFreeZeroStarGuidance(zero_init_steps=1)
+            told = {"name": "ClassifierFreeZeroStarGuidance", "zero_init_steps": 1}
+    pipe.update_components(guider=guider)
+    return pipe, {}, told
+
+
+def test_any_rule_is_recorded_as_it_acts_with_a_scale_per_sample(guided: Any) -> None:
+    pipe, arguments, told = guided
+    layout = find_layout(pipe, ask(0, **arguments))
+    assert layout.scale_per_sample
+    with undecoded(pipe), record(pipe, layout, 2) as recorder:
+        sample(pipe, ask(0, 1, **arguments), PerSampleScale(torch.tensor(SCALES)))
+    recording = recorder.recording()
+    for i, scale in enumerate(SCALES):
+        alone = targets_alone(pipe, ask(i, **arguments), scale)
+        torch.testing.assert_close(recording.target[recording.owner == i], alone, atol=2e-3, rtol=2e-3)
+    assert told.items() <= guidance_rule(pipe, arguments).items()
+
+
+def test_another_rule_gives_other_targets() -> None:
+    pipe = build("stable_diffusion")
+    plain = targets_alone(pipe, ask(0), 7.0)
+    assert not torch.allclose(plain, targets_alone(pipe, ask(0, guidance_rescale=0.7), 7.0), atol=1e-2)
+    assert not torch.allclose(plain, targets_alone(pag(), ask(0, pag_scale=2.0), 7.0), atol=1e-2)
+
+
+def test_the_conditional_part_is_found_wherever_it_lies() -> None:
+    null_first = find_layout(build("stable_diffusion"), ask(0))
+    assert (null_first.calls, null_first.chunks, null_first.chunk) == (1, 2, 1)
+    classes = Request([{"class_label": 3}], [0], STEPS, {})
+    conditional_first = find_layout(tiny_dit(), classes)
+    assert (conditional_first.calls, conditional_first.chunks, conditional_first.chunk) == (1, 2, 0)
+    assert not conditional_first.learned_variance
+    assert find_layout(tiny_dit(8), classes).learned_variance
+    with_perturbed = find_layout(pag(), ask(0, pag_scale=2.0))
+    assert (with_perturbed.chunks, with_perturbed.chunk) == (3, 1)
+
+
+def test_a_pipeline_whose_parts_are_alike_is_refused() -> None:
+    with pytest.raises(UserError, match="StableDiffusionPipeline: .* is not certain: .* all are alike"):
+        find_layout(build("stable_diffusion"), ask(0, negative_prompt=PROMPTS[0]))
+
+
+def test_a_pipeline_that_guides_by_another_argument_is_refused() -> None:
+    class Renamed(type(build("stable_diffusion"))):  # type: ignore[misc]
+        def __call__(self, prompt: Any, strength_of_guidance: float = 1.0, **kwargs: Any) -> Any:
+            return super().__call__(prompt, guidance_scale=strength_of_guidance, **kwargs)
+
+    pipe = build("stable_diffusion")
+    pipe.__class__ = Renamed
+    with pytest.raises(UserError, match="Renamed takes none of true_cfg_scale, guidance_scale: name its argument"):
+        find_layout(pipe, ask(0))
+
+
+def test_scales_that_cannot_be_mixed_are_noticed() -> None:
+    class Doubling(type(build("stable_diffusion"))):  # type: ignore[misc]
+        def __call__(self, *args: Any, guidance_scale: float = 1.0, **kwargs: Any) -> Any:
+            return super().__call__(*args, guidance_scale=float(guidance_scale), **kwargs)
+
+    pipe = build("stable_diffusion")
+    pipe.__class__ = Doubling
+    assert not find_layout(pipe, ask(0)).scale_per_sample
+
+
+def test_a_teacher_that_guidance_does_not_change_is_refused() -> None:
+    pipe = build("stable_diffusion")
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.zero_()
+    with pytest.raises(UserError, match="cannot be guided"):
+        find_layout(pipe, ask(0))
+
+
+def test_arguments_are_constants_or_belong_to_samples() -> None:
+    assert constant([[(1, 4, 4)]] * 2, 2) == {"each": [[1, 4, 4]]}
+    assert constant([[(1, 4, 4)]] * 2, 3) == [[[1, 4, 4]], [[1, 4, 4]]]
+    assert constant(torch.eye(2), 2) == {"tensor": [[1.0, 0.0], [0.0, 1.0]], "dtype": "float32"}
+    assert constant("word", 1) == "word"
+    chroma = Layout(
+        "x", 1, 0, 2, 1, ("prompt",), ("prompt_mask",), {"ids": constant(torch.arange(3), 4)}, 1.0, 4, False
+    )
+    prompt = torch.arange(12.0).view(2, 3, 2)
+    found = chroma.conditions({"x": torch.zeros(2), "prompt": prompt, "ids": torch.arange(3)}, 2)
+    assert torch.equal(found["prompt"], prompt)
+    assert torch.equal(found["prompt_mask"], torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(UserError, match="ids changes from call to call"):
+        chroma.conditions({"prompt": prompt, "ids": torch.arange(4)}, 2)
+
+
+def test_a_step_without_guidance_has_the_conditional_call_alone() -> None:
+    layout = replace(Layout("x", 2, 1, 1, 0, (), (), {}, 1.0, 4, False))
+    first, second = {"x": torch.zeros(2)}, {"x": torch.ones(2)}
+    assert torch.equal(layout.conditional([first, second], 2)["x"], second["x"])
+    assert torch.equal(layout.conditional([first], 2)["x"], first["x"])
+    with pytest.raises(UserError, match="3 denoiser calls in one step where 2 were found"):
+        layout.conditional([first] * 3, 2)
+
+
+def test_facts_are_json(tmp_path: Path) -> None:
+    import json
+
+    facts = find_layout(build("chroma"), ask(0, height=32, width=32, max_sequence_length=32)).facts()
+    assert json.loads(json.dumps(facts)) == facts

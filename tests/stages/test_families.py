@@ -1,0 +1,109 @@
+"""Every family through the whole line: generated, trained on, sampled in one pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.adapters import AdapterConfig, GuidanceAdapter
+from stages.base import load_pipeline
+from stages.denoiser import denoiser_of, unflatten
+from stages.evaluate.comparisons import CFG, ONE_PASS, Setting, conditions_of, load_pair, sample_setting
+from stages.generate.config import TeacherConfig
+from stages.generate.plan import GOLDEN_RATIO
+from stages.generate.schedule import shifted_timesteps
+from stages.generate.watching import watched
+from stages.records.dataset import Dataset
+from stages.records.verification import verify
+from stages.sampling import CALL_DEFAULTS, Request, sample, undecoded
+from stages.train.stream import load
+from stages.train.student import Student
+from stages.train.trainer import Trainer
+from tests.conftest import generate, generate_config, train_config
+from tests.families import ARGUMENTS, FAMILIES, PROMPTS, save
+
+ADAPTER = AdapterConfig(sites=["attention", "feed_forward"], hidden_size=16, rank=4)
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def dataset(family: str, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Six trajectories of two prompts of different length, in two units."""
+    folder = tmp_path_factory.mktemp(family)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    config = generate_config(
+        save(family, folder / "teacher"),
+        folder / "data",
+        prompts=str(prompts),
+        num_trajectories=None,
+        num_trajectories_per_condition=3,
+        storage_dtype="float32",
+        preview=2,
+    )
+    config.teacher = TeacherConfig(config.teacher.pretrained_model_name_or_path, call=ARGUMENTS.get(family, {}))
+    return Dataset(generate(config))
+
+
+def test_the_dataset_is_whole_and_tells_what_was_found(dataset: Dataset) -> None:
+    found = verify(dataset.root)
+    assert found["ok"]
+    assert found["records"] == 6 * 4
+    layout = dataset.info["teacher"]["layout"]
+    assert layout["calls"] * layout["chunks"] == 2
+    assert dataset.info["guidance"]["rule"]["name"] == "ClassifierFreeGuidance"
+    assert dataset.info["conditions"]["prompts"] == 2
+    assert (dataset.root / "preview.png").stat().st_size > 100
+
+
+def test_untrained_the_student_is_the_unguided_teacher(dataset: Dataset) -> None:
+    """At the first step the noise is the same, and so what the untouched pipeline predicts at scale 1 is known."""
+    teacher = dataset.info["teacher"]
+    pipe: Any = load_pipeline(teacher["pretrained_model_name_or_path"])
+    row = next(row for row in dataset.manifest.to_pylist() if row["trajectory"] == 0)
+    batch = load(dataset, [row]).take(torch.tensor([0])).to("cpu", torch.float32)
+    seen: list[torch.Tensor] = []
+    request = Request([{"prompt": row["prompt"]}], [row["seed"]], 4, teacher["arguments"])
+    shifted = shifted_timesteps(pipe.scheduler, 0.5 * GOLDEN_RATIO)
+    with shifted, undecoded(pipe), watched(pipe, lambda calls, prediction, _: seen.append(calls[0])):
+        sample(pipe, request, 1.0)
+    inputs, denoiser = seen[0], denoiser_of(pipe)[1]
+    student = Student.create(dataset, ADAPTER, None, "cpu")
+    torch.testing.assert_close(inputs[student.latent], batch.latent)
+    with torch.no_grad():
+        unguided = denoiser(**unflatten(inputs), return_dict=False)[0]
+        predicted = student.predict(batch)
+    torch.testing.assert_close(predicted, unguided[:, : predicted.shape[1]], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(predicted, batch.target, atol=1e-3)
+
+
+def test_an_adapter_is_trained_and_samples_in_one_pass(dataset: Dataset, tmp_path: Path) -> None:
+    config = train_config(dataset.root, tmp_path / "run", max_train_steps=3, adapter=ADAPTER)
+    summary = Trainer(config).run()
+    assert summary["loss"] > 0
+    pipe, adapter = load_pair(config.output_dir, None, "cpu")
+    request = Request(conditions_of(pipe, adapter, None, PROMPTS), [0, 1], 3, adapter.about["arguments"])
+    guided, one_pass = (sample_setting(pipe, adapter, Setting(method, 3.0), request) for method in (CFG, ONE_PASS))
+    assert (guided.denoiser_evaluations, one_pass.denoiser_evaluations) == (2 * 3 * 2, 3 * 2)
+    assert one_pass.latents.shape == guided.latents.shape
+    adapter.attach(pipe)
+    with undecoded(pipe) as latents:
+        arguments = CALL_DEFAULTS.get(type(pipe).__name__, {}) | adapter.about["arguments"]
+        pipe(PROMPTS[0], guidance_scale=3.0, num_inference_steps=2, output_type="pt", **arguments)
+    assert len(latents) == 1
+
+
+def test_the_adapter_found_its_condition_in_the_records(dataset: Dataset) -> None:
+    student = Student.create(dataset, ADAPTER, None, "cpu")
+    (name,) = student.adapter.about["conditions"]
+    assert name in {"encoder_hidden_states", "added_cond_kwargs.text_embeds", "pooled_projections"}
+    assert isinstance(student.adapter, GuidanceAdapter)
+    assert json.dumps(student.adapter.about)
