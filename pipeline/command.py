@@ -119,7 +119,10 @@ def merge(config: DictConfig, layer: DictConfig) -> None:
             OmegaConf.update(config, key, value)
             OmegaConf.select(config, key)
         except OmegaConfBaseException as error:
-            raise UsageError(f"{key}={value}: {str(error).splitlines()[0]}") from error
+            told = str(error).splitlines()[0]
+            if "is not a ListConfig" in told:
+                told = f"a list is asked for: say {key}=[{value}]"
+            raise UsageError(f"{key}={value}: {told}") from error
 
 
 def leaves(layer: Any, known: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:

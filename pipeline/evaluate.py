@@ -8,10 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.command import run, to_yaml
+from stages.adapters.adapter import WEIGHTS_FILE
 from stages.denoiser import denoiser_of
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation
 from stages.evaluate.report import table, write_report
+from stages.records.shard import hash_file
 from stages.records.storage import whole_file, write_json
 
 
@@ -26,6 +28,7 @@ def main(config: EvaluateConfig) -> None:
         "variant": adapter.variant,
         "parameters": parameters,
         "share": parameters / sum(p.numel() for p in denoiser.parameters()),
+        "adapter_sha256": hash_file(Path(config.adapter_dir) / WEIGHTS_FILE),
         "num_samples": config.num_samples,
         "num_inference_steps": config.num_inference_steps,
     }

@@ -15,11 +15,11 @@ from stages.errors import UserError
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
-def resolve_model(name_or_path: str) -> str:
-    """A folder as given, or the same below the project (so that embedded teachers are found from any directory), or a hub id."""
-    for folder in (Path(name_or_path), PROJECT_ROOT / name_or_path):
-        if folder.is_dir():
-            return str(folder)
+def resolve(name_or_path: str) -> str:
+    """A path as given, or the same below the project (so that what ships is found from any directory), or a name on a hub."""
+    for path in (Path(name_or_path), PROJECT_ROOT / name_or_path):
+        if path.exists():
+            return str(path)
     return name_or_path
 
 
@@ -45,16 +45,26 @@ def load_pipeline(
         pipeline_class: by its name in diffusers; by default the one that the model names.
         source: `revision` and `variant` of the weights.
     """
-    diffusers.utils.logging.disable_progress_bar()
+    quieten()
     kind = diffusers_class(pipeline_class or "DiffusionPipeline", "teacher.pipeline_class")
     try:
-        pipe = kind.from_pretrained(resolve_model(name_or_path), torch_dtype=torch_dtype, **source)
+        pipe = kind.from_pretrained(resolve(name_or_path), torch_dtype=torch_dtype, **source)
         if isinstance(pipe, ModularPipeline):
             pipe.load_components(torch_dtype=torch_dtype)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{name_or_path}: no {kind.__name__} could be loaded from it: {first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def quieten() -> None:
+    """Keep what libraries say while they load from users: of loading, this project's own errors tell."""
+    diffusers.utils.logging.disable_progress_bar()
+    if diffusers.utils.is_transformers_available():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
 
 
 def diffusers_class(name: str, key: str) -> Any:
@@ -71,9 +81,7 @@ def load_denoiser(
     """The denoiser alone, frozen: no text encoder, no VAE, no scheduler is loaded."""
     kind = diffusers_class(class_name, "denoiser_class")
     try:
-        denoiser = kind.from_pretrained(
-            resolve_model(name_or_path), subfolder=subfolder, torch_dtype=torch_dtype, **source
-        )
+        denoiser = kind.from_pretrained(resolve(name_or_path), subfolder=subfolder, torch_dtype=torch_dtype, **source)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name_or_path}: no {class_name} could be loaded from it ({first_line(error)}): "

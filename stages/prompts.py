@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import obstore
+import obstore.store
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.fs
 import pyarrow.json
 import pyarrow.parquet
 
-from stages.base import first_line
+from stages.base import first_line, resolve
 from stages.errors import UserError
 from stages.sampling import Condition
 
@@ -49,7 +51,7 @@ def read_prompts(path: str) -> list[Condition]:
         raise UserError(f"prompts={path}: one of {', '.join(READERS)}")
     try:
         rows = READERS[suffix](read_bytes(path))
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException, obstore.exceptions.BaseError) as error:
         raise UserError(f"prompts={path}: not readable: {first_line(error)}") from error
     if not rows:
         raise UserError(f"prompts={path}: empty: name at least one prompt")
@@ -72,9 +74,13 @@ def _checked(row: dict[str, Any], named: str) -> Condition:
 
 
 def read_bytes(path: str) -> bytes:
-    """The content of a local file, or of an object that pyarrow's filesystems reach (`s3://`, `gs://`)."""
+    """The content of a local file, or of an object in a bucket (`s3://`, `gs://`, `az://`).
+
+    Endpoint and credentials come from the usual environment variables.
+    """
     if "://" not in path:
-        return Path(path).read_bytes()
-    filesystem, place = pa.fs.FileSystem.from_uri(path)
-    with filesystem.open_input_stream(place) as stream:
-        return stream.read()
+        return Path(resolve(path)).read_bytes()
+    folder, _, name = path.rpartition("/")
+    local = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+    store = obstore.store.from_url(folder, client_options={"allow_http": local})
+    return bytes(obstore.get(store, name).bytes())

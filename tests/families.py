@@ -61,14 +61,14 @@ def enliven(denoiser: nn.Module, std: float = 0.2) -> nn.Module:
     return denoiser.eval().requires_grad_(False)
 
 
-def clip(projection: bool = False) -> dict[str, Any]:
+def clip(projection: bool = False, width: int = WIDTH) -> dict[str, Any]:
     tokenizer = CLIPTokenizer().train_new_from_iterator(PROMPTS, vocab_size=400)
     tokenizer.model_max_length = 12
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        projection_dim=WIDTH,
+        hidden_size=width,
+        intermediate_size=width,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=12,

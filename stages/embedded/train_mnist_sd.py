@@ -14,6 +14,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.csv
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
@@ -51,6 +53,13 @@ def captions_of(digits: Digits) -> list[str]:
     """The caption of each digit, its stroke and slant as they are measured."""
     told = torch.cat([digits.labels[:, None], attributes(digits.images)], dim=1)
     return [caption(*row) for row in told.tolist()]
+
+
+def write_prompts(path: Path, digits: Digits) -> None:
+    """The captions of the digits with their classes, in random order, as a file that `prompts=` takes."""
+    captions, order = captions_of(digits), torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
+    table = pa.table({"prompt": [captions[i] for i in order], "class_label": digits.labels[order].tolist()})
+    pyarrow.csv.write_csv(table, path)
 
 
 def new_pipeline(vae: AutoencoderKL, recipe: Recipe) -> StableDiffusionPipeline:
@@ -172,6 +181,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     losses = train(pipe, encode(vae, digits).images, captions_of(digits), recipe)
     pipe.save_pretrained(out)
+    write_prompts(out / "prompts.csv", digits)
     pipe.tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))  # the two files that older tokenizers read
     classifier = DigitClassifier.from_pretrained(HERE / "digits" / "classifier").eval()
     prompts = captions_of(reference)[: recipe.judged_samples]

@@ -99,7 +99,7 @@ class Evaluation:
             self.evaluations[setting] += result.denoiser_evaluations
             self.seconds[setting] += result.seconds
             images = decode(self.pipe, result.latents)
-            self.measures[setting].update(images, [c["class_label"] for c in self._of(indices)])
+            self.measures[setting].update(images, self._of(indices))
             self.shown.setdefault(setting, images[:SHOWN].cpu())
 
     def _row(self, setting: Setting) -> dict[str, Any]:

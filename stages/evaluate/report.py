@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import matplotlib
@@ -19,8 +20,27 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
+
+class Column(NamedTuple):
+    """A column of the table: its head, and how a value is told."""
+
+    title: str
+    told: Callable[[Any], str]
+
+
 TITLES = {NONE: "no guidance", CFG: "guided, two passes", ONE_PASS: "one pass"}
 COLOURS = {NONE: "#888888", CFG: "#1f6fb4", ONE_PASS: "#d9541e"}
+COLUMNS = {
+    "method": Column("method", TITLES.__getitem__),
+    "guidance_scale": Column("scale", "{:g}".format),
+    "frechet_distance": Column("Frechet distance", "{:.1f}".format),
+    "class_accuracy": Column("class accuracy", "{:.3f}".format),
+    "stroke_accuracy": Column("stroke", "{:.3f}".format),
+    "slant_accuracy": Column("slant", "{:.3f}".format),
+    "gap_closed": Column("gap closed", "{:.3f}".format),
+    "denoiser_evaluations": Column("evaluations", "{:g}".format),
+    "time_relative_to_none": Column("time", "{:.2f}x".format),
+}
 PLOTS = {
     "frechet_distance": "Frechet distance to real images (lower is better)",
     "class_accuracy": "share of images of the class asked for",
@@ -28,21 +48,16 @@ PLOTS = {
 }
 
 
+def cells_of(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The table's cells, its head first; columns that no row has are left out."""
+    shown = {name: column for name, column in COLUMNS.items() if name in rows[0]}
+    head = [column.title for column in shown.values()]
+    return [head, *([column.told(row[name]) for name, column in shown.items()] for row in rows)]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text with aligned columns, for a terminal."""
-    cells = [["method", "scale", "Frechet distance", "class accuracy", "gap closed", "evaluations", "time"]]
-    for row in rows:
-        cells.append(
-            [
-                TITLES[row["method"]],
-                f"{row['guidance_scale']:g}",
-                f"{row['frechet_distance']:.1f}",
-                f"{row['class_accuracy']:.3f}",
-                f"{row['gap_closed']:.3f}",
-                f"{row['denoiser_evaluations']:g}",
-                f"{row['time_relative_to_none']:.2f}x",
-            ]
-        )
+    cells = cells_of(rows)
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join(
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
@@ -87,7 +102,7 @@ def write_report(folder: Path, rows: list[dict[str, Any]], shown: dict[Setting, 
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = templates.get_template("report.html.j2").render(
-        rows=rows, titles=TITLES, plots=pictures, grids=grids, about=about
+        rows=rows, cells=cells_of(rows), titles=TITLES, plots=pictures, grids=grids, about=about
     )
     path = folder / "report.html"
     with whole_file(path) as file:

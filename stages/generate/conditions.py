@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import obstore
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 
-from stages.base import first_line, resolve_model
+from stages.base import first_line, resolve
 from stages.denoiser import DENOISER_NAMES
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, TeacherConfig
@@ -42,7 +43,7 @@ def read_class_labels(asked: Any, known: int) -> list[int]:
 def _read_words(path: str) -> list[str]:
     try:
         return read_bytes(path).decode().split()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, obstore.exceptions.BaseError) as error:
         raise UserError(
             f"{path}: no readable file of classes ({first_line(error)}): give `all`, a list, or a file"
         ) from error
@@ -88,7 +89,7 @@ def read_config(teacher: TeacherConfig, component: str | None = None) -> dict[st
     kind: Any = {None: DiffusionPipeline, "scheduler": DDIMScheduler}.get(component, UNet2DConditionModel)
     path = teacher.pretrained_model_name_or_path
     try:
-        read = kind.load_config(resolve_model(path), subfolder=component, revision=teacher.revision)
+        read = kind.load_config(resolve(path), subfolder=component, revision=teacher.revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"teacher.pretrained_model_name_or_path={path}: neither a folder with a diffusers pipeline nor a hub id "

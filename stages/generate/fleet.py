@@ -16,7 +16,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from stages.base import resolve_model
+from stages.base import resolve
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig
 from stages.generate.driver import Failed, Loaded, Made
@@ -33,7 +33,7 @@ class RayFleet:
         self.started_ray = not ray.is_initialized()
         if self.started_ray:
             start_ray(config)
-        path = resolve_model(config.teacher.pretrained_model_name_or_path)
+        path = resolve(config.teacher.pretrained_model_name_or_path)
         teacher = replace(
             config.teacher, pretrained_model_name_or_path=str(Path(path).resolve()) if Path(path).is_dir() else path
         )

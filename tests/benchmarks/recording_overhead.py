@@ -12,10 +12,11 @@ from collections.abc import Callable
 
 import torch
 
-from stages.base import undecoded
 from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.plan import Plan
-from stages.generate.teacher import SCALE_THAT_GUIDES, Teacher
+from stages.generate.scale import GUIDES
+from stages.generate.teacher import Teacher
+from stages.sampling import Request, sample, undecoded
 
 ROUNDS, STEPS = 15, 20
 
@@ -34,13 +35,13 @@ def main(name_or_path: str = "stages/embedded/mnist_dit", batch_size: str = "50"
         TeacherConfig(name_or_path), "unused", num_inference_steps=STEPS, trajectories_per_unit=size, batch_size=size,
         num_trajectories=size, device=device,
     )  # fmt: skip
-    teacher, unit = Teacher(config), Plan(config).unit(0)
-    labels = [planned.class_label for planned in unit.trajectories]
+    plan = Plan(config)
+    teacher, unit = Teacher(config, plan.conditions[0]), plan.unit(0)
+    request = Request([t.condition for t in unit.trajectories], [t.seed for t in unit.trajectories], STEPS, {})
 
     def bare() -> None:
-        generators = [torch.Generator().manual_seed(planned.seed) for planned in unit.trajectories]
         with undecoded(teacher.pipe):
-            teacher.pipe(labels, SCALE_THAT_GUIDES, generators, STEPS, "pt")
+            sample(teacher.pipe, request, GUIDES)
 
     bare()
     ratios = [timed(lambda: list(teacher.run(unit))) / timed(bare) for _ in range(ROUNDS)]

@@ -51,7 +51,7 @@ def test_the_saved_configuration_is_read_back(tmp_path: Path) -> None:
         (["name=x", "zzz=3"], "zzz: no such key: --help lists the keys"),
         (["name=x", "inner.depth=deep"], "inner.depth=deep: Value 'deep'"),
         (["name=x", "scales=[a]"], r"scales=\['a'\]: Value 'a'"),
-        (["name=x", "scales=3"], "scales=3"),
+        (["name=x", "scales=3"], r"scales=3: a list is asked for: say scales=\[3]"),
         (["name=x", "inner=3"], "inner: holds keys of its own: say inner.NAME="),
         (["name=${foo}"], r"name=\$\{foo}: Interpolation key 'foo' not found"),
         (["name=${name}"], r"name=\$\{name}: Recursive interpolation"),

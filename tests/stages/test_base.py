@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.base import choose_device, load_pipeline, resolve_model
+from stages.base import choose_device, load_pipeline, resolve
 from stages.errors import UserError
 
 
@@ -13,9 +13,9 @@ def test_models_are_found_here_below_the_project_or_on_a_hub(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert resolve_model(str(tiny_teacher)) == str(tiny_teacher)
-    assert Path(resolve_model("stages/embedded")).is_dir()
-    assert resolve_model("someone/some-model") == "someone/some-model"
+    assert resolve(str(tiny_teacher)) == str(tiny_teacher)
+    assert Path(resolve("stages/embedded")).is_dir()
+    assert resolve("someone/some-model") == "someone/some-model"
 
 
 def test_what_is_no_pipeline_is_named(tmp_path: Path) -> None:

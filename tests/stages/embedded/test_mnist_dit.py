@@ -46,7 +46,7 @@ def test_guidance_matters(pipe: DiTPipeline) -> None:
         labels = [i % 10 for i in range(200)]
         images = pipe(labels, scale, torch.Generator().manual_seed(0), 20, "pt").images * 2 - 1
         measure = Measure(reference)
-        measure.update(images, labels)
+        measure.update(images, [{"class_label": label} for label in labels])
         found[scale] = measure.compute()
     assert found[2.0]["frechet_distance"] < 0.8 * found[1.0]["frechet_distance"]
     assert found[2.0]["class_accuracy"] > found[1.0]["class_accuracy"] + 0.05

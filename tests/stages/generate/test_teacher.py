@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 
 from stages.errors import UserError
 from stages.generate.plan import Plan
-from stages.generate.teacher import Teacher, dtype_named
+from stages.generate.teacher import Teacher, dtype_named, new_guider
 from tests.conftest import generate_config
+from tests.families import PROMPTS, save
 
 
 def teacher(folder: Path, **changes: Any) -> tuple[Teacher, Plan]:
@@ -83,3 +85,66 @@ def test_a_dtype_is_told_from_a_typing_error() -> None:
     assert dtype_named("bfloat16", "storage_dtype") == torch.bfloat16
     with pytest.raises(UserError, match="storage_dtype=half: one of float32, float16, bfloat16"):
         dtype_named("half", "storage_dtype")
+
+
+def text_teacher(tmp_path: Path, **told: Any) -> Teacher:
+    config = generate_config(save("stable_diffusion", tmp_path / "teacher"), tmp_path)
+    config.teacher = replace(config.teacher, **told)
+    return Teacher(config, {"prompt": PROMPTS[0]})
+
+
+def test_what_the_call_is_told_reaches_the_pipeline(tmp_path: Path) -> None:
+    made = text_teacher(tmp_path, call={"guidance_rescale": 0.5}, height=64, scheduler="DDIMScheduler")
+    assert made.arguments == {"guidance_rescale": 0.5, "height": 64}
+    assert made.facts()["guidance_rule"]["guidance_rescale"] == 0.5
+    assert made.facts()["scheduler_class"] == "DDIMScheduler"
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"call": {"negative_promt": "x"}}, "teacher.call.negative_promt: .* did you mean negative_prompt"),
+        ({"scheduler": "MagicScheduler"}, "teacher.scheduler=MagicScheduler: diffusers .* has no such class"),
+        ({"scheduler": "AutoencoderKL"}, "teacher.scheduler=AutoencoderKL: no scheduler"),
+        ({"pipeline_class": "NoPipeline"}, "teacher.pipeline_class=NoPipeline"),
+        ({"guider": {"name": "AutoencoderKL"}}, "no guider"),
+        ({"guider": {"name": "AdaptiveProjectedGuidance", "etta": 1}}, "AdaptiveProjectedGuidance does not take that"),
+        ({"offload_text_encoder": True}, "there is no GPU"),
+    ],
+)
+def test_what_the_teacher_cannot_be_told_is_named(tmp_path: Path, told: Any, message: str) -> None:
+    if "guider" in told:
+        with pytest.raises(UserError, match=message):
+            new_guider(dict(told["guider"]))
+        return
+    with pytest.raises(UserError, match=message):
+        text_teacher(tmp_path, **told)
+
+
+def test_a_guider_makes_the_modular_pipeline_the_teacher(tmp_path: Path) -> None:
+    config = generate_config(save("stable_diffusion_xl", tmp_path / "teacher"), tmp_path)
+    config.teacher = replace(config.teacher, guider={"name": "AdaptiveProjectedGuidance", "eta": 0.5})
+    facts = Teacher(config, {"prompt": PROMPTS[0]}).facts()
+    assert facts["guidance_rule"]["name"] == "AdaptiveProjectedGuidance"
+    assert facts["guidance_rule"]["eta"] == 0.5
+    assert facts["layout"]["calls"] == 2
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_is_stored_is_chosen_apart_from_what_is_computed(tiny_teacher: Path, dtype: str) -> None:
+    config = generate_config(tiny_teacher, Path("nowhere"), storage_dtype="float32")
+    config.teacher = replace(config.teacher, torch_dtype=dtype)
+    plan = Plan(config)
+    made = Teacher(config, plan.conditions[0])
+    assert made.pipe.transformer.dtype == getattr(torch, dtype)
+    trajectory = next(made.run(plan.unit(0)))
+    assert trajectory.latent.dtype == trajectory.target.dtype == torch.float32
+
+
+def test_only_the_steps_that_are_planned_are_recorded(tiny_teacher: Path) -> None:
+    made, plan = teacher(tiny_teacher, num_inference_steps=10, num_recorded_steps=3, shift_timesteps=False)
+    made.pipe.scheduler.set_timesteps(10)
+    grid = made.pipe.scheduler.timesteps
+    for t, planned in zip(made.run(plan.unit(0)), plan.unit(0).trajectories, strict=True):
+        assert len(t) == 3
+        assert t.timestep.tolist() == grid[planned.steps].tolist()

@@ -10,7 +10,7 @@ import torch
 
 from stages.errors import UserError
 from stages.records.dataset import Dataset
-from stages.train.stream import Batch, RecordStream, hold_out, load
+from stages.train.stream import Batch, RecordStream, collate, concatenate, hold_out, load
 
 
 def stream(dataset: Dataset, **changes: Any) -> RecordStream:
@@ -88,3 +88,20 @@ def test_damage_in_mid_stream_names_the_shard(damaged: Path) -> None:
     (damaged / row["shard"]).write_bytes(content)
     with pytest.raises(UserError, match=Path(row["shard"]).name):
         first(dataset, 10)
+
+
+def test_embeddings_of_several_lengths_are_padded_with_their_masks() -> None:
+    rows = [{"words": torch.ones(n, 3), "words_mask": torch.ones(n, dtype=torch.bool)} for n in (2, 4)]
+    cond = collate(rows)
+    assert cond["words"].shape == (2, 4, 3)
+    assert cond["words"].sum((1, 2)).tolist() == [6, 12]
+    assert cond["words_mask"].tolist() == [[True, True, False, False], [True] * 4]
+    zeros = torch.zeros(1)
+    parts = [Batch(zeros, zeros, zeros, zeros, collate([row])) for row in rows]
+    assert torch.equal(concatenate(parts).cond["words"], cond["words"])
+    assert torch.equal(concatenate(parts).cond["words_mask"], cond["words_mask"])
+
+
+def test_embeddings_of_several_lengths_without_a_mask_are_refused() -> None:
+    with pytest.raises(UserError, match="cond.words differs in length .* has no mask"):
+        collate([{"words": torch.ones(2, 3)}, {"words": torch.ones(4, 3)}])

@@ -1,0 +1,45 @@
+"""The real denoisers' shapes, without their weights: what the README's table of families tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stages.adapters import AdapterConfig
+from stages.adapters.sites import find_sites
+from tests.real_shapes import SHAPES, Shape, adapter_for, on_meta, parameters, table
+
+ATTENTION_SITES = {
+    "dit_xl_2_256": 28, "dit_xl_2_512": 28, "sd15": 16, "sd21": 16, "sdxl": 70,
+    "sd3": 24, "pixart_sigma": 28, "qwen_image": 60, "chroma": 57, "wan": 30,
+}  # fmt: skip
+MILLIONS = {"sd15": 860, "sd21": 866, "sdxl": 2567, "sd3": 2243, "pixart_sigma": 611}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.config)
+def test_every_block_has_its_site(shape: Shape) -> None:
+    assert len(find_sites(on_meta(shape.config), ["attention"])) == ATTENTION_SITES[shape.config]
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.config in MILLIONS], ids=lambda shape: shape.config)
+def test_the_shapes_are_those_of_the_published_weights(shape: Shape) -> None:
+    assert round(parameters(on_meta(shape.config)) / 1e6) == MILLIONS[shape.config]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.config)
+@pytest.mark.parametrize("variant", ["offset", "modulated_low_rank"])
+def test_an_adapter_is_a_few_percent_of_its_base(shape: Shape, variant: str) -> None:
+    config = AdapterConfig(variant, sites=["attention"])
+    share = parameters(adapter_for(shape, config)) / parameters(on_meta(shape.config))
+    assert 0 < share < {"offset": 0.02, "modulated_low_rank": 0.03}[variant]
+
+
+def test_a_record_is_its_latent_and_its_target_in_half_precision() -> None:
+    sizes = {shape.config: shape.record_bytes for shape in SHAPES}
+    assert sizes["dit_xl_2_256"] == 16 * 1024
+    assert sizes["sdxl"] == 256 * 1024
+
+
+def test_the_readme_shows_this_table() -> None:
+    assert table() in (Path(__file__).parents[1] / "README.md").read_text()
