@@ -169,23 +169,18 @@ def _place_conditional(pipe: Any, alone: Inputs, guided: Seen) -> Layout:
     name = latent_name(denoiser)
     rows = len(alone[name])
     reference = {k: v[:1] for k, v in alone.items() if k != name and isinstance(v, Tensor) and len(v) == rows}
-    places: list[tuple[int, int, float]] = []
-    for number, call in enumerate(guided.calls):
-        for chunk in range(len(call[name]) // 2):
-            distance = max(
-                (
-                    _distance(v, call[k][2 * chunk : 2 * chunk + 1])
-                    for k, v in reference.items()
-                    if k in call and k != "timestep"
-                ),
-                default=float("inf"),
-            )
-            places.append((number, chunk, distance))
-    same = [place for place in places if place[2] < SAME]
-    if not same or len(same) == len(places) or any(SAME <= place[2] < DIFFERENT for place in places):
-        told = "all are alike" if len(same) == len(places) and same else "none is like the pass without guidance"
+    places = {
+        (number, chunk): _unlikeness(reference, call, chunk)
+        for number, call in enumerate(guided.calls)
+        for chunk in range(len(call[name]) // 2)
+    }
+    same = [place for place, distance in places.items() if distance < SAME]
+    if any(SAME <= distance < DIFFERENT for distance in places.values()):
+        raise uncertain(pipe, f"of the {len(places)} parts of a guided step some are too much alike")
+    if not same or len(same) == len(places):
+        told = "all are alike" if same else "none is like the pass without guidance"
         raise uncertain(pipe, f"of the {len(places)} parts of a guided step {told}")
-    number, chunk, _ = same[0]
+    number, chunk = same[0]
     call = guided.calls[number]
     parameters = inspect.signature(denoiser.forward).parameters
     others = {k: v for k, v in call.items() if k not in (name, "timestep")}
@@ -203,6 +198,13 @@ def _place_conditional(pipe: Any, alone: Inputs, guided: Seen) -> Layout:
         target_channels=guided.prediction.shape[1],
         learned_variance=getattr(denoiser.config, "out_channels", None) == 2 * guided.prediction.shape[1],
     )
+
+
+def _unlikeness(reference: Inputs, call: Inputs, chunk: int) -> float:
+    """How far the inputs of a part of a call for two equal samples are from those of a pass without guidance."""
+    compared = [name for name in reference if name in call and name != "timestep"]
+    rows = slice(2 * chunk, 2 * chunk + 1)
+    return max((_distance(reference[name], call[name][rows]) for name in compared), default=float("inf"))
 
 
 def _has_entry_per_sample(value: Any, before: Any, rows: int, rows_before: int) -> bool:
