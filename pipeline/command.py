@@ -36,7 +36,8 @@ def run(config_class: type[Config], main: Callable[[Config], None], description:
         sys.exit(0)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to us; a user can do nothing about them
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    for library in ("diffusers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         main(parse(config_class, words))
     except UserError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import obstore
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 
@@ -12,7 +13,7 @@ from stages.denoiser import DENOISER_NAMES
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.prompts import read_bytes, read_prompts
-from stages.sampling import Condition
+from stages.sampling import Condition, takes_class_labels
 
 
 def read_conditions(config: GenerateConfig) -> list[Condition]:
@@ -21,10 +22,16 @@ def read_conditions(config: GenerateConfig) -> list[Condition]:
     Raises:
         UserError: the file is missing, empty or not readable, or a condition is none that the teacher knows.
     """
-    if config.prompts is not None:
-        return read_prompts(config.prompts)
-    known = count_classes(config.teacher)
-    return [{"class_label": label} for label in read_class_labels(config.class_labels, known)]
+    if config.prompts is None:
+        known = count_classes(config.teacher)
+        return [{"class_label": label} for label in read_class_labels(config.class_labels, known)]
+    prompts = read_prompts(config.prompts)
+    kind = getattr(diffusers, str(read_config(config.teacher).get("_class_name")), None)
+    if kind is not None and takes_class_labels(kind):
+        raise UserError(
+            f"prompts={config.prompts}: {kind.__name__} takes classes, not prompts: say class_labels=all, a list, or a file"
+        )
+    return prompts
 
 
 def read_class_labels(asked: Any, known: int) -> list[int]:

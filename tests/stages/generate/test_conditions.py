@@ -36,3 +36,9 @@ def test_a_teacher_of_prompts_asks_for_them(tmp_path: Path) -> None:
     folder = save("stable_diffusion", tmp_path / "teacher")
     with pytest.raises(UserError, match=r"not class-conditional: give it prompts=FILE"):
         read_conditions(generate_config(folder, tmp_path))
+
+
+def test_prompts_for_a_teacher_of_classes_are_refused(tiny_teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat")
+    with pytest.raises(UserError, match=r"prompts=.*prompts\.txt: DiTPipeline takes classes, not prompts"):
+        read_conditions(generate_config(tiny_teacher, tmp_path, prompts=str(tmp_path / "prompts.txt")))

@@ -24,6 +24,7 @@ from tests.conftest import tiny_dit
 from tests.families import PROMPTS, build, save
 
 SCALES, STEPS = (3.0, 7.0), 4
+TOLERANCE = 1e-4
 
 
 def ask(*places: int, **arguments: Any) -> Request:
@@ -81,15 +82,18 @@ def test_any_rule_is_recorded_as_it_acts_with_a_scale_per_sample(guided: Any) ->
     recording = recorder.recording()
     for i, scale in enumerate(SCALES):
         alone = targets_alone(pipe, ask(i, **arguments), scale)
-        torch.testing.assert_close(recording.target[recording.owner == i], alone, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(recording.target[recording.owner == i], alone, atol=TOLERANCE, rtol=TOLERANCE)
     assert told.items() <= guidance_rule(pipe, arguments).items()
 
 
 def test_another_rule_gives_other_targets() -> None:
     pipe = build("stable_diffusion")
     plain = targets_alone(pipe, ask(0), 7.0)
-    assert not torch.allclose(plain, targets_alone(pipe, ask(0, guidance_rescale=0.7), 7.0), atol=1e-2)
-    assert not torch.allclose(plain, targets_alone(pag(), ask(0, pag_scale=2.0), 7.0), atol=1e-2)
+    for other in (
+        targets_alone(pipe, ask(0, guidance_rescale=0.7), 7.0),
+        targets_alone(pag(), ask(0, pag_scale=2.0), 7.0),
+    ):
+        assert float((other - plain).norm() / plain.norm()) > 10 * TOLERANCE
 
 
 def test_the_conditional_part_is_found_wherever_it_lies() -> None:

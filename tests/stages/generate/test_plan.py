@@ -9,6 +9,7 @@ import pytest
 from stages.errors import UserError
 from stages.generate.plan import Plan
 from tests.conftest import generate_config
+from tests.families import save
 
 
 def plan(teacher: Path, **changes: Any) -> Plan:
@@ -63,11 +64,12 @@ def test_every_condition_has_its_trajectories(tiny_teacher: Path) -> None:
     assert [made.trajectory(i).condition["class_label"] for i in range(6)] == [4, 2] * 3
 
 
-def test_what_a_prompt_brings_along_comes_before_the_draw(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_what_a_prompt_brings_along_comes_before_the_draw(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text(
         '{"prompt": "a cat", "seed": 5, "guidance_scale": 9.5}\n{"prompt": "a dog", "negative_prompt": "blue"}\n'
     )
-    made = plan(tiny_teacher, prompts=str(tmp_path / "prompts.jsonl"), num_trajectories=4)
+    teacher = save("stable_diffusion", tmp_path / "teacher")
+    made = plan(teacher, prompts=str(tmp_path / "prompts.jsonl"), num_trajectories=4)
     cat, dog, cat_again, _ = (made.trajectory(i) for i in range(4))
     assert (cat.seed, cat.guidance_scale, cat.condition) == (5, 9.5, {"prompt": "a cat"})
     assert cat_again.seed != 5
