@@ -1,6 +1,8 @@
 """Generation and training at real size with random weights: what recording costs, records per second, memory, step time.
 
-python -m tests.benchmarks.real_shapes sd15|sdxl [batch size] [steps]     needs a GPU with room for the model in half precision
+python -m tests.benchmarks.real_shapes sd15|sdxl|tiny [batch size] [steps]
+
+The real ones need a GPU with room for the model in half precision; `tiny` shows on a CPU that the script runs.
 
 Prints one JSON object with the device's name. The text encoders are tiny ones of the right width, because what they cost
 is paid once per batch; the UNet and the latents have the published shapes.
@@ -35,8 +37,8 @@ from stages.generate.scale import GUIDES
 from stages.generate.teacher import Teacher
 from stages.sampling import Request, sample, undecoded
 from stages.train.config import TrainConfig
-from stages.train.trainer import Trainer
-from tests.families import NO_CHECKER, PROMPTS, clip, vae
+from stages.train.trainer import Trainer, peak_memory
+from tests.families import NO_CHECKER, PROMPTS, clip, stable_diffusion_xl, vae
 from tests.real_shapes import SD_UNET, SDXL_UNET
 
 ROUNDS = 5
@@ -47,6 +49,8 @@ def build(family: str) -> Any:
     torch.manual_seed(0)
     small = vae()
     small.register_to_config(block_out_channels=(8, 8, 8, 8))
+    if family == "tiny":
+        return stable_diffusion_xl()
     with torch.device("cuda"):
         unet = UNet2DConditionModel(**{"sd15": SD_UNET, "sdxl": SDXL_UNET}[family]).half()
     if family == "sd15":
@@ -61,11 +65,17 @@ def build(family: str) -> Any:
 
 
 def timed(work: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
     start = time.perf_counter()
     work()
-    torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def forget_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def generation(config: GenerateConfig) -> dict[str, Any]:
@@ -80,25 +90,24 @@ def generation(config: GenerateConfig) -> dict[str, Any]:
             sample(teacher.pipe, request, GUIDES)
 
     bare()
-    torch.cuda.reset_peak_memory_stats()
+    forget_peak()
     pairs = [(timed(lambda: list(teacher.run(unit))), timed(bare)) for _ in range(ROUNDS)]
     return {
         "recorded_over_bare": statistics.median(recorded / alone for recorded, alone in pairs),
         "records_per_second": len(trajectories) * steps / statistics.median(recorded for recorded, _ in pairs),
-        "generation_peak_bytes": torch.cuda.max_memory_allocated(),
+        "generation_peak_bytes": peak_memory(teacher.device),
     }
 
 
 def training(config: TrainConfig) -> dict[str, Any]:
     """A dozen training steps, the first two not counted."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    forget_peak()
     trainer = Trainer(config)
     batches = iter(trainer.stream)
     times = [timed(lambda: trainer.train_step(next(batches))) for _ in range(12)]
     return {
         "training_step_seconds": statistics.median(times[2:]),
-        "training_peak_bytes": torch.cuda.max_memory_allocated(),
+        "training_peak_bytes": peak_memory(trainer.device),
     }
 
 
@@ -108,18 +117,22 @@ def main(family: str, batch_size: str = "4", steps: str = "20") -> None:
         root = Path(folder)
         build(family).save_pretrained(root / "teacher")
         (root / "prompts.txt").write_text("\n".join(PROMPTS))
+        dtype = "float32" if family == "tiny" else "float16"
         config = GenerateConfig(
-            TeacherConfig(str(root / "teacher"), torch_dtype="float16"), str(root / "data"),
+            TeacherConfig(str(root / "teacher"), torch_dtype=dtype), str(root / "data"),
             prompts=str(root / "prompts.txt"), num_trajectories=2 * size, num_inference_steps=int(steps),
-            trajectories_per_unit=size, batch_size=size, device="cuda",
+            trajectories_per_unit=size, batch_size=size,
         )  # fmt: skip
-        told = {"family": family, "device": torch.cuda.get_device_name(), "batch_size": size, **generation(config)}
+        told = {
+            "family": family,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "batch_size": size,
+            **generation(config),
+        }
         Driver(config).run(InProcessFleet(config))
         adapter = AdapterConfig(sites=["attention", "feed_forward"])
         told |= training(
-            TrainConfig(
-                str(root / "data"), str(root / "run"), adapter, train_batch_size=size, report_to="none", device="cuda"
-            )
+            TrainConfig(str(root / "data"), str(root / "run"), adapter, train_batch_size=size, report_to="none")
         )
     print(json.dumps(told, indent=2))
 
