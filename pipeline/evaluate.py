@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.command import run, to_yaml
-from stages.adapters.adapter import WEIGHTS_FILE
+from stages.adapters.folder import WEIGHTS_FILE
 from stages.denoiser import denoiser_of
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation

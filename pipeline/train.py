@@ -23,7 +23,7 @@ def main(config: TrainConfig) -> None:
     with whole_file(root / "config.yaml") as file:
         file.write(to_yaml(config).encode())
     print(
-        f"{config.adapter.variant}: {trainer.adapter_parameters:,} parameters at {len(trainer.adapter.widths)} sites, "
+        f"{config.adapter.variant}: {trainer.adapter_parameters:,} parameters at {len(trainer.adapter.shapes)} sites, "
         f"{trainer.adapter_share:.1%} of the base"
     )
     summary = trainer.run()

@@ -19,8 +19,19 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     for name in DENOISER_NAMES:
         module = getattr(pipe, name, None)
         if isinstance(module, nn.Module):
-            return name, module
+            return name, uncompiled(module)
     raise UserError(f"{type(pipe).__name__} has neither a `unet` nor a `transformer`: it cannot be a teacher")
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module itself where `torch.compile` wraps it."""
+    return getattr(module, "_orig_mod", module)
+
+
+def forget_compiled(module: nn.Module) -> None:
+    """Have a compiled module compiled again: what is compiled does not notice hooks that come later."""
+    if uncompiled(module) is not module or any(part._compiled_call_impl is not None for part in module.modules()):
+        torch.compiler.reset()
 
 
 def latent_name(denoiser: nn.Module) -> str:

@@ -25,7 +25,6 @@ from torch import nn
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.conditioning import find_conditions
-from stages.adapters.sites import find_sites
 
 SD_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD21_UNET = {
@@ -135,21 +134,21 @@ def parameters(module: nn.Module) -> int:
 def adapter_for(shape: Shape, config: AdapterConfig) -> GuidanceAdapter:
     """An adapter for the real denoiser, on the meta device too."""
     tensors = {name: {"dtype": "float16" if sizes else "int64", "shape": sizes} for name, sizes in shape.cond.items()}
-    about: dict[str, Any] = {"conditions": find_conditions(tensors, 1000), "timestep_scale": 1.0}
+    about: dict[str, Any] = {
+        "conditions": find_conditions(tensors, 1000), "timestep_scale": 1.0, "scale_range": [2.0, 2.0], "arguments": {}
+    }  # fmt: skip
     with torch.device("meta"):
         return GuidanceAdapter.for_denoiser(config, on_meta(shape.config), about)
 
 
 def row(shape: Shape) -> list[str]:
-    config = AdapterConfig()
-    denoiser, adapter = on_meta(shape.config), adapter_for(shape, config)
-    sites = find_sites(denoiser, list(config.sites))
+    denoiser, adapter = on_meta(shape.config), adapter_for(shape, AdapterConfig())
     return [
         shape.title,
         f"`{shape.config}`",
         f"{parameters(denoiser) / 1e6:,.0f} M",
         shape.calls,
-        str(len(sites)),
+        str(len(adapter.shapes)),
         f"{parameters(adapter) / 1e6:.1f} M, {parameters(adapter) / parameters(denoiser):.1%}",
         f"{shape.record_bytes / 1024:,.0f} KB",
         f"{shape.condition_bytes / 1024:,.0f} KB",

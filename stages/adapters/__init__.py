@@ -1,7 +1,26 @@
 """The trained part: one file per variant, the contract they share, and how they ride on a frozen denoiser."""
 
-from stages.adapters.adapter import AdapterConfig, GuidanceAdapter
+from stages.adapters.adapter import GuidanceAdapter
+from stages.adapters.config import AdapterConfig
+from stages.adapters.cross_attention import CrossAttention
+from stages.adapters.embedding import Embedding
+from stages.adapters.full import Full
+from stages.adapters.gated_mlp import GatedMLP
+from stages.adapters.lora import LoRA, LoRAFixed
 from stages.adapters.modulated_low_rank import ModulatedLowRank
 from stages.adapters.offset import Offset
+from stages.adapters.positional_offset import PositionalOffset
 
-__all__ = ["AdapterConfig", "GuidanceAdapter", "ModulatedLowRank", "Offset"]
+__all__ = [
+    "AdapterConfig",
+    "CrossAttention",
+    "Embedding",
+    "Full",
+    "GatedMLP",
+    "GuidanceAdapter",
+    "LoRA",
+    "LoRAFixed",
+    "ModulatedLowRank",
+    "Offset",
+    "PositionalOffset",
+]

@@ -1,16 +1,21 @@
-"""What an adapter knows of a forward pass besides the tokens: guidance scale, timestep and condition, as one vector."""
+"""What an adapter knows of a forward pass besides the tokens: guidance scale, timestep and conditions."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
+from stages.adapters.config import NEGATIVE_TOKENS, POOLED, TIMESTEP, TOKENS
+from stages.errors import UserError
+
 FREQUENCIES = 64
-LABEL, POOLED, TOKENS = "label", "pooled", "tokens"
+LABEL, MEAN = "label", "mean"
+NEGATIVE = "negative."  # before the names of what the denoiser was given in its unconditional pass
 SMALLEST_EMBEDDING = 16  # what is narrower is no embedding: image sizes, crops
 
 
@@ -30,41 +35,67 @@ class ScaleEmbedding(nn.Module):
 
     def forward(self, guidance_scale: Tensor) -> Tensor:
         log_scale = guidance_scale.float().log()[:, None]
-        angles = 2 * math.pi * log_scale * self.frequencies.float()
-        features = torch.cat([log_scale, angles.cos(), angles.sin()], dim=1)
-        return self.project(features.to(self.frequencies.dtype))
+        angles = 2 * math.pi * log_scale * self.frequencies
+        return self.project(torch.cat([log_scale, angles.cos(), angles.sin()], dim=1))
 
 
 def find_conditions(tensors: dict[str, dict[str, Any]], num_classes: int) -> dict[str, dict[str, Any]]:
-    """What of a record an adapter is conditioned on, found by dtype and shape.
-
-    A class if there is one, else the widest pooled embedding, else the token embeddings.
+    """What of a record an adapter can be conditioned on, found by dtype and shape.
 
     Args:
         tensors: dtype and shape of the conditional inputs by the denoiser's own names.
         num_classes: how many rows a table of classes needs.
 
     Returns:
-        The one condition by its name: `{"class_labels": {"kind": "label", "classes": 10}}`, or its kind and width.
+        By name, a class (`{"class_labels": {"kind": "label", "classes": 10}}`), the widest pooled embedding, and the
+        widest token embeddings, positive and negative, each with its kind and width.
     """
     tensors = {name: told for name, told in tensors.items() if not name.endswith("mask")}
-    labels = {name: told for name, told in tensors.items() if told["shape"] == [] and "int" in told["dtype"]}
-    if labels:
-        return {name: {"kind": LABEL, "classes": num_classes} for name in list(labels)[:1]}
-    for kind, rank in ((POOLED, 1), (TOKENS, 2)):
+    found: dict[str, dict[str, Any]] = {}
+    for name, told in tensors.items():
+        if told["shape"] == [] and "int" in told["dtype"] and not found:
+            found[name] = {"kind": LABEL, "classes": num_classes}
+    for kind, rank, negative in ((POOLED, 1, False), (TOKENS, 2, False), (NEGATIVE_TOKENS, 2, True)):
         fitting = {
             name: told["shape"][-1]
             for name, told in tensors.items()
             if len(told["shape"]) == rank and "float" in told["dtype"] and told["shape"][-1] >= SMALLEST_EMBEDDING
-        }
+            and name.startswith(NEGATIVE) == negative
+        }  # fmt: skip
         if fitting:
             name = max(fitting, key=lambda name: fitting[name])
-            return {name: {"kind": kind, "width": fitting[name]}}
-    return {}
+            found[name] = {"kind": kind, "width": fitting[name]}
+    return found
+
+
+def choose_conditions(found: dict[str, dict[str, Any]], wanted: list[str]) -> dict[str, dict[str, Any]]:
+    """The conditions that an adapter sees, of those that `find_conditions` found.
+
+    `pooled` is a class if there is one, else a pooled embedding, else the mean of the tokens.
+
+    Raises:
+        UserError: what is wanted has an unknown name, or the records hold no negative tokens.
+    """
+    if unknown := set(wanted) - {TIMESTEP, POOLED, TOKENS, NEGATIVE_TOKENS}:
+        known = f"{TIMESTEP}, {POOLED}, {TOKENS}, {NEGATIVE_TOKENS}"
+        raise UserError(f"adapter.conditions: unknown {sorted(unknown)[0]}: any of {known}")
+    by_kind = {told["kind"]: (name, told) for name, told in found.items()}
+    chosen = [by_kind[kind] for kind in (TOKENS, NEGATIVE_TOKENS) if kind in wanted and kind in by_kind]
+    if NEGATIVE_TOKENS in wanted and NEGATIVE_TOKENS not in by_kind:
+        raise UserError(
+            "adapter.conditions: negative_tokens: the records hold none: generate from prompts with a column negative_prompt"
+        )
+    if POOLED in wanted:
+        whole = by_kind.get(LABEL) or by_kind.get(POOLED)
+        if whole is None and TOKENS in by_kind and TOKENS not in wanted:
+            name, told = by_kind[TOKENS]
+            whole = name, told | {"kind": MEAN}
+        chosen = [whole, *chosen] if whole else chosen
+    return dict(chosen)
 
 
 class ConditionEmbedding(nn.Module):
-    """One condition of a forward pass to vectors `[n, hidden]`: a class by a table, an embedding by a projection."""
+    """One condition of a forward pass: a class by a table, an embedding by a projection."""
 
     def __init__(self, about: dict[str, Any], hidden_size: int) -> None:
         super().__init__()
@@ -74,55 +105,136 @@ class ConditionEmbedding(nn.Module):
         else:
             self.project = nn.Sequential(nn.LayerNorm(about["width"]), nn.Linear(about["width"], hidden_size))
 
-    def forward(self, value: Tensor, mask: Tensor | None) -> Tensor:
-        """
+    def forward(self, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A vector `[n, hidden]` for the whole condition, and of tokens one for each `[n, length, hidden]`.
+
         Args:
             value: `[n]` classes, `[n, width]` pooled or `[n, length, width]` token embeddings.
             mask: `[n, length]`, which tokens count; all where there is none.
         """
         if self.kind == LABEL:
-            return self.project(value)
+            return self.project(value), None
         value = value.to(self.project[1].weight.dtype)  # type: ignore[index]
-        if self.kind == TOKENS:
-            weights = torch.ones_like(value[..., :1]) if mask is None else mask[..., None].to(value.dtype)
-            value = (value * weights).sum(1) / weights.sum(1).clamp(min=1)
-        return self.project(value)
+        if self.kind == POOLED:
+            return self.project(value), None
+        if self.kind == MEAN:
+            return self.project(mean_of_tokens(value, mask)), None
+        tokens = self.project(value)
+        return mean_of_tokens(tokens, mask), tokens
+
+
+def mean_of_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """`[n, width]` from `[n, length, width]`."""
+    if mask is None:
+        return tokens.mean(1)
+    weights = mask[..., None].to(tokens.dtype)
+    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+@dataclass
+class Known:
+    """What is known of a forward pass, the same for every site.
+
+    Attributes:
+        vector: `[n, hidden]`, all of it in one.
+        parts: `[n, k, hidden]`, the scale, the timestep and each condition as a token of its own.
+        tokens: `[n, length, hidden]` of the conditions that are tokens; mask: `[n, length]`, which of them count.
+    """
+
+    vector: Tensor
+    parts: Tensor
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Known:
+        tokens = None if self.tokens is None else self.tokens.to(dtype)
+        return Known(self.vector.to(dtype), self.parts.to(dtype), tokens, self.mask)
+
+
+@dataclass
+class Embedded:
+    """The conditions of a forward pass, embedded: `[n, c, hidden]` for the whole of each, and their tokens."""
+
+    wholes: Tensor
+    tokens: Tensor | None
+    mask: Tensor | None
 
 
 class Conditioning(nn.Module):
-    """The sum of the embeddings of scale, timestep and condition `[n, hidden]`: computed once per forward, used at every site.
+    """Embeddings of scale, timestep and conditions: computed once per forward, used at every site.
 
     Args:
-        hidden_size: width of the vector.
-        conditions: by the denoiser's argument names, as `find_conditions` tells them.
+        hidden_size: width of the vectors.
+        conditions: by the denoiser's argument names, as `choose_conditions` tells them.
         timestep_scale: the denoiser's timestep over the scheduler's, which counts to 1000.
+        sees_timestep: whether the timestep is among what is known.
     """
 
-    def __init__(self, hidden_size: int, conditions: dict[str, dict[str, Any]], timestep_scale: float) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        conditions: dict[str, dict[str, Any]],
+        timestep_scale: float,
+        sees_timestep: bool = True,
+    ) -> None:
         super().__init__()
         self.timestep_scale = timestep_scale
         self.scale = ScaleEmbedding(hidden_size)
         self.timestep_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.timestep = TimestepEmbedding(256, hidden_size)
+        self.timestep = TimestepEmbedding(256, hidden_size) if sees_timestep else None
         self.names = list(conditions)
         self.conditions = nn.ModuleList(ConditionEmbedding(about, hidden_size) for about in conditions.values())
 
-    def forward(self, guidance_scale: Tensor, timestep: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def embed(self, inputs: dict[str, Any]) -> Embedded:
+        """What does not depend on the step, from the denoiser's arguments, flat.
+
+        Raises:
+            UserError: a condition that the adapter was trained with is not among them.
+        """
+        wholes, tokens, masks = [], [], []
+        for name, embedding in zip(self.names, self.conditions, strict=True):
+            if name not in inputs:
+                raise UserError(f"the adapter was trained with {name}, and this call of the denoiser has none")
+            mask = mask_of(name, inputs)
+            whole, each = embedding(inputs[name], mask)
+            wholes.append(whole)
+            if each is not None:
+                tokens.append(each)
+                masks.append(mask)
+        return Embedded(
+            torch.stack(wholes, 1) if wholes else self.scale.frequencies.new_zeros(1, 0, 0),
+            torch.cat(tokens, 1) if tokens else None,
+            joined(masks, tokens),
+        )
+
+    def forward(self, guidance_scale: Tensor, timestep: Tensor, embedded: Embedded) -> Known:
         """
         Args:
-            guidance_scale: `[n]`.
-            timestep: `[n]`, as the denoiser is given it.
-            inputs: the denoiser's arguments, flat.
+            guidance_scale, timestep: `[n]`, the timestep as the denoiser is given it.
+            embedded: the conditions of n samples.
         """
-        features = self.timestep_features(timestep.float() / self.timestep_scale).to(self.scale.frequencies.dtype)
-        vector = self.scale(guidance_scale) + self.timestep(features)
-        for name, embedding in zip(self.names, self.conditions, strict=True):
-            vector = vector + embedding(inputs[name], mask_of(name, inputs))
-        return nn.functional.silu(vector)
+        parts = [self.scale(guidance_scale)]
+        if self.timestep is not None:
+            parts.append(self.timestep(self.timestep_features(timestep.float() / self.timestep_scale)))
+        together = torch.stack(parts, 1)
+        if embedded.wholes.shape[1]:
+            together = torch.cat([together, embedded.wholes], 1)
+        return Known(nn.functional.silu(together.sum(1)), together, embedded.tokens, embedded.mask)
+
+
+def joined(masks: list[Tensor | None], tokens: list[Tensor]) -> Tensor | None:
+    """One mask over several lists of tokens; None where every token counts."""
+    if all(mask is None for mask in masks):
+        return None
+    whole = [
+        torch.ones(each.shape[:2], dtype=torch.bool, device=each.device) if mask is None else mask.bool()
+        for mask, each in zip(masks, tokens, strict=True)
+    ]
+    return torch.cat(whole, 1)
 
 
 def mask_of(name: str, inputs: dict[str, Any]) -> Tensor | None:
     """The mask `[n, length]` beside token embeddings `[n, length, width]`, whatever the denoiser calls it."""
-    shape = inputs[name].shape[:2]
-    masks = [value for key, value in inputs.items() if key.endswith("mask") and isinstance(value, Tensor)]
-    return next((mask for mask in masks if mask.shape == shape), None)
+    shape, negative = inputs[name].shape[:2], name.startswith(NEGATIVE)
+    masks = [key for key in inputs if key.endswith("mask") and key.startswith(NEGATIVE) == negative]
+    return next((inputs[key] for key in masks if getattr(inputs[key], "shape", None) == shape), None)

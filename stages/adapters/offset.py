@@ -1,10 +1,11 @@
-"""`offset`: a vector per site from scale, timestep and condition; blind to the image (the reference's simplest kind)."""
+"""`offset`: a vector per site from scale, timestep and condition; blind to the image (the reference's "additive" kind)."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from stages.adapters.adapter import GuidanceAdapter, Site
+from stages.adapters.conditioning import Known
 
 
 class OffsetSite(Site):
@@ -17,12 +18,15 @@ class OffsetSite(Site):
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
-    def forward(self, tokens: Tensor, conditioning: Tensor) -> Tensor:
-        return self.outer(nn.functional.silu(self.inner(conditioning)))[:, None]
+    def of_step(self, known: Known) -> tuple[Tensor, ...]:
+        return (self.outer(nn.functional.silu(self.inner(known.vector)))[:, None],)
+
+    def forward(self, tokens: Tensor, *prepared: Tensor) -> Tensor:
+        return prepared[0]
 
 
 class Offset(GuidanceAdapter):
     variant = "offset"
 
-    def new_site(self, width: int) -> Site:
-        return OffsetSite(width, self.config.hidden_size)
+    def new_site(self, width_in: int, width_out: int) -> Site:
+        return OffsetSite(width_out, self.config.hidden_size)

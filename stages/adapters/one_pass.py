@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from stages.adapters.config import NEGATIVE_TOKENS
+from stages.adapters.guidance import Guidance, Scales, as_scales, scales_of_schedule
 from stages.sampling import scale_keyword
+
+if TYPE_CHECKING:
+    from stages.adapters.adapter import GuidanceAdapter
 
 NO_GUIDANCE = 1.0  # diffusers' pipelines run the unconditional pass only above it
 
@@ -20,12 +29,9 @@ class OnePass:
     the pipeline makes a single, conditional pass per step. Components, configuration and saving stay the pipeline's own.
     """
 
-    def __init__(self, pipe: Any, guided: Callable[[float], AbstractContextManager[None]]) -> None:
-        """
-        Args:
-            guided: a context within which the pipeline's denoiser guides itself at a scale.
-        """
-        self.pipe, self.stock = pipe, type(pipe)
+    def __init__(self, pipe: Any, adapter: GuidanceAdapter) -> None:
+        self.pipe, self.adapter, self.stock = pipe, adapter, type(pipe)
+        self.cached: tuple[int, torch.Tensor | None] | None = None
         signature, keyword = inspect.signature(self.stock.__call__), scale_keyword(pipe)
         stock_call = self.stock.__call__
 
@@ -37,7 +43,7 @@ class OnePass:
             if keyword not in given and given.get("guidance_scale") is not None:
                 scale = bound.arguments["guidance_scale"]
             bound.arguments[keyword] = NO_GUIDANCE
-            with guided(scale):
+            with self.guided(pipeline, scale, bound.arguments):
                 return stock_call(*bound.args, **bound.kwargs)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
@@ -46,3 +52,63 @@ class OnePass:
 
     def undo(self) -> None:
         self.pipe.__class__ = self.stock
+
+    def cache(self, num_inference_steps: int, guidance_scale: Scales | None) -> None:
+        """Cache the calls with so many steps and that scale."""
+        self.cached = num_inference_steps, None if guidance_scale is None else as_scales(guidance_scale)
+
+    @contextmanager
+    def guided(self, pipe: Any, scale: Scales, arguments: dict[str, Any]) -> Iterator[None]:
+        """Within it, the adapter guides one call of the pipeline; what the caller opened around the call comes first."""
+        adapter = self.adapter
+        warn_of_negative_prompt(adapter, arguments)
+        guidance = adapter.guidance or Guidance(as_scales(scale)[None])
+        cached = self._is_cached(guidance, arguments.get("num_inference_steps"))
+        with adapter.in_force(guidance):
+            if adapter.schedule is None and not cached:
+                yield
+                return
+            with self._by_step(pipe.scheduler, guidance, cached):
+                yield
+
+    def _is_cached(self, guidance: Guidance, num_inference_steps: int | None) -> bool:
+        if self.cached is None or self.cached[0] != num_inference_steps:
+            return False
+        return self.cached[1] is None or torch.equal(self.cached[1], guidance.scales[0])
+
+    @contextmanager
+    def _by_step(self, scheduler: Any, guidance: Guidance, cached: bool) -> Iterator[None]:
+        """Within it, the guidance follows the timesteps as soon as the pipeline has set them."""
+        adapter, set_timesteps = self.adapter, scheduler.set_timesteps
+
+        @functools.wraps(set_timesteps)  # pipelines look at its signature
+        def seen(*args: Any, **kwargs: Any) -> None:
+            set_timesteps(*args, **kwargs)
+            # Each once: some schedulers ask the denoiser twice at one timestep.
+            timesteps = torch.unique_consecutive(scheduler.timesteps.float().cpu())
+            schedule = adapter.schedule
+            scales = guidance.scales if schedule is None else scales_of_schedule(schedule, timesteps)
+            adapter.guidance = Guidance(scales, timesteps * adapter.about["timestep_scale"], cached)
+
+        scheduler.set_timesteps = seen
+        try:
+            yield
+        finally:
+            del scheduler.set_timesteps
+
+
+def warn_of_negative_prompt(adapter: GuidanceAdapter, arguments: dict[str, Any]) -> None:
+    """Say once that a negative prompt does nothing, where the adapter was not trained to see it."""
+    given = arguments.get("negative_prompt")
+    prompts = [given] if isinstance(given, str) else list(given or [])
+    trained = {"", adapter.about["arguments"].get("negative_prompt", "").strip()}
+    unseen = [prompt for prompt in prompts if prompt.strip() not in trained]
+    if arguments.get("negative_prompt_embeds") is not None:
+        unseen.append("given as embeddings")
+    if unseen and not adapter.warned and NEGATIVE_TOKENS not in (adapter.config.conditions or []):
+        adapter.warned = True
+        warnings.warn(
+            f"negative_prompt ({unseen[0]}) does nothing: this adapter was not trained to see negative prompts "
+            "(adapter.conditions=[...,negative_tokens])",
+            stacklevel=5,
+        )

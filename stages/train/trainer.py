@@ -15,7 +15,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from stages.adapters.adapter import CONFIG_FILE
+from stages.adapters.folder import CONFIG_FILE
 from stages.base import choose_device
 from stages.config import check_bounds
 from stages.errors import UserError

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from stages.adapters.conditioning import Conditioning, ScaleEmbedding, find_conditions
+from stages.adapters.conditioning import Conditioning, Known, ScaleEmbedding, choose_conditions, find_conditions
+from stages.errors import UserError
 
 
 def conditioning() -> Conditioning:
@@ -10,11 +12,16 @@ def conditioning() -> Conditioning:
     return Conditioning(16, {"class_labels": {"kind": "label", "classes": 10}}, 1.0)
 
 
+def ask(known: Conditioning, scale: torch.Tensor, timestep: torch.Tensor, inputs: dict[str, torch.Tensor]) -> Known:
+    return known(scale, timestep, known.embed(inputs))
+
+
 def test_scale_timestep_and_class_each_matter() -> None:
     known = conditioning()
 
     def vector(scale: float, timestep: int, label: int) -> torch.Tensor:
-        return known(torch.tensor([scale]), torch.tensor([timestep]), {"class_labels": torch.tensor([label])})
+        labels = {"class_labels": torch.tensor([label])}
+        return ask(known, torch.tensor([scale]), torch.tensor([timestep]), labels).vector
 
     start = vector(2.0, 500, 3)
     assert start.shape == (1, 16)
@@ -27,12 +34,24 @@ def test_the_random_frequencies_are_saved_with_the_weights() -> None:
     assert not torch.equal(ScaleEmbedding(16).frequencies, ScaleEmbedding(16).frequencies)
 
 
+def test_each_is_a_part_of_its_own() -> None:
+    known = ask(conditioning(), torch.tensor([2.0]), torch.tensor([9]), {"class_labels": torch.tensor([3])})
+    assert known.parts.shape == (1, 3, 16)
+    torch.testing.assert_close(known.vector, torch.nn.functional.silu(known.parts.sum(1)))
+    blind = Conditioning(16, {}, 1.0, sees_timestep=False)
+    one, other = (ask(blind, torch.tensor([2.0]), torch.tensor([t]), {}) for t in (9, 900))
+    assert one.parts.shape == (1, 1, 16)
+    assert torch.equal(one.vector, other.vector)
+
+
 def test_samples_of_a_batch_do_not_touch() -> None:
     known = conditioning()
     scale, timestep = torch.tensor([2.0, 3.0]), torch.tensor([10, 900])
     labels = torch.tensor([1, 2])
-    together = known(scale, timestep, {"class_labels": labels})
-    apart = [known(scale[i : i + 1], timestep[i : i + 1], {"class_labels": labels[i : i + 1]}) for i in range(2)]
+    together = ask(known, scale, timestep, {"class_labels": labels}).vector
+    apart = [
+        ask(known, scale[i : i + 1], timestep[i : i + 1], {"class_labels": labels[i : i + 1]}).vector for i in range(2)
+    ]
     torch.testing.assert_close(torch.cat(apart), together)
 
 
@@ -43,28 +62,69 @@ def told(**shapes: tuple[str, list[int]]) -> dict[str, dict[str, object]]:
     return {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes.items()}
 
 
+WORDS, WHOLE = {"kind": "tokens", "width": 64}, {"kind": "pooled", "width": 32}
+
+
 def test_conditions_are_found_by_dtype_and_shape_not_by_name() -> None:
     tokens, pooled = (FLOAT, [77, 64]), (FLOAT, [32])
     assert find_conditions(told(anything=(INT, [])), 7) == {"anything": {"kind": "label", "classes": 7}}
-    assert find_conditions(told(words=tokens), 1) == {"words": {"kind": "tokens", "width": 64}}
-    assert find_conditions(told(words=tokens, whole=pooled, sizes=(FLOAT, [6])), 1) == {
-        "whole": {"kind": "pooled", "width": 32}
-    }
-    assert find_conditions(told(words=tokens, words_mask=(INT, [77]), mask=(FLOAT, [93])), 1) == {
-        "words": {"kind": "tokens", "width": 64}
-    }
+    assert find_conditions(told(words=tokens), 1) == {"words": WORDS}
+    assert find_conditions(told(words=tokens, whole=pooled, sizes=(FLOAT, [6])), 1) == {"whole": WHOLE, "words": WORDS}
+    assert find_conditions(told(words=tokens, words_mask=(INT, [77]), mask=(FLOAT, [93])), 1) == {"words": WORDS}
     assert find_conditions({}, 1) == {}
+    negative = find_conditions(told(words=tokens) | {"negative.words": {"dtype": FLOAT, "shape": [77, 64]}}, 1)
+    assert negative == {"words": WORDS, "negative.words": WORDS | {"kind": "negative_tokens"}}
 
 
-def test_padding_that_the_mask_tells_changes_nothing() -> None:
+def test_an_adapter_sees_what_it_is_told_to_see() -> None:
+    label = {"anything": {"kind": "label", "classes": 7}}
+    both = {"whole": WHOLE, "words": WORDS}
+    assert choose_conditions(label, ["timestep", "pooled", "tokens"]) == label
+    assert choose_conditions(both, ["timestep", "pooled"]) == {"whole": WHOLE}
+    assert choose_conditions(both, ["tokens"]) == {"words": WORDS}
+    assert choose_conditions(both, ["pooled", "tokens"]) == both
+    assert choose_conditions(both, ["timestep"]) == {}
+    assert choose_conditions({"words": WORDS}, ["pooled"]) == {"words": WORDS | {"kind": "mean"}}
+    assert choose_conditions({"words": WORDS}, ["pooled", "tokens"]) == {"words": WORDS}
+    with pytest.raises(UserError, match="unknown colour: any of timestep, pooled, tokens, negative_tokens"):
+        choose_conditions(both, ["colour"])
+    with pytest.raises(UserError, match="negative_tokens: the records hold none"):
+        choose_conditions(both, ["negative_tokens"])
+
+
+def test_a_condition_that_is_not_given_is_named() -> None:
+    with pytest.raises(UserError, match="trained with class_labels, and this call of the denoiser has none"):
+        conditioning().embed({})
+
+
+@pytest.mark.parametrize("kind", ["mean", "tokens"])
+def test_padding_that_the_mask_tells_changes_nothing(kind: str) -> None:
     torch.manual_seed(0)
-    known = Conditioning(16, {"words": {"kind": "tokens", "width": 32}}, 1.0)
+    known = Conditioning(16, {"words": {"kind": kind, "width": 32}}, 1.0)
     words, scale, timestep = torch.randn(1, 5, 32), torch.tensor([2.0]), torch.tensor([9])
-    short = known(scale, timestep, {"words": words, "words_mask": torch.ones(1, 5)})
+    short = ask(known, scale, timestep, {"words": words, "words_mask": torch.ones(1, 5)})
     padded = torch.cat([words, 100 * torch.randn(1, 3, 32)], dim=1)
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
-    torch.testing.assert_close(known(scale, timestep, {"words": padded, "words_mask": mask}), short)
-    assert not torch.allclose(known(scale, timestep, {"words": padded}), short, atol=1e-3)
+    longer = ask(known, scale, timestep, {"words": padded, "words_mask": mask})
+    torch.testing.assert_close(longer.vector, short.vector)
+    assert not torch.allclose(ask(known, scale, timestep, {"words": padded}).vector, short.vector, atol=1e-3)
+    if kind == "tokens":
+        assert longer.tokens is not None
+        assert longer.tokens.shape == (1, 8, 16)
+        assert torch.equal(longer.mask, mask.bool())
+
+
+def test_positive_and_negative_tokens_lie_side_by_side_each_with_its_mask() -> None:
+    words = {"kind": "tokens", "width": 32}
+    known = Conditioning(16, {"words": words, "negative.words": words | {"kind": "negative_tokens"}}, 1.0)
+    inputs = {"words": torch.randn(1, 3, 32), "negative.words": torch.randn(1, 2, 32)}
+    seen = ask(known, torch.tensor([2.0]), torch.tensor([9]), inputs)
+    assert seen.tokens is not None
+    assert (seen.tokens.shape, seen.mask) == ((1, 5, 16), None)
+    masked = ask(
+        known, torch.tensor([2.0]), torch.tensor([9]), inputs | {"negative.words_mask": torch.tensor([[1, 0]])}
+    )
+    assert masked.mask.tolist() == [[True, True, True, True, False]]
 
 
 def test_timesteps_count_to_a_thousand_whatever_the_denoiser_counts_to() -> None:
@@ -73,4 +133,5 @@ def test_timesteps_count_to_a_thousand_whatever_the_denoiser_counts_to() -> None
     torch.manual_seed(0)
     fractions = Conditioning(16, {}, 1e-3)
     scale = torch.tensor([2.0])
-    torch.testing.assert_close(fractions(scale, torch.tensor([0.5]), {}), counting(scale, torch.tensor([500]), {}))
+    one = ask(fractions, scale, torch.tensor([0.5]), {}).vector
+    torch.testing.assert_close(one, ask(counting, scale, torch.tensor([500]), {}).vector)

@@ -14,23 +14,27 @@ from torch import Tensor
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.denoiser import fingerprint
 from stages.errors import UserError
-from tests.conftest import VARIANTS, tiny_dit
+from tests.conftest import VARIANTS, small_adapter, tiny_dit
 
 ABOUT = {
     "conditions": {"class_labels": {"kind": "label", "classes": 10}},
     "timestep_scale": 1.0,
     "scale_range": [1.0, 6.0],
     "prediction_type": "epsilon",
+    "arguments": {},
     "base": {"pretrained_model_name_or_path": "tiny"},
 }
 LATENT, TIMESTEP, LABELS = torch.randn(4, 4, 8, 8), torch.tensor([900, 500, 100, 3]), torch.tensor([0, 3, 9, 9])
 SCALES = [1.0, 2.0, 3.5, 6.0]
 
 
+def about(variant: str) -> dict[str, Any]:
+    return ABOUT | ({"scale_range": [3.0, 3.0]} if variant == "lora_fixed" else {})
+
+
 def new_adapter(denoiser: Any, variant: str, trained: bool = True) -> GuidanceAdapter:
     torch.manual_seed(1)
-    config = AdapterConfig(variant, ["attention", "feed_forward"], hidden_size=16, rank=4)
-    adapter = GuidanceAdapter.for_denoiser(config, denoiser, ABOUT)
+    adapter = GuidanceAdapter.for_denoiser(small_adapter(variant), denoiser, about(variant))
     if trained:
         for parameter in adapter.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -127,12 +131,14 @@ def test_only_the_adapter_gets_gradients(variant: str) -> None:
 def test_the_conditioning_is_computed_once_per_forward(variant: str) -> None:
     denoiser = tiny_dit().transformer
     adapter = new_adapter(denoiser, variant).attach(denoiser)
+    if adapter.conditioning is None:
+        assert variant == "lora_fixed"
+        return
     calls = []
     adapter.conditioning.register_forward_hook(lambda *_: calls.append(1))
     with adapter.guidance_scale(2.0):
         predict(denoiser)
     assert len(calls) == 1
-    assert len(adapter.sites) == 4
 
 
 def test_it_comes_back_from_its_folder_bit_for_bit(variant: str, tmp_path: Path) -> None:
@@ -142,7 +148,8 @@ def test_it_comes_back_from_its_folder_bit_for_bit(variant: str, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     again = GuidanceAdapter.from_pretrained(tmp_path)
     assert again.config == adapter.config
-    assert again.about == ABOUT
+    assert again.about == adapter.about
+    assert again.shapes == adapter.shapes
     for (name, one), (_, other) in zip(adapter.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
     outputs = []
@@ -166,21 +173,26 @@ def test_half_precision_bases_work(variant: str) -> None:
 
 def test_scales_outside_the_trained_range_warn_and_name_it(variant: str) -> None:
     adapter = new_adapter(tiny_dit().transformer, variant)
-    with pytest.warns(UserWarning, match="guidance_scale 7.5 is outside the range 1 to 6"), adapter.guidance_scale(7.5):
+    trained = "the range 1 to 6 that" if variant != "lora_fixed" else "3, the one scale that"
+    with pytest.warns(UserWarning, match=f"guidance_scale 7.5 is outside {trained}"), adapter.guidance_scale(7.5):
         pass
-    with warnings.catch_warnings(), adapter.guidance_scale(6.0):
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
+        with adapter.guidance_scale(3.0):
+            pass
 
 
 def test_a_base_of_other_shapes_is_refused_with_its_first_site(variant: str) -> None:
     adapter = new_adapter(tiny_dit().transformer, variant)
     pipe = tiny_dit()
     wider = type(pipe.transformer).from_config({**pipe.transformer.config, "attention_head_dim": 12})
-    with pytest.raises(UserError, match=r"at transformer_blocks.0.attn1 it was made for width 16, the base has 24"):
+    first = next(iter(adapter.shapes))
+    with pytest.raises(UserError, match=rf"at {first} it was made for width 16, the base has width 24"):
         adapter.attach(wider)
-    deeper = type(pipe.transformer).from_config({**pipe.transformer.config, "num_layers": 3})
-    with pytest.raises(UserError, match=r"at transformer_blocks.2.attn1 it was made for width no site"):
-        adapter.attach(deeper)
+    if variant != "embedding":  # it sits at no site: how deep the base is does not matter to it
+        deeper = type(pipe.transformer).from_config({**pipe.transformer.config, "num_layers": 3})
+        with pytest.raises(UserError, match=r"at transformer_blocks.2.attn1[a-z_.]* it was made for no site"):
+            adapter.attach(deeper)
     adapter.attach(pipe.transformer)
     with pytest.raises(UserError, match="attached already"):
         adapter.attach(pipe.transformer)
@@ -194,22 +206,24 @@ def test_a_base_of_other_shapes_is_refused_with_its_first_site(variant: str) -> 
         ("adapter_model.safetensors", b""),
         ("adapter_model.safetensors", b"\xff" * 100),
     ],
+    ids=["no json", "no adapter", "empty weights", "no weights"],
 )
 def test_a_folder_that_is_none_of_an_adapter_is_named(variant: str, tmp_path: Path, name: str, content: bytes) -> None:
     new_adapter(tiny_dit().transformer, variant).save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match="not the folder of an adapter"):
+    with pytest.raises(UserError, match="not an adapter"):
         GuidanceAdapter.from_pretrained(tmp_path)
 
 
-def test_a_newer_format_is_refused(variant: str, tmp_path: Path) -> None:
-    new_adapter(tiny_dit().transformer, variant).save_pretrained(tmp_path)
+@pytest.mark.parametrize(("version", "way_out"), [(1, "train it again"), (3, "upgrade this project")])
+def test_another_version_of_the_format_is_refused_with_the_way_out(tmp_path: Path, version: int, way_out: str) -> None:
+    new_adapter(tiny_dit().transformer, "offset").save_pretrained(tmp_path)
     told = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(told | {"format_version": 2}))
-    with pytest.raises(UserError, match="newer version"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(told | {"format_version": version}))
+    with pytest.raises(UserError, match=f"version {version} of the format, not 2: {way_out}"):
         GuidanceAdapter.from_pretrained(tmp_path)
 
 
 def test_an_unknown_variant_is_named() -> None:
-    with pytest.raises(UserError, match=r"adapter.variant=magic: one of modulated_low_rank, offset"):
-        GuidanceAdapter.create(AdapterConfig("magic"), {}, ABOUT)
+    with pytest.raises(UserError, match=r"adapter.variant=magic: one of cross_attention, embedding, full"):
+        GuidanceAdapter.for_denoiser(AdapterConfig("magic"), tiny_dit().transformer, ABOUT)

@@ -15,24 +15,26 @@ from stages.denoiser import fingerprint
 from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.train.trainer import Trainer
-from tests.conftest import VARIANTS, train_config
+from tests.conftest import VARIANTS, small_adapter, train_config
+
+
+def test_a_plain_lora_is_not_trained_on_many_scales(shared_dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lora_fixed: learns one scale, the records have 1 to 6"):
+        Trainer(train_config(shared_dataset, tmp_path, adapter=small_adapter("lora_fixed")))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_lowers_the_error_and_leaves_the_base_bit_for_bit(
-    shared_dataset: Path, tmp_path: Path, variant: str
+    request: pytest.FixtureRequest, tmp_path: Path, variant: str
 ) -> None:
-    adapter = AdapterConfig(variant, ["attention", "feed_forward"], hidden_size=16, rank=4)
-    trainer = Trainer(
-        train_config(shared_dataset, tmp_path, adapter=adapter, max_train_steps=150, validation_share=0.1)
+    data = request.getfixturevalue("dataset_of_one_scale" if variant == "lora_fixed" else "shared_dataset")
+    config = train_config(
+        data, tmp_path, adapter=small_adapter(variant), max_train_steps=150, validation_share=0.1, learning_rate=3e-3
     )
+    trainer = Trainer(config)
     before = fingerprint(trainer.student.denoiser)
     summary = trainer.run()
-    assert (
-        fingerprint(trainer.student.denoiser)
-        == before
-        == Dataset(shared_dataset).info["teacher"]["denoiser_fingerprint"]
-    )
+    assert fingerprint(trainer.student.denoiser) == before == Dataset(data).info["teacher"]["denoiser_fingerprint"]
     assert summary["steps"] == 150
     assert summary["validation_loss"] < 0.97 * summary["validation_loss_unguided"]
     assert summary["adapter_parameters"] == sum(p.numel() for p in trainer.adapter.parameters())

@@ -1,0 +1,25 @@
+"""What an adapter can be told: the variant, where it sits, what it sees, how large it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stages.config import option
+
+TIMESTEP, POOLED, TOKENS, NEGATIVE_TOKENS = "timestep", "pooled", "tokens", "negative_tokens"
+
+
+@dataclass
+class AdapterConfig:
+    variant: str = option("modulated_low_rank", "kind of adapter")
+    sites: list[str] | None = option(
+        None,
+        "attention, feed_forward, or patterns of module names such as down_blocks.*.attn2; by default the variant's own",
+    )
+    conditions: list[str] | None = option(
+        None,
+        "what it sees besides the scale: timestep, pooled (a class, pooled text, or else the mean of the tokens), tokens, "
+        "negative_tokens; by default the variant's own",
+    )
+    hidden_size: int = option(128, "width of the conditioning vector", at_least=1)
+    rank: int | None = option(None, "rank of a low-rank branch; by default the variant's own", at_least=1)

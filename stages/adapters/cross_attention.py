@@ -1,0 +1,62 @@
+"""`cross_attention`: a site's tokens attend to scale, timestep and condition (the reference's default for UNets)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stages.adapters.adapter import GuidanceAdapter, Site
+from stages.adapters.conditioning import Known
+
+HEAD_WIDTH = 64
+
+
+class CrossAttentionSite(Site):
+    """`O attention(Q x, K c, V c)`, c one token each for scale, timestep and whole conditions, and the prompt's own tokens.
+
+    No position is told to them, so that prompts may be of any length. O is zero at the start.
+    """
+
+    def __init__(self, width_in: int, width_out: int, hidden_size: int) -> None:
+        super().__init__()
+        self.heads = max(1, hidden_size // HEAD_WIDTH)
+        self.norm = nn.LayerNorm(width_in)
+        self.query = nn.Linear(width_in, hidden_size, bias=False)
+        self.of_condition = nn.Linear(hidden_size, 2 * hidden_size)
+        self.out = nn.Linear(hidden_size, width_out)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def of_step(self, known: Known) -> tuple[Tensor, ...]:
+        return self._keys_and_values(known.parts)
+
+    def of_tokens(self, known: Known) -> tuple[Tensor, ...]:
+        if known.tokens is None:
+            return ()
+        mask = () if known.mask is None else (known.mask,)
+        return (*self._keys_and_values(known.tokens), *mask)
+
+    def _keys_and_values(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """Two tensors `[n, heads, length, width]`."""
+        both = self.of_condition(nn.functional.silu(condition))
+        return tuple(part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in both.chunk(2, dim=-1))
+
+    def forward(self, tokens: Tensor, *prepared: Tensor) -> Tensor:
+        keys, values, *of_tokens = prepared
+        mask = None
+        if of_tokens:
+            mask = of_tokens[2] if len(of_tokens) == 3 else None
+            if mask is not None:  # what is no token of a prompt is never masked
+                mask = nn.functional.pad(mask, (keys.shape[2], 0), value=True)[:, None, None]
+            keys, values = torch.cat([keys, of_tokens[0]], 2), torch.cat([values, of_tokens[1]], 2)
+        queries = self.query(self.norm(tokens)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        attended = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(GuidanceAdapter):
+    variant = "cross_attention"
+    default_conditions = ("timestep", "pooled", "tokens")
+
+    def new_site(self, width_in: int, width_out: int) -> Site:
+        return CrossAttentionSite(width_in, width_out, self.config.hidden_size)

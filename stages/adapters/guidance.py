@@ -1,0 +1,108 @@
+"""The guidance that is in force during a forward pass: scales by step and image, and what is computed beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from stages.errors import UserError
+
+Scales = float | Sequence[float] | Tensor  # one for all images of a batch, or one per image
+# Scales per step: a list of so many as there are steps, or a function of (step, timestep).
+ScaleSchedule = Sequence[Scales] | Callable[[int, float], Scales]
+Prepared = list[tuple[Tensor, ...]]  # of every site
+
+
+def as_scales(scale: Scales) -> Tensor:
+    """Scales `[images]`; one below 1 is no guidance, as in diffusers."""
+    return torch.as_tensor(scale, dtype=torch.float32).reshape(-1).clamp(min=1)
+
+
+def scales_of_schedule(schedule: ScaleSchedule, timesteps: Tensor) -> Tensor:
+    """Scales `[steps, images]` at the scheduler's timesteps `[steps]`.
+
+    Raises:
+        UserError: a list of another length than there are steps.
+    """
+    steps = len(timesteps)
+    if callable(schedule):
+        rows = [as_scales(schedule(i, t)) for i, t in enumerate(timesteps.tolist())]
+    elif len(schedule) != steps:
+        raise UserError(f"{len(schedule)} guidance scales were given for {steps} steps: one per step")
+    else:
+        rows = [as_scales(scale) for scale in schedule]
+    return torch.stack(torch.broadcast_tensors(*rows))
+
+
+class Guidance:
+    """Scales at which the denoiser guides itself.
+
+    Attributes:
+        scales: `[steps, images]`, one row where all steps are alike; images 1 where all are alike.
+        timesteps: `[steps]` as the denoiser is given them; None where all steps are alike.
+        known: whether the values may be looked at: those on a GPU are a batch in training, which must not wait for it.
+        bypass: no sample is guided at any step: the adapter is not even asked.
+        mixed: a sample may be unguided beside others that are not.
+        table: filled at the first forward pass, if it is wanted.
+    """
+
+    def __init__(self, scales: Tensor, timesteps: Tensor | None = None, cached: bool = False) -> None:
+        self.scales, self.timesteps, self.cached = scales, timesteps, cached
+        self.known = scales.device.type == "cpu"
+        self.bypass = self.known and bool((scales == 1).all())
+        self.mixed = not self.known or bool((scales == 1).any())
+        self.table: Table | None = None
+
+    def to(self, device: torch.device) -> None:
+        self.scales = self.scales.to(device)
+        if self.timesteps is not None:
+            self.timesteps = self.timesteps.to(device)
+
+    def row(self, timestep: Tensor) -> Tensor:
+        """Index `[1]` of the step that a timestep belongs to, found without making the GPU wait."""
+        if self.timesteps is None:
+            return torch.zeros(1, dtype=torch.long, device=timestep.device)
+        return (self.timesteps - timestep.flatten()[:1].float()).abs().argmin(keepdim=True)
+
+    def at(self, row: Tensor, n: int) -> Tensor:
+        """Scales `[n]` of a batch at one step."""
+        return spread(self.scales.index_select(0, row), n)[0]
+
+
+def spread(scales: Tensor, n: int) -> Tensor:
+    """Scales `[steps, n]` from `[steps, images]`, where the samples of one image lie side by side.
+
+    Raises:
+        UserError: n samples are not so many images.
+    """
+    images = scales.shape[1]
+    if n % images:
+        raise UserError(f"{images} guidance scales were given for a batch of {n}: one per image, or one for all")
+    return scales.repeat_interleave(n // images, dim=1)
+
+
+class Table:
+    """What every site needs at every step of a schedule, computed at once.
+
+    Args:
+        of_step: of every site, tensors `[steps * n, ...]`.
+        of_tokens: of every site, tensors `[n, ...]`, the same at every step.
+        steps: of the schedule.
+    """
+
+    def __init__(self, of_step: Prepared, of_tokens: Prepared, steps: int) -> None:
+        self.of_tokens = of_tokens
+        self.shapes = [[tensor.shape[1:] for tensor in site] for site in of_step]
+        flat = [tensor.flatten(1) for site in of_step for tensor in site]
+        self.rows = torch.cat(flat, 1).unflatten(0, (steps, -1)) if flat else None
+
+    def at(self, row: Tensor) -> Prepared:
+        """Of every site, tensors `[n, ...]` at one step, with one look-up for all sites."""
+        if self.rows is None:
+            return self.of_tokens
+        sizes = [shape.numel() for shapes in self.shapes for shape in shapes]
+        pieces = iter(self.rows.index_select(0, row)[0].split(sizes, dim=1))
+        of_step = [tuple(next(pieces).unflatten(1, shape) for shape in shapes) for shapes in self.shapes]
+        return [(*step, *tokens) for step, tokens in zip(of_step, self.of_tokens, strict=True)]
