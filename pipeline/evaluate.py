@@ -8,12 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.command import run, to_yaml
-from stages.adapters.folder import WEIGHTS_FILE
-from stages.denoiser import denoiser_of
+from stages.adapters.folder import describe
+from stages.denoiser import denoiser_of, fingerprint
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation
 from stages.evaluate.report import table, write_report
-from stages.records.shard import hash_file
 from stages.records.storage import whole_file, write_json
 
 
@@ -28,7 +27,7 @@ def main(config: EvaluateConfig) -> None:
         "variant": adapter.variant,
         "parameters": parameters,
         "share": parameters / sum(p.numel() for p in denoiser.parameters()),
-        "adapter_sha256": hash_file(Path(config.adapter_dir) / WEIGHTS_FILE),
+        "adapter_fingerprint": fingerprint(adapter),
         "num_samples": config.num_samples,
         "num_inference_steps": config.num_inference_steps,
     }
@@ -36,6 +35,9 @@ def main(config: EvaluateConfig) -> None:
         file.write(to_yaml(config).encode())
     write_json(folder / "evaluation.json", {**about, "rows": rows})
     report = write_report(folder, rows, evaluation.shown, about)
+    if config.output_dir is None and Path(config.adapter_dir).is_dir():
+        adapter.about["evaluation"] = rows
+        describe(adapter, Path(config.adapter_dir))
     print(table(rows))
     print(f"report: {report}")
 

@@ -365,7 +365,7 @@ class GuidanceAdapter(nn.Module, ABC):
     # The folder
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `adapter_config.json` and `adapter_model.safetensors`."""
+        """Write `adapter_config.json`, `adapter_model.safetensors` and the model card."""
         folder.save(self, Path(save_directory))
 
     @staticmethod
@@ -385,13 +385,15 @@ class GuidanceAdapter(nn.Module, ABC):
             adapter.load_state_dict(weights)
         return adapter.eval()
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the adapter with its model card; the address of what was made.
-
-        Args:
-            options: `private`, `token`, `commit_message`.
-        """
-        return folder.push(self, repo_id, **options)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload guidance adapter",
+    ) -> str:
+        """Upload the adapter with its model card to a model hub; the address of the commit."""
+        return folder.push(self, repo_id, private, token, commit_message)
 
 
 def told(shape: Shape | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load_file, save_file
 
+from stages.adapters.card import model_card
 from stages.base import first_line
 from stages.errors import UserError
 
@@ -24,11 +26,32 @@ FORMAT_VERSION = 2
 
 
 def save(adapter: GuidanceAdapter, path: Path) -> None:
+    """Write weights, model card and configuration, each whole or not at all, the configuration last."""
     path.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in adapter.state_dict().items()}
-    save_file(weights, path / WEIGHTS_FILE, metadata={"format": "pt"})
+    with _whole(path / WEIGHTS_FILE) as part:
+        save_file(weights, part, metadata={"format": "pt"})
+    describe(adapter, path)
+
+
+def describe(adapter: GuidanceAdapter, path: Path) -> None:
+    """Write model card and configuration."""
     config = {"format_version": FORMAT_VERSION, "adapter": asdict(adapter.config), "sites": adapter.shapes}
-    (path / CONFIG_FILE).write_text(json.dumps(config | adapter.about, indent=2) + "\n")
+    with _whole(path / CARD_FILE) as part:
+        part.write_text(model_card(adapter))
+    with _whole(path / CONFIG_FILE) as part:
+        part.write_text(json.dumps(config | adapter.about, indent=2) + "\n")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file beside the one that is meant, which takes its place once it is written."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -51,7 +74,7 @@ def load(
     with named(name_or_path):
         path = Path(name_or_path)
         if not path.is_dir():
-            path = Path(snapshot_download(str(name_or_path), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **source))
+            path = _from_hub(str(name_or_path), **source)
         about = json.loads((path / CONFIG_FILE).read_bytes())
         version = about.pop("format_version")
         if version != FORMAT_VERSION:
@@ -62,11 +85,17 @@ def load(
         return about.pop("adapter"), about.pop("sites"), about, load_file(path / WEIGHTS_FILE)
 
 
-def push(
-    adapter: GuidanceAdapter,
-    repo_id: str,
-    private: bool | None = None,
-    token: str | None = None,
-    commit_message: str = "Upload guidance adapter",
-) -> str:
-    raise NotImplementedError
+def _from_hub(repo_id: str, **source: Any) -> Path:
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **source))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{repo_id}: neither a folder here nor an adapter on the hub: {first_line(error)}") from error
+
+
+def push(adapter: GuidanceAdapter, repo_id: str, private: bool | None, token: str | None, commit_message: str) -> str:
+    """Upload weights, model card and configuration; the address of the commit."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as temporary:
+        save(adapter, Path(temporary))
+        return str(api.upload_folder(repo_id=repo_id, folder_path=temporary, commit_message=commit_message))

@@ -21,7 +21,6 @@ from stages.config import check_bounds
 from stages.errors import UserError
 from stages.progress import progress
 from stages.records.dataset import Dataset
-from stages.train.card import model_card
 from stages.train.checkpoint import load_checkpoint, save_checkpoint
 from stages.train.config import KEPT_WHEN_RESUMED, TrainConfig
 from stages.train.objective import squared_error
@@ -137,8 +136,9 @@ class Trainer:
             "records_per_second": (self.step - first_step) * self.config.train_batch_size / seconds,
             "peak_memory_bytes": peak_memory(self.device),
         }
+        told = ("steps", "validation_loss", "validation_loss_unguided")
+        self.adapter.about["training"] = self.dataset.info["counts"] | {key: summary[key] for key in told}
         self.adapter.save_pretrained(self.root)
-        (self.root / "README.md").write_text(model_card(self.adapter, self.dataset, summary))
         return summary
 
     def _fit(self, log: Callable[[str, float, int], None]) -> None:

@@ -145,7 +145,11 @@ def test_it_comes_back_from_its_folder_bit_for_bit(variant: str, tmp_path: Path)
     denoiser = tiny_dit().transformer
     adapter = new_adapter(denoiser, variant)
     adapter.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     again = GuidanceAdapter.from_pretrained(tmp_path)
     assert again.config == adapter.config
     assert again.about == adapter.about

@@ -1,0 +1,96 @@
+"""The model card: what a person and a model hub need to know of an adapter, from what its folder tells."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+if TYPE_CHECKING:
+    from stages.adapters.adapter import GuidanceAdapter
+
+CARD = """---
+{header}
+---
+
+# One-pass guidance for {base}
+
+An adapter that folds classifier-free guidance into one forward pass (adapter guidance distillation, arXiv 2503.07274).
+The base is frozen and stays as it is; the guidance scale is an input.
+
+```python
+from diffusers import DiffusionPipeline
+from stages.adapters import GuidanceAdapter
+
+pipe = DiffusionPipeline.from_pretrained("{base}")
+GuidanceAdapter.from_pretrained("this folder, or its name on the hub").attach(pipe)
+```
+
+| | |
+| --- | --- |
+{facts}
+"""
+MEASURED = """
+## Measured
+
+| method | guidance scale | Frechet distance | gap closed | evaluations per image |
+| --- | --- | --- | --- | --- |
+{rows}
+"""
+
+
+def model_card(adapter: GuidanceAdapter) -> str:
+    """Markdown with the header that model hubs read."""
+    about, parameters = adapter.about, sum(parameter.numel() for parameter in adapter.parameters())
+    low, high = about["scale_range"]
+    facts = {
+        "variant": adapter.variant,
+        "trained scales": f"{low:g} to {high:g}",
+        "parameters": f"{parameters:,}",
+    }
+    if "training" in about:
+        training = about["training"]
+        facts |= {
+            "trained on": f"{training['records']:,} records of {training['trajectories']:,} guided trajectories",
+            "steps": f"{training['steps']:,}",
+            "validation loss": f"{training['validation_loss']:.5f} (the base without guidance: "
+            f"{training['validation_loss_unguided']:.5f})",
+        }
+    rows = about.get("evaluation", [])
+    card = CARD.format(
+        header=header(adapter, rows),
+        base=about["base"]["pretrained_model_name_or_path"],
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+    )
+    return card + (MEASURED.format(rows="\n".join(map(measured, rows))) if rows else "")
+
+
+def header(adapter: GuidanceAdapter, rows: list[dict[str, Any]]) -> str:
+    """YAML: what the base is, how it relates to it, what was measured."""
+    results = [
+        EvalResult(
+            task_type="image-generation",
+            dataset_type="reference",
+            dataset_name="reference images",
+            metric_type=metric,
+            metric_name=f"{metric} of one pass at guidance scale {row['guidance_scale']:g}",
+            metric_value=row[metric],
+        )
+        for row in rows
+        if row["method"] == "one_pass"
+        for metric in ("frechet_distance", "gap_closed")
+    ]
+    data = ModelCardData(
+        base_model=adapter.about["base"]["pretrained_model_name_or_path"],
+        base_model_relation="adapter",
+        library_name="diffusers",
+        tags=["guidance-distillation", "classifier-free-guidance", adapter.variant],
+        model_name=f"one-pass guidance, {adapter.variant}",
+        eval_results=results or None,
+    )
+    return data.to_yaml()
+
+
+def measured(row: dict[str, Any]) -> str:
+    cells = [row["method"], f"{row['guidance_scale']:g}", f"{row['frechet_distance']:.1f}", f"{row['gap_closed']:.3f}"]
+    return f"| {' | '.join(cells)} | {row['denoiser_evaluations']:g} |"

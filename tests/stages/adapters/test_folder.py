@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+
+from stages.adapters import GuidanceAdapter
+from stages.adapters.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from stages.errors import UserError
+from tests.conftest import tiny_dit
+from tests.hub import hub
+from tests.stages.adapters.test_contract import new_adapter
+
+
+@pytest.fixture
+def adapter() -> GuidanceAdapter:
+    return new_adapter(tiny_dit().transformer, "offset")
+
+
+def test_the_folder_tells_what_a_user_needs_to_know(tiny_adapter: Path) -> None:
+    told = json.loads((tiny_adapter / CONFIG_FILE).read_text())
+    assert told["adapter"]["variant"] == "modulated_low_rank"
+    assert told["adapter"]["conditions"] == ["timestep", "pooled"]
+    assert told["sites"]["transformer_blocks.0.attn1"] == [16, 16]
+    assert told["scale_range"] == [1.0, 6.0]
+    assert told["prediction_type"] == "epsilon"
+    assert told["format_version"] == 2
+    assert {"pretrained_model_name_or_path", "revision", "denoiser_fingerprint"} <= set(told["base"])
+    assert told["training"]["steps"] == 12
+
+
+def test_the_card_has_the_header_that_hubs_read(tiny_adapter: Path) -> None:
+    _, header, text = (tiny_adapter / CARD_FILE).read_text().split("---\n", 2)
+    told = yaml.safe_load(header)
+    assert told["base_model_relation"] == "adapter"
+    assert (
+        told["base_model"]
+        == GuidanceAdapter.from_pretrained(tiny_adapter).about["base"]["pretrained_model_name_or_path"]
+    )
+    assert {"guidance-distillation", "modulated_low_rank"} <= set(told["tags"])
+    assert "model-index" not in told
+    assert "| trained scales | 1 to 6 |" in text
+    assert "48 records of 12 guided trajectories" in text
+    assert "Measured" not in text
+
+
+def test_the_card_tells_what_was_measured(adapter: GuidanceAdapter, tmp_path: Path) -> None:
+    row = {"guidance_scale": 2.0, "frechet_distance": 20.4, "gap_closed": 0.9, "denoiser_evaluations": 25.0}
+    adapter.about["evaluation"] = [row | {"method": "cfg"}, row | {"method": "one_pass"}]
+    adapter.save_pretrained(tmp_path)
+    _, header, text = (tmp_path / CARD_FILE).read_text().split("---\n", 2)
+    assert "| one_pass | 2 | 20.4 | 0.900 | 25 |" in text
+    (result,) = yaml.safe_load(header)["model-index"][0]["results"]
+    assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {
+        "frechet_distance": 20.4,
+        "gap_closed": 0.9,
+    }
+
+
+def test_a_save_that_fails_leaves_the_older_adapter_whole(
+    adapter: GuidanceAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    torch.nn.init.ones_(next(adapter.parameters()))
+
+    def full_disk(weights: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("stages.adapters.folder.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        adapter.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_strangers_folder_cannot_run_code(adapter: GuidanceAdapter, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "sprung",))  # type: ignore[return-value]
+
+    adapter.save_pretrained(tmp_path)
+    trap = pickle.dumps(Trap())
+    for name in (WEIGHTS_FILE, "adapter_model.bin", "pytorch_model.bin"):
+        (tmp_path / name).write_bytes(trap)
+    with pytest.raises(UserError, match="not an adapter"):
+        GuidanceAdapter.from_pretrained(tmp_path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_to_a_hub_and_back(adapter: GuidanceAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hub() as (address, given):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        commit = adapter.push_to_hub("mine", token="hf_x", commit_message="First")
+        assert commit.startswith(address)
+        assert set(given.repos["someone/mine"]) == {CARD_FILE, CONFIG_FILE, WEIGHTS_FILE}
+        assert given.commits == ["First"]
+        again = GuidanceAdapter.from_pretrained("someone/mine", cache_dir=tmp_path)
+        with pytest.raises(UserError, match="someone/nothing: neither a folder here nor an adapter on the hub"):
+            GuidanceAdapter.from_pretrained("someone/nothing", cache_dir=tmp_path)
+    assert again.about == adapter.about
+    for one, other in zip(adapter.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
