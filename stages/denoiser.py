@@ -7,11 +7,13 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stages.errors import UserError
 
 DENOISER_NAMES = ("unet", "transformer")
+MASK = "_mask"  # after the name of what it masks
+NEGATIVE = "negative."  # before the names of what the denoiser was given in its unconditional pass
 
 
 def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
@@ -45,6 +47,19 @@ def bind_inputs(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     What is not given is left out, and dictionaries are flattened: `added_cond_kwargs.text_embeds`.
     """
     return flatten(dict(inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments))
+
+
+def negative_tokens(inputs: dict[str, Any], latent: str, rows: slice) -> dict[str, Tensor]:
+    """The token embeddings `[n, length, width]` of an unconditional pass and their masks, named `negative.NAME`.
+
+    Args:
+        inputs: of a denoiser call, flat; latent: what the latent is called among them.
+        rows: of the unconditional part of the batch.
+    """
+    given = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name != latent}
+    tokens = {name: value for name, value in given.items() if value.ndim == 3 and value.is_floating_point()}
+    masks = {name: value.bool() for name, value in given.items() if value.ndim == 2 and name.endswith(MASK)}
+    return {NEGATIVE + name: value[rows] for name, value in (tokens | masks).items()}
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

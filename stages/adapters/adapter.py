@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stages.adapters import folder
 from stages.adapters.conditioning import Conditioning, Known, choose_conditions
-from stages.adapters.config import TIMESTEP, AdapterConfig
+from stages.adapters.config import NEGATIVE_TOKENS, TIMESTEP, AdapterConfig
 from stages.adapters.guidance import Guidance, Prepared, Scales, ScaleSchedule, Table, as_scales, spread
 from stages.adapters.one_pass import OnePass
 from stages.adapters.sites import Shape, find_sites, layer_beneath
@@ -99,6 +99,11 @@ class GuidanceAdapter(nn.Module, ABC):
         return Conditioning(self.config.hidden_size, chosen, self.about["timestep_scale"], TIMESTEP in wanted)
 
     @property
+    def sees_negative(self) -> bool:
+        """Whether it knows the tokens of the unconditional pass."""
+        return NEGATIVE_TOKENS in (self.config.conditions or [])
+
+    @property
     def rank(self) -> int:
         return self.config.rank or self.default_rank
 
@@ -158,7 +163,8 @@ class GuidanceAdapter(nn.Module, ABC):
         """
         is_denoiser = isinstance(target, nn.Module)
         denoiser: Any = uncompiled(target) if is_denoiser else denoiser_of(target)[1]
-        if self._denoiser is not None and (is_denoiser or self._denoiser() is not denoiser):
+        again = is_denoiser or any(pipeline.pipe is target for pipeline in self._pipelines)
+        if self._denoiser is not None and (again or self._denoiser() is not denoiser):
             raise UserError("this adapter is attached already: detach it first")
         if self._denoiser is None:
             self.check_fit(denoiser)
@@ -247,7 +253,7 @@ class GuidanceAdapter(nn.Module, ABC):
         guidance = self.guidance
         if guidance is None or guidance.bypass:
             return None
-        inputs = flatten(given)
+        inputs = flatten(given) | guidance.negative
         latent = next(iter(inputs.values()))
         self._follow(latent.device)
         guidance.to(latent.device)

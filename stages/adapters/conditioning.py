@@ -11,11 +11,11 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
 from stages.adapters.config import NEGATIVE_TOKENS, POOLED, TIMESTEP, TOKENS
+from stages.denoiser import NEGATIVE
 from stages.errors import UserError
 
 FREQUENCIES = 64
 LABEL, MEAN = "label", "mean"
-NEGATIVE = "negative."  # before the names of what the denoiser was given in its unconditional pass
 SMALLEST_EMBEDDING = 16  # what is narrower is no embedding: image sizes, crops
 
 

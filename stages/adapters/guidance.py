@@ -43,13 +43,21 @@ class Guidance:
         scales: `[steps, images]`, one row where all steps are alike; images 1 where all are alike.
         timesteps: `[steps]` as the denoiser is given them; None where all steps are alike.
         known: whether the values may be looked at: those on a GPU are a batch in training, which must not wait for it.
+        negative: of the unconditional pass, `negative.NAME` `[n, ...]`, where the adapter sees it; the denoiser does not.
         bypass: no sample is guided at any step: the adapter is not even asked.
         mixed: a sample may be unguided beside others that are not.
         table: filled at the first forward pass, if it is wanted.
     """
 
-    def __init__(self, scales: Tensor, timesteps: Tensor | None = None, cached: bool = False) -> None:
+    def __init__(
+        self,
+        scales: Tensor,
+        timesteps: Tensor | None = None,
+        cached: bool = False,
+        negative: dict[str, Tensor] | None = None,
+    ) -> None:
         self.scales, self.timesteps, self.cached = scales, timesteps, cached
+        self.negative = negative or {}
         self.known = scales.device.type == "cpu"
         self.bypass = self.known and bool((scales == 1).all())
         self.mixed = not self.known or bool((scales == 1).any())

@@ -38,6 +38,7 @@ class ModulatedLowRankSite(Site):
 class ModulatedLowRank(GuidanceAdapter):
     variant = "modulated_low_rank"
     default_sites = ("attention", "feed_forward")
+    default_rank = 32
 
     def new_site(self, width_in: int, width_out: int) -> Site:
         return ModulatedLowRankSite(width_in, width_out, self.config.hidden_size, self.rank)

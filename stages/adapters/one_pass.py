@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from stages.adapters.config import NEGATIVE_TOKENS
 from stages.adapters.guidance import Guidance, Scales, as_scales, scales_of_schedule
+from stages.adapters.unconditional import unconditional_tokens
 from stages.sampling import scale_keyword
 
 if TYPE_CHECKING:
     from stages.adapters.adapter import GuidanceAdapter
 
-NO_GUIDANCE = 1.0  # diffusers' pipelines run the unconditional pass only above it
+NO_GUIDANCE, SOME_GUIDANCE = 1.0, 2.0  # diffusers' pipelines run the unconditional pass only above 1
 
 
 class OnePass:
@@ -42,8 +43,9 @@ class OnePass:
             scale = bound.arguments[keyword]
             if keyword not in given and given.get("guidance_scale") is not None:
                 scale = bound.arguments["guidance_scale"]
+            negative = self._negative(pipeline, keyword, bound)
             bound.arguments[keyword] = NO_GUIDANCE
-            with self.guided(pipeline, scale, bound.arguments):
+            with self.guided(pipeline, scale, bound.arguments, negative):
                 return stock_call(*bound.args, **bound.kwargs)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
@@ -58,11 +60,14 @@ class OnePass:
         self.cached = num_inference_steps, None if guidance_scale is None else as_scales(guidance_scale)
 
     @contextmanager
-    def guided(self, pipe: Any, scale: Scales, arguments: dict[str, Any]) -> Iterator[None]:
+    def guided(
+        self, pipe: Any, scale: Scales, arguments: dict[str, Any], negative: dict[str, Tensor]
+    ) -> Iterator[None]:
         """Within it, the adapter guides one call of the pipeline; what the caller opened around the call comes first."""
         adapter = self.adapter
         warn_of_negative_prompt(adapter, arguments)
         guidance = adapter.guidance or Guidance(as_scales(scale)[None])
+        guidance.negative = negative
         cached = self._is_cached(guidance, arguments.get("num_inference_steps"))
         with adapter.in_force(guidance):
             if adapter.schedule is None and not cached:
@@ -70,6 +75,21 @@ class OnePass:
                 return
             with self._by_step(pipe.scheduler, guidance, cached):
                 yield
+
+    def _negative(self, pipe: Any, keyword: str, bound: inspect.BoundArguments) -> dict[str, Tensor]:
+        """What the adapter sees of the negative prompt, if it sees any."""
+        if not self.adapter.sees_negative:
+            return {}
+        arguments = inspect.BoundArguments(bound.signature, bound.arguments | {keyword: SOME_GUIDANCE})
+        if arguments.arguments.get("negative_prompt") is None:
+            arguments.arguments |= {k: v for k, v in self.adapter.about["arguments"].items() if k == "negative_prompt"}
+        with self.adapter.in_force(Guidance(torch.ones(1, 1))):
+            return unconditional_tokens(
+                pipe,
+                lambda: self.stock.__call__(*arguments.args, **arguments.kwargs),
+                self.adapter.about["unconditional"],
+                bound.arguments.get("generator"),
+            )
 
     def _is_cached(self, guidance: Guidance, num_inference_steps: int | None) -> bool:
         if self.cached is None or self.cached[0] != num_inference_steps:
@@ -88,7 +108,7 @@ class OnePass:
             timesteps = torch.unique_consecutive(scheduler.timesteps.float().cpu())
             schedule = adapter.schedule
             scales = guidance.scales if schedule is None else scales_of_schedule(schedule, timesteps)
-            adapter.guidance = Guidance(scales, timesteps * adapter.about["timestep_scale"], cached)
+            adapter.guidance = Guidance(scales, timesteps * adapter.about["timestep_scale"], cached, guidance.negative)
 
         scheduler.set_timesteps = seen
         try:
@@ -105,7 +125,7 @@ def warn_of_negative_prompt(adapter: GuidanceAdapter, arguments: dict[str, Any])
     unseen = [prompt for prompt in prompts if prompt.strip() not in trained]
     if arguments.get("negative_prompt_embeds") is not None:
         unseen.append("given as embeddings")
-    if unseen and not adapter.warned and NEGATIVE_TOKENS not in (adapter.config.conditions or []):
+    if unseen and not adapter.warned and not adapter.sees_negative:
         adapter.warned = True
         warnings.warn(
             f"negative_prompt ({unseen[0]}) does nothing: this adapter was not trained to see negative prompts "

@@ -31,6 +31,11 @@ def read_conditions(config: GenerateConfig) -> list[Condition]:
         raise UserError(
             f"prompts={config.prompts}: {kind.__name__} takes classes, not prompts: say class_labels=all, a list, or a file"
         )
+    if any(
+        "negative_prompt" in prompt for prompt in prompts
+    ):  # all have one then, or a batch would depend on its neighbours
+        common = str(dict(config.teacher.call).get("negative_prompt", ""))
+        prompts = [{"negative_prompt": common, **prompt} for prompt in prompts]
     return prompts
 
 

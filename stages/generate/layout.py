@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.denoiser import denoiser_of, latent_name
+from stages.denoiser import MASK, NEGATIVE, denoiser_of, latent_name, negative_tokens
 from stages.errors import UserError
 from stages.generate.scale import PerSampleScale
 from stages.generate.watching import Inputs, watched
 from stages.sampling import Request, guider_of, sample, scale_keyword, undecoded
 
-MASK = "_mask"
 PROBED_STEPS = 2  # the second is judged: some rules of guidance leave the first one out
 PROBED_SCALES = (3.0, 7.0)
 SAME, DIFFERENT = 0.02, 0.05  # relative distances: text encoders round differently in other batches
@@ -41,6 +40,7 @@ class Layout:
         timestep_scale: the denoiser's timestep over the scheduler's.
         target_channels: of what the scheduler is handed.
         learned_variance: whether the denoiser predicts its variance beside them.
+        unconditional: call and chunk of the unconditional part, where there is one such part.
         scale_per_sample: whether one call of the pipeline can hold samples of several scales.
     """
 
@@ -55,6 +55,7 @@ class Layout:
     timestep_scale: float
     target_channels: int
     learned_variance: bool
+    unconditional: tuple[int, int] | None = None
     scale_per_sample: bool = False
 
     def conditional(self, calls: list[Inputs], n: int) -> Inputs:
@@ -90,14 +91,27 @@ class Layout:
                 raise UserError(
                     f"the denoiser's {name} changes from call to call: it cannot be stored with a trajectory"
                 )
-        for mask in self.masks:
-            if mask not in cond and (masked := cond.get(mask.removesuffix(MASK))) is not None:
-                cond[mask] = torch.ones(masked.shape[:2], dtype=torch.bool, device=masked.device)
+        return self._masked(cond)
+
+    def negative(self, calls: list[Inputs], n: int) -> dict[str, Tensor]:
+        """What `negative_tokens` finds in one step for n samples; nothing in a step that guidance leaves out."""
+        if self.unconditional is None or len(calls) != self.calls:
+            return {}
+        call, chunk = self.unconditional
+        if len(calls[call][self.latent]) <= chunk * n:
+            return {}
+        return self._masked(negative_tokens(calls[call], self.latent, slice(chunk * n, (chunk + 1) * n)))
+
+    def _masked(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With a mask, that masks nothing, where the denoiser takes one and was given none."""
+        for name, value in list(cond.items()):
+            if name.removeprefix(NEGATIVE) + MASK in self.masks:
+                cond.setdefault(name + MASK, torch.ones(value.shape[:2], dtype=torch.bool, device=value.device))
         return cond
 
     def facts(self) -> dict[str, Any]:
         """What `dataset.json` tells of it."""
-        return asdict(self) | {"per_sample": list(self.per_sample), "masks": list(self.masks)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def constant(value: Any, rows: int) -> Any:
@@ -181,6 +195,7 @@ def _place_conditional(pipe: Any, alone: Inputs, guided: Seen) -> Layout:
         told = "all are alike" if same else "none is like the pass without guidance"
         raise uncertain(pipe, f"of the {len(places)} parts of a guided step {told}")
     number, chunk = same[0]
+    different = [place for place in places if place not in same]
     call = guided.calls[number]
     parameters = inspect.signature(denoiser.forward).parameters
     others = {k: v for k, v in call.items() if k not in (name, "timestep")}
@@ -196,6 +211,7 @@ def _place_conditional(pipe: Any, alone: Inputs, guided: Seen) -> Layout:
         constants={k: constant(v, len(call[name])) for k, v in others.items() if k not in per_sample},
         timestep_scale=_timestep_scale(float(call["timestep"][0]), guided.timestep),
         target_channels=guided.prediction.shape[1],
+        unconditional=different[0] if len(different) == 1 else None,
         learned_variance=getattr(denoiser.config, "out_channels", None) == 2 * guided.prediction.shape[1],
     )
 

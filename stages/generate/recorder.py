@@ -26,6 +26,7 @@ class Recording:
         latent: `[m, ...]`; timestep: `[m]`; target: `[m, ...]`.
         owner: `[m]`, the place in the batch of each record's trajectory; step: `[m]`, the denoising step it was.
         cond: every other tensor of the conditional pass with an entry per sample, `[n, ...]`, by the denoiser's own names.
+        negative: token embeddings of the unconditional pass and their masks `[n, ...]`, named `negative.NAME`.
     """
 
     latent: Tensor
@@ -34,6 +35,7 @@ class Recording:
     owner: Tensor
     step: Tensor
     cond: dict[str, Tensor]
+    negative: dict[str, Tensor]
 
 
 class Recorder:
@@ -49,12 +51,14 @@ class Recorder:
         self.step = 0
         self.parts: list[tuple[Tensor, ...]] = []
         self.cond: dict[str, Tensor] | None = None
+        self.negative: dict[str, Tensor] = {}
 
     def see_step(self, calls: list[Inputs], prediction: Tensor) -> None:
         """Keep one step: the denoiser's calls in it, and what the scheduler was handed."""
         inputs = self.layout.conditional(calls, self.n)
         if self.cond is None:
             self.cond = self.layout.conditions(inputs, self.n)
+        self.negative = self.negative or self.layout.negative(calls, self.n)
         rows = torch.arange(self.n) if self.steps is None else (self.steps == self.step).any(1).nonzero().flatten()
         if len(rows):
             here = rows.to(prediction.device)
@@ -66,7 +70,7 @@ class Recorder:
 
     def recording(self) -> Recording:
         latent, timestep, target, owner, step = (torch.cat(part) for part in zip(*self.parts, strict=True))
-        return Recording(latent, timestep, target, owner, step, self.cond or {})
+        return Recording(latent, timestep, target, owner, step, self.cond or {}, self.negative)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class Teacher:
     def __init__(self, config: GenerateConfig, example: Condition) -> None:
         """
         Args:
-            example: a condition to try the pipeline out on.
+            example: a condition to try the pipeline out on; where it has a negative prompt, those are recorded too.
 
         Raises:
             UserError: how the pipeline guides is not certain.
@@ -52,6 +52,7 @@ class Teacher:
             raise UserError(
                 f"{type(self.pipe).__name__}: its guidance cannot hold several scales in one batch: record with batch_size=1"
             )
+        self.records_negative = "negative_prompt" in example
         self.previews: dict[int, Tensor] = {}
 
     def facts(self) -> dict[str, Any]:
@@ -116,7 +117,7 @@ class Teacher:
         target = self._stored(recording.target, "target", planned_at)
         cond = {
             name: self._stored(value, name, lambda i: f"trajectory {batch[i].index}") if value.ndim > 2 else value.cpu()
-            for name, value in recording.cond.items()
+            for name, value in (recording.cond | (recording.negative if self.records_negative else {})).items()
         }
         timestep = recording.timestep.cpu()
         for i, planned in enumerate(batch):

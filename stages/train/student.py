@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.conditioning import find_conditions
+from stages.adapters.guidance import Guidance, as_scales
 from stages.base import load_denoiser
-from stages.denoiser import fingerprint, latent_name, unflatten
+from stages.denoiser import NEGATIVE, fingerprint, latent_name, unflatten
 from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.records.record import CONDITION_PREFIX
@@ -38,9 +39,18 @@ def describe_base(dataset: Dataset) -> dict[str, Any]:
         "guidance_rule": dataset.info["guidance"]["rule"],
         "prediction_type": teacher["prediction_type"],
         "timestep_scale": teacher["layout"]["timestep_scale"],
+        "unconditional": unconditional_place(teacher["layout"]),
         "base": {key: teacher[key] for key in BASE_KEYS},
         "dataset_fingerprint": dataset.fingerprint,
     }
+
+
+def unconditional_place(layout: dict[str, Any]) -> dict[str, int] | None:
+    """Where a guided step of the pipeline has its unconditional part; None where that is not known."""
+    if layout.get("unconditional") is None:
+        return None
+    call, chunk = layout["unconditional"]
+    return {"call": call, "chunk": chunk, "chunks": layout["chunks"]}
 
 
 def condition_tensors(dataset: Dataset) -> dict[str, dict[str, Any]]:
@@ -95,8 +105,10 @@ class Student:
         """The channels of the prediction that the target has `[n, c, ...]`; a learned variance beside them is left out."""
         constants = {name: restored(value, len(batch), batch.latent.device) for name, value in self.constants.items()}
         inputs = {self.latent: batch.latent, "timestep": batch.timestep, "return_dict": False}
-        with self.adapter.guidance_scale(batch.scale):
-            output = self.denoiser(**inputs, **unflatten({**constants, **batch.cond}))[0]
+        negative = {name: value for name, value in batch.cond.items() if name.startswith(NEGATIVE)}
+        cond = {name: value for name, value in batch.cond.items() if name not in negative}
+        with self.adapter.in_force(Guidance(as_scales(batch.scale)[None], negative=negative)):
+            output = self.denoiser(**inputs, **unflatten({**constants, **cond}))[0]
         return output[:, : batch.target.shape[1]]
 
 

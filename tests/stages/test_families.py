@@ -11,7 +11,7 @@ import torch
 
 from stages.base import load_pipeline
 from stages.denoiser import denoiser_of, unflatten
-from stages.evaluate.comparisons import CFG, ONE_PASS, Setting, conditions_of, load_pair, sample_setting
+from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, conditions_of, load_pair, sample_setting
 from stages.generate.config import TeacherConfig
 from stages.generate.plan import GOLDEN_RATIO
 from stages.generate.schedule import shifted_timesteps
@@ -26,6 +26,7 @@ from tests.conftest import generate, generate_config, small_adapter, train_confi
 from tests.families import ARGUMENTS, FAMILIES, PROMPTS, save
 
 ADAPTER = small_adapter()
+NEGATIVE_PROMPTS = ["grey", "a blurry one leaning left"]
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -35,10 +36,11 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def dataset(family: str, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Six trajectories of two prompts of different length, in two units."""
+    """Six trajectories of two prompts of different length, each with a negative one, in two units."""
     folder = tmp_path_factory.mktemp(family)
-    prompts = folder / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS))
+    prompts = folder / "prompts.jsonl"
+    asked = [{"prompt": p, "negative_prompt": n} for p, n in zip(PROMPTS, NEGATIVE_PROMPTS, strict=True)]
+    prompts.write_text("\n".join(json.dumps(row) for row in asked))
     config = generate_config(
         save(family, folder / "teacher"),
         folder / "data",
@@ -106,3 +108,23 @@ def test_the_adapter_found_its_conditions_in_the_records(dataset: Dataset) -> No
     assert kinds["tokens"] == "encoder_hidden_states"
     assert kinds.get("pooled") in {None, "added_cond_kwargs.text_embeds", "pooled_projections"}
     assert json.dumps(student.adapter.about)
+
+
+def test_negative_prompts_are_seen_in_one_pass_as_they_were_recorded(dataset: Dataset) -> None:
+    """The pipeline encodes them by its own rules; neither the evaluations nor the noise notice it."""
+    adapter = Student.create(dataset, small_adapter(conditions=["timestep", "negative_tokens"]), None, "cpu").adapter
+    adapter.detach()
+    teacher = dataset.info["teacher"]
+    pipe: Any = load_pipeline(teacher["pretrained_model_name_or_path"])
+    seen: list[torch.Tensor] = []
+    adapter.conditioning.conditions[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    rows = {row["prompt"]: row for row in dataset.manifest.to_pylist()}
+    recorded = load(dataset, [rows[prompt] for prompt in PROMPTS]).take(torch.tensor([0, 4])).cond
+    conditions = [{"prompt": p, "negative_prompt": n} for p, n in zip(PROMPTS, NEGATIVE_PROMPTS, strict=True)]
+    request = Request(conditions, [0, 1], 2, teacher["arguments"])
+    unguided, guided = (
+        sample_setting(pipe, adapter, setting, request) for setting in (Setting(NONE, 1.0), Setting(ONE_PASS, 3.0))
+    )
+    assert (guided.denoiser_evaluations, len(seen)) == (2 * 2, 2)
+    torch.testing.assert_close(seen[0], recorded["negative.encoder_hidden_states"], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(guided.latents, unguided.latents)

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiTPipeline
 
 from stages.adapters import GuidanceAdapter
+from stages.errors import UserError
 from stages.evaluate.comparisons import counted
 from stages.sampling import undecoded
 from tests.conftest import tiny_dit
@@ -55,6 +56,12 @@ def test_its_guidance_scale_is_the_adapters(pipe: DiTPipeline, adapter: Guidance
         mixed, _ = final(pipe)
     for i, alone in enumerate([at_two, at_default, unguided]):
         torch.testing.assert_close(mixed[i], alone[i], atol=1e-3, rtol=1e-3)
+
+
+def test_attached_twice_is_refused(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
+    adapter.attach(pipe)
+    with pytest.raises(UserError, match="attached already: detach it first"):
+        adapter.attach(pipe)
 
 
 def test_detached_it_is_the_stock_pipeline_again(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:

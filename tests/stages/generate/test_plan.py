@@ -71,7 +71,7 @@ def test_what_a_prompt_brings_along_comes_before_the_draw(tmp_path: Path) -> Non
     teacher = save("stable_diffusion", tmp_path / "teacher")
     made = plan(teacher, prompts=str(tmp_path / "prompts.jsonl"), num_trajectories=4)
     cat, dog, cat_again, _ = (made.trajectory(i) for i in range(4))
-    assert (cat.seed, cat.guidance_scale, cat.condition) == (5, 9.5, {"prompt": "a cat"})
+    assert (cat.seed, cat.guidance_scale, cat.condition) == (5, 9.5, {"prompt": "a cat", "negative_prompt": ""})
     assert cat_again.seed != 5
     assert cat_again.guidance_scale == 9.5
     assert dog.condition == {"prompt": "a dog", "negative_prompt": "blue"}
