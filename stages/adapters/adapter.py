@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from stages.adapters import folder
 from stages.adapters.conditioning import Conditioning, Known, choose_conditions
 from stages.adapters.config import NEGATIVE_TOKENS, TIMESTEP, AdapterConfig
-from stages.adapters.guidance import Guidance, Prepared, Scales, ScaleSchedule, Table, as_scales, spread
+from stages.adapters.guidance import Guidance, Prepared, Scales, ScaleSchedule, Table, as_scales
 from stages.adapters.one_pass import OnePass
 from stages.adapters.sites import Shape, find_sites, layer_beneath
 from stages.denoiser import denoiser_of, flatten, forget_compiled, uncompiled
@@ -261,9 +261,8 @@ class GuidanceAdapter(nn.Module, ABC):
         row = guidance.row(timestep)
         scale = guidance.at(row, len(latent))
         self.gate = scale != 1 if guidance.mixed else None
-        if guidance.timesteps is not None and guidance.cached:
-            if guidance.table is None:
-                guidance.table = self._tabulate(guidance.timesteps, spread(guidance.scales, len(latent)), inputs)
+        if guidance.cached:
+            guidance.table = guidance.table or self._tabulate(*guidance.every(len(latent)), inputs)
             self.prepared = guidance.table.at(row)
         else:
             self.prepared = self._prepare(scale, timestep.expand(len(latent)), inputs)

@@ -42,6 +42,7 @@ class Guidance:
     Attributes:
         scales: `[steps, images]`, one row where all steps are alike; images 1 where all are alike.
         timesteps: `[steps]` as the denoiser is given them; None where all steps are alike.
+        cached: whether all steps, which are told apart then, are computed at once.
         known: whether the values may be looked at: those on a GPU are a batch in training, which must not wait for it.
         negative: of the unconditional pass, `negative.NAME` `[n, ...]`, where the adapter sees it; the denoiser does not.
         bypass: no sample is guided at any step: the adapter is not even asked.
@@ -57,6 +58,7 @@ class Guidance:
         negative: dict[str, Tensor] | None = None,
     ) -> None:
         self.scales, self.timesteps, self.cached = scales, timesteps, cached
+        self._scales, self._timesteps = scales, timesteps
         self.negative = negative or {}
         self.known = scales.device.type == "cpu"
         self.bypass = self.known and bool((scales == 1).all())
@@ -64,19 +66,26 @@ class Guidance:
         self.table: Table | None = None
 
     def to(self, device: torch.device) -> None:
-        self.scales = self.scales.to(device)
-        if self.timesteps is not None:
-            self.timesteps = self.timesteps.to(device)
+        """Look up on a device from now on."""
+        if self._scales.device == device:
+            return
+        self._scales = self.scales.to(device)
+        self._timesteps = None if self.timesteps is None else self.timesteps.to(device)
 
     def row(self, timestep: Tensor) -> Tensor:
         """Index `[1]` of the step that a timestep belongs to, found without making the GPU wait."""
-        if self.timesteps is None:
+        if self._timesteps is None:
             return torch.zeros(1, dtype=torch.long, device=timestep.device)
-        return (self.timesteps - timestep.flatten()[:1].float()).abs().argmin(keepdim=True)
+        return (self._timesteps - timestep.flatten()[:1].float()).abs().argmin(keepdim=True)
 
     def at(self, row: Tensor, n: int) -> Tensor:
         """Scales `[n]` of a batch at one step."""
-        return spread(self.scales.index_select(0, row), n)[0]
+        return spread(self._scales.index_select(0, row), n)[0]
+
+    def every(self, n: int) -> tuple[Tensor, Tensor]:
+        """Timesteps `[steps]` and scales `[steps, n]` of a batch, where steps are told apart."""
+        assert self._timesteps is not None
+        return self._timesteps, spread(self._scales, n)
 
 
 def spread(scales: Tensor, n: int) -> Tensor:

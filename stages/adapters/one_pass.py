@@ -107,7 +107,8 @@ class OnePass:
             # Each once: some schedulers ask the denoiser twice at one timestep.
             timesteps = torch.unique_consecutive(scheduler.timesteps.float().cpu())
             schedule = adapter.schedule
-            scales = guidance.scales if schedule is None else scales_of_schedule(schedule, timesteps)
+            alike = guidance.scales.expand(len(timesteps), -1)
+            scales = alike if schedule is None else scales_of_schedule(schedule, timesteps)
             adapter.guidance = Guidance(scales, timesteps * adapter.about["timestep_scale"], cached, guidance.negative)
 
         scheduler.set_timesteps = seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -21,10 +24,12 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
+from stages.denoiser import denoiser_of
 from stages.evaluate.comparisons import counted
 from stages.sampling import undecoded
 from tests.conftest import VARIANTS
@@ -227,6 +232,93 @@ def test_compiled_without_a_graph_break(pipe: Any, variant: str) -> None:
     torch.testing.assert_close(final(pipe, 1.0), plain)
     adapter.detach()
     torch.testing.assert_close(final(pipe, 1.0), plain)
+
+
+@pytest.mark.parametrize("variant", ["offset", "cross_attention"])
+def test_compiled_with_the_schedule_cache(pipe: Any, variant: str) -> None:
+    torch.compiler.reset()
+    adapter = adapter_for(pipe.unet, variant).attach(pipe)
+    guided = final(pipe)
+    adapter.enable_schedule_cache(pipe, STEPS)
+    pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    torch.testing.assert_close(final(pipe), guided, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, KDPM2DiscreteScheduler])
+def test_solvers_of_second_order_are_cached(pipe: Any, adapter: GuidanceAdapter, scheduler: Any) -> None:
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    adapter.attach(pipe)
+    guided = final(pipe)
+    adapter.enable_schedule_cache(pipe, STEPS)
+    torch.testing.assert_close(final(pipe), guided, atol=1e-3, rtol=1e-3)
+
+
+def test_a_negative_prompt_that_it_was_not_trained_for_warns_once(pipe: Any, adapter: GuidanceAdapter) -> None:
+    adapter.attach(pipe)
+    without = final(pipe)
+    with pytest.warns(UserWarning, match=r"negative_prompt \(blurry\) does nothing: .* not trained to see negative"):
+        assert torch.equal(final(pipe, negative_prompt=["blurry", ""]), without)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        final(pipe, negative_prompt="grey")
+
+
+def test_the_negative_prompt_it_was_trained_with_does_not_warn(pipe: Any, adapter: GuidanceAdapter) -> None:
+    adapter.about |= {"arguments": {"negative_prompt": "blurry"}}
+    adapter.attach(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        final(pipe, negative_prompt="blurry")
+
+
+@pytest.mark.parametrize("length", [77, 512])
+def test_prompts_may_be_longer_than_in_training(pipe: Any, length: int) -> None:
+    adapter = adapter_for(pipe.unet, "cross_attention").attach(pipe)
+    embeds = torch.randn(2, length, WIDTH)
+    with counted(pipe.unet) as count, undecoded(pipe) as latents:
+        pipe(prompt_embeds=embeds, guidance_scale=3.0, num_inference_steps=STEPS, output_type="pt")
+    assert count[0] == STEPS * len(embeds)
+    assert latents[0].isfinite().all()
+    adapter.detach()
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3"])
+def test_a_lora_of_one_scale_loads_without_this_project(family: str, tmp_path: Path) -> None:
+    pipe = build(family)
+    subfolder, denoiser = denoiser_of(pipe)
+    adapter = adapter_for(denoiser, "lora_fixed").attach(pipe)
+    adapter.about |= {"base": {"denoiser_subfolder": subfolder}}
+    guided = final(pipe)
+    path = adapter.export_lora(tmp_path / "export")
+    adapter.detach()
+    plain = final(pipe, 1.0)
+    pipe.load_lora_weights(path.parent)
+    torch.testing.assert_close(final(pipe, 1.0), guided, atol=1e-3, rtol=1e-3)
+    pipe.fuse_lora()
+    torch.testing.assert_close(final(pipe, 1.0), guided, atol=1e-3, rtol=1e-3)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(final(pipe, 1.0), plain, atol=1e-3, rtol=1e-3)
+    assert unlike(plain, guided)
+
+
+def test_its_exported_names_are_those_that_other_tools_know(pipe: Any, tmp_path: Path) -> None:
+    """As kohya's scripts write them and ComfyUI reads them: rank-decomposed weights and an alpha for every layer of the UNet."""
+    names = set(load_file(adapter_for(pipe.unet, "lora_fixed").export_lora(tmp_path)))
+    layers = {name.split(".", 1)[0] for name in names}
+    known = {"lora_unet_" + name.replace(".", "_") for name, _ in pipe.unet.named_modules()}
+    assert layers <= known
+    assert names == {f"{layer}.{part}" for layer in layers for part in ("lora_down.weight", "lora_up.weight", "alpha")}
+
+
+def test_a_lora_of_one_scale_merges_into_the_base(pipe: Any) -> None:
+    keys = list(pipe.unet.state_dict())
+    adapter = adapter_for(pipe.unet, "lora_fixed").attach(pipe)
+    guided = final(pipe)
+    adapter.detach()
+    adapter.merge(pipe.unet)
+    assert list(pipe.unet.state_dict()) == keys
+    torch.testing.assert_close(final(pipe, 1.0), guided, atol=1e-3, rtol=1e-3)
 
 
 def test_attached_to_what_is_compiled_already(pipe: Any, adapter: GuidanceAdapter) -> None:

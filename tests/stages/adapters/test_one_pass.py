@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,18 +12,19 @@ from stages.adapters import GuidanceAdapter
 from stages.errors import UserError
 from stages.evaluate.comparisons import counted
 from stages.sampling import undecoded
-from tests.conftest import tiny_dit
+from tests.conftest import VARIANTS, tiny_dit
 from tests.stages.adapters.test_contract import new_adapter
 
 LABELS = [1, 2, 3]
+STEPS = 4
 
 
-def final(pipe: DiTPipeline, scale: float | None = None) -> tuple[torch.Tensor, int]:
+def final(pipe: DiTPipeline, scale: float | None = None, steps: int = STEPS) -> tuple[torch.Tensor, int]:
     """Final latents, and denoiser evaluations."""
     generators = [torch.Generator().manual_seed(i) for i in range(len(LABELS))]
     options = {} if scale is None else {"guidance_scale": scale}
     with undecoded(pipe) as latents, counted(pipe.transformer) as count:
-        pipe(LABELS, generator=generators, num_inference_steps=4, output_type="pt", **options)
+        pipe(LABELS, generator=generators, num_inference_steps=steps, output_type="pt", **options)
     return latents[0], count[0]
 
 
@@ -40,7 +42,7 @@ def test_attached_a_pipeline_makes_half_the_evaluations(pipe: DiTPipeline, adapt
     _, two_passes = final(pipe, 3.0)
     adapter.attach(pipe)
     _, one_pass = final(pipe, 3.0)
-    assert (two_passes, one_pass) == (2 * 4 * len(LABELS), 4 * len(LABELS))
+    assert (two_passes, one_pass) == (2 * STEPS * len(LABELS), STEPS * len(LABELS))
 
 
 def test_its_guidance_scale_is_the_adapters(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
@@ -86,3 +88,92 @@ def test_an_attached_pipeline_is_saved_as_the_stock_one(
         torch.equal(a, b) for a, b in zip(again.transformer.parameters(), pipe.transformer.parameters(), strict=True)
     )
     assert isinstance(copy.copy(pipe), DiTPipeline)
+
+
+def test_a_schedule_gives_every_step_its_scale(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
+    unguided, _ = final(pipe, 1.0)
+    adapter.attach(pipe)
+    guided, _ = final(pipe, 3.0)
+    seen: list[tuple[int, float]] = []
+
+    def interval(step: int, timestep: float) -> float:
+        seen.append((step, timestep))
+        return 3.0 if 1 <= step < 3 else 1.0
+
+    made = {}
+    for name, schedule in {"flat": [3.0] * STEPS, "off": [1.0] * STEPS, "list": [1, 3, 3, 1], "rule": interval}.items():
+        with adapter.guidance_schedule(schedule):
+            made[name], evaluations = final(pipe)
+        assert evaluations == STEPS * len(LABELS)
+    torch.testing.assert_close(made["flat"], guided)
+    assert torch.equal(made["off"], unguided)
+    assert torch.equal(made["list"], made["rule"])
+    assert seen == [(i, float(t)) for i, t in enumerate(pipe.scheduler.timesteps)]
+    assert not torch.allclose(made["list"], guided, atol=1e-3)
+    assert not torch.allclose(made["list"], unguided, atol=1e-3)
+    torch.testing.assert_close(final(pipe, 3.0)[0], guided)
+
+
+def test_a_schedule_may_hold_a_scale_per_image(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
+    adapter.attach(pipe)
+    with adapter.guidance_schedule([[2.0, 3.0, 1.0]] * STEPS):
+        by_schedule, _ = final(pipe)
+    with adapter.guidance_scale([2.0, 3.0, 1.0]):
+        torch.testing.assert_close(by_schedule, final(pipe)[0])
+
+
+def test_a_schedule_of_another_length_is_refused_and_leaves_nothing(
+    pipe: DiTPipeline, adapter: GuidanceAdapter
+) -> None:
+    with pytest.raises(UserError, match="a schedule of scales needs a pipeline"), adapter.guidance_schedule([2.0]):
+        pass
+    adapter.attach(pipe)
+    before, _ = final(pipe, 3.0)
+    with (
+        pytest.raises(UserError, match="3 guidance scales were given for 4 steps: one per step"),
+        adapter.guidance_schedule([2.0, 3.0, 4.0]),
+    ):
+        final(pipe)
+    assert "set_timesteps" not in vars(pipe.scheduler)
+    assert torch.equal(final(pipe, 3.0)[0], before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_schedule_cache_computes_once_what_each_step_computed(pipe: DiTPipeline, variant: str) -> None:
+    adapter = new_adapter(pipe.transformer, variant).attach(pipe)
+    calls: list[Any] = []
+    if adapter.conditioning is not None:
+        adapter.conditioning.register_forward_hook(lambda *_: calls.append(1))
+
+    def run(scale: float | list[float], steps: int = STEPS) -> tuple[torch.Tensor, int]:
+        calls.clear()
+        with adapter.guidance_scale(scale):
+            latents, _ = final(pipe, steps=steps)
+        return latents, len(calls)
+
+    asked: list[float | list[float]] = [3.0, [3.0, 3.0, 1.0]]
+    uncached = [run(scale) for scale in asked]
+    adapter.enable_schedule_cache(pipe, num_inference_steps=STEPS)
+    cached = [run(scale) for scale in asked]
+    computed = 0 if adapter.conditioning is None else 1
+    assert [count for _, count in uncached] == [STEPS * computed] * 2
+    assert [count for _, count in cached] == [computed] * 2
+    for (one, _), (other, _) in zip(cached, uncached, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    adapter.enable_schedule_cache(pipe, num_inference_steps=STEPS, guidance_scale=3.0)
+    assert [run(3.0)[1], run(3.5)[1], run(3.0, STEPS + 1)[1]] == [computed, STEPS * computed, (STEPS + 1) * computed]
+    adapter.disable_schedule_cache(pipe)
+    assert run(3.0)[1] == STEPS * computed
+
+
+def test_schedules_are_cached_too(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
+    adapter.attach(pipe)
+    with adapter.guidance_schedule([1.0, 4.0, [2.0, 3.0, 1.0], 1.5]):
+        uncached, _ = final(pipe)
+        adapter.enable_schedule_cache(pipe, STEPS)
+        torch.testing.assert_close(final(pipe)[0], uncached, atol=1e-4, rtol=1e-4)
+
+
+def test_the_cache_of_a_pipeline_that_is_not_attached_is_refused(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
+    with pytest.raises(UserError, match="not attached to this DiTPipeline: attach it first"):
+        adapter.enable_schedule_cache(pipe, STEPS)
