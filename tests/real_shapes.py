@@ -131,14 +131,17 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def about_of(shape: Shape) -> dict[str, Any]:
+    """What an adapter is told of records of this shape."""
+    tensors = {name: {"dtype": "float16" if sizes else "int64", "shape": sizes} for name, sizes in shape.cond.items()}
+    conditions = find_conditions(tensors, 1000)
+    return {"conditions": conditions, "timestep_scale": 1.0, "scale_range": [2.0, 2.0], "arguments": {}}
+
+
 def adapter_for(shape: Shape, config: AdapterConfig) -> GuidanceAdapter:
     """An adapter for the real denoiser, on the meta device too."""
-    tensors = {name: {"dtype": "float16" if sizes else "int64", "shape": sizes} for name, sizes in shape.cond.items()}
-    about: dict[str, Any] = {
-        "conditions": find_conditions(tensors, 1000), "timestep_scale": 1.0, "scale_range": [2.0, 2.0], "arguments": {}
-    }  # fmt: skip
     with torch.device("meta"):
-        return GuidanceAdapter.for_denoiser(config, on_meta(shape.config), about)
+        return GuidanceAdapter.for_denoiser(config, on_meta(shape.config), about_of(shape))
 
 
 def row(shape: Shape) -> list[str]:

@@ -312,12 +312,15 @@ def test_its_exported_names_are_those_that_other_tools_know(pipe: Any, tmp_path:
 
 
 def test_a_lora_of_one_scale_merges_into_the_base(pipe: Any) -> None:
-    keys = list(pipe.unet.state_dict())
+    modules, keys = dict(pipe.unet.named_modules()), list(pipe.unet.state_dict())
     adapter = adapter_for(pipe.unet, "lora_fixed").attach(pipe)
     guided = final(pipe)
     adapter.detach()
     adapter.merge(pipe.unet)
     assert list(pipe.unet.state_dict()) == keys
+    assert dict(pipe.unet.named_modules()) == modules, (
+        "merged, a pass runs the very modules of the base: it costs what it did"
+    )
     torch.testing.assert_close(final(pipe, 1.0), guided, atol=1e-3, rtol=1e-3)
 
 
