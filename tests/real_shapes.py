@@ -1,6 +1,6 @@
 """The real denoisers' shapes on the meta device: what an adapter and a record take there, without any weights.
 
-python -m tests.real_shapes    prints the README's table of families
+python -m tests.real_shapes    prints the README's tables of families and of the variants' sizes
 """
 
 from __future__ import annotations
@@ -170,11 +170,26 @@ HEAD = [
 ]
 
 
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
 def table() -> str:
-    """The README's table of families, as Markdown."""
-    rows = [HEAD, ["---"] * len(HEAD), *(row(shape) for shape in SHAPES)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    """The README's table of families."""
+    return markdown(HEAD, [row(shape) for shape in SHAPES])
+
+
+def sizes() -> str:
+    """The README's table of what every variant takes of three bases with its default settings."""
+    shapes = [shape for shape in SHAPES if shape.config in ("dit_xl_2_256", "sd15", "sdxl")]
+
+    def cells(variant: str) -> list[str]:
+        counts = [(parameters(adapter_for(s, AdapterConfig(variant))), parameters(on_meta(s.config))) for s in shapes]
+        return [f"`{variant}`", *(f"{count / 1e6:.1f} M, {count / base:.2%}" for count, base in counts)]
+
+    variants = [variant for variant in GuidanceAdapter.variants if variant != "full"]
+    return markdown(["variant", *(shape.title for shape in shapes)], [cells(variant) for variant in variants])
 
 
 if __name__ == "__main__":
-    sys.stdout.write(table() + "\n")
+    sys.stdout.write(f"{table()}\n\n{sizes()}\n")

@@ -8,7 +8,7 @@ import pytest
 
 from stages.adapters import AdapterConfig
 from stages.adapters.sites import find_sites
-from tests.real_shapes import SHAPES, Shape, adapter_for, on_meta, parameters, table
+from tests.real_shapes import SHAPES, Shape, adapter_for, on_meta, parameters, sizes, table
 
 ATTENTION_SITES = {
     "dit_xl_2_256": 28, "dit_xl_2_512": 28, "sd15": 16, "sd21": 16, "sdxl": 70,
@@ -44,5 +44,7 @@ def test_a_record_is_its_latent_and_its_target_in_half_precision() -> None:
     assert sizes["sdxl"] == 256 * 1024
 
 
-def test_the_readme_shows_this_table() -> None:
-    assert table() in (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_readme_shows_these_tables() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert table() in readme
+    assert sizes() in readme
