@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -11,7 +12,17 @@ from stages.config import option
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup")
 # A resumed run must draw the same records and hold out the same trajectories; what else changes is the user's choice.
-KEPT_WHEN_RESUMED = ("adapter", "seed", "train_batch_size", "shuffle_bytes", "validation_share")
+KEPT_WHEN_RESUMED = (
+    "adapter",
+    "seed",
+    "train_batch_size",
+    "shuffle_bytes",
+    "validation_share",
+    "scale_range",
+    "timestep_range",
+    "max_trajectories",
+    "filters",
+)
 
 
 @dataclass
@@ -31,6 +42,12 @@ class TrainConfig:
     adam_weight_decay: float = option(0.0, "weight decay of AdamW", at_least=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: str = option("no", "`no` or `bf16`; the adapter's weights stay in fp32", one_of=("no", "bf16"))
+    scale_range: list[float] | None = option(None, "train on records with a guidance scale in [LOW,HIGH] only")
+    timestep_range: list[float] | None = option(None, "and a timestep, as the denoiser is given it, in [LOW,HIGH] only")
+    max_trajectories: int | None = option(None, "train on so many trajectories only, the first of the plan", at_least=1)
+    filters: list[Any] | None = option(
+        None, "train on samples whose row of the manifest passes all of these only, such as [[class_label,in,[1,2]]]"
+    )
     shuffle_bytes: int = option(1 << 30, "records are drawn across a window of so many bytes of samples", at_least=1)
     validation_share: float = option(
         0.05, "share of trajectories held out for validation, at least one", above=0, at_most=0.99

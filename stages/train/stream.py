@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,6 +18,7 @@ from torch.nn import functional
 from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.records.record import CONDITION_PREFIX
+from stages.train.selection import Row
 
 
 @dataclass(frozen=True)
@@ -98,15 +97,6 @@ def padded(values: list[Tensor], dim: int) -> list[Tensor]:
     ]
 
 
-def hold_out(manifest: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.Table]:
-    """(training, validation): whole trajectories are held out, because the records of one resemble each other."""
-    trajectories = np.unique(manifest["trajectory"].to_numpy())
-    count = max(1, round(share * len(trajectories)))
-    chosen = np.random.default_rng([seed, 1]).permutation(trajectories)[:count]
-    held = np.isin(manifest["trajectory"].to_numpy(), chosen)
-    return manifest.filter(pa.array(~held)), manifest.filter(pa.array(held))
-
-
 @dataclass(frozen=True)
 class Window:
     """All records of some samples: those of each sample share its conditions, which are held once.
@@ -129,14 +119,21 @@ class Window:
         return replace(part, cond={name: value[owner] for name, value in self.cond.items()})
 
 
-def load(dataset: Dataset, rows: list[dict[str, Any]]) -> Window:
+def chosen_records(sample: dict[str, Tensor], chosen: list[int] | None) -> dict[str, Tensor]:
+    """A sample with only some of its records; all by default."""
+    if chosen is None:
+        return sample
+    return {name: value if name.startswith(CONDITION_PREFIX) else value[chosen] for name, value in sample.items()}
+
+
+def load(dataset: Dataset, rows: list[Row]) -> Window:
     """All records of some samples, in their order; each shard is opened once."""
     samples: list[dict[str, Tensor]] = [{}] * len(rows)
     for shard in sorted({row["shard"] for row in rows}):
         with (dataset.root / shard).open("rb") as file:
             for i, row in enumerate(rows):
                 if row["shard"] == shard:
-                    samples[i] = dataset.read(file, row)
+                    samples[i] = chosen_records(dataset.read(file, row), row.get("chosen"))
     owner = torch.arange(len(rows)).repeat_interleave(torch.tensor([row["records"] for row in rows]))
     records = Batch(
         torch.cat([sample["latent"] for sample in samples]),
@@ -160,10 +157,10 @@ class RecordStream:
     """
 
     def __init__(
-        self, dataset: Dataset, rows: pa.Table, batch_size: int, seed: int, shuffle_bytes: int, consumed: int = 0
+        self, dataset: Dataset, rows: list[Row], batch_size: int, seed: int, shuffle_bytes: int, consumed: int = 0
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.shuffle_bytes = dataset, batch_size, seed, shuffle_bytes
-        self.rows = rows.to_pylist()
+        self.rows = rows
         self.consumed = consumed
         self.records_per_epoch = sum(row["records"] for row in self.rows)
 
@@ -191,7 +188,7 @@ class RecordStream:
                 yield records, order
                 order = next_order
 
-    def _windows(self) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
+    def _windows(self) -> Iterator[tuple[list[Row], Tensor]]:
         epoch, skip = divmod(self.consumed, self.records_per_epoch)
         while True:
             for number, rows in enumerate(self._cut(epoch)):
@@ -202,11 +199,11 @@ class RecordStream:
                 skip = max(0, skip - count)
             epoch += 1
 
-    def _cut(self, epoch: int) -> Iterator[list[dict[str, Any]]]:
+    def _cut(self, epoch: int) -> Iterator[list[Row]]:
         """An epoch's samples, shard by shard in random order, in windows of at most `shuffle_bytes`."""
         shards = sorted({row["shard"] for row in self.rows})
         place = dict(zip(shards, np.random.default_rng([self.seed, epoch]).permutation(len(shards)), strict=True))
-        window: list[dict[str, Any]] = []
+        window: list[Row] = []
         size = 0
         for row in sorted(self.rows, key=lambda row: place[row["shard"]]):
             if window and size + row["size"] > self.shuffle_bytes:

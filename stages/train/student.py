@@ -28,14 +28,20 @@ BASE_KEYS = (
 )
 
 
-def describe_base(dataset: Dataset) -> dict[str, Any]:
-    """What an adapter's folder tells of its data and its base: conditions, trained range, identity of the base."""
+def describe_base(dataset: Dataset, scale_range: list[float] | None = None) -> dict[str, Any]:
+    """What an adapter's folder tells of its data and its base: conditions, trained range, identity of the base.
+
+    Args:
+        scale_range: what the run was restricted to.
+    """
     teacher, conditions = dataset.info["teacher"], dataset.info["conditions"]
+    low, high = dataset.info["guidance"]["scale_range"]
+    least, most = scale_range or [low, high]
     return {
         "conditions": find_conditions(condition_tensors(dataset), max(conditions["class_labels"], default=0) + 1),
         "sampled": conditions,
         "arguments": teacher["arguments"],
-        "scale_range": dataset.info["guidance"]["scale_range"],
+        "scale_range": [max(low, least), min(high, most)],
         "guidance_rule": dataset.info["guidance"]["rule"],
         "prediction_type": teacher["prediction_type"],
         "timestep_scale": teacher["layout"]["timestep_scale"],
@@ -96,9 +102,16 @@ class Student:
         self.latent = latent_name(denoiser)
 
     @classmethod
-    def create(cls, dataset: Dataset, config: AdapterConfig, name_or_path: str | None, device: str) -> Student:
+    def create(
+        cls,
+        dataset: Dataset,
+        config: AdapterConfig,
+        name_or_path: str | None,
+        device: str,
+        scale_range: list[float] | None = None,
+    ) -> Student:
         denoiser = load_base(dataset, name_or_path, device)
-        adapter = GuidanceAdapter.for_denoiser(config, denoiser, describe_base(dataset)).to(device)
+        adapter = GuidanceAdapter.for_denoiser(config, denoiser, describe_base(dataset, scale_range)).to(device)
         return cls(denoiser, adapter, dataset.info["teacher"]["layout"]["constants"])
 
     def predict(self, batch: Batch) -> Tensor:

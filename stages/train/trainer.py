@@ -24,7 +24,8 @@ from stages.records.dataset import Dataset
 from stages.train.checkpoint import load_checkpoint, save_checkpoint
 from stages.train.config import KEPT_WHEN_RESUMED, TrainConfig
 from stages.train.objective import squared_error
-from stages.train.stream import Batch, RecordStream, hold_out, load
+from stages.train.selection import select
+from stages.train.stream import Batch, RecordStream, load
 from stages.train.student import Student
 
 VALIDATION_SAMPLES_AT_ONCE = 32
@@ -49,9 +50,12 @@ class Trainer:
                 f"{self.root}: holds an earlier run: take another output_dir, or resume_from_checkpoint=latest"
             )
         self.dataset = Dataset(config.data_dir)
+        training, self.validation_rows = select(self.dataset, config)
         self.device = choose_device(config.device)
         torch.manual_seed(config.seed)
-        self.student = Student.create(self.dataset, config.adapter, config.pretrained_model_name_or_path, self.device)
+        self.student = Student.create(
+            self.dataset, config.adapter, config.pretrained_model_name_or_path, self.device, config.scale_range
+        )
         self.adapter = self.student.adapter
         self.optimizer = torch.optim.AdamW(
             self.adapter.parameters(), lr=config.learning_rate, weight_decay=config.adam_weight_decay, fused=True
@@ -62,9 +66,6 @@ class Trainer:
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )
-        training, self.validation_rows = hold_out(self.dataset.manifest, config.validation_share, config.seed)
-        if not len(training):
-            raise UserError(f"validation_share={config.validation_share}: nothing is left to train on")
         self.stream = RecordStream(self.dataset, training, config.train_batch_size, config.seed, config.shuffle_bytes)
         self.step, self.loss = 0, float("nan")
         if config.resume_from_checkpoint is not None:
@@ -181,7 +182,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self, untrained: bool = False) -> float:
         """The mean error over held-out trajectories; untrained, that of the base without guidance."""
-        rows = self.validation_rows.to_pylist()
+        rows = self.validation_rows
         total, count = 0.0, 0
         for start in range(0, len(rows), VALIDATION_SAMPLES_AT_ONCE):
             window = load(self.dataset, rows[start : start + VALIDATION_SAMPLES_AT_ONCE])

@@ -10,12 +10,12 @@ import torch
 
 from stages.errors import UserError
 from stages.records.dataset import Dataset
-from stages.train.stream import Batch, RecordStream, collate, concatenate, hold_out, load
+from stages.train.stream import Batch, RecordStream, collate, concatenate, load
 
 
 def stream(dataset: Dataset, **changes: Any) -> RecordStream:
     options = {"batch_size": 5, "seed": 0, "shuffle_bytes": 1 << 30} | changes
-    return RecordStream(dataset, dataset.manifest, **options)
+    return RecordStream(dataset, dataset.manifest.to_pylist(), **options)
 
 
 def identity(batch: Batch) -> list[tuple[float, int, int]]:
@@ -70,14 +70,6 @@ def test_a_small_window_mixes_less_but_loses_nothing(dataset: Dataset) -> None:
     assert len(windows) > 2
     assert sum(len(window) for window in windows) == 12
     assert all(sum(row["size"] for row in window) <= 10_000 for window in windows)
-
-
-def test_whole_trajectories_are_held_out(dataset: Dataset) -> None:
-    training, validation = hold_out(dataset.manifest, 0.25, seed=0)
-    one, other = set(training["trajectory"].to_pylist()), set(validation["trajectory"].to_pylist())
-    assert (len(one), len(other), len(one | other)) == (9, 3, 12)
-    assert hold_out(dataset.manifest, 0.25, seed=0)[1].equals(validation)
-    assert not hold_out(dataset.manifest, 0.25, seed=1)[1].equals(validation)
 
 
 def test_damage_in_mid_stream_names_the_shard(damaged: Path) -> None:

@@ -1,0 +1,90 @@
+"""Which records of a dataset a run trains on, and which it is judged by: an ablation needs no new data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from stages.base import first_line
+from stages.errors import UserError
+from stages.records.dataset import Dataset
+from stages.train.config import TrainConfig
+
+Row = dict[str, Any]  # of the manifest
+
+
+def select(dataset: Dataset, config: TrainConfig) -> tuple[list[Row], list[Row]]:
+    """(training, validation): the samples to read; where only some records of one are in `timestep_range`, `chosen` names them.
+
+    The trajectories that are held out follow from the seed and the whole manifest, so that runs on parts of a dataset are
+    judged by the same ones.
+
+    Raises:
+        UserError: a filter is none, or nothing is left.
+    """
+    held_out = hold_out(dataset.manifest, config.validation_share, config.seed)
+    training, validation = (matching(table, config) for table in held_out)
+    if config.max_trajectories is not None:
+        first = np.unique(training["trajectory"].to_numpy())[: config.max_trajectories]
+        training = training.filter(pc.field("trajectory").isin(first))
+    parts = tuple(list(in_timestep_range(dataset, table, config.timestep_range)) for table in (training, validation))
+    for rows, purpose in zip(parts, ("train on", "validate with"), strict=True):
+        if not rows:
+            raise UserError(
+                f"{dataset.root}: nothing is left to {purpose}: widen validation_share={config.validation_share:g}, scale_range, "
+                "timestep_range or filters"
+            )
+    return parts[0], parts[1]
+
+
+def hold_out(manifest: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.Table]:
+    """(training, validation): whole trajectories are held out, because the records of one resemble each other."""
+    trajectories = np.unique(manifest["trajectory"].to_numpy())
+    count = max(1, round(share * len(trajectories)))
+    chosen = np.random.default_rng([seed, 1]).permutation(trajectories)[:count]
+    held = np.isin(manifest["trajectory"].to_numpy(), chosen)
+    return manifest.filter(pa.array(~held)), manifest.filter(pa.array(held))
+
+
+def matching(table: pa.Table, config: TrainConfig) -> pa.Table:
+    """The rows with a scale in `scale_range` that pass `filters`, a conjunction as Parquet readers take it."""
+    conditions = [tuple(condition) for condition in config.filters or []]
+    if config.scale_range is not None:
+        low, high = interval("scale_range", config.scale_range)
+        conditions += [("scale", ">=", low), ("scale", "<=", high)]
+    if not conditions:
+        return table
+    try:
+        return table.filter(pq.filters_to_expression(conditions))
+    except (ValueError, TypeError, pa.ArrowException) as error:
+        raise UserError(
+            f"filters={config.filters}: {first_line(error)}: each is [column, operator, value] with a column of the manifest: "
+            f"{', '.join(table.column_names)}"
+        ) from error
+
+
+def interval(name: str, value: list[float]) -> tuple[float, float]:
+    if len(value) != 2 or not value[0] <= value[1]:
+        raise UserError(f"{name}={value}: say [LOW,HIGH], with the lower number first")
+    return value[0], value[1]
+
+
+def in_timestep_range(dataset: Dataset, table: pa.Table, timestep_range: list[float] | None) -> Iterator[Row]:
+    """The samples with records at these timesteps, as the denoiser is given them, both ends among them."""
+    if timestep_range is None:
+        yield from table.to_pylist()
+        return
+    low, high = interval("timestep_range", timestep_range)
+    for row in table.to_pylist():
+        if low <= row["timestep_min"] and row["timestep_max"] <= high:
+            yield row
+        elif row["timestep_min"] <= high and low <= row["timestep_max"]:
+            timesteps = dataset.timesteps(row)
+            chosen = [i for i, timestep in enumerate(timesteps.tolist()) if low <= timestep <= high]
+            if chosen:
+                yield row | {"chosen": chosen, "records": len(chosen)}

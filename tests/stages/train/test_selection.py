@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.errors import UserError
+from stages.records.dataset import Dataset
+from stages.train.selection import hold_out, select
+from stages.train.stream import load
+from stages.train.trainer import Trainer
+from tests.conftest import train_config
+
+
+def selected(dataset: Dataset, **changes: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return select(dataset, train_config(dataset.root, Path("unused"), **{"validation_share": 0.25} | changes))
+
+
+def trajectories(rows: list[dict[str, Any]]) -> set[int]:
+    return {row["trajectory"] for row in rows}
+
+
+def test_whole_trajectories_are_held_out(dataset: Dataset) -> None:
+    training, validation = hold_out(dataset.manifest, 0.25, seed=0)
+    one, other = set(training["trajectory"].to_pylist()), set(validation["trajectory"].to_pylist())
+    assert (len(one), len(other), len(one | other)) == (9, 3, 12)
+    assert hold_out(dataset.manifest, 0.25, seed=0)[1].equals(validation)
+    assert not hold_out(dataset.manifest, 0.25, seed=1)[1].equals(validation)
+
+
+def test_by_default_every_record_is_read(dataset: Dataset) -> None:
+    training, validation = selected(dataset)
+    assert sum(row["records"] for row in training + validation) == 48
+
+
+def test_fewer_trajectories_are_judged_by_the_same_ones(dataset: Dataset) -> None:
+    whole, held = selected(dataset)
+    training, validation = selected(dataset, max_trajectories=4)
+    assert sorted(trajectories(training)) == sorted(trajectories(whole))[:4]
+    assert validation == held
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"scale_range": [2.0, 4.5]}, lambda row: 2.0 <= row["scale"] <= 4.5),
+        ({"filters": [["class_label", "in", [0, 1, 2, 3, 4]]]}, lambda row: row["class_label"] < 5),
+        ({"filters": [["class_label", "!=", 3], ["scale", ">", 2]]}, lambda row: row["class_label"] != 3 and row["scale"] > 2),
+    ],
+)  # fmt: skip
+def test_samples_are_chosen_by_their_row_of_the_manifest(
+    dataset: Dataset, changes: Any, kept: Callable[[dict[str, Any]], bool]
+) -> None:
+    for some, whole in zip(selected(dataset, **changes), selected(dataset), strict=True):
+        assert some == [row for row in whole if kept(row)]
+        assert 0 < len(some) < len(whole)
+
+
+def test_records_are_chosen_by_their_timestep(dataset: Dataset) -> None:
+    training, _ = selected(dataset, timestep_range=[300, 800])
+    everything = load(dataset, selected(dataset)[0])
+    wanted = (everything.records.timestep >= 300) & (everything.records.timestep <= 800)
+    window = load(dataset, training)
+    assert 0 < len(window) < len(everything)
+    assert sum(row["records"] for row in training) == len(window)
+    assert torch.equal(window.records.timestep, everything.records.timestep[wanted])
+    assert torch.equal(window.records.latent, everything.records.latent[wanted])
+    whole = window.take(torch.arange(len(window)))
+    assert torch.equal(whole.cond["class_labels"], everything.take(wanted.nonzero().flatten()).cond["class_labels"])
+
+
+def test_the_timesteps_of_a_sample_are_read_alone(dataset: Dataset) -> None:
+    for row in dataset.manifest.to_pylist():
+        assert torch.equal(dataset.timesteps(row), load(dataset, [row]).records.timestep)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"scale_range": [50.0, 60.0]}, "nothing is left to train on"),
+        ({"timestep_range": [2000, 3000]}, "nothing is left to train on"),
+        ({"validation_share": 0.99}, "nothing is left to train on"),
+        ({"scale_range": [3.0]}, r"scale_range=\[3.0\]: say \[LOW,HIGH\]"),
+        ({"timestep_range": [9, 1]}, r"timestep_range=\[9, 1\]: say \[LOW,HIGH\]"),
+        ({"filters": [["colour", "=", 1]]}, "filters=.*colour.*: each is .* with a column of the manifest: shard,"),
+        ({"filters": [["scale", "~", 1]]}, "filters=.*: each is"),
+        ({"filters": ["scale"]}, "filters=.*: each is"),
+        ({"filters": [["scale", ">", "big"]]}, "filters=.*: each is"),
+    ],
+)
+def test_a_selection_that_is_none_is_named(dataset: Dataset, changes: Any, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        selected(dataset, **{"validation_share": 0.1} | changes)
+
+
+def test_an_adapter_tells_the_scales_that_it_was_restricted_to(dataset: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(train_config(dataset.root, tmp_path, scale_range=[2.0, 9.0], validation_share=0.4))
+    assert trainer.adapter.about["scale_range"] == [2.0, 6.0]
