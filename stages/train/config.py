@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from stages.adapters import AdapterConfig
 from stages.config import option
+from stages.train.objective import LOSSES
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup")
 # A resumed run must draw the same records and hold out the same trajectories; what else changes is the user's choice.
@@ -36,6 +37,9 @@ class TrainConfig:
     seed: int = option(0, "seed of the adapter's start and of the order of records", at_least=0, at_most=2**31 - 1)
     train_batch_size: int = option(64, "records per step", at_least=1)
     max_train_steps: int = option(5000, "optimizer steps", at_least=1)
+    loss: str = option(
+        "l2", "`l2`, `l1`, or `noise_weighted`: l2 times the share of noise in the latent", one_of=LOSSES
+    )
     learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0, at_most=1e3)
     lr_scheduler: str = option("cosine", "schedule, by its name in diffusers.optimization", one_of=SCHEDULES)
     lr_warmup_steps: int = option(200, "steps of linear warm-up", at_least=0)

@@ -23,7 +23,7 @@ from stages.progress import progress
 from stages.records.dataset import Dataset
 from stages.train.checkpoint import load_checkpoint, save_checkpoint
 from stages.train.config import KEPT_WHEN_RESUMED, TrainConfig
-from stages.train.objective import squared_error
+from stages.train.objective import Objective, squared_error
 from stages.train.selection import select
 from stages.train.stream import Batch, RecordStream, load
 from stages.train.student import Student
@@ -57,6 +57,7 @@ class Trainer:
             self.dataset, config.adapter, config.pretrained_model_name_or_path, self.device, config.scale_range
         )
         self.adapter = self.student.adapter
+        self.objective = Objective(config.loss, self.dataset.info["teacher"], self.device)
         self.optimizer = torch.optim.AdamW(
             self.adapter.parameters(), lr=config.learning_rate, weight_decay=config.adam_weight_decay, fused=True
         )
@@ -166,31 +167,30 @@ class Trainer:
     def train_step(self, batch: Batch) -> Tensor:
         """One optimizer step; the loss stays on the device, so that the device is not made to wait."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._errors(batch).mean()
+        batch = batch.to(self.device, self.student.dtype)
+        loss = self.objective(self._predict(batch), batch.target, batch.timestep).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
         return loss.detach()
 
-    def _errors(self, batch: Batch) -> Tensor:
-        batch = batch.to(self.device, self.student.dtype)
+    def _predict(self, batch: Batch) -> Tensor:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"):
-            prediction = self.student.predict(batch)
-        return squared_error(prediction, batch.target)
+            return self.student.predict(batch)
 
     @torch.no_grad()
     def validate(self, untrained: bool = False) -> float:
-        """The mean error over held-out trajectories; untrained, that of the base without guidance."""
+        """The mean squared error over held-out trajectories, whatever the loss; untrained, that of the base without guidance."""
         rows = self.validation_rows
         total, count = 0.0, 0
         for start in range(0, len(rows), VALIDATION_SAMPLES_AT_ONCE):
             window = load(self.dataset, rows[start : start + VALIDATION_SAMPLES_AT_ONCE])
             for chosen in torch.arange(len(window)).split(self.config.train_batch_size):
-                batch = window.take(chosen)
+                batch = window.take(chosen).to(self.device, self.student.dtype)
                 if untrained:
                     batch = replace(batch, scale=torch.ones(len(batch)))
-                total += float(self._errors(batch).sum())
+                total += float(squared_error(self._predict(batch), batch.target).sum())
             count += len(window)
         return total / count
 

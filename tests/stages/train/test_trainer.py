@@ -115,6 +115,13 @@ def test_bf16_keeps_the_adapter_in_fp32(shared_dataset: Path, tmp_path: Path) ->
     assert all(parameter.dtype == torch.float32 for parameter in trainer.adapter.parameters())
 
 
+@pytest.mark.parametrize("loss", ["l1", "noise_weighted"])
+def test_every_loss_trains(shared_dataset: Path, tmp_path: Path, loss: str) -> None:
+    config = train_config(shared_dataset, tmp_path, loss=loss, max_train_steps=100, learning_rate=3e-3)
+    summary = Trainer(config).run()
+    assert summary["validation_loss"] < summary["validation_loss_unguided"]
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(shared_dataset: Path, tmp_path: Path) -> None:
     trainer = Trainer(train_config(shared_dataset, tmp_path))
     with torch.no_grad():
@@ -132,6 +139,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(shared_dataset: Path, tmp_pat
         ({"mixed_precision": "fp8"}, "mixed_precision=fp8"),
         ({"lr_scheduler": "magic"}, "lr_scheduler=magic"),
         ({"report_to": "paper"}, "report_to=paper"),
+        ({"loss": "l3"}, "loss=l3: one of l2, l1, noise_weighted"),
         ({"validation_share": 0.99}, "nothing is left"),
         ({"seed": -1}, "seed=-1: at least 0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan: more than 0"),
