@@ -21,15 +21,25 @@ from stages.errors import UserError
 
 Config = TypeVar("Config")
 FAILURE, WRONG_USAGE = 1, 2
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}  # a disk's, not a defect of ours
+MULTIRUN = "--multirun"
+# A disk's, not a defect of ours.
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG}
 
 
 class UsageError(UserError):
     """The command line or the configuration file is wrong."""
 
 
-def run(config_class: type[Config], main: Callable[[Config], None], description: str) -> NoReturn:
-    """Parse the command line into `config_class`, call `main`, and exit: 0 done, 1 a failure, 2 wrong usage."""
+def run(
+    config_class: type[Config],
+    main: Callable[[Config], None],
+    description: str,
+    multirun: Callable[[list[str]], None] | None = None,
+) -> NoReturn:
+    """Parse the command line into `config_class`, call `main`, and exit: 0 done, 1 a failure, 2 wrong usage.
+
+    Where a command has a `multirun`, `--multirun` calls that instead, with the other words as they are.
+    """
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):
         print(help_text(config_class, description))
@@ -39,7 +49,10 @@ def run(config_class: type[Config], main: Callable[[Config], None], description:
     for library in ("diffusers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        main(parse(config_class, words))
+        if multirun and MULTIRUN in words:
+            multirun([word for word in words if word != MULTIRUN])
+        else:
+            main(parse(config_class, words))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_USAGE if isinstance(error, UsageError) else FAILURE)
@@ -63,13 +76,8 @@ def parse(config_class: type[Config], words: list[str]) -> Config:
     Raises:
         UsageError: an unknown key, a value of another type, a missing one, or a file that cannot be read.
     """
-    words, layers = list(words), []
-    while "--config" in words:
-        place = words.index("--config")
-        if place + 1 == len(words):
-            raise UsageError("--config: name a YAML file after it")
-        layers.append(read_file(Path(words[place + 1])))
-        del words[place : place + 2]
+    files, words = files_and_words(words)
+    layers = [read_file(Path(file)) for file in files]
     for word in words:
         if "=" not in word or word.startswith("-"):
             raise UsageError(f"{word}: not understood: options are `--config FILE`, `--help` and `key=value`")
@@ -85,6 +93,18 @@ def parse(config_class: type[Config], words: list[str]) -> Config:
         raise UsageError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(result, config_class)
     return result
+
+
+def files_and_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """What follows each `--config`, and the other words."""
+    files, words = [], list(words)
+    while "--config" in words:
+        place = words.index("--config")
+        if place + 1 == len(words):
+            raise UsageError("--config: name a YAML file after it")
+        files.append(words[place + 1])
+        del words[place : place + 2]
+    return files, words
 
 
 def read_file(path: Path) -> DictConfig:

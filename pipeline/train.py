@@ -1,13 +1,19 @@
 """Stage 2: shards -> adapter. Stream a dataset's records and fit an adapter to the frozen denoiser.
 
 python -m pipeline.train --config configs/train/modulated_low_rank.yaml data_dir=data/mnist_dit output_dir=runs/mnist_dit
+python -m pipeline.train --multirun data_dir=data/mnist_dit output_dir=runs/sweep adapter.variant=offset,lora seed=0,1
+
+`accelerate launch -m pipeline.train ...` trains on several GPUs. With --multirun, every combination of the values between commas is trained, and one table sets them side by side.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.command import run, to_yaml
+from pipeline.multirun import multirun
 from stages.records.storage import whole_file, write_json
 from stages.train.config import TrainConfig
 from stages.train.trainer import Trainer
@@ -15,24 +21,36 @@ from stages.train.trainer import Trainer
 
 def main(config: TrainConfig) -> None:
     root = Path(config.output_dir)
-    if (root / "training.json").exists() and (root / "config.yaml").read_text() == to_yaml(config):
+    resolved = to_yaml(replace(config, resume_from_checkpoint=None))  # however often it was resumed, it is the same run
+    if (root / "training.json").exists() and (root / "config.yaml").read_text() == resolved:
         print(f"{root}: already trained with this configuration; nothing to do")
         return
     trainer = Trainer(config)
+    if trainer.processes.is_main_process:
+        begin(root, resolved, trainer)
+    summary = trainer.run()
+    if trainer.processes.is_main_process:
+        write_json(root / "training.json", summary)
+        print(
+            f"{root}: {summary['steps']} steps, validation loss {summary['validation_loss']:.5f} (without guidance "
+            f"{summary['validation_loss_unguided']:.5f}), {summary['records_per_second']:.0f} records/s{skipped(summary)}"
+        )
+
+
+def begin(root: Path, resolved: str, trainer: Trainer) -> None:
     (root / "training.json").unlink(missing_ok=True)  # it tells that config.yaml, written next, was trained to its end
     with whole_file(root / "config.yaml") as file:
-        file.write(to_yaml(config).encode())
+        file.write(resolved.encode())
     print(
-        f"{config.adapter.variant}: {trainer.adapter_parameters:,} parameters at {len(trainer.adapter.shapes)} sites, "
+        f"{trainer.adapter.variant}: {trainer.adapter_parameters:,} parameters at {len(trainer.adapter.shapes)} sites, "
         f"{trainer.adapter_share:.1%} of the base"
     )
-    summary = trainer.run()
-    write_json(root / "training.json", summary)
-    print(
-        f"{root}: {summary['steps']} steps, validation loss {summary['validation_loss']:.5f} "
-        f"(without guidance {summary['validation_loss_unguided']:.5f}), {summary['records_per_second']:.0f} records/s"
-    )
+
+
+def skipped(summary: dict[str, Any]) -> str:
+    records, samples = summary["records_skipped"], len(summary["samples_skipped"])
+    return f"; {records} damaged records in {samples} samples were skipped" if records else ""
 
 
 if __name__ == "__main__":
-    run(TrainConfig, main, __doc__)
+    run(TrainConfig, main, __doc__, multirun)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +82,27 @@ def load_denoiser(
 ) -> nn.Module:
     """The denoiser alone, frozen: no text encoder, no VAE, no scheduler is loaded."""
     kind = diffusers_class(class_name, "denoiser_class")
-    try:
+    with _named(name_or_path, class_name):
         denoiser = kind.from_pretrained(resolve(name_or_path), subfolder=subfolder, torch_dtype=torch_dtype, **source)
+    return denoiser.eval().requires_grad_(False)
+
+
+def denoiser_config(name_or_path: str, subfolder: str, class_name: str, **source: str | None) -> dict[str, Any]:
+    """The configuration of a denoiser, read without its weights; `_class_name` is what it really is."""
+    kind = diffusers_class(class_name, "denoiser_class")
+    with _named(name_or_path, class_name):
+        return kind.load_config(resolve(name_or_path), subfolder=subfolder, **source)
+
+
+@contextmanager
+def _named(name_or_path: str, class_name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name_or_path}: no {class_name} could be loaded from it ({first_line(error)}): "
             "name where it is with pretrained_model_name_or_path=..."
         ) from error
-    return denoiser.eval().requires_grad_(False)
 
 
 def first_line(error: BaseException) -> str:

@@ -24,12 +24,13 @@ class _Lines:
         self.stream.flush()
 
 
-def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm[Any]:
+def progress(total: int, description: str, unit: str, initial: int = 0, shown: bool = True) -> tqdm[Any]:
     """A bar over `total` things named `unit`, of which `initial` were done before; close it, or use it in a `with`."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         initial=initial,
+        disable=not shown,
         desc=description,
         unit=unit,
         smoothing=0.05,

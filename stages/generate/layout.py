@@ -17,7 +17,7 @@ from torch import Tensor
 from stages.denoiser import MASK, NEGATIVE, denoiser_of, latent_name, negative_tokens
 from stages.errors import UserError
 from stages.generate.scale import PerSampleScale
-from stages.generate.watching import Inputs, watched
+from stages.generate.watching import Call, Inputs, watched
 from stages.sampling import Request, guider_of, sample, scale_keyword, undecoded
 
 PROBED_STEPS = 2  # the second is judged: some rules of guidance leave the first one out
@@ -58,18 +58,22 @@ class Layout:
     unconditional: tuple[int, int] | None = None
     scale_per_sample: bool = False
 
-    def conditional(self, calls: list[Inputs], n: int) -> Inputs:
-        """The conditional inputs of one step for n samples; a step that guidance leaves out has only these."""
+    def conditional(self, calls: list[Call], n: int) -> Call:
+        """The conditional pass of one step for n samples, of its prediction the channels that the target has.
+
+        A step that guidance leaves out has only this pass.
+        """
         if len(calls) == self.calls:
-            inputs = calls[self.call]
+            call = calls[self.call]
         elif len(calls) == 1:
-            inputs = calls[0]
+            call = calls[0]
         else:
             raise UserError(f"{len(calls)} denoiser calls in one step where {self.calls} were found before")
-        return {
+        inputs = {
             name: self.part(value, n) if isinstance(value, Tensor) and name not in self.constants else value
-            for name, value in inputs.items()
+            for name, value in call.inputs.items()
         }
+        return Call(inputs, self.part(call.prediction, n)[:, : self.target_channels])
 
     def part(self, batch: Tensor, n: int) -> Tensor:
         """The conditional n samples of a batch of n, or of n for each part."""
@@ -93,14 +97,15 @@ class Layout:
                 )
         return self._masked(cond)
 
-    def negative(self, calls: list[Inputs], n: int) -> dict[str, Tensor]:
+    def negative(self, calls: list[Call], n: int) -> dict[str, Tensor]:
         """What `negative_tokens` finds in one step for n samples; nothing in a step that guidance leaves out."""
         if self.unconditional is None or len(calls) != self.calls:
             return {}
-        call, chunk = self.unconditional
-        if len(calls[call][self.latent]) <= chunk * n:
+        number, chunk = self.unconditional
+        inputs = calls[number].inputs
+        if len(inputs[self.latent]) <= chunk * n:
             return {}
-        return self._masked(negative_tokens(calls[call], self.latent, slice(chunk * n, (chunk + 1) * n)))
+        return self._masked(negative_tokens(inputs, self.latent, slice(chunk * n, (chunk + 1) * n)))
 
     def _masked(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
         """With a mask, that masks nothing, where the denoiser takes one and was given none."""
@@ -148,7 +153,7 @@ def _is_number(value: Any) -> bool:
 class Seen:
     """One step of a probe: the denoiser's calls, the prediction, and the scheduler's timestep."""
 
-    calls: list[Inputs]
+    calls: list[Call]
     prediction: Tensor
     timestep: float
 
@@ -173,7 +178,12 @@ def find_layout(pipe: Any, request: Request) -> Layout:
     if len(alone.calls) != 1:
         raise uncertain(pipe, f"without guidance it calls its denoiser {len(alone.calls)} times per step, not once")
     guided = probe(pipe, twice, PROBED_SCALES[0])
-    layout = _place_conditional(pipe, alone.calls[0], guided[0])
+    layout = _place_conditional(pipe, alone.calls[0].inputs, guided[0])
+    if layout.conditional(guided[0].calls, 2).prediction.shape != layout.part(guided[0].prediction, 2).shape:
+        raise UserError(
+            f"{type(pipe).__name__}: its scheduler is handed another shape than its denoiser predicts: such pipelines "
+            "cannot be recorded"
+        )
     return replace(layout, scale_per_sample=_scales_mix(pipe, twice, layout))
 
 
@@ -184,9 +194,9 @@ def _place_conditional(pipe: Any, alone: Inputs, guided: Seen) -> Layout:
     rows = len(alone[name])
     reference = {k: v[:1] for k, v in alone.items() if k != name and isinstance(v, Tensor) and len(v) == rows}
     places = {
-        (number, chunk): _unlikeness(reference, call, chunk)
+        (number, chunk): _unlikeness(reference, call.inputs, chunk)
         for number, call in enumerate(guided.calls)
-        for chunk in range(len(call[name]) // 2)
+        for chunk in range(len(call.inputs[name]) // 2)
     }
     same = [place for place, distance in places.items() if distance < SAME]
     if any(SAME <= distance < DIFFERENT for distance in places.values()):
@@ -196,7 +206,7 @@ def _place_conditional(pipe: Any, alone: Inputs, guided: Seen) -> Layout:
         raise uncertain(pipe, f"of the {len(places)} parts of a guided step {told}")
     number, chunk = same[0]
     different = [place for place in places if place not in same]
-    call = guided.calls[number]
+    call = guided.calls[number].inputs
     parameters = inspect.signature(denoiser.forward).parameters
     others = {k: v for k, v in call.items() if k not in (name, "timestep")}
     per_sample = tuple(k for k, v in others.items() if _has_entry_per_sample(v, alone.get(k), len(call[name]), rows))

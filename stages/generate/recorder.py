@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from stages.generate.layout import Layout
-from stages.generate.watching import Inputs, watched
+from stages.generate.watching import Call, watched
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Recording:
 
     Attributes:
         latent: `[m, ...]`; timestep: `[m]`; target: `[m, ...]`.
+        guidance_cosine, guidance_delta: `[m]`, what `guidance_effect` finds.
         owner: `[m]`, the place in the batch of each record's trajectory; step: `[m]`, the denoising step it was.
         cond: every other tensor of the conditional pass with an entry per sample, `[n, ...]`, by the denoiser's own names.
         negative: token embeddings of the unconditional pass and their masks `[n, ...]`, named `negative.NAME`.
@@ -32,6 +34,8 @@ class Recording:
     latent: Tensor
     timestep: Tensor
     target: Tensor
+    guidance_cosine: Tensor
+    guidance_delta: Tensor
     owner: Tensor
     step: Tensor
     cond: dict[str, Tensor]
@@ -53,24 +57,39 @@ class Recorder:
         self.cond: dict[str, Tensor] | None = None
         self.negative: dict[str, Tensor] = {}
 
-    def see_step(self, calls: list[Inputs], prediction: Tensor) -> None:
+    def see_step(self, calls: list[Call], prediction: Tensor) -> None:
         """Keep one step: the denoiser's calls in it, and what the scheduler was handed."""
-        inputs = self.layout.conditional(calls, self.n)
+        conditional = self.layout.conditional(calls, self.n)
+        inputs = conditional.inputs
         if self.cond is None:
             self.cond = self.layout.conditions(inputs, self.n)
         self.negative = self.negative or self.layout.negative(calls, self.n)
         rows = torch.arange(self.n) if self.steps is None else (self.steps == self.step).any(1).nonzero().flatten()
         if len(rows):
             here = rows.to(prediction.device)
-            target = self.layout.part(prediction, self.n)
-            latent, timestep = inputs[self.layout.latent], inputs["timestep"]
+            target = self.layout.part(prediction, self.n)[here]
+            latent, timestep = inputs[self.layout.latent][here], inputs["timestep"][here]
             step = torch.full((len(rows),), self.step)
-            self.parts.append((latent[here], timestep[here], target[here], rows, step))
+            effect = guidance_effect(conditional.prediction[here], target)
+            self.parts.append((latent, timestep, target, *effect, rows, step))
         self.step += 1
 
     def recording(self) -> Recording:
-        latent, timestep, target, owner, step = (torch.cat(part) for part in zip(*self.parts, strict=True))
-        return Recording(latent, timestep, target, owner, step, self.cond or {}, self.negative)
+        latent, timestep, target, cosine, delta, owner, step = map(torch.cat, zip(*self.parts, strict=True))
+        return Recording(latent, timestep, target, cosine, delta, owner, step, self.cond or {}, self.negative)
+
+
+def guidance_effect(conditional: Tensor, guided: Tensor) -> tuple[Tensor, Tensor]:
+    """How far guidance moved each sample's conditional prediction, over all its elements.
+
+    Args:
+        conditional, guided: `[m, ...]`.
+
+    Returns:
+        The cosine similarity of the two, 0 where one is zero, and the mean square of their difference; float32 `[m]` each.
+    """
+    c, g = (prediction.flatten(1).double() for prediction in (conditional, guided))  # 1 - cosine is small at low scales
+    return functional.cosine_similarity(c, g).float(), (g - c).square().mean(1).float()
 
 
 @contextmanager

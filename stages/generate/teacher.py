@@ -120,6 +120,7 @@ class Teacher:
             for name, value in (recording.cond | (recording.negative if self.records_negative else {})).items()
         }
         timestep = recording.timestep.cpu()
+        cosine, delta = recording.guidance_cosine.cpu(), recording.guidance_delta.cpu()
         for i, planned in enumerate(batch):
             mine = recording.owner == i
             yield Trajectory(
@@ -131,6 +132,8 @@ class Teacher:
                 timestep=timestep[mine],
                 target=target[mine],
                 cond={name: value[i] for name, value in cond.items()},
+                guidance_cosine=cosine[mine],
+                guidance_delta=delta[mine],
             )
 
     def _stored(self, values: Tensor, name: str, place: Callable[[int], str]) -> Tensor:

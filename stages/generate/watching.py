@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,33 +18,50 @@ from stages.errors import UserError
 Inputs = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of the denoiser: what it was given, by its own names, and what it predicted `[rows, ...]`."""
+
+    inputs: Inputs
+    prediction: Tensor
+
+
 @contextmanager
-def watched(pipe: Any, see_step: Callable[[list[Inputs], Tensor, Any], None]) -> Iterator[None]:
+def watched(pipe: Any, see_step: Callable[[list[Call], Tensor, Any], None]) -> Iterator[None]:
     """Within it, `see_step` gets the denoiser's calls, the prediction and the timestep of every step that `pipe` makes."""
     _, denoiser = denoiser_of(pipe)
     name, scheduler, step = latent_name(denoiser), pipe.scheduler, pipe.scheduler.step
     signature = inspect.signature(type(scheduler).step)
-    calls: list[Inputs] = []
+    given: list[Inputs] = []
+    calls: list[Call] = []
 
-    def see_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = bind_inputs(module, args, kwargs)
+    def see_inputs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = bind_inputs(module, args, kwargs)  # before the call, which may change dictionaries it was given
         inputs.pop("return_dict", None)
         inputs["timestep"] = _per_sample(inputs["timestep"], inputs[name])
-        calls.append(inputs)
+        given.append(inputs)
+
+    def see_prediction(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        prediction = output[0] if isinstance(output, tuple) else output.sample
+        calls.append(Call(given.pop(), prediction.clone()))  # pipelines may guide in place
 
     @functools.wraps(step)  # pipelines look at its signature
     def watched_step(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(scheduler, *args, **kwargs).arguments
-        see_step(list(calls), given["model_output"], given["timestep"])
+        handed = signature.bind(scheduler, *args, **kwargs).arguments
+        see_step(list(calls), handed["model_output"], handed["timestep"])
         calls.clear()
         return step(*args, **kwargs)
 
-    handle = denoiser.register_forward_pre_hook(see_call, with_kwargs=True)
+    handles = [
+        denoiser.register_forward_pre_hook(see_inputs, with_kwargs=True),
+        denoiser.register_forward_hook(see_prediction),
+    ]
     scheduler.step = watched_step
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         del scheduler.step
 
 

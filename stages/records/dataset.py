@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from stages.records.storage import create, seal, unseal, whole_file
 SCHEMA_VERSION = 1
 DATASET_FILE = "dataset.json"
 MANIFEST_FILE = "manifest.parquet"
+SKIPPED = "; training leaves it out with on_damage=skip"
 
 
 def commit_unit(root: Path, unit: int, trajectories: Iterable[Trajectory]) -> dict[str, Any]:
@@ -123,6 +125,9 @@ def read_info(root: Path) -> dict[str, Any] | None:
 class Dataset:
     """A whole dataset, opened for reading.
 
+    Args:
+        check_sizes: refuse a dataset with missing or wrongly sized shards; else they are found when they are read.
+
     Attributes:
         info: the content of `dataset.json`.
         manifest: the table of samples.
@@ -131,7 +136,7 @@ class Dataset:
         UserError: there is no dataset, it is unfinished, of a newer schema, or a file is missing or of another size.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, check_sizes: bool = True) -> None:
         self.root = Path(root)
         info = read_info(self.root)
         if info is None:
@@ -147,38 +152,63 @@ class Dataset:
             raise UserError(_told(self.root, problems[0]))
         self.info = info
         self.manifest = read_manifest(self.root / MANIFEST_FILE)
-        if problems := size_problems(self.root, self.manifest):
-            raise UserError(_told(self.root, problems[0]))
+        if check_sizes and (problems := size_problems(self.root, self.manifest)):
+            raise UserError(_told(self.root, problems[0]) + SKIPPED)
 
     @property
     def fingerprint(self) -> str:
         """Tells this dataset from any other: the manifest holds the checksum of everything."""
         return self.info["manifest_sha256"]
 
-    def read(self, file: BinaryIO, row: dict[str, Any]) -> dict[str, Tensor]:
-        """The tensors of one sample, checked, from its open shard: `latent [k, ...]`, `timestep [k]`, `target [k, ...]`, `cond.*`.
+    def open(self, shard: str) -> BinaryIO:
+        """A shard, to read samples from.
 
         Raises:
-            UserError: the bytes are not those that were written.
+            UserError: it is missing.
+        """
+        try:
+            return (self.root / shard).open("rb")
+        except FileNotFoundError as error:
+            raise self._damage(shard, "a shard", "no such file") from error
+
+    def read(self, file: BinaryIO, row: dict[str, Any]) -> dict[str, Tensor]:
+        """The tensors of one sample, checked, from its open shard: those of `PER_RECORD` `[k, ...]`, and `cond.*`.
+
+        Raises:
+            UserError: the bytes are not those that were written, or not those of tensors.
         """
         file.seek(row["offset"])
         content = file.read(row["size"])
-        if zlib.crc32(content) != row["checksum"]:
-            found = {"shard": row["shard"], "expected": f"CRC-32 {row['checksum']:08x} of {row['key']}"}
-            raise UserError(_told(self.root, found | {"found": f"{zlib.crc32(content):08x}"}))
-        return safetensors.torch.load(content)
+        checksum = zlib.crc32(content)
+        if checksum != row["checksum"]:
+            raise self._damage(row["shard"], f"CRC-32 {row['checksum']:08x} of {row['key']}", f"{checksum:08x}")
+        try:
+            return safetensors.torch.load(content)
+        except safetensors.SafetensorError as error:
+            raise self._damage(row["shard"], f"the tensors of {row['key']}", str(error)) from error
+
+    def _damage(self, shard: str, expected: str, found: str) -> UserError:
+        return UserError(_told(self.root, {"shard": shard, "expected": expected, "found": found}) + SKIPPED)
 
     def timesteps(self, row: dict[str, Any]) -> Tensor:
-        """The timesteps `[k]` of one sample, read without the rest of it, and so not checked."""
-        with (self.root / row["shard"]).open("rb") as file:
-            file.seek(row["offset"])
-            length = int.from_bytes(file.read(8), "little")  # of the header (safetensors' format)
-            header = json.loads(file.read(length))
-            begin, end = header["timestep"]["data_offsets"]
-            file.seek(row["offset"] + 8 + length + begin)
-            alone = {"timestep": header["timestep"] | {"data_offsets": [0, end - begin]}}
-            told = json.dumps(alone).encode()
-            return safetensors.torch.load(len(told).to_bytes(8, "little") + told + file.read(end - begin))["timestep"]
+        """The timesteps `[k]` of one sample, read without the rest of it, and so not checked.
+
+        Raises:
+            UserError: there are none.
+        """
+        with self.open(row["shard"]) as file:
+            try:
+                file.seek(row["offset"])
+                length = int.from_bytes(file.read(8), "little")  # of the header (safetensors' format)
+                header = json.loads(file.read(min(length, row["size"])))
+                begin, end = header["timestep"]["data_offsets"]
+                file.seek(row["offset"] + 8 + length + begin)
+                alone = {"timestep": header["timestep"] | {"data_offsets": [0, end - begin]}}
+                told = json.dumps(alone).encode()
+                content = len(told).to_bytes(8, "little") + told + file.read(end - begin)
+                return safetensors.torch.load(content)["timestep"]
+            except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+                raise self._damage(row["shard"], f"the timesteps of {row['key']}", "other bytes") from error
 
 
 def manifest_problems(root: Path, info: dict[str, Any]) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CONDITION_PREFIX = "cond."
+PER_RECORD = ("latent", "timestep", "target", "guidance_cosine", "guidance_delta")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Trajectory:
         timestep: `[k]`, as the denoiser was given it.
         target: `[k, ...]`, the guided prediction that the scheduler was handed, in the model's prediction type.
         cond: every other tensor that the conditional pass was given, by the denoiser's own argument names.
+        guidance_cosine: `[k]`, cosine similarity of the conditional prediction and the target, over all their elements.
+        guidance_delta: `[k]`, mean square of the target less the conditional prediction.
+            Both are float32, taken before anything was rounded for storage; None in datasets older than them.
     """
 
     index: int
@@ -39,6 +43,8 @@ class Trajectory:
     target: Tensor
     cond: dict[str, Tensor]
     part: int = 0
+    guidance_cosine: Tensor | None = None
+    guidance_delta: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -48,18 +54,19 @@ class Trajectory:
         """The sample's name in its shard: digits and `_` only, because a dot would end a WebDataset key."""
         return f"{self.index:09d}_{self.part:04d}"
 
+    def per_record(self) -> dict[str, Tensor]:
+        """Every tensor with an entry per record `[k, ...]`, by name."""
+        return {name: value for name in PER_RECORD if (value := getattr(self, name)) is not None}
+
     def parts(self, size: int) -> Iterator[Trajectory]:
         """The same records in samples of at most `size`."""
         for part, start in enumerate(range(0, len(self), size)):
-            chosen = slice(start, start + size)
-            yield replace(
-                self, part=part, latent=self.latent[chosen], timestep=self.timestep[chosen], target=self.target[chosen]
-            )
+            chosen: Any = {name: value[start : start + size] for name, value in self.per_record().items()}
+            yield replace(self, part=part, **chosen)
 
     def to_members(self) -> dict[str, bytes]:
         """The members of its sample by suffix: the tensors, and what is told of them."""
-        tensors = {"latent": self.latent, "timestep": self.timestep, "target": self.target}
-        tensors |= {CONDITION_PREFIX + name: value for name, value in self.cond.items()}
+        tensors = self.per_record() | {CONDITION_PREFIX + name: value for name, value in self.cond.items()}
         about = {
             "trajectory": self.index,
             "part": self.part,
@@ -91,6 +98,8 @@ def from_members(tensors: bytes, about: bytes) -> Trajectory:
             latent=named.pop("latent"),
             timestep=named.pop("timestep"),
             target=named.pop("target"),
+            guidance_cosine=named.pop("guidance_cosine", None),
+            guidance_delta=named.pop("guidance_delta", None),
             cond={name.removeprefix(CONDITION_PREFIX): value for name, value in named.items()},
         )
     except (KeyError, json.JSONDecodeError, safetensors.SafetensorError) as error:
@@ -104,9 +113,9 @@ def decode(sample: dict[str, Any]) -> Trajectory:
 
 def describe(trajectory: Trajectory) -> dict[str, dict[str, Any]]:
     """Dtype and shape of one record's tensors by name, as `dataset.json` tells them."""
-    per_record = {"latent": trajectory.latent[0], "timestep": trajectory.timestep[0], "target": trajectory.target[0]}
-    per_record |= {CONDITION_PREFIX + name: value for name, value in trajectory.cond.items()}
-    return {name: {"dtype": dtype_name(value.dtype), "shape": list(value.shape)} for name, value in per_record.items()}
+    tensors = {name: value[0] for name, value in trajectory.per_record().items()}
+    tensors |= {CONDITION_PREFIX + name: value for name, value in trajectory.cond.items()}
+    return {name: {"dtype": dtype_name(value.dtype), "shape": list(value.shape)} for name, value in tensors.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

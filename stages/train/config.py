@@ -9,20 +9,26 @@ from omegaconf import MISSING
 
 from stages.adapters import AdapterConfig
 from stages.config import option
-from stages.train.objective import LOSSES
 
+LOSSES = ("l2", "l1", "noise_weighted", "guidance_weighted", "guidance_delta")
+ON_DAMAGE = ("stop", "skip")
+PRECISIONS = ("no", "bf16", "fp16")
+QUANTIZATIONS = ("none", "int8")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup")
 # A resumed run must draw the same records and hold out the same trajectories; what else changes is the user's choice.
 KEPT_WHEN_RESUMED = (
     "adapter",
     "seed",
     "train_batch_size",
+    "gradient_accumulation_steps",
+    "use_ema",
     "shuffle_bytes",
     "validation_share",
     "scale_range",
     "timestep_range",
     "max_trajectories",
     "filters",
+    "on_damage",
 )
 
 
@@ -35,17 +41,34 @@ class TrainConfig:
         None, "the frozen base; by default the teacher that the dataset names"
     )
     seed: int = option(0, "seed of the adapter's start and of the order of records", at_least=0, at_most=2**31 - 1)
-    train_batch_size: int = option(64, "records per step", at_least=1)
+    train_batch_size: int = option(64, "records at once, of each process", at_least=1)
+    gradient_accumulation_steps: int = option(1, "batches that make one optimizer step", at_least=1)
     max_train_steps: int = option(5000, "optimizer steps", at_least=1)
     loss: str = option(
-        "l2", "`l2`, `l1`, or `noise_weighted`: l2 times the share of noise in the latent", one_of=LOSSES
+        "l2",
+        "`l2`, `l1`; l2 weighed, as `noise_weighted` by the share of noise in the latent, as `guidance_weighted` by how far guidance "
+        "turns the prediction, as `guidance_delta` by one over the square of what guidance adds",
+        one_of=LOSSES,
     )
     learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0, at_most=1e3)
     lr_scheduler: str = option("cosine", "schedule, by its name in diffusers.optimization", one_of=SCHEDULES)
     lr_warmup_steps: int = option(200, "steps of linear warm-up", at_least=0)
     adam_weight_decay: float = option(0.0, "weight decay of AdamW", at_least=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
-    mixed_precision: str = option("no", "`no` or `bf16`; the adapter's weights stay in fp32", one_of=("no", "bf16"))
+    use_ema: bool = option(False, "validate and save an exponential moving average of the adapter's weights")
+    ema_decay: float = option(0.999, "most that the average keeps at a step", at_least=0, at_most=1)
+    mixed_precision: str = option(
+        "no",
+        "`no`, `bf16` or `fp16`: precision of the frozen base; the adapter's weights stay in fp32",
+        one_of=PRECISIONS,
+    )
+    gradient_checkpointing: bool = option(
+        False, "compute the base's activations again in the backward pass: less memory"
+    )
+    quantization: str = option(
+        "none", "`int8`: hold the linear layers of the frozen base in 8 bits, by torchao", one_of=QUANTIZATIONS
+    )
+    torch_compile: bool = option(False, "compile the denoiser with its adapter")
     scale_range: list[float] | None = option(None, "train on records with a guidance scale in [LOW,HIGH] only")
     timestep_range: list[float] | None = option(None, "and a timestep, as the denoiser is given it, in [LOW,HIGH] only")
     max_trajectories: int | None = option(None, "train on so many trajectories only, the first of the plan", at_least=1)
@@ -53,13 +76,23 @@ class TrainConfig:
         None, "train on samples whose row of the manifest passes all of these only, such as [[class_label,in,[1,2]]]"
     )
     shuffle_bytes: int = option(1 << 30, "records are drawn across a window of so many bytes of samples", at_least=1)
+    on_damage: str = option(
+        "stop",
+        "at a damaged shard: `stop`, or `skip` its damaged records, which `training.json` counts",
+        one_of=ON_DAMAGE,
+    )
     validation_share: float = option(
         0.05, "share of trajectories held out for validation, at least one", above=0, at_most=0.99
     )
     validation_steps: int = option(1000, "steps between two validations", at_least=1)
+    vae_name_or_path: str | None = option(
+        None, "folder or hub id of a pipeline or a VAE: each validation shows what some held-out predictions decode to"
+    )
     logging_steps: int = option(50, "steps between two points of the log", at_least=1)
     checkpointing_steps: int = option(1000, "steps between two checkpoints", at_least=1)
     checkpoints_total_limit: int = option(2, "older checkpoints are removed", at_least=1)
-    resume_from_checkpoint: str | None = option(None, "`latest`, or a checkpoint's file")
-    report_to: str = option("tensorboard", "`tensorboard` or `none`", one_of=("tensorboard", "none"))
+    resume_from_checkpoint: str | None = option(
+        None, "`latest`, which begins where there is none, or a checkpoint's file"
+    )
+    report_to: str = option("tensorboard", "`tensorboard`, another tracker of accelerate by its name, or `none`")
     device: str = option("auto", "`auto` (a GPU where there is one), `cuda` or `cpu`")

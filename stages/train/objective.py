@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.base import diffusers_class
+from stages.errors import UserError
+from stages.train.batch import Batch
 
-LOSSES = ("l2", "l1", "noise_weighted")
+RECORDED = {"guidance_weighted": "guidance_cosine", "guidance_delta": "guidance_delta"}  # what a loss needs of a record
+SMALLEST_DELTA = 1e-3  # as a share of the target's mean square: where guidance adds less, rounding would weigh too much
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -19,28 +22,45 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 class Objective:
-    """The loss of each record.
+    """The loss of each record; g is the guided prediction, c the conditional one.
 
     Args:
-        loss: one of `LOSSES`: `l2` is the mean squared error, `l1` the mean absolute one, `noise_weighted` the squared one times the
-            share of noise in the latent, as in the published reference code.
-        teacher: what the dataset tells of the teacher.
+        loss: `l2` is the mean squared error, `l1` the mean absolute one, the others the squared one weighed: `noise_weighted`
+            by the share of noise in the latent and `guidance_weighted` by `(1 - cos(c, g)) / 2`, both as in the published reference
+            code, `guidance_delta` by `1 / mean((g - c)^2)`, so that it is the share of the guidance that is left to learn.
+        info: the content of `dataset.json`.
+
+    Raises:
+        UserError: the records do not hold what the loss needs.
     """
 
-    def __init__(self, loss: str, teacher: dict[str, Any], device: str) -> None:
+    def __init__(self, loss: str, info: dict[str, Any], device: str) -> None:
         self.loss = loss
+        teacher = info["teacher"]
         self.timestep_scale = teacher["layout"]["timestep_scale"]
         self.noise = noise_levels(teacher).to(device) if loss == "noise_weighted" else None
+        needed = RECORDED.get(loss)
+        if needed is not None and needed not in info["tensors"]:
+            raise UserError(
+                f"loss={loss}: the records hold no {needed}, which newer ones do: generate the dataset again"
+            )
 
-    def __call__(self, prediction: Tensor, target: Tensor, timestep: Tensor) -> Tensor:
-        """`[n]` from predictions and targets `[n, ...]` at timesteps `[n]`, as the denoiser is given them."""
+    def __call__(self, prediction: Tensor, batch: Batch) -> Tensor:
+        """`[n]` from predictions `[n, ...]` of the records of a batch."""
         if self.loss == "l1":
-            return functional.l1_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
-        error = squared_error(prediction, target)
-        if self.noise is None:
-            return error
-        steps = (timestep / self.timestep_scale).round().long().clamp(0, len(self.noise) - 1)
-        return self.noise[steps] * error
+            return functional.l1_loss(prediction.float(), batch.target, reduction="none").flatten(1).mean(1)
+        error = squared_error(prediction, batch.target)
+        return error if self.loss == "l2" else error * self.weight(batch)
+
+    def weight(self, batch: Batch) -> Tensor:
+        """Of each record `[n]`."""
+        if self.noise is not None:
+            steps = (batch.timestep / self.timestep_scale).round().long().clamp(0, len(self.noise) - 1)
+            return self.noise[steps]
+        if self.loss == "guidance_weighted":
+            return (1 - batch.numbers["guidance_cosine"]) / 2
+        size = batch.target.square().flatten(1).mean(1)
+        return 1 / batch.numbers["guidance_delta"].maximum(SMALLEST_DELTA * size)
 
 
 def noise_levels(teacher: dict[str, Any]) -> Tensor:

@@ -1,214 +1,164 @@
 """The stream of records: shuffled, read ahead by one thread, and resumable to the record.
 
-The order is a pure function of (seed, epoch): shards are permuted, cut into windows of a bounded size, and the records of
-a window are drawn in random order. Where a run stands is one number, the records it has consumed.
+The order is a pure function of (seed, epoch): shards are permuted, cut into windows of a bounded size, and the records
+of a window are drawn in random order. Where a run stands is one number, the records it has consumed. Several processes
+read the same windows and take turns at their records.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from stages.errors import UserError
 from stages.records.dataset import Dataset
-from stages.records.record import CONDITION_PREFIX
+from stages.train.batch import Batch, concatenate
 from stages.train.selection import Row
+from stages.train.window import Memory, Window, load
 
 
-@dataclass(frozen=True)
-class Batch:
-    """`latent [n, ...]`, `timestep [n]`, `target [n, ...]`, `scale [n]`, `cond` by the denoiser's argument names `[n, ...]`."""
+class Draw(NamedTuple):
+    """What is drawn from one window: its samples, the order of its records `[m]`, the place of its first in the run."""
 
-    latent: Tensor
-    timestep: Tensor
-    target: Tensor
-    scale: Tensor
-    cond: dict[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(self.scale)
-
-    def take(self, chosen: Tensor) -> Batch:
-        return Batch(
-            self.latent[chosen],
-            self.timestep[chosen],
-            self.target[chosen],
-            self.scale[chosen],
-            {name: value[chosen] for name, value in self.cond.items()},
-        )
-
-    def to(self, device: str, dtype: torch.dtype) -> Batch:
-        """On the device, floating-point tensors but the scale in the given dtype."""
-        return Batch(
-            self.latent.to(device, dtype, non_blocking=True),
-            self.timestep.to(device, non_blocking=True),
-            self.target.to(device, torch.float32, non_blocking=True),
-            self.scale.to(device, non_blocking=True),
-            {
-                name: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
-                for name, value in self.cond.items()
-            },
-        )
-
-
-def concatenate(parts: list[Batch]) -> Batch:
-    """One batch; token embeddings of several lengths are padded, as `collate` does."""
-    if len(parts) == 1:
-        return parts[0]
-    return Batch(
-        torch.cat([part.latent for part in parts]),
-        torch.cat([part.timestep for part in parts]),
-        torch.cat([part.target for part in parts]),
-        torch.cat([part.scale for part in parts]),
-        {name: torch.cat(padded([part.cond[name] for part in parts], 1)) for name in parts[0].cond},
-    )
-
-
-def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The conditions of several samples, by name `[n, ...]`; shorter token embeddings and their masks are padded with zeros.
-
-    Raises:
-        UserError: embeddings differ in length and have no mask to tell the padding by.
-    """
-    collated = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        if len({value.shape for value in values}) > 1 and values[0].ndim == 2 and f"{name}_mask" not in rows[0]:
-            raise UserError(
-                f"cond.{name} differs in length from sample to sample and has no mask: such data cannot be mixed"
-            )
-        collated[name] = torch.stack(padded(values, 0))
-    return collated
-
-
-def padded(values: list[Tensor], dim: int) -> list[Tensor]:
-    """Tensors that differ in one dimension, filled up with zeros there to the longest."""
-    if values[0].ndim <= dim:
-        return values
-    longest = max(value.shape[dim] for value in values)
-    return [
-        functional.pad(value, [0, 0] * (value.ndim - dim - 1) + [0, longest - value.shape[dim]]) for value in values
-    ]
-
-
-@dataclass(frozen=True)
-class Window:
-    """All records of some samples: those of each sample share its conditions, which are held once.
-
-    Attributes:
-        records: every tensor `[m, ...]`, with no conditions.
-        owner: `[m]`, the sample of each record.
-        cond: `[n, ...]`, by the denoiser's argument names.
-    """
-
-    records: Batch
-    owner: Tensor
-    cond: dict[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(self.owner)
-
-    def take(self, chosen: Tensor) -> Batch:
-        part, owner = self.records.take(chosen), self.owner[chosen]
-        return replace(part, cond={name: value[owner] for name, value in self.cond.items()})
-
-
-def chosen_records(sample: dict[str, Tensor], chosen: list[int] | None) -> dict[str, Tensor]:
-    """A sample with only some of its records; all by default."""
-    if chosen is None:
-        return sample
-    return {name: value if name.startswith(CONDITION_PREFIX) else value[chosen] for name, value in sample.items()}
-
-
-def load(dataset: Dataset, rows: list[Row]) -> Window:
-    """All records of some samples, in their order; each shard is opened once."""
-    samples: list[dict[str, Tensor]] = [{}] * len(rows)
-    for shard in sorted({row["shard"] for row in rows}):
-        with (dataset.root / shard).open("rb") as file:
-            for i, row in enumerate(rows):
-                if row["shard"] == shard:
-                    samples[i] = chosen_records(dataset.read(file, row), row.get("chosen"))
-    owner = torch.arange(len(rows)).repeat_interleave(torch.tensor([row["records"] for row in rows]))
-    records = Batch(
-        torch.cat([sample["latent"] for sample in samples]),
-        torch.cat([sample["timestep"] for sample in samples]),
-        torch.cat([sample["target"] for sample in samples]),
-        torch.tensor([row["scale"] for row in rows], dtype=torch.float32)[owner],
-        {},
-    )
-    conditions = [
-        {k.removeprefix(CONDITION_PREFIX): v for k, v in sample.items() if k.startswith(CONDITION_PREFIX)}
-        for sample in samples
-    ]
-    return Window(records, owner, collate(conditions))
+    rows: list[Row]
+    order: Tensor
+    position: int
 
 
 class RecordStream:
     """Batches without end, each record once per epoch; a batch may reach over the end of an epoch.
 
+    Args:
+        batch_size: records in each process's batch. Of every `batch_size * world_size` records, a process takes
+            every `world_size`-th, from its `rank` on.
+        shuffle_bytes: of the samples in a window; two windows are in memory, the one in use and the one being read.
+        skip_damaged: leave out the records of damaged samples instead of ending with an error.
+        pin: hand out batches in page-locked memory, where there is a GPU to copy them to.
+
     Attributes:
-        consumed: records handed out so far; a stream made with it goes on exactly there.
+        consumed: places of the order that all processes together are past, those of records left out among them; a
+            stream made with it goes on exactly there, with any `world_size`.
+        skipped: the number of records of each sample that was found damaged, by its name.
+
+    Raises:
+        UserError: at reading: a sample is damaged, or all are.
     """
 
     def __init__(
-        self, dataset: Dataset, rows: list[Row], batch_size: int, seed: int, shuffle_bytes: int, consumed: int = 0
+        self,
+        dataset: Dataset,
+        rows: list[Row],
+        batch_size: int,
+        seed: int,
+        shuffle_bytes: int,
+        consumed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        skip_damaged: bool = False,
+        pin: bool = False,
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.shuffle_bytes = dataset, batch_size, seed, shuffle_bytes
         self.rows = rows
         self.consumed = consumed
+        self.rank, self.world_size = rank, world_size
+        self.skip_damaged = skip_damaged
+        self.pin = pin and torch.cuda.is_available()
+        self.skipped: dict[str, int] = {}
         self.records_per_epoch = sum(row["records"] for row in self.rows)
 
     def __iter__(self) -> Iterator[Batch]:
+        size = self.batch_size * self.world_size
         parts: list[Batch] = []
-        missing = self.batch_size
-        for records, order in self._windows_ahead():
-            while len(order):
-                parts.append(records.take(order[:missing]))
-                order, missing = order[missing:], missing - len(parts[-1])
-                if not missing:
-                    self.consumed += self.batch_size
-                    yield concatenate(parts)
-                    parts, missing = [], self.batch_size
+        filled = 0  # of the batches of all processes together
+        for window, draw in self._windows_ahead():
+            self._note(window.damaged)
+            places = window.intact[draw.order].nonzero().flatten()
+            while len(places):
+                drawn, places = places.tensor_split([size - filled])
+                own = drawn[(self.rank - filled) % self.world_size :: self.world_size]
+                parts.append(window.take(draw.order[own]))
+                filled += len(drawn)
+                if filled == size:
+                    self.consumed = draw.position + int(drawn[-1]) + 1
+                    batch = concatenate(parts)
+                    yield batch.pin() if self.pin else batch
+                    parts, filled = [], 0
 
-    def _windows_ahead(self) -> Iterator[tuple[Window, Tensor]]:
-        """Each window's records and what is left of their order; the next window is read while one is in use."""
+    def whereabouts(self, consumed: int, count: int) -> list[str]:
+        """Names of the records at `count` places of the order from `consumed` on, those of damaged samples left out.
+
+        The samples are read again, for their timesteps.
+        """
+        rows = list(islice(self._records(consumed), count))
+        window = load(self.dataset, rows, self.skip_damaged)
+        return [
+            f"{row['shard']} {row['key']} record {row['chosen'][0]}: scale {row['scale']:g}, timestep {timestep:g}"
+            for row, timestep, intact in zip(rows, window.records.timestep.tolist(), window.intact, strict=True)
+            if intact
+        ]
+
+    def _note(self, damaged: dict[str, int]) -> None:
+        self.skipped = self.skipped | damaged
+        if sum(self.skipped.values()) == self.records_per_epoch:
+            raise UserError(
+                f"{self.dataset.root}: every record to train on is damaged: "
+                f"`python -m pipeline.verify data_dir={self.dataset.root}` tells how"
+            )
+
+    def _windows_ahead(self) -> Iterator[tuple[Window, Draw]]:
+        """Each window and what is drawn from it; meanwhile the next is read into the memory of the one before."""
         with ThreadPoolExecutor(max_workers=1) as thread:
-            windows = self._windows()
-            rows, order = next(windows)
-            reading = thread.submit(load, self.dataset, rows)
-            for next_rows, next_order in windows:
-                records = reading.result()
-                reading = thread.submit(load, self.dataset, next_rows)
-                yield records, order
-                order = next_order
+            memories: Iterator[Memory] = cycle([{}, {}])
+            draws = self._draws(self.consumed)
+            draw = next(draws)
+            reading = thread.submit(load, self.dataset, draw.rows, self.skip_damaged, next(memories))
+            for next_draw in draws:
+                window = reading.result()
+                if next_draw.rows != draw.rows:
+                    reading = thread.submit(load, self.dataset, next_draw.rows, self.skip_damaged, next(memories))
+                yield window, draw
+                draw = next_draw
 
-    def _windows(self) -> Iterator[tuple[list[Row], Tensor]]:
-        epoch, skip = divmod(self.consumed, self.records_per_epoch)
+    def _records(self, consumed: int) -> Iterator[Row]:
+        """Each record of the order by itself, as a row of which one record is chosen."""
+        for rows, order, _ in self._draws(consumed):
+            numbered = [(row, number) for row in rows for number in row.get("chosen", range(row["records"]))]
+            for row, number in (numbered[place] for place in order.tolist()):
+                yield row | {"chosen": [number], "records": 1}
+
+    def _draws(self, consumed: int) -> Iterator[Draw]:
+        epoch, skip = divmod(consumed, self.records_per_epoch)
         while True:
             for number, rows in enumerate(self._cut(epoch)):
                 count = sum(row["records"] for row in rows)
                 if skip < count:
                     order = np.random.default_rng([self.seed, epoch, number]).permutation(count)
-                    yield rows, torch.from_numpy(order[skip:])
+                    yield Draw(rows, torch.from_numpy(order[skip:]), consumed)
+                    consumed += count - skip
                 skip = max(0, skip - count)
             epoch += 1
 
     def _cut(self, epoch: int) -> Iterator[list[Row]]:
-        """An epoch's samples, shard by shard in random order, in windows of at most `shuffle_bytes`."""
+        """An epoch's samples, shard by shard in random order, in windows of at most `shuffle_bytes`.
+
+        Within a window they stand as on disk, so that windows of the same samples are equal.
+        """
         shards = sorted({row["shard"] for row in self.rows})
         place = dict(zip(shards, np.random.default_rng([self.seed, epoch]).permutation(len(shards)), strict=True))
+        on_disk = itemgetter("shard", "offset")
         window: list[Row] = []
         size = 0
         for row in sorted(self.rows, key=lambda row: place[row["shard"]]):
             if window and size + row["size"] > self.shuffle_bytes:
-                yield window
+                yield sorted(window, key=on_disk)
                 window, size = [], 0
             window.append(row)
             size += row["size"]
-        yield window
+        yield sorted(window, key=on_disk)

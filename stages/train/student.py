@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stages.adapters import AdapterConfig, GuidanceAdapter
+from stages.adapters import AdapterConfig, Full, GuidanceAdapter
 from stages.adapters.conditioning import find_conditions
 from stages.adapters.guidance import Guidance, as_scales
-from stages.base import load_denoiser
+from stages.base import denoiser_config, load_denoiser
 from stages.denoiser import NEGATIVE, fingerprint, latent_name, unflatten
 from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.records.record import CONDITION_PREFIX
-from stages.train.stream import Batch
+from stages.train.batch import Batch
 
+PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BASE_KEYS = (
     "pretrained_model_name_or_path",
     "revision",
@@ -68,24 +71,75 @@ def condition_tensors(dataset: Dataset) -> dict[str, dict[str, Any]]:
     }
 
 
-def load_base(dataset: Dataset, name_or_path: str | None, device: str) -> nn.Module:
+def load_base(
+    dataset: Dataset,
+    name_or_path: str | None = None,
+    device: str = "cpu",
+    mixed_precision: str = "no",
+    quantization: str = "none",
+) -> nn.Module:
     """The frozen denoiser that the records were made with.
 
+    Args:
+        mixed_precision: `bf16` or `fp16`: the base is held in it; by default as the teacher was.
+        quantization: `int8`: the linear layers' weights in 8 bits.
+
     Raises:
-        UserError: other weights are found there than the teacher had.
+        UserError: another denoiser is found there, or other weights, than the teacher had.
     """
     teacher = dataset.info["teacher"]
     path = name_or_path or teacher["pretrained_model_name_or_path"]
-    dtype = getattr(torch, teacher["torch_dtype"])
     source = {} if name_or_path else {key: teacher[key] for key in ("revision", "variant")}
-    denoiser = load_denoiser(path, teacher["denoiser_subfolder"], teacher["denoiser_class"], dtype, **source)
+    place = path, teacher["denoiser_subfolder"], teacher["denoiser_class"]
+    check_architecture(dataset, path, denoiser_config(*place, revision=source.get("revision")))
+    denoiser = load_denoiser(*place, getattr(torch, teacher["torch_dtype"]), **source)
     found = fingerprint(denoiser)
     if found != teacher["denoiser_fingerprint"]:
         raise UserError(
             f"{path}: not the weights that made {dataset.root}: fingerprint {found[:12]}, the dataset has "
             f"{teacher['denoiser_fingerprint'][:12]}: name the teacher's own with pretrained_model_name_or_path=..."
         )
+    if mixed_precision != "no":
+        cast(denoiser, PRECISION[mixed_precision])
+    if quantization == "int8":
+        quantize(denoiser)
     return denoiser.to(device)
+
+
+def check_architecture(dataset: Dataset, path: str, config: dict[str, Any]) -> None:
+    """What a denoiser's configuration tells, before its weights are loaded.
+
+    Raises:
+        UserError: it is another class, or takes latents of other channels, than the teacher's.
+    """
+    expected, shape = dataset.info["teacher"]["denoiser_class"], dataset.info["tensors"]["latent"]["shape"]
+    channels = config.get("in_channels")
+    if config.get("_class_name", expected) != expected:
+        raise UserError(f"{path}: a {config['_class_name']}, and {dataset.root} was made with a {expected}")
+    if channels is not None and channels not in (shape[0], shape[-1]):
+        raise UserError(f"{path}: takes latents of {channels} channels, and those in {dataset.root} are {shape}")
+
+
+def cast(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """To another precision, but for the parts that the model's makers keep in fp32."""
+    denoiser.to(dtype)
+    kept = getattr(denoiser, "_keep_in_fp32_modules", None) or []
+    for name, module in denoiser.named_modules():
+        if any(part in name.split(".") for part in kept):
+            module.float()
+
+
+def quantize(denoiser: nn.Module) -> None:
+    """Hold the weights of the linear layers in 8 bits.
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise UserError("quantization=int8: torchao is not installed: pip install '.[quantization]'") from error
+    quantize_(denoiser, Int8WeightOnlyConfig())
 
 
 class Student:
@@ -93,11 +147,19 @@ class Student:
 
     Args:
         constants: the denoiser's arguments that are the same in every call, as `dataset.json` tells them.
+        mixed_precision: as `load_base` was told.
     """
 
-    def __init__(self, denoiser: nn.Module, adapter: GuidanceAdapter, constants: dict[str, Any]) -> None:
+    def __init__(
+        self, denoiser: nn.Module, adapter: GuidanceAdapter, constants: dict[str, Any], mixed_precision: str = "no"
+    ) -> None:
         self.denoiser, self.adapter = denoiser, adapter.attach(denoiser)
-        self.constants = constants
+        self.call: Callable[..., Any] = denoiser
+        device = next(denoiser.parameters()).device
+        self.constants: dict[str, Callable[[int], Any]] = {
+            name: restored(value, device) for name, value in constants.items()
+        }
+        self.precision = PRECISION.get(mixed_precision)
         self.dtype = next(denoiser.parameters()).dtype
         self.latent = latent_name(denoiser)
 
@@ -106,27 +168,59 @@ class Student:
         cls,
         dataset: Dataset,
         config: AdapterConfig,
-        name_or_path: str | None,
-        device: str,
+        denoiser: nn.Module,
         scale_range: list[float] | None = None,
+        mixed_precision: str = "no",
     ) -> Student:
-        denoiser = load_base(dataset, name_or_path, device)
-        adapter = GuidanceAdapter.for_denoiser(config, denoiser, describe_base(dataset, scale_range)).to(device)
-        return cls(denoiser, adapter, dataset.info["teacher"]["layout"]["constants"])
+        """A new adapter on the dataset's denoiser; see `describe_base` for `scale_range`."""
+        adapter = GuidanceAdapter.for_denoiser(config, denoiser, describe_base(dataset, scale_range))
+        adapter.to(next(denoiser.parameters()).device)
+        return cls(denoiser, adapter, dataset.info["teacher"]["layout"]["constants"], mixed_precision)
 
-    def predict(self, batch: Batch) -> Tensor:
-        """The channels of the prediction that the target has `[n, c, ...]`; a learned variance beside them is left out."""
-        constants = {name: restored(value, len(batch), batch.latent.device) for name, value in self.constants.items()}
-        inputs = {self.latent: batch.latent, "timestep": batch.timestep, "return_dict": False}
+    def compile(self) -> None:
+        """Run the denoiser and the adapter's hooks compiled from now on."""
+        self.call = torch.compile(self.denoiser)
+
+    def checkpoint_gradients(self) -> None:
+        """Have the base compute its activations again in the backward pass.
+
+        Raises:
+            UserError: the denoiser or the variant cannot.
+        """
+        denoiser: Any = self.denoiser
+        if isinstance(self.adapter, Full):
+            raise UserError(
+                "gradient_checkpointing=true: `full` lends its weights to the forward pass only: leave it out"
+            )
+        if not getattr(denoiser, "_supports_gradient_checkpointing", False):
+            raise UserError(f"gradient_checkpointing=true: {type(denoiser).__name__} cannot: leave it out")
+        denoiser.enable_gradient_checkpointing()
+
+    def predict(self, batch: Batch, guided: bool = True) -> Tensor:
+        """The channels of the prediction that the target has `[n, c, ...]`; a learned variance beside them is left out.
+
+        Args:
+            guided: at the batch's scales; else the base alone predicts.
+        """
+        if not guided:
+            return self._forward(batch)
         negative = {name: value for name, value in batch.cond.items() if name.startswith(NEGATIVE)}
-        cond = {name: value for name, value in batch.cond.items() if name not in negative}
         with self.adapter.in_force(Guidance(as_scales(batch.scale)[None], negative=negative)):
-            output = self.denoiser(**inputs, **unflatten({**constants, **cond}))[0]
+            return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        constants = {name: value(len(batch)) for name, value in self.constants.items()}
+        inputs = {self.latent: batch.latent, "timestep": batch.timestep, "return_dict": False}
+        cond = {name: value for name, value in batch.cond.items() if not name.startswith(NEGATIVE)}
+        device = batch.latent.device.type
+        with torch.autocast(device, self.precision) if self.precision else nullcontext():
+            output = self.call(**inputs, **unflatten({**constants, **cond}))[0]
         return output[:, : batch.target.shape[1]]
 
 
-def restored(value: Any, n: int, device: torch.device) -> Any:
-    """A constant argument from its JSON, for a batch of n (the inverse of `stages.generate.layout.constant`)."""
+def restored(value: Any, device: torch.device) -> Callable[[int], Any]:
+    """A constant argument from its JSON, by the size of the batch (the inverse of `stages.generate.layout.constant`)."""
     if isinstance(value, dict) and "tensor" in value:
-        return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]), device=device)
-    return [value["each"]] * n if isinstance(value, dict) else value
+        tensor = torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]), device=device)
+        return lambda n: tensor
+    return lambda n: [value["each"]] * n if isinstance(value, dict) else value

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
-from diffusers.optimization import get_scheduler
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from accelerate import PartialState
+from tqdm import tqdm
 
 from stages.adapters.folder import CONFIG_FILE
 from stages.base import choose_device
@@ -21,18 +20,27 @@ from stages.config import check_bounds
 from stages.errors import UserError
 from stages.progress import progress
 from stages.records.dataset import Dataset
-from stages.train.checkpoint import load_checkpoint, save_checkpoint
+from stages.records.storage import whole_file
+from stages.train.batch import Batch
+from stages.train.bins import Range
+from stages.train.checkpoint import check_resumable, find_checkpoint, load_checkpoint, save_checkpoint
 from stages.train.config import KEPT_WHEN_RESUMED, TrainConfig
-from stages.train.objective import Objective, squared_error
+from stages.train.decoding import Decoder
+from stages.train.objective import Objective
+from stages.train.optimization import Optimization
 from stages.train.selection import select
-from stages.train.stream import Batch, RecordStream, load
-from stages.train.student import Student
+from stages.train.stream import RecordStream
+from stages.train.student import Student, load_base
+from stages.train.telemetry import Meter, Place, Trackers
+from stages.train.validation import Validation
 
-VALIDATION_SAMPLES_AT_ONCE = 32
+NAMED_RECORDS = 5
 
 
 class Trainer:
-    """One training run.
+    """One training run, or one process of it where `accelerate launch` starts several.
+
+    What costs nothing to check is checked before the base is loaded.
 
     Raises:
         UserError: the dataset cannot be read, does not fit the base, or the folder holds another run.
@@ -43,34 +51,67 @@ class Trainer:
         self.config = config
         self.root = Path(config.output_dir)
         self.checkpoints = self.root / "checkpoints"
-        if config.resume_from_checkpoint is None and any(
-            p.exists() for p in (self.root / CONFIG_FILE, self.checkpoints)
-        ):
+        device = choose_device(config.device)
+        self.processes = PartialState(cpu=device == "cpu")
+        several = device == "cuda" and self.processes.num_processes > 1
+        self.device = f"cuda:{self.processes.local_process_index}" if several else device
+        skipping = config.on_damage == "skip"
+        self.dataset = Dataset(config.data_dir, check_sizes=not skipping)
+        training, held_out = select(self.dataset, config)
+        objective = Objective(config.loss, self.dataset.info, self.device)
+        state = self._earlier()
+
+        torch.manual_seed(config.seed)
+        self.student = self._new_student()
+        self.adapter = self.student.adapter
+        self.objective = objective
+        self.optimization = Optimization(self.adapter, config, self.device)
+        self.stream = RecordStream(
+            self.dataset, training, config.train_batch_size, config.seed, config.shuffle_bytes,
+            rank=self.processes.process_index, world_size=self.processes.num_processes, skip_damaged=skipping,
+            pin=self.device.startswith("cuda"),
+        )  # fmt: skip
+        ranges = ranges_of(self.dataset, self.adapter.about["scale_range"])
+        self.validation = Validation(self.dataset, held_out, config.train_batch_size, *ranges, self.device, skipping)
+        self.meter = Meter(*ranges, self.device)
+        self.decoder = None
+        if config.vae_name_or_path is not None and self.processes.is_main_process:
+            self.decoder = Decoder(config.vae_name_or_path, self.dataset, held_out, self.device)
+        self.step, self.seconds = 0, 0.0
+        self.loss = self.unguided_loss = float("nan")
+        if state is not None:
+            self.restore(state)
+
+    def _earlier(self) -> dict[str, Any] | None:
+        """The state that the run goes on from; None where it begins."""
+        path = find_checkpoint(self.checkpoints, self.config.resume_from_checkpoint)
+        if path is not None:
+            state = load_checkpoint(path)
+            check_resumable(state, self.dataset, self.config)
+            return state
+        if (self.root / CONFIG_FILE).exists() or find_checkpoint(self.checkpoints, "latest"):
             raise UserError(
                 f"{self.root}: holds an earlier run: take another output_dir, or resume_from_checkpoint=latest"
             )
-        self.dataset = Dataset(config.data_dir)
-        training, self.validation_rows = select(self.dataset, config)
-        self.device = choose_device(config.device)
-        torch.manual_seed(config.seed)
-        self.student = Student.create(
-            self.dataset, config.adapter, config.pretrained_model_name_or_path, self.device, config.scale_range
+        return None
+
+    def _new_student(self) -> Student:
+        config = self.config
+        denoiser = load_base(
+            self.dataset,
+            config.pretrained_model_name_or_path,
+            self.device,
+            config.mixed_precision,
+            config.quantization,
         )
-        self.adapter = self.student.adapter
-        self.objective = Objective(config.loss, self.dataset.info["teacher"], self.device)
-        self.optimizer = torch.optim.AdamW(
-            self.adapter.parameters(), lr=config.learning_rate, weight_decay=config.adam_weight_decay, fused=True
-        )
-        self.schedule = get_scheduler(
-            config.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-        )
-        self.stream = RecordStream(self.dataset, training, config.train_batch_size, config.seed, config.shuffle_bytes)
-        self.step, self.loss = 0, float("nan")
-        if config.resume_from_checkpoint is not None:
-            self.restore(load_checkpoint(self.checkpoints, config.resume_from_checkpoint))
+        student = Student.create(self.dataset, config.adapter, denoiser, config.scale_range, config.mixed_precision)
+        if config.gradient_checkpointing:
+            student.checkpoint_gradients()
+        if config.torch_compile:
+            student.compile()
+        if self.device.startswith("cuda"):
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        return student
 
     @property
     def adapter_parameters(self) -> int:
@@ -85,131 +126,129 @@ class Trainer:
         """All that a resumed run needs to go on as if it had never stopped."""
         return {
             "step": self.step,
+            "seconds": self.seconds,
             "loss": self.loss,
+            "unguided_loss": self.unguided_loss,
             "adapter": self.adapter.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "rng": torch.get_rng_state(),
+            "optimization": self.optimization.state(),
+            "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
             "records_consumed": self.stream.consumed,
+            "skipped": self.stream.skipped,
             "dataset_fingerprint": self.dataset.fingerprint,
             "config": {key: asdict(self.config)[key] for key in KEPT_WHEN_RESUMED},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        if state["dataset_fingerprint"] != self.dataset.fingerprint:
-            raise UserError(
-                f"{self.dataset.root}: not the dataset of the checkpoint: fingerprint {self.dataset.fingerprint[:12]}, "
-                f"the checkpoint has {state['dataset_fingerprint'][:12]}"
-            )
-        now = asdict(self.config)
-        for key, before in state["config"].items():
-            if now[key] != before:
-                raise UserError(
-                    f"{key}={now[key]}: the checkpoint's run had {before}: resume with that, or begin a new run"
-                )
-        if state["step"] > self.config.max_train_steps:
-            raise UserError(
-                f"max_train_steps={self.config.max_train_steps}: the checkpoint is already at step {state['step']}"
-            )
+        """Go on from a state that fits this run."""
         self.adapter.load_state_dict(state["adapter"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["rng"])
-        self.stream.consumed = state["records_consumed"]
-        self.step, self.loss = state["step"], state["loss"]
+        self.optimization.restore(state["optimization"])
+        torch.set_rng_state(state["rng"][0])
+        if len(state["rng"]) == 1 + torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["rng"][1:])
+        self.stream.consumed, self.stream.skipped = state["records_consumed"], state["skipped"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.loss, self.unguided_loss = state["loss"], state["unguided_loss"]
 
     def run(self) -> dict[str, Any]:
         """Train to the end, write the adapter's folder, and tell the content of `training.json`."""
-        start, first_step = time.monotonic(), self.step
-        unguided_loss = self.validate(untrained=True)
-        with self._log() as log:
-            self._fit(log)
-            validation_loss = self.validate()
-            log("validation_loss", validation_loss, self.step)
-        seconds = time.monotonic() - start
+        if self.step == 0:
+            self.unguided_loss, _ = self.validation.measure(self.student, guided=False)
+        settings = {key: value for key, value in asdict(self.config).items() if isinstance(value, (str, int, float))}
+        with Trackers(self.config.report_to, self.root, self.step, settings) as trackers:
+            self._fit(trackers)
+            validation_loss, by_bin = self._validate(trackers)
         summary = {
             "steps": self.step,
             "loss": self.loss,
             "validation_loss": validation_loss,
-            "validation_loss_unguided": unguided_loss,
+            "validation_loss_unguided": self.unguided_loss,
+            "validation_loss_by": by_bin,
             "adapter_parameters": self.adapter_parameters,
             "adapter_share": self.adapter_share,
-            "seconds": seconds,
-            "records_per_second": (self.step - first_step) * self.config.train_batch_size / seconds,
+            "seconds": self.seconds,
+            "records_per_second": self.stream.consumed / self.seconds,
+            "records_skipped": sum(self.stream.skipped.values()),
+            "samples_skipped": sorted(self.stream.skipped),
             "peak_memory_bytes": peak_memory(self.device),
         }
         told = ("steps", "validation_loss", "validation_loss_unguided")
         self.adapter.about["training"] = self.dataset.info["counts"] | {key: summary[key] for key in told}
-        self.adapter.save_pretrained(self.root)
+        if self.processes.is_main_process:
+            with self.optimization.averaged():
+                self.adapter.save_pretrained(self.root)
         return summary
 
-    def _fit(self, log: Callable[[str, float, int], None]) -> None:
-        config, losses = self.config, []
-        batches = iter(self.stream)
-        with progress(config.max_train_steps, "train", "steps", initial=self.step) as bar:
+    def _fit(self, trackers: Trackers) -> None:
+        config, batches = self.config, iter(self.stream)
+        shown = self.processes.is_main_process
+        with progress(config.max_train_steps, "train", "steps", self.step, shown) as bar:
             while self.step < config.max_train_steps:
-                losses.append(self.train_step(next(batches)))
-                self.step += 1
+                start = time.monotonic()
+                self.train_step(batches)
                 bar.update()
                 last = self.step == config.max_train_steps
                 saving = self.step % config.checkpointing_steps == 0 or last
                 if self.step % config.logging_steps == 0 or saving:
-                    self.loss = self._mean(losses)
-                    losses.clear()
-                    log("loss", self.loss, self.step)
-                    log("learning_rate", self.schedule.get_last_lr()[0], self.step)
-                    bar.set_postfix(loss=f"{self.loss:.5f}", refresh=False)
+                    self._report(trackers, bar)
+                self.seconds += time.monotonic() - start
                 if self.step % config.validation_steps == 0 and not last:
-                    log("validation_loss", self.validate(), self.step)
-                if saving:
+                    self._validate(trackers)
+                if saving and self.processes.is_main_process:
                     save_checkpoint(self.checkpoints, self.step, self.state(), config.checkpoints_total_limit)
 
-    def train_step(self, batch: Batch) -> Tensor:
-        """One optimizer step; the loss stays on the device, so that the device is not made to wait."""
-        self.optimizer.zero_grad(set_to_none=True)
-        batch = batch.to(self.device, self.student.dtype)
-        loss = self.objective(self._predict(batch), batch.target, batch.timestep).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.schedule.step()
-        return loss.detach()
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step; what it tells stays on the device, so that the device is not made to wait."""
+        for _ in range(self.config.gradient_accumulation_steps):
+            begin = self.stream.consumed
+            with self.meter.waiting():
+                batch = next(batches).to(self.device, self.student.dtype)
+            losses = self.objective(self.student.predict(batch), batch)
+            self.optimization.backward(losses.mean())
+            place = Place(self.step + 1, begin, self.stream.consumed - begin)
+            self.meter.add(losses.detach(), batch.scale, batch.timestep, place)
+        self.meter.norms.append(self.optimization.step())
+        self.step += 1
 
-    def _predict(self, batch: Batch) -> Tensor:
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"):
-            return self.student.predict(batch)
+    def _report(self, trackers: Trackers, bar: tqdm[Any]) -> None:
+        """
+        Raises:
+            UserError: a loss since the last report was not a number; no checkpoint was written since.
+        """
+        if (found := self.meter.not_finite()) is not None:
+            raise UserError(self._told_of_records(*found))
+        told = self.meter.read()
+        self.loss = told["loss"]
+        told |= {"learning_rate": self.optimization.learning_rate, "peak_memory_bytes": peak_memory(self.device)}
+        trackers.log(told, self.step)
+        bar.set_postfix_str(f"loss {self.loss:.5f}, {told['records_per_second']:.0f} records/s", refresh=False)
 
-    @torch.no_grad()
-    def validate(self, untrained: bool = False) -> float:
-        """The mean squared error over held-out trajectories, whatever the loss; untrained, that of the base without guidance."""
-        rows = self.validation_rows
-        total, count = 0.0, 0
-        for start in range(0, len(rows), VALIDATION_SAMPLES_AT_ONCE):
-            window = load(self.dataset, rows[start : start + VALIDATION_SAMPLES_AT_ONCE])
-            for chosen in torch.arange(len(window)).split(self.config.train_batch_size):
-                batch = window.take(chosen).to(self.device, self.student.dtype)
-                if untrained:
-                    batch = replace(batch, scale=torch.ones(len(batch)))
-                total += float(squared_error(self._predict(batch), batch.target).sum())
-            count += len(window)
-        return total / count
+    def _told_of_records(self, place: Place, wrong: list[int]) -> str:
+        names = self.stream.whereabouts(place.begin, place.length)[self.stream.rank :: self.stream.world_size]
+        named = "; ".join(names[i] for i in wrong[:NAMED_RECORDS])
+        more = f"; and {len(wrong) - NAMED_RECORDS} more of its batch" if len(wrong) > NAMED_RECORDS else ""
+        return (
+            f"step {place.step}: the loss is not a number at {named}{more}: lower "
+            f"learning_rate={self.config.learning_rate:g}; the checkpoints in {self.checkpoints} are from before"
+        )
 
-    def _mean(self, losses: list[Tensor]) -> float:
-        loss = float(torch.stack(losses).mean())
-        if loss != loss:
-            raise UserError(
-                f"step {self.step}: the loss is not a number: lower learning_rate={self.config.learning_rate:g}; "
-                f"the checkpoints in {self.checkpoints} are from before"
+    def _validate(self, trackers: Trackers) -> tuple[float, dict[str, float]]:
+        with self.optimization.averaged():
+            loss, by_bin = self.validation.measure(self.student)
+            trackers.log(
+                {"validation_loss": loss} | {f"validation_loss_by/{k}": v for k, v in by_bin.items()}, self.step
             )
-        return loss
+            if self.decoder is not None:
+                picture = self.decoder.draw(self.student)
+                trackers.show("held_out", picture, self.step)
+                with whole_file(self.root / "held_out" / f"step-{self.step:08d}.png") as file:
+                    picture.save(file, format="png")
+        return loss, by_bin
 
-    @contextmanager
-    def _log(self) -> Iterator[Callable[[str, float, int], None]]:
-        if self.config.report_to == "none":
-            yield lambda *_: None
-            return
-        with SummaryWriter(str(self.root / "logs"), purge_step=self.step) as writer:
-            yield writer.add_scalar
+
+def ranges_of(dataset: Dataset, scale_range: list[float]) -> tuple[Range, Range]:
+    """The ranges of scale and of timestep that a run is told of by bins."""
+    low, high = (pc.min_max(dataset.manifest[f"timestep_{end}"]).as_py()[end] for end in ("min", "max"))
+    return (scale_range[0], scale_range[1]), (low, high)
 
 
 def peak_memory(device: str) -> int:

@@ -1,11 +1,12 @@
 """Generation and training at real size with random weights: what recording costs, records per second, memory, step time.
 
-python -m tests.benchmarks.real_shapes sd15|sdxl|tiny [batch size] [steps]
+python -m tests.benchmarks.real_shapes sd15|sdxl|tiny [batch size] [steps] [image size] [variant]
 
-The real ones need a GPU with room for the model in half precision; `tiny` shows on a CPU that the script runs.
+SDXL needs a GPU with room for the model in half precision; `tiny` shows on a CPU that the script runs.
 
 Prints one JSON object with the device's name. The text encoders are tiny ones of the right width, because what they cost
-is paid once per batch; the UNet and the latents have the published shapes.
+is paid once per batch; the UNet and, by default, the latents have the published shapes. A training step is told over its floor: the
+frozen base's own forward pass, and its backward pass down to every site. On a GPU, a step that makes it wait ends the measurement.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
 
-from stages.adapters import AdapterConfig
+from stages.adapters import AdapterConfig, GuidanceAdapter
+from stages.base import choose_device
 from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.driver import Driver
 from stages.generate.in_process import InProcessFleet
@@ -37,11 +41,13 @@ from stages.generate.scale import GUIDES
 from stages.generate.teacher import Teacher
 from stages.sampling import Request, sample, undecoded
 from stages.train.config import TrainConfig
+from stages.train.objective import squared_error
 from stages.train.trainer import Trainer, peak_memory
 from tests.families import NO_CHECKER, PROMPTS, clip, stable_diffusion_xl, vae
 from tests.real_shapes import SD_UNET, SDXL_UNET
 
 ROUNDS = 5
+DTYPE = "float16" if torch.cuda.is_available() else "float32"
 
 
 def build(family: str) -> Any:
@@ -51,8 +57,8 @@ def build(family: str) -> Any:
     small.register_to_config(block_out_channels=(8, 8, 8, 8))
     if family == "tiny":
         return stable_diffusion_xl()
-    with torch.device("cuda"):
-        unet = UNet2DConditionModel(**{"sd15": SD_UNET, "sdxl": SDXL_UNET}[family]).half()
+    with torch.device(choose_device("auto")):
+        unet = UNet2DConditionModel(**{"sd15": SD_UNET, "sdxl": SDXL_UNET}[family]).to(getattr(torch, DTYPE))
     if family == "sd15":
         return StableDiffusionPipeline(
             vae=small, unet=unet, scheduler=DDIMScheduler(steps_offset=1), **clip(width=768), **NO_CHECKER
@@ -99,41 +105,94 @@ def generation(config: GenerateConfig) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def unadapted(adapter: GuidanceAdapter, denoiser: nn.Module) -> Iterator[None]:
+    """Within it each site adds a number in place of the adapter, so that gradients are wanted where the adapter wants them."""
+    number = torch.zeros((), device=denoiser.device, requires_grad=True)
+
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        first, *others = output if isinstance(output, tuple) else (output,)
+        first = first + number.to(first.dtype)
+        return (first, *others) if isinstance(output, tuple) else first
+
+    adapter.detach()
+    handles = [denoiser.get_submodule(name).register_forward_hook(add) for name in adapter.shapes]
+    yield
+    for handle in handles:
+        handle.remove()
+    adapter.attach(denoiser)
+
+
+@contextmanager
+def never_waiting() -> Iterator[None]:
+    """Within it, what makes a GPU wait is an error."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
 def training(config: TrainConfig) -> dict[str, Any]:
-    """A dozen training steps, the first two not counted."""
-    forget_peak()
+    """Training steps and their floor, taking turns; the first two pairs are not counted."""
     trainer = Trainer(config)
-    batches = iter(trainer.stream)
-    times = [timed(lambda: trainer.train_step(next(batches))) for _ in range(12)]
+    batches, student = iter(trainer.stream), trainer.student
+    batch = next(batches).to(trainer.device, student.dtype)
+
+    def floor() -> None:
+        squared_error(student.predict(batch, guided=False), batch.target).mean().backward()
+
+    def step() -> None:
+        with never_waiting():
+            trainer.train_step(batches)
+
+    forget_peak()
+    pairs = []
+    for _ in range(2 + ROUNDS):
+        taken = timed(step)
+        with unadapted(trainer.adapter, student.denoiser):
+            pairs.append((taken, timed(floor)))
+    ratios = sorted(taken / least for taken, least in pairs[2:])
     return {
-        "training_step_seconds": statistics.median(times[2:]),
+        "variant": config.adapter.variant,
+        "training_step_over_floor": statistics.median(ratios),
+        "from": ratios[0],
+        "to": ratios[-1],
+        "training_step_seconds": statistics.median(taken for taken, _ in pairs[2:]),
         "training_peak_bytes": peak_memory(trainer.device),
     }
 
 
-def main(family: str, batch_size: str = "4", steps: str = "20") -> None:
-    size = int(batch_size)
+def main(
+    family: str, batch_size: str = "4", steps: str = "20", image_size: str = "", variant: str = "modulated_low_rank"
+) -> None:
+    size, side = int(batch_size), int(image_size) if image_size else None
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         build(family).save_pretrained(root / "teacher")
         (root / "prompts.txt").write_text("\n".join(PROMPTS))
-        dtype = "float32" if family == "tiny" else "float16"
         config = GenerateConfig(
-            TeacherConfig(str(root / "teacher"), torch_dtype=dtype), str(root / "data"),
+            TeacherConfig(
+                str(root / "teacher"), torch_dtype="float32" if family == "tiny" else DTYPE, height=side, width=side
+            ),
+            str(root / "data"),
             prompts=str(root / "prompts.txt"), num_trajectories=2 * size, num_inference_steps=int(steps),
             trajectories_per_unit=size, batch_size=size,
         )  # fmt: skip
+        gpu = torch.cuda.is_available()
         told = {
             "family": family,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
             "batch_size": size,
             **generation(config),
         }
         Driver(config).run(InProcessFleet(config))
-        adapter = AdapterConfig(sites=["attention", "feed_forward"])
-        told |= training(
-            TrainConfig(str(root / "data"), str(root / "run"), adapter, train_batch_size=size, report_to="none")
-        )
+        run = TrainConfig(
+            str(root / "data"), str(root / "run"), AdapterConfig(variant), train_batch_size=size, report_to="none",
+            validation_share=0.5,
+        )  # fmt: skip
+        told |= training(run)
     print(json.dumps(told, indent=2))
 
 

@@ -12,4 +12,4 @@ def test_the_measurement_runs_at_small_size(capsys: pytest.CaptureFixture[str]) 
     told = json.loads(capsys.readouterr().out)
     assert told["recorded_over_bare"] > 0
     assert told["records_per_second"] > 0
-    assert told["training_step_seconds"] > 0
+    assert told["training_step_over_floor"] > 0

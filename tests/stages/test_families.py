@@ -15,12 +15,12 @@ from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, conditions
 from stages.generate.config import TeacherConfig
 from stages.generate.plan import GOLDEN_RATIO
 from stages.generate.schedule import shifted_timesteps
-from stages.generate.watching import watched
+from stages.generate.watching import Call, watched
 from stages.records.dataset import Dataset
 from stages.records.verification import verify
 from stages.sampling import CALL_DEFAULTS, Request, sample, undecoded
 from stages.train.stream import load
-from stages.train.student import Student
+from stages.train.student import Student, load_base
 from stages.train.trainer import Trainer
 from tests.conftest import generate, generate_config, small_adapter, train_config
 from tests.families import ARGUMENTS, FAMILIES, PROMPTS, save
@@ -71,13 +71,13 @@ def test_untrained_the_student_is_the_unguided_teacher(dataset: Dataset) -> None
     pipe: Any = load_pipeline(teacher["pretrained_model_name_or_path"])
     row = next(row for row in dataset.manifest.to_pylist() if row["trajectory"] == 0)
     batch = load(dataset, [row]).take(torch.tensor([0])).to("cpu", torch.float32)
-    seen: list[torch.Tensor] = []
+    seen: list[Call] = []
     request = Request([{"prompt": row["prompt"]}], [row["seed"]], 4, teacher["arguments"])
     shifted = shifted_timesteps(pipe.scheduler, 0.5 * GOLDEN_RATIO)
     with shifted, undecoded(pipe), watched(pipe, lambda calls, prediction, _: seen.append(calls[0])):
         sample(pipe, request, 1.0)
-    inputs, denoiser = seen[0], denoiser_of(pipe)[1]
-    student = Student.create(dataset, ADAPTER, None, "cpu")
+    inputs, denoiser = seen[0].inputs, denoiser_of(pipe)[1]
+    student = Student.create(dataset, ADAPTER, load_base(dataset))
     torch.testing.assert_close(inputs[student.latent], batch.latent)
     with torch.no_grad():
         unguided = denoiser(**unflatten(inputs), return_dict=False)[0]
@@ -103,7 +103,7 @@ def test_an_adapter_is_trained_and_samples_in_one_pass(dataset: Dataset, tmp_pat
 
 
 def test_the_adapter_found_its_conditions_in_the_records(dataset: Dataset) -> None:
-    student = Student.create(dataset, ADAPTER, None, "cpu")
+    student = Student.create(dataset, ADAPTER, load_base(dataset))
     kinds = {told["kind"]: name for name, told in student.adapter.about["conditions"].items()}
     assert kinds["tokens"] == "encoder_hidden_states"
     assert kinds.get("pooled") in {None, "added_cond_kwargs.text_embeds", "pooled_projections"}
@@ -112,7 +112,9 @@ def test_the_adapter_found_its_conditions_in_the_records(dataset: Dataset) -> No
 
 def test_negative_prompts_are_seen_in_one_pass_as_they_were_recorded(dataset: Dataset) -> None:
     """The pipeline encodes them by its own rules; neither the evaluations nor the noise notice it."""
-    adapter = Student.create(dataset, small_adapter(conditions=["timestep", "negative_tokens"]), None, "cpu").adapter
+    adapter = Student.create(
+        dataset, small_adapter(conditions=["timestep", "negative_tokens"]), load_base(dataset)
+    ).adapter
     adapter.detach()
     teacher = dataset.info["teacher"]
     pipe: Any = load_pipeline(teacher["pretrained_model_name_or_path"])

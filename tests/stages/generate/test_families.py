@@ -66,20 +66,42 @@ def predictions(denoiser: Any, layout: Layout, inputs: dict[str, Any]) -> Tensor
     return output[:, : layout.target_channels]
 
 
-def test_targets_are_guidance_by_hand_from_two_separate_passes(pipe: Any, family: str, layout: Layout) -> None:
+def test_targets_are_guidance_by_hand_from_two_separate_passes(
+    pipe: Any, family: str, layout: Layout, recorded: tuple[Recording, Tensor]
+) -> None:
+    recording, _ = recorded
     denoiser, steps = denoiser_of(pipe)[1], []
     with undecoded(pipe), watched(pipe, lambda calls, prediction, _: steps.append((calls, prediction.clone()))):
         sample(pipe, ask(family, 0, 1), PerSampleScale(torch.tensor(SCALES)))
     assert len(steps) == STEPS
     null = replace(layout, call=layout.calls - 1 - layout.call, chunk=layout.chunks - 1 - layout.chunk)
-    for calls, prediction in steps:
-        c = predictions(denoiser, layout, layout.conditional(calls, 2))
-        u = predictions(denoiser, layout, null.conditional(calls, 2))
+    for step, (calls, prediction) in enumerate(steps):
+        c = predictions(denoiser, layout, layout.conditional(calls, 2).inputs)
+        u = predictions(denoiser, layout, null.conditional(calls, 2).inputs)
         expected = u + torch.tensor(SCALES).view(2, *[1] * (c.ndim - 1)) * (c - u)
         if family == "qwen_image":  # keeps the norm of the conditional prediction, token by token
             expected = expected * c.norm(dim=-1, keepdim=True) / expected.norm(dim=-1, keepdim=True)
         torch.testing.assert_close(layout.part(prediction, 2), expected, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(c, u, atol=1e-3)
+        mine = recording.step == step
+        for i in range(2):
+            cosine = torch.dot(c[i].flatten(), expected[i].flatten()) / (c[i].norm() * expected[i].norm())
+            delta = (expected[i] - c[i]).square().mean()
+            torch.testing.assert_close(recording.guidance_cosine[mine][i], cosine, atol=1e-5, rtol=0)
+            torch.testing.assert_close(recording.guidance_delta[mine][i], delta, atol=0, rtol=1e-3)
+
+
+def test_at_scale_1_guidance_moves_nothing(pipe: Any, family: str, layout: Layout) -> None:
+    with undecoded(pipe), record(pipe, layout, 2) as recorder:
+        sample(pipe, ask(family, 0, 1), PerSampleScale(torch.tensor([1.0, 7.0])))
+    with undecoded(pipe), record(pipe, layout, 1) as unguided:
+        sample(pipe, ask(family, 0), 1.0)
+    recording = recorder.recording()
+    off, on = (recording.guidance_delta[recording.owner == i] for i in range(2))
+    assert off.max() < 1e-6 * on.min()
+    torch.testing.assert_close(recording.guidance_cosine[recording.owner == 0], torch.ones(STEPS), atol=1e-6, rtol=0)
+    assert torch.equal(unguided.recording().guidance_delta, torch.zeros(STEPS))
+    assert torch.equal(unguided.recording().guidance_cosine, torch.ones(STEPS))
 
 
 def test_what_is_recorded_belongs_to_the_conditional_pass(recorded: tuple[Recording, Tensor], layout: Layout) -> None:

@@ -13,12 +13,14 @@ from diffusers import (
     StableDiffusionPAGPipeline,
 )
 from torch import Tensor
+from torch.nn import functional
 
+from stages.denoiser import denoiser_of, unflatten
 from stages.errors import UserError
 from stages.generate.layout import Layout, constant, find_layout, guidance_rule
-from stages.generate.recorder import record
+from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
-from stages.generate.watching import watched
+from stages.generate.watching import Call, watched
 from stages.sampling import Request, sample, undecoded
 from tests.conftest import tiny_dit
 from tests.families import PROMPTS, build, save
@@ -37,6 +39,14 @@ def targets_alone(pipe: Any, request: Request, scale: float) -> Tensor:
     with undecoded(pipe), watched(pipe, lambda _, prediction, t: seen.append(prediction[0].clone())):
         sample(pipe, request, scale)
     return torch.stack(seen)
+
+
+@torch.no_grad()
+def conditional_alone(pipe: Any, layout: Layout, recording: Recording) -> Tensor:
+    """What the untouched denoiser predicts for what was recorded `[m, ...]`, in a pass of its own."""
+    cond = {name: value[recording.owner] for name, value in recording.cond.items() if name in layout.per_sample}
+    inputs = {"timestep": recording.timestep, "return_dict": False} | unflatten(cond)
+    return denoiser_of(pipe)[1](recording.latent, **inputs)[0]
 
 
 def pag() -> Any:
@@ -80,6 +90,11 @@ def test_any_rule_is_recorded_as_it_acts_with_a_scale_per_sample(guided: Any) ->
     with undecoded(pipe), record(pipe, layout, 2) as recorder:
         sample(pipe, ask(0, 1, **arguments), PerSampleScale(torch.tensor(SCALES)))
     recording = recorder.recording()
+    c = conditional_alone(pipe, layout, recording)
+    moved = (recording.target - c).square().mean((1, 2, 3))
+    torch.testing.assert_close(recording.guidance_delta, moved, atol=1e-9, rtol=1e-3)
+    alike = functional.cosine_similarity(c.flatten(1), recording.target.flatten(1))
+    torch.testing.assert_close(recording.guidance_cosine, alike, atol=1e-5, rtol=0)
     for i, scale in enumerate(SCALES):
         alone = targets_alone(pipe, ask(i, **arguments), scale)
         torch.testing.assert_close(recording.target[recording.owner == i], alone, atol=TOLERANCE, rtol=TOLERANCE)
@@ -134,6 +149,26 @@ def test_scales_that_cannot_be_mixed_are_noticed() -> None:
     assert not find_layout(pipe, ask(0)).scale_per_sample
 
 
+def test_a_pipeline_that_reshapes_the_prediction_is_refused() -> None:
+    class Flattening(type(build("stable_diffusion"))):  # type: ignore[misc]
+        def __call__(self, *args: Any, guidance_scale: float = 1.0, **kwargs: Any) -> Any:
+            step = self.scheduler.step
+
+            def flat(output: Tensor, timestep: Any, latent: Tensor, **options: Any) -> Any:
+                return (step(output.flatten(2), timestep, latent.flatten(2), **options)[0].view_as(latent),)
+
+            self.scheduler.step = flat
+            try:
+                return super().__call__(*args, guidance_scale=guidance_scale, **kwargs)
+            finally:
+                self.scheduler.step = step
+
+    pipe = build("stable_diffusion")
+    pipe.__class__ = Flattening
+    with pytest.raises(UserError, match="Flattening: its scheduler is handed another shape than its denoiser predicts"):
+        find_layout(pipe, ask(0))
+
+
 def test_a_teacher_that_guidance_does_not_change_is_refused() -> None:
     pipe = build("stable_diffusion")
     with torch.no_grad():
@@ -160,9 +195,11 @@ def test_arguments_are_constants_or_belong_to_samples() -> None:
 
 def test_a_step_without_guidance_has_the_conditional_call_alone() -> None:
     layout = replace(Layout("x", 2, 1, 1, 0, (), (), {}, 1.0, 4, False))
-    first, second = {"x": torch.zeros(2)}, {"x": torch.ones(2)}
-    assert torch.equal(layout.conditional([first, second], 2)["x"], second["x"])
-    assert torch.equal(layout.conditional([first], 2)["x"], first["x"])
+    first, second = (Call({"x": torch.full((2,), x)}, torch.full((2, 8), -x)) for x in (0.0, 1.0))
+    for calls, given in (([first, second], second), ([first], first)):
+        found = layout.conditional(calls, 2)
+        assert torch.equal(found.inputs["x"], given.inputs["x"])
+        assert torch.equal(found.prediction, given.prediction[:, :4])
     with pytest.raises(UserError, match="3 denoiser calls in one step where 2 were found"):
         layout.conditional([first] * 3, 2)
 

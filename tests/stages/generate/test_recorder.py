@@ -10,7 +10,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from stages.generate.layout import find_layout
-from stages.generate.recorder import Recording, record
+from stages.generate.recorder import Recording, guidance_effect, record
 from stages.generate.scale import PerSampleScale
 from stages.sampling import Request, sample, undecoded
 from tests.conftest import tiny_dit
@@ -55,8 +55,13 @@ def test_targets_equal_guidance_by_hand_from_two_separate_passes(out_channels: i
         c = pipe.transformer(recording.latent, class_labels=labels[recording.owner], **inputs)[0][:, :4]
         u = pipe.transformer(recording.latent, class_labels=torch.full_like(recording.owner, 1000), **inputs)[0][:, :4]
     w = torch.tensor(SCALES)[recording.owner].view(-1, 1, 1, 1)
-    torch.testing.assert_close(recording.target, u + w * (c - u), atol=2e-5, rtol=1e-4)
+    g = u + w * (c - u)
+    torch.testing.assert_close(recording.target, g, atol=2e-5, rtol=1e-4)
     assert not torch.allclose(c, u, atol=1e-2)
+    lengths = c.square().sum((1, 2, 3)).sqrt() * g.square().sum((1, 2, 3)).sqrt()
+    torch.testing.assert_close(recording.guidance_cosine, (c * g).sum((1, 2, 3)) / lengths, atol=1e-6, rtol=0)
+    torch.testing.assert_close(recording.guidance_delta, (g - c).square().mean((1, 2, 3)), atol=0, rtol=1e-4)
+    assert float(recording.guidance_cosine.max()) < 0.999
 
 
 def test_only_the_steps_asked_for_are_kept() -> None:
@@ -69,6 +74,8 @@ def test_only_the_steps_asked_for_are_kept() -> None:
         assert torch.equal(part.latent[i], whole.latent[same])
         assert torch.equal(part.target[i], whole.target[same])
         assert part.timestep[i] == whole.timestep[same]
+        assert part.guidance_cosine[i] == whole.guidance_cosine[same]
+        assert part.guidance_delta[i] == whole.guidance_delta[same]
 
 
 class ClosedForm(ModelMixin, ConfigMixin):
@@ -90,6 +97,8 @@ def test_a_closed_form_teacher_is_recorded_as_known() -> None:
     recording, _ = recorded(pipe)
     guidance = (torch.tensor(SCALES) * torch.tensor([1, 7]))[recording.owner]
     torch.testing.assert_close(recording.target, recording.latent / 2 + guidance.view(-1, 1, 1, 1))
+    moved = ((torch.tensor(SCALES) - 1) * torch.tensor([1, 7]))[recording.owner]
+    torch.testing.assert_close(recording.guidance_delta, moved.square())
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(STEPS)
     for i in range(2):
@@ -98,6 +107,26 @@ def test_a_closed_form_teacher_is_recorded_as_known() -> None:
         for step in range(STEPS - 1):
             after = scheduler.step(targets[step], int(timesteps[step]), latents[step]).prev_sample
             torch.testing.assert_close(after, latents[step + 1])
+
+
+def test_the_effect_of_guidance_is_measured_over_all_elements() -> None:
+    c = torch.tensor([[[3.0, 4.0]], [[3.0, 4.0]], [[0.0, 0.0]]])
+    g = torch.tensor([[[4.0, -3.0]], [[3.0, 4.0]], [[1.0, 1.0]]])
+    cosine, delta = guidance_effect(c, g)
+    assert torch.equal(cosine, torch.tensor([0.0, 1.0, 0.0]))
+    assert torch.equal(delta, torch.tensor([25.0, 0.0, 1.0]))
+    assert {value.dtype for value in guidance_effect(c.bfloat16(), g.bfloat16())} == {torch.float32}
+
+
+def test_a_small_effect_on_a_large_prediction_is_not_lost_in_rounding() -> None:
+    """Summed in float32, 1 - cosine would be wrong by several times itself here, and a cosine above 1."""
+    c = torch.randn(4, 4, 256, 256, generator=torch.Generator().manual_seed(0))
+    change = 1e-3 * torch.randn(c.shape, generator=torch.Generator().manual_seed(1))
+    cosine, delta = guidance_effect(c, c + change)
+    expected = 0.5e-6 * torch.ones(4)  # half the squared angle
+    torch.testing.assert_close(1 - cosine, expected, atol=0.6e-7, rtol=0)
+    torch.testing.assert_close(delta, change.square().mean((1, 2, 3)), atol=0, rtol=1e-3)
+    assert torch.equal(guidance_effect(c, c)[0], torch.ones(4))
 
 
 def test_the_pipeline_is_as_it_was_afterwards() -> None:

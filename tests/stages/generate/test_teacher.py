@@ -32,12 +32,30 @@ def test_a_unit_gives_its_trajectories_in_order(tiny_teacher: Path) -> None:
         assert t.latent.dtype == t.target.dtype == torch.float16
 
 
+def test_the_effect_of_guidance_is_told_before_records_are_rounded(tiny_teacher: Path) -> None:
+    (half, plan), (whole, _) = teacher(tiny_teacher), teacher(tiny_teacher, storage_dtype="float32")
+    for rounded, exact in zip(half.run(plan.unit(0)), whole.run(plan.unit(0)), strict=True):
+        for name in ("guidance_cosine", "guidance_delta"):
+            assert getattr(rounded, name).shape == (4,)
+            assert getattr(rounded, name).dtype == torch.float32
+            assert torch.equal(getattr(rounded, name), getattr(exact, name))
+        assert not torch.equal(rounded.target.float(), exact.target)
+
+
 def test_the_batch_size_changes_nothing_but_rounding(tiny_teacher: Path) -> None:
     together, plan = teacher(tiny_teacher, storage_dtype="float32")
     apart, _ = teacher(tiny_teacher, storage_dtype="float32", batch_size=2)
     for one, other in zip(together.run(plan.unit(0)), apart.run(plan.unit(0)), strict=True):
         torch.testing.assert_close(one.target, other.target, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(one.guidance_cosine, other.guidance_cosine, atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.guidance_delta, other.guidance_delta, atol=1e-9, rtol=1e-3)
         assert torch.equal(one.timestep, other.timestep)
+
+
+def test_a_unit_made_twice_leaves_the_same_bytes(tiny_teacher: Path) -> None:
+    (one, plan), (other, _) = teacher(tiny_teacher), teacher(tiny_teacher)
+    first, second = ([t.to_members() for t in made.run(plan.unit(0))] for made in (one, other))
+    assert first == second
 
 
 def test_units_lie_on_shifted_grids(tiny_teacher: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,31 @@ def test_a_truncated_shard_is_named(damaged: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-512])
     with pytest.raises(UserError, match=rf"{shard.name}.*expected \d+ bytes, found \d+ bytes"):
         Dataset(damaged)
+
+
+def test_missing_and_truncated_shards_are_found_at_reading_when_they_may_be(damaged: Path) -> None:
+    missing, short = (damaged / name for name in sorted(set(Dataset(damaged).manifest["shard"].to_pylist()))[:2])
+    missing.unlink()
+    short.write_bytes(short.read_bytes()[:1000])
+    dataset = Dataset(damaged, check_sizes=False)
+    rows = {row["shard"].split("/")[1]: row for row in dataset.manifest.to_pylist()}
+    with pytest.raises(UserError, match=rf"{missing.name}: damaged: .*no such file.*on_damage=skip"):
+        dataset.open(rows[missing.name]["shard"])
+    with dataset.open(rows[short.name]["shard"]) as file, pytest.raises(UserError, match=rf"{short.name}.*CRC-32"):
+        dataset.read(file, rows[short.name])
+    for row in (rows[missing.name], rows[short.name]):
+        with pytest.raises(UserError, match=r"\.tar: damaged"):
+            dataset.timesteps(row)
+
+
+def test_bytes_that_are_no_tensors_are_refused(damaged: Path) -> None:
+    dataset = Dataset(damaged)
+    row = dataset.manifest.to_pylist()[0]
+    header = {"offset": 0, "size": 512, "checksum": zlib.crc32((damaged / row["shard"]).read_bytes()[:512])}
+    with dataset.open(row["shard"]) as file, pytest.raises(UserError, match=rf"expected the tensors of {row['key']}"):
+        dataset.read(file, row | header)
+    with pytest.raises(UserError, match=rf"expected the timesteps of {row['key']}"):
+        dataset.timesteps(row | header)
 
 
 def test_a_changed_manifest_is_named(damaged: Path) -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
-from stages.errors import UserError
-from stages.train.checkpoint import load_checkpoint, save_checkpoint
+from stages.errors import StorageError, UserError
+from stages.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 
 
 def test_the_newest_are_kept_and_the_latest_is_found(tmp_path: Path) -> None:
@@ -15,23 +16,46 @@ def test_the_newest_are_kept_and_the_latest_is_found(tmp_path: Path) -> None:
             tmp_path, step, {"step": step, "dataset_fingerprint": "", "weights": torch.full((2,), step)}, total_limit=2
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002.pt", "step-00000010.pt"]
-    assert load_checkpoint(tmp_path, "latest")["step"] == 10
-    assert torch.equal(load_checkpoint(tmp_path, str(tmp_path / "step-00000002.pt"))["weights"], torch.full((2,), 2))
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "step-00000010.pt"
+    assert find_checkpoint(tmp_path, "elsewhere.pt") == Path("elsewhere.pt")
+    assert load_checkpoint(tmp_path / "step-00000010.pt")["step"] == 10
+    assert torch.equal(load_checkpoint(tmp_path / "step-00000002.pt")["weights"], torch.full((2,), 2))
+
+
+def test_what_a_killed_run_left_half_written_goes(tmp_path: Path) -> None:
+    left = tmp_path / ".step-00000001.pt.0123abcd.tmp"
+    left.write_bytes(b"half")
+    assert find_checkpoint(tmp_path, "latest") is None
+    save_checkpoint(tmp_path, 2, {"step": 2}, total_limit=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002.pt"]
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_whole(tmp_path: Path) -> None:
+    """The limit on a file's size stands in for the disk's: either way a write is refused in the middle."""
+    state = {"dataset_fingerprint": "", "weights": torch.randn(100_000)}
+    older = save_checkpoint(tmp_path, 1, state, total_limit=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="step-00000002.pt: cannot be written: File too large"):
+            save_checkpoint(tmp_path, 2, state, total_limit=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [older]
+    assert torch.equal(load_checkpoint(older)["weights"], state["weights"])
 
 
 def test_what_cannot_be_resumed_from_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no checkpoint in"):
-        load_checkpoint(tmp_path, "latest")
     with pytest.raises(UserError, match="missing.pt: not readable"):
-        load_checkpoint(tmp_path, str(tmp_path / "missing.pt"))
+        load_checkpoint(tmp_path / "missing.pt")
     for content in (b"no checkpoint", b"hi", b""):
         (tmp_path / "broken.pt").write_bytes(content)
         with pytest.raises(UserError, match="broken.pt: not readable"):
-            load_checkpoint(tmp_path, str(tmp_path / "broken.pt"))
+            load_checkpoint(tmp_path / "broken.pt")
     for state in ({"a": 1}, [1]):
         torch.save(state, tmp_path / "foreign.pt")
         with pytest.raises(UserError, match="foreign.pt: not a checkpoint of this project"):
-            load_checkpoint(tmp_path, str(tmp_path / "foreign.pt"))
+            load_checkpoint(tmp_path / "foreign.pt")
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
@@ -41,5 +65,5 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
     torch.save({"step": Dangerous()}, tmp_path / "dangerous.pt")
     with pytest.raises(UserError, match="dangerous.pt: not readable"):
-        load_checkpoint(tmp_path, str(tmp_path / "dangerous.pt"))
+        load_checkpoint(tmp_path / "dangerous.pt")
     assert not (tmp_path / "ran").exists()

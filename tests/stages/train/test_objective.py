@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
-from stages.train.objective import Objective, noise_levels, squared_error
+from stages.errors import UserError
+from stages.train.batch import Batch
+from stages.train.objective import RECORDED, Objective, noise_levels, squared_error
 
 TEACHER: dict[str, Any] = {
     "scheduler_class": "DDIMScheduler",
@@ -16,6 +19,13 @@ FLOW = TEACHER | {"scheduler_class": "FlowMatchEulerDiscreteScheduler", "layout"
 PREDICTION, TARGET = torch.zeros(2, 3, 2, 2, dtype=torch.bfloat16), torch.full((2, 3, 2, 2), 3.0)
 
 
+def losses(loss: str, timestep: list[float], teacher: dict[str, Any] = TEACHER, **numbers: list[float]) -> torch.Tensor:
+    """Of two records at a squared distance of 9."""
+    told = {name: torch.tensor(values) for name, values in numbers.items()}
+    batch = Batch(PREDICTION, torch.tensor(timestep), TARGET, torch.full((2,), 2.0), {}, told)
+    return Objective(loss, {"teacher": teacher, "tensors": dict.fromkeys(told)}, "cpu")(PREDICTION, batch)
+
+
 def test_it_is_the_mean_square_of_each_record() -> None:
     prediction, target = torch.zeros(2, 3, 2, 2, dtype=torch.bfloat16), torch.ones(2, 3, 2, 2)
     target[1] *= 2
@@ -24,19 +34,31 @@ def test_it_is_the_mean_square_of_each_record() -> None:
 
 @pytest.mark.parametrize(("loss", "expected"), [("l2", 9.0), ("l1", 3.0)])
 def test_each_loss_is_what_its_name_says(loss: str, expected: float) -> None:
-    objective = Objective(loss, TEACHER, "cpu")
-    assert torch.equal(objective(PREDICTION, TARGET, torch.tensor([999, 0])), torch.full((2,), expected))
+    assert torch.equal(losses(loss, [999, 0]), torch.full((2,), expected))
 
 
 def test_the_weight_is_the_noise_that_the_scheduler_adds() -> None:
-    from diffusers import DDIMScheduler
-
-    weighted = Objective("noise_weighted", TEACHER, "cpu")(PREDICTION, TARGET, torch.tensor([999, 100]))
     expected = 9 * (1 - DDIMScheduler().alphas_cumprod[[999, 100]]).sqrt()
-    torch.testing.assert_close(weighted, expected)
+    torch.testing.assert_close(losses("noise_weighted", [999, 100]), expected)
 
 
 def test_flow_matching_counts_its_noise_by_the_timestep() -> None:
     assert noise_levels(FLOW)[500] == 0.5
-    weighted = Objective("noise_weighted", FLOW, "cpu")(PREDICTION, TARGET, torch.tensor([0.25, 0.75]))
-    torch.testing.assert_close(weighted, torch.tensor([9 * 0.25, 9 * 0.75]))
+    torch.testing.assert_close(losses("noise_weighted", [0.25, 0.75], FLOW), torch.tensor([9 * 0.25, 9 * 0.75]))
+
+
+def test_the_weight_is_how_far_guidance_turns_the_prediction() -> None:
+    weighted = losses("guidance_weighted", [999, 0], guidance_cosine=[1.0, -0.5])
+    assert torch.equal(weighted, torch.tensor([0.0, 9 * 0.75]))
+
+
+def test_the_error_is_told_as_a_share_of_what_guidance_adds() -> None:
+    """Down to a thousandth of the target's own size: without guidance there is nothing to take a share of."""
+    weighted = losses("guidance_delta", [999, 0], guidance_delta=[18.0, 0.0])
+    torch.testing.assert_close(weighted, torch.tensor([0.5, 1000.0]))
+
+
+@pytest.mark.parametrize("loss", RECORDED)
+def test_records_without_what_a_loss_needs_are_refused(loss: str) -> None:
+    with pytest.raises(UserError, match=f"loss={loss}: the records hold no {RECORDED[loss]}"):
+        losses(loss, [999, 0])

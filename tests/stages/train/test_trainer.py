@@ -1,19 +1,25 @@
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch._dynamo.utils import counters
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.denoiser import fingerprint
 from stages.errors import UserError
 from stages.records.dataset import Dataset
+from stages.train.batch import Batch
+from stages.train.config import LOSSES
 from stages.train.trainer import Trainer
 from tests.conftest import VARIANTS, small_adapter, train_config
 
@@ -100,35 +106,198 @@ def test_a_run_resumed_at_its_end_only_writes_the_folder(
     assert GuidanceAdapter.from_pretrained(tmp_path).variant == "modulated_low_rank"
 
 
-def test_the_log_holds_loss_and_learning_rate(shared_dataset: Path, tmp_path: Path) -> None:
+def test_the_log_tells_how_the_run_is_going(shared_dataset: Path, tmp_path: Path) -> None:
     Trainer(train_config(shared_dataset, tmp_path, report_to="tensorboard", validation_steps=6)).run()
     events = EventAccumulator(str(tmp_path / "logs"))
     events.Reload()
     assert [point.step for point in events.Scalars("loss")] == [4, 8, 12]
     assert [point.step for point in events.Scalars("validation_loss")] == [6, 12]
-    assert events.Scalars("learning_rate")[-1].value >= 0
+    told = {name: events.Scalars(name)[-1].value for name in events.Tags()["scalars"]}
+    assert told["learning_rate"] >= 0
+    assert told["gradient_norm"] > 0
+    assert told["records_per_second"] > 0
+    assert 0 < told["waiting_share"] < 1
+    assert told["peak_memory_bytes"] > 1e6
+    for kind in ("loss", "validation_loss"):
+        by_scale = {value for name, value in told.items() if name.startswith(f"{kind}_by/scale_")}
+        by_timestep = {value for name, value in told.items() if name.startswith(f"{kind}_by/timestep_")}
+        for bins in (by_scale, by_timestep):
+            assert len(bins) >= 2
+            assert min(bins) < told[kind] < max(bins)
 
 
-def test_bf16_keeps_the_adapter_in_fp32(shared_dataset: Path, tmp_path: Path) -> None:
-    trainer = Trainer(train_config(shared_dataset, tmp_path, mixed_precision="bf16", max_train_steps=3))
-    assert trainer.run()["loss"] > 0
+def test_a_resumed_run_goes_on_in_the_same_log(shared_dataset: Path, tmp_path: Path) -> None:
+    config = train_config(shared_dataset, tmp_path, report_to="tensorboard", resume_from_checkpoint="latest")
+    Trainer(replace(config, max_train_steps=6, checkpointing_steps=4)).run()
+    (tmp_path / "checkpoints" / "step-00000006.pt").unlink()
+    Trainer(config).run()
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("loss")] == [4, 8, 12]
+
+
+@pytest.mark.parametrize(
+    ("report_to", "told"),
+    [("paper", "report_to=paper: one of none, .*tensorboard"), ("wandb", "report_to=wandb: not installed: install it")],
+)
+def test_a_tracker_that_is_not_here_is_named(shared_dataset: Path, tmp_path: Path, report_to: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        Trainer(train_config(shared_dataset, tmp_path, report_to=report_to)).run()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_and_keeps_the_adapter_in_fp32(
+    shared_dataset: Path, tmp_path: Path, precision: str
+) -> None:
+    options = {"max_train_steps": 100, "learning_rate": 3e-3, "validation_share": 0.1, "use_ema": True}
+    trainer = Trainer(train_config(shared_dataset, tmp_path, mixed_precision=precision, **options))
+    assert trainer.student.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    summary = trainer.run()
+    assert summary["validation_loss"] < 0.99 * summary["validation_loss_unguided"]
     assert all(parameter.dtype == torch.float32 for parameter in trainer.adapter.parameters())
+    assert all(value.dtype == torch.float32 for value in load_file(tmp_path / "adapter_model.safetensors").values())
 
 
-@pytest.mark.parametrize("loss", ["l1", "noise_weighted"])
+def weights_after(data: Path, output: Path, **changes: Any) -> dict[str, Tensor]:
+    Trainer(train_config(data, output, **changes)).run()
+    return load_file(output / "adapter_model.safetensors")
+
+
+def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-4, rtol=1e-3)
+
+
+def test_two_batches_of_half_the_size_make_the_same_step(shared_dataset: Path, tmp_path: Path) -> None:
+    whole = weights_after(shared_dataset, tmp_path / "whole")
+    halves = weights_after(shared_dataset, tmp_path / "halves", train_batch_size=4, gradient_accumulation_steps=2)
+    assert_close(halves, whole)
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in ("full", "lora_fixed")])
+def test_gradient_checkpointing_changes_nothing_but_memory(shared_dataset: Path, tmp_path: Path, variant: str) -> None:
+    options = {"adapter": small_adapter(variant), "learning_rate": 3e-3}
+    whole = weights_after(shared_dataset, tmp_path / "whole", **options)
+    again = weights_after(shared_dataset, tmp_path / "again", gradient_checkpointing=True, **options)
+    assert_close(again, whole)
+
+
+def test_compiled_it_trains_to_the_same_weights(
+    shared_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is traced is held to here, not what a compiler makes of it."""
+    torch.compiler.reset()
+    eager = weights_after(shared_dataset, tmp_path / "eager")
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    compiled = weights_after(shared_dataset, tmp_path / "compiled", torch_compile=True)
+    assert_close(compiled, eager)
+    kinds_of_pass, guided_ones = 3, 2  # in training, validated with and without guidance
+    assert (
+        counters["stats"]["unique_graphs"] == kinds_of_pass + guided_ones
+    )  # these compute what the sites are given first
+    torch.compiler.reset()
+
+
+def test_the_average_is_what_is_saved(shared_dataset: Path, tmp_path: Path) -> None:
+    config = train_config(shared_dataset, tmp_path, use_ema=True, learning_rate=1e-2)
+    trainer = Trainer(config)
+    trainer.run()
+    saved = GuidanceAdapter.from_pretrained(tmp_path)
+    average = trainer.optimization.average
+    assert average is not None
+    for one, other, last in zip(saved.parameters(), average.shadow_params, trainer.adapter.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert not torch.equal(one, last)
+
+
+def test_latest_begins_where_there_is_no_checkpoint(shared_dataset: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    weights = weights_after(shared_dataset, tmp_path, resume_from_checkpoint="latest")
+    expected = load_file(tiny_adapter / "adapter_model.safetensors")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def damage(root: Path, row: dict[str, Any]) -> None:
+    content = bytearray((root / row["shard"]).read_bytes())
+    content[row["offset"] + 400] ^= 4
+    (root / row["shard"]).write_bytes(content)
+
+
+def test_damage_stops_a_run_and_by_choice_is_skipped_and_counted(damaged: Path, tmp_path: Path) -> None:
+    rows = Dataset(damaged).manifest.to_pylist()
+    damage(damaged, rows[4])
+    (damaged / rows[-1]["shard"]).unlink()
+    with pytest.raises(UserError, match=r"no such file.*training leaves it out with on_damage=skip"):
+        Trainer(train_config(damaged, tmp_path / "stopped"))
+    summary = Trainer(train_config(damaged, tmp_path / "skipped", on_damage="skip", validation_share=0.1)).run()
+    lost = {f"{row['shard']} {row['key']}" for row in rows if row["shard"] == rows[-1]["shard"] or row is rows[4]}
+    assert set(summary["samples_skipped"]) <= lost
+    assert summary["records_skipped"] == 4 * len(summary["samples_skipped"]) >= 4 * (len(lost) - 1)
+
+
+def test_what_does_not_fit_is_refused_before_the_base_is_loaded(
+    shared_dataset: Path, tiny_teacher: Path, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("stages.train.student.load_denoiser", loaded)
+    bases = {}
+    for name, changes in {"channels": {"in_channels": 16}, "class": {"_class_name": "UNet2DConditionModel"}}.items():
+        bases[name] = Path(shutil.copytree(tiny_teacher, tmp_path / name))
+        path = bases[name] / "transformer" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    info = Dataset(shared_dataset).info
+    newer = Path(shutil.copytree(shared_dataset, tmp_path / "newer"))
+    (newer / "dataset.json").write_text(json.dumps(info | {"schema_version": 99}))
+    checkpoint = str(tiny_adapter / "checkpoints" / "step-00000008.pt")
+    refused: list[tuple[Path, dict[str, Any], str]] = [
+        (shared_dataset, {"pretrained_model_name_or_path": str(bases["channels"])}, r"takes latents of 16 channels, .* are \[4, 8, 8\]"),
+        (shared_dataset, {"pretrained_model_name_or_path": str(bases["class"])}, "a UNet2DConditionModel, and .* made with a DiTTransformer2D"),
+        (newer, {}, "schema 99 is newer"),
+        (shared_dataset, {"resume_from_checkpoint": checkpoint, "seed": 1}, "seed=1: the checkpoint's run had 0"),
+    ]  # fmt: skip
+    for data, changes, told in refused:
+        with pytest.raises(UserError, match=told):
+            Trainer(train_config(data, tmp_path / "run", **changes))
+
+
+def test_held_out_predictions_are_shown_through_a_vae(shared_dataset: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    options = {"vae_name_or_path": str(tiny_teacher), "validation_steps": 6, "report_to": "tensorboard"}
+    Trainer(train_config(shared_dataset, tmp_path, **options)).run()
+    assert sorted(path.name for path in (tmp_path / "held_out").iterdir()) == ["step-00000006.png", "step-00000012.png"]
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    assert [
+        image.step for image in events.Images("held_out/0" if "held_out/0" in events.Tags()["images"] else "held_out")
+    ] == [6, 12]
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "l2"])
 def test_every_loss_trains(shared_dataset: Path, tmp_path: Path, loss: str) -> None:
     config = train_config(shared_dataset, tmp_path, loss=loss, max_train_steps=100, learning_rate=3e-3)
     summary = Trainer(config).run()
     assert summary["validation_loss"] < summary["validation_loss_unguided"]
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(shared_dataset: Path, tmp_path: Path) -> None:
-    trainer = Trainer(train_config(shared_dataset, tmp_path))
-    with torch.no_grad():
-        next(trainer.adapter.parameters()).fill_(float("nan"))
-    with pytest.raises(UserError, match="step 4: the loss is not a number"):
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_its_records(shared_dataset: Path, tmp_path: Path) -> None:
+    trainer = Trainer(train_config(shared_dataset, tmp_path, logging_steps=3, checkpointing_steps=3))
+    objective, batches = trainer.objective, []
+
+    def spoiled(prediction: Tensor, batch: Batch) -> Tensor:
+        batches.append(batch)
+        losses = objective(prediction, batch)
+        return losses * torch.where(torch.arange(len(losses)) == 5, torch.nan, 1) if len(batches) == 5 else losses
+
+    trainer.objective = spoiled  # type: ignore[assignment]
+    with pytest.raises(
+        UserError, match=r"step 5: the loss is not a number at shards/.*\.tar 0000000\d\d_0000 record"
+    ) as told:
         trainer.run()
+    scale, timestep = (float(getattr(batches[4], name)[5]) for name in ("scale", "timestep"))
+    assert f"scale {scale:g}, timestep {timestep:g}: lower learning_rate" in str(told.value)
     assert not (tmp_path / "adapter_model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003.pt"]
 
 
 @pytest.mark.parametrize(
@@ -138,8 +307,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(shared_dataset: Path, tmp_pat
         ({"validation_share": 1.0}, "validation_share=1.0"),
         ({"mixed_precision": "fp8"}, "mixed_precision=fp8"),
         ({"lr_scheduler": "magic"}, "lr_scheduler=magic"),
-        ({"report_to": "paper"}, "report_to=paper"),
-        ({"loss": "l3"}, "loss=l3: one of l2, l1, noise_weighted"),
+        ({"loss": "l3"}, "loss=l3: one of l2, l1, noise_weighted, guidance"),
         ({"validation_share": 0.99}, "nothing is left"),
         ({"seed": -1}, "seed=-1: at least 0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan: more than 0"),

@@ -1,0 +1,89 @@
+"""What some held-out predictions decode to, so that a user sees how a run is going; only with a VAE that the user names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoModel, DDIMScheduler
+from PIL import Image
+from torch import Tensor
+
+from stages.base import first_line, resolve
+from stages.errors import UserError
+from stages.pictures import grid, to_picture
+from stages.records.dataset import Dataset
+from stages.train.batch import Batch
+from stages.train.objective import noise_levels
+from stages.train.selection import Row
+from stages.train.student import Student
+from stages.train.window import load
+
+COLUMNS = 8
+
+
+class Decoder:
+    """Decodes the clean latent that a prediction at a recorded step points to.
+
+    Raises:
+        UserError: there is no VAE at that place, or the latents are not those of images.
+    """
+
+    def __init__(self, name_or_path: str, dataset: Dataset, rows: list[Row], device: str) -> None:
+        shape = dataset.info["tensors"]["latent"]["shape"]
+        if len(shape) != 3:
+            raise UserError(f"vae_name_or_path={name_or_path}: latents {shape} are not those of images: leave it out")
+        self.teacher = dataset.info["teacher"]
+        self.noise = noise_levels(self.teacher)
+        self.device = device
+        self.vae = load_vae(name_or_path).to(device)
+        self.batch = from_noise_to_image(dataset, rows[:COLUMNS])
+
+    @torch.no_grad()
+    def draw(self, student: Student) -> Image.Image:
+        """In a column each held-out record, less noisy from left to right: no guidance, the recorded target, one pass."""
+        batch = self.batch.to(self.device, student.dtype)
+        rows = (student.predict(batch, guided=False), batch.target, student.predict(batch))
+        return grid([[to_picture(image) for image in self.decode(row.float().cpu())] for row in rows])
+
+    def decode(self, predictions: Tensor) -> Tensor:
+        """Images `[n, channels, height, width]` in [-1, 1] of predictions for the records."""
+        config: Any = self.vae.config
+        like = next(self.vae.parameters())
+        latents = self.denoised(predictions) / config.scaling_factor + (config.get("shift_factor") or 0)
+        return self.vae.decode(latents.to(like)).sample.clamp(-1, 1)
+
+    def denoised(self, predictions: Tensor) -> Tensor:
+        """The clean latents `[n, c, h, w]` that predictions at the records' timesteps point to."""
+        latents = self.batch.latent.float()
+        steps = (self.batch.timestep.float() / self.teacher["layout"]["timestep_scale"]).round().long()
+        steps = steps.clamp(0, len(self.noise) - 1)
+        if self.teacher["prediction_type"] is None:  # flow matching: the prediction is noise minus image
+            return latents - self.noise[steps].view(-1, 1, 1, 1) * predictions
+        known = {"clip_sample": False, "thresholding": False, "prediction_type": self.teacher["prediction_type"]}
+        scheduler: Any = DDIMScheduler.from_config(self.teacher["scheduler_config"], **known)
+        scheduler.set_timesteps(len(self.noise))
+        clean = [
+            scheduler.step(prediction, int(step), latent).pred_original_sample
+            for prediction, step, latent in zip(predictions, steps, latents, strict=True)
+        ]
+        return torch.stack(clean)
+
+
+def load_vae(name_or_path: str) -> Any:
+    """The VAE of a pipeline's folder, or of a folder of its own, or the same on a hub."""
+    path, told = resolve(name_or_path), ""
+    for place in ({"subfolder": "vae"}, {}):
+        try:
+            return AutoModel.from_pretrained(path, **place).eval().requires_grad_(False)
+        except (OSError, ValueError, KeyError) as error:
+            told = told or first_line(error)
+    raise UserError(f"vae_name_or_path={name_or_path}: no VAE could be loaded from it: {told}")
+
+
+def from_noise_to_image(dataset: Dataset, rows: list[Row]) -> Batch:
+    """One record of each sample, later in its trajectory from sample to sample."""
+    window = load(dataset, rows)
+    counts = torch.tensor([row["records"] for row in rows])
+    places = torch.arange(len(rows)) * counts // len(rows)
+    return window.take(counts.cumsum(0) - counts + places)

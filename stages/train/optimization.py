@@ -1,0 +1,97 @@
+"""From a loss to new weights: AdamW with its schedule, clipping, loss scaling, averaging over processes and over time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from stages.train.config import TrainConfig
+
+
+class Optimization:
+    """Changes an adapter's weights, which stay in fp32; none of it makes the device wait.
+
+    Attributes:
+        average: the exponential moving average of the weights, where one is kept.
+    """
+
+    def __init__(self, adapter: nn.Module, config: TrainConfig, device: str) -> None:
+        self.parameters = list(adapter.parameters())
+        self.config = config
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay, fused=True
+        )
+        self.schedule = get_scheduler(
+            config.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        )
+        self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=config.mixed_precision == "fp16")
+        self.average = EMAModel(self.parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
+
+    @property
+    def learning_rate(self) -> float:
+        return self.schedule.get_last_lr()[0]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one of the batches that make a step."""
+        self.scaler.scale(loss / self.config.gradient_accumulation_steps).backward()
+
+    def step(self) -> Tensor:
+        """Change the weights by the gradients that were added up, and forget these; their norm before it was clipped."""
+        self._average_over_processes()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.step(self.parameters)
+        return norm
+
+    def _average_over_processes(self) -> None:
+        """Before the loss scale is taken out, so that one process's overflow is noticed by all."""
+        if not torch.distributed.is_initialized():
+            return
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        mean = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it, the adapter has its averaged weights, where an average is kept."""
+        if self.average is None:
+            yield
+            return
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(self.parameters)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+            self.average.to(self.parameters[0].device)

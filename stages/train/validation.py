@@ -1,0 +1,46 @@
+"""How good an adapter is at trajectories it was not trained on."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import PartialState
+
+from stages.records.dataset import Dataset
+from stages.train.bins import BinnedMean, Range
+from stages.train.objective import squared_error
+from stages.train.selection import Row
+from stages.train.student import Student
+from stages.train.window import load
+
+SAMPLES_AT_ONCE = 32
+
+
+class Validation:
+    """The mean squared error over held-out samples, whatever the loss, split between the processes."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        rows: list[Row],
+        batch_size: int,
+        scale_range: Range,
+        timestep_range: Range,
+        device: str,
+        skip_damaged: bool = False,
+    ) -> None:
+        processes = PartialState()
+        self.dataset, self.batch_size, self.device = dataset, batch_size, device
+        self.rows = rows[processes.process_index :: processes.num_processes]
+        self.skip_damaged = skip_damaged
+        self.errors = BinnedMean(scale_range, timestep_range, device)
+
+    @torch.no_grad()
+    def measure(self, student: Student, guided: bool = True) -> tuple[float, dict[str, float]]:
+        """(over all records, by bin of scale and of timestep); not guided, of the base without guidance."""
+        for start in range(0, len(self.rows), SAMPLES_AT_ONCE):
+            window = load(self.dataset, self.rows[start : start + SAMPLES_AT_ONCE], self.skip_damaged)
+            for chosen in window.intact.nonzero().flatten().split(self.batch_size):
+                batch = window.take(chosen).to(self.device, student.dtype)
+                errors = squared_error(student.predict(batch, guided), batch.target)
+                self.errors.add(errors, batch.scale, batch.timestep)
+        return self.errors.means()

@@ -1,0 +1,98 @@
+"""A window: the samples that are in memory together, for records to be drawn across them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from stages.errors import UserError
+from stages.records.dataset import Dataset
+from stages.records.record import CONDITION_PREFIX, PER_RECORD
+from stages.train.batch import Batch, as_bytes, collate, gather
+from stages.train.selection import Row
+
+Memory = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Window:
+    """All records of some samples: those of each sample share its conditions, which are held once.
+
+    Attributes:
+        records: every tensor `[m, ...]`, with no conditions.
+        owner: `[m]`, where in `cond` each record's conditions are.
+        cond: `[n, ...]`, by the denoiser's argument names.
+        intact: `[m]`, False for the records of damaged samples; what these hold means nothing.
+        damaged: the number of records of each damaged sample, by its name.
+    """
+
+    records: Batch
+    owner: Tensor
+    cond: dict[str, Tensor]
+    intact: Tensor
+    damaged: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def take(self, chosen: Tensor) -> Batch:
+        owner = self.owner[chosen]
+        return replace(self.records.take(chosen), cond={name: gather(v, owner) for name, v in self.cond.items()})
+
+
+def load(dataset: Dataset, rows: list[Row], skip_damaged: bool = False, memory: Memory | None = None) -> Window:
+    """All records of some samples, in their order.
+
+    Args:
+        skip_damaged: whether to go on where a sample is damaged.
+        memory: what an earlier window, no longer in use, was read into: new memory takes longer to touch than to fill.
+
+    Raises:
+        UserError: a sample is damaged.
+    """
+    counts = torch.tensor([row["records"] for row in rows])
+    fields = room({} if memory is None else memory, dataset, int(counts.sum()))
+    raw = {name: as_bytes(field) for name, field in fields.items()}
+    ends = counts.cumsum(0).tolist()
+    intact = torch.zeros(len(rows), dtype=torch.bool)
+    conditions = []
+    for i, sample in read_samples(dataset, rows, skip_damaged):
+        chosen = rows[i].get("chosen", slice(None))
+        for name, into in raw.items():
+            into[ends[i] - rows[i]["records"] : ends[i]] = as_bytes(sample[name])[chosen]
+        conditions.append(
+            {k.removeprefix(CONDITION_PREFIX): v for k, v in sample.items() if k.startswith(CONDITION_PREFIX)}
+        )
+        intact[i] = True
+    scale = torch.tensor([row["scale"] for row in rows], dtype=torch.float32).repeat_interleave(counts)
+    main = {name: fields.pop(name) for name in ("latent", "timestep", "target")}
+    return Window(
+        Batch(**main, scale=scale, cond={}, numbers=fields),
+        (intact.cumsum(0) - 1).repeat_interleave(counts),
+        collate(conditions),
+        intact.repeat_interleave(counts),
+        {f"{row['shard']} {row['key']}": row["records"] for row, whole in zip(rows, intact, strict=True) if not whole},
+    )
+
+
+def room(memory: Memory, dataset: Dataset, count: int) -> dict[str, Tensor]:
+    """Of each tensor that the records have, the first `[count, ...]` in memory, which grows where it is too small."""
+    for name, told in dataset.info["tensors"].items():
+        if name in PER_RECORD and len(memory.get(name, ())) < count:
+            memory[name] = torch.empty(count, *told["shape"], dtype=getattr(torch, told["dtype"]))
+    return {name: value[:count] for name, value in memory.items()}
+
+
+def read_samples(dataset: Dataset, rows: list[Row], skip_damaged: bool) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The samples and their places among the rows; a shard is opened once for neighbouring rows."""
+    tolerated = (UserError,) if skip_damaged else ()
+    for shard, places in groupby(range(len(rows)), lambda i: rows[i]["shard"]):
+        with suppress(*tolerated), dataset.open(shard) as file:
+            for i in places:
+                with suppress(*tolerated):
+                    yield i, dataset.read(file, rows[i])

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from stages.generate.watching import Call, watched
+
+
+class Doubling(nn.Module):
+    """A denoiser that takes something out of the dictionary it is given."""
+
+    def forward(self, sample: Tensor, timestep: Any, extras: dict[str, Tensor], return_dict: bool = True) -> Any:
+        output = 2 * sample + extras.pop("shift")
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_a_call_is_seen_as_it_was_whatever_is_done_to_it_afterwards(return_dict: bool) -> None:
+    pipe = SimpleNamespace(unet=Doubling(), scheduler=DDIMScheduler())
+    pipe.scheduler.set_timesteps(2)
+    latent, steps = torch.ones(2, 1, 2, 2), []
+
+    def see(calls: list[Call], prediction: Tensor, timestep: int) -> None:
+        steps.append((calls, prediction, timestep))
+
+    with watched(pipe, see):
+        for timestep in pipe.scheduler.timesteps:
+            first = pipe.unet(latent, timestep, {"shift": torch.tensor(1.0)}, return_dict=return_dict)[0]
+            second = pipe.unet(latent, timestep, {"shift": torch.tensor(2.0)}, return_dict=return_dict)[0]
+            guided = second.mul_(3).sub_(2 * first)
+            pipe.scheduler.step(guided, timestep, latent)
+    assert [timestep for _, _, timestep in steps] == pipe.scheduler.timesteps.tolist()
+    for calls, prediction, _ in steps:
+        assert [float(call.inputs["extras.shift"]) for call in calls] == [1, 2]
+        assert [call.prediction.unique().tolist() for call in calls] == [[3], [4]]
+        assert prediction.unique().tolist() == [6]

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+
+from stages.errors import UserError
+from stages.records.dataset import Dataset
+from stages.train.decoding import COLUMNS, Decoder, load_vae
+from stages.train.student import Student, load_base
+from tests.conftest import small_adapter
+
+
+@pytest.fixture
+def decoder(dataset: Dataset, tiny_teacher: Path) -> Decoder:
+    return Decoder(str(tiny_teacher), dataset, dataset.manifest.to_pylist(), "cpu")
+
+
+def test_there_is_a_column_for_each_record_and_it_gets_less_noisy(decoder: Decoder, dataset: Dataset) -> None:
+    assert len(decoder.batch) == COLUMNS
+    timesteps = decoder.batch.timestep.tolist()
+    assert timesteps[0] > 700
+    assert timesteps[-1] < 300
+    student = Student.create(dataset, small_adapter(), load_base(dataset))
+    picture = decoder.draw(student)
+    side, enlarged = 32, 2
+    assert picture.size == (COLUMNS * side * enlarged, 3 * side * enlarged)
+    rows = [picture.crop((0, i * 64, picture.width, (i + 1) * 64)).tobytes() for i in range(3)]
+    assert rows[0] == rows[2], "untrained, one pass is no guidance"
+    assert rows[0] != rows[1]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", None])
+def test_the_true_prediction_points_to_the_clean_latent(decoder: Decoder, kind: str | None) -> None:
+    torch.manual_seed(0)
+    clean, noise = torch.randn(COLUMNS, 4, 8, 8), torch.randn(COLUMNS, 4, 8, 8)
+    steps = torch.arange(COLUMNS) * 100 + 100
+    told: dict[str, Any] = {"prediction_type": kind, "layout": {"timestep_scale": 1.0}}
+    if kind is None:
+        share = (steps / 1000).view(-1, 1, 1, 1)
+        latent, prediction = (1 - share) * clean + share * noise, noise - clean
+        decoder.noise = torch.arange(1000) / 1000
+    else:
+        alpha = DDIMScheduler().alphas_cumprod[steps].view(-1, 1, 1, 1)
+        latent = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+        prediction = {"epsilon": noise, "v_prediction": velocity, "sample": clean}[kind]
+    decoder.teacher = {"scheduler_config": {}} | told
+    decoder.batch = replace(decoder.batch, latent=latent, timestep=steps)
+    torch.testing.assert_close(decoder.denoised(prediction), clean, atol=1e-4, rtol=1e-4)
+
+
+def test_a_vae_comes_from_a_folder_of_its_own_too(decoder: Decoder, tmp_path: Path) -> None:
+    decoder.vae.save_pretrained(tmp_path)
+    assert type(load_vae(str(tmp_path))) is AutoencoderKL
+
+
+def test_what_has_no_vae_is_named(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="vae_name_or_path=.*missing: no VAE could be loaded from it"):
+        load_vae(str(tmp_path / "missing"))
+    dataset.info["tensors"]["latent"]["shape"] = [64, 16]
+    with pytest.raises(UserError, match=r"latents \[64, 16\] are not those of images"):
+        Decoder(str(tmp_path), dataset, [], "cpu")
