@@ -94,11 +94,12 @@ def t5(kind: str = "t5", width: int = WIDTH) -> dict[str, Any]:
     return {"tokenizer": tokenizer, "text_encoder": model.eval()}
 
 
-def vae(channels: int = 4) -> AutoencoderKL:
+def vae(channels: int = 4, blocks: int = 3) -> AutoencoderKL:
+    """Its latents are 2^(blocks - 1) times smaller than the images."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks,
         layers_per_block=1,
         latent_channels=channels,
         norm_num_groups=4,

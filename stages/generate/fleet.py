@@ -1,4 +1,4 @@
-"""Teachers as Ray actors, on this machine or over a cluster; the only file that imports ray."""
+"""Teachers as Ray actors, on this machine or over a cluster."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def select(dataset: Dataset, config: TrainConfig) -> tuple[list[Row], list[Row]]
     if config.max_trajectories is not None:
         first = np.unique(training["trajectory"].to_numpy())[: config.max_trajectories]
         training = training.filter(pc.field("trajectory").isin(first))
-    parts = tuple(list(in_timestep_range(dataset, table, config.timestep_range)) for table in (training, validation))
+    parts = tuple(list(in_timestep_range(dataset, table, config)) for table in (training, validation))
     for rows, purpose in zip(parts, ("train on", "validate with"), strict=True):
         if not rows:
             raise UserError(
@@ -74,17 +74,23 @@ def interval(name: str, value: list[float]) -> tuple[float, float]:
     return value[0], value[1]
 
 
-def in_timestep_range(dataset: Dataset, table: pa.Table, timestep_range: list[float] | None) -> Iterator[Row]:
-    """The samples with records at these timesteps, as the denoiser is given them, both ends among them."""
-    if timestep_range is None:
+def in_timestep_range(dataset: Dataset, table: pa.Table, config: TrainConfig) -> Iterator[Row]:
+    """The samples with records at timesteps in `timestep_range`, as the denoiser is given them, both ends among them."""
+    if config.timestep_range is None:
         yield from table.to_pylist()
         return
-    low, high = interval("timestep_range", timestep_range)
+    low, high = interval("timestep_range", config.timestep_range)
     for row in table.to_pylist():
         if low <= row["timestep_min"] and row["timestep_max"] <= high:
             yield row
         elif row["timestep_min"] <= high and low <= row["timestep_max"]:
-            timesteps = dataset.timesteps(row)
-            chosen = [i for i, timestep in enumerate(timesteps.tolist()) if low <= timestep <= high]
+            try:
+                timesteps = dataset.timesteps(row).tolist()
+            except UserError:
+                if config.on_damage == "stop":
+                    raise
+                yield row  # whose damage is noticed, and told, when its records are read
+                continue
+            chosen = [i for i, timestep in enumerate(timesteps) if low <= timestep <= high]
             if chosen:
                 yield row | {"chosen": chosen, "records": len(chosen)}

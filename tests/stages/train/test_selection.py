@@ -10,8 +10,8 @@ import torch
 from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.train.selection import hold_out, select
-from stages.train.stream import load
 from stages.train.trainer import Trainer
+from stages.train.window import load
 from tests.conftest import train_config
 
 
@@ -75,6 +75,16 @@ def test_records_are_chosen_by_their_timestep(dataset: Dataset) -> None:
 def test_the_timesteps_of_a_sample_are_read_alone(dataset: Dataset) -> None:
     for row in dataset.manifest.to_pylist():
         assert torch.equal(dataset.timesteps(row), load(dataset, [row]).records.timestep)
+
+
+def test_a_missing_shard_is_left_to_the_stream_where_damage_is_skipped(damaged: Path) -> None:
+    row = Dataset(damaged).manifest.to_pylist()[0]
+    (damaged / row["shard"]).unlink()
+    dataset = Dataset(damaged, check_sizes=False)
+    with pytest.raises(UserError, match="no such file"):
+        selected(dataset, timestep_range=[300, 800])
+    parts = selected(dataset, timestep_range=[300, 800], on_damage="skip")
+    assert any(chosen == row for part in parts for chosen in part)
 
 
 @pytest.mark.parametrize(
