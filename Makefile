@@ -3,6 +3,7 @@ python ?= 3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 DEMO := demo
+QUANTIZATION := $(VENV)/quantization
 
 .PHONY: install demo test check clean
 
@@ -27,8 +28,14 @@ check: install
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-test: check
+# Apart from the rest: diffusers imports torchao wherever it finds it, which takes time and prints warnings.
+$(QUANTIZATION): constraints.txt | install
+	rm -rf $@
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt --target $@ torchao
+
+test: check $(QUANTIZATION)
 	$(PYTHON) -m pytest
+	PYTHONPATH=$(QUANTIZATION) $(PYTHON) -m pytest -k 'quantised or int8' tests/stages/train tests/stages/adapters/test_compositions.py tests/benchmarks/test_training_memory.py
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from stages.adapters import AdapterConfig
 from stages.config import option
+from stages.errors import UserError
 
 LOSSES = ("l2", "l1", "noise_weighted", "guidance_weighted", "guidance_delta")
 ON_DAMAGE = ("stop", "skip")
@@ -66,7 +67,9 @@ class TrainConfig:
         False, "compute the base's activations again in the backward pass: less memory"
     )
     quantization: str = option(
-        "none", "`int8`: hold the linear layers of the frozen base in 8 bits, by torchao", one_of=QUANTIZATIONS
+        "none",
+        "`int8`: hold the linear layers of the frozen base in 8 bits, by torchao; with gradient_checkpointing",
+        one_of=QUANTIZATIONS,
     )
     torch_compile: bool = option(False, "compile the denoiser with its adapter")
     scale_range: list[float] | None = option(None, "train on records with a guidance scale in [LOW,HIGH] only")
@@ -96,3 +99,22 @@ class TrainConfig:
     )
     report_to: str = option("tensorboard", "`tensorboard`, another tracker of accelerate by its name, or `none`")
     device: str = option("auto", "`auto` (a GPU where there is one), `cuda` or `cpu`")
+
+
+def check_together(config: TrainConfig) -> None:
+    """
+    Raises:
+        UserError: two options are at odds.
+    """
+    if config.adapter.variant == "full":
+        if config.gradient_checkpointing:
+            raise UserError(
+                "gradient_checkpointing=true: `full` lends its weights to the forward pass only: leave it out"
+            )
+        if config.quantization != "none":
+            raise UserError(f"quantization={config.quantization}: `full` trains the base's own weights: leave it out")
+    if config.quantization != "none" and not config.gradient_checkpointing:
+        raise UserError(
+            f"quantization={config.quantization}: every layer's whole weight would be kept for the backward pass, more than is "
+            "saved: add gradient_checkpointing=true"
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.adapters import AdapterConfig, Full, GuidanceAdapter
+from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.conditioning import find_conditions
 from stages.adapters.guidance import Guidance, as_scales
 from stages.base import denoiser_config, load_denoiser
@@ -185,13 +185,9 @@ class Student:
         """Have the base compute its activations again in the backward pass.
 
         Raises:
-            UserError: the denoiser or the variant cannot.
+            UserError: the denoiser cannot.
         """
         denoiser: Any = self.denoiser
-        if isinstance(self.adapter, Full):
-            raise UserError(
-                "gradient_checkpointing=true: `full` lends its weights to the forward pass only: leave it out"
-            )
         if not getattr(denoiser, "_supports_gradient_checkpointing", False):
             raise UserError(f"gradient_checkpointing=true: {type(denoiser).__name__} cannot: leave it out")
         denoiser.enable_gradient_checkpointing()

@@ -30,20 +30,32 @@ class Place(NamedTuple):
 
 
 class Meter:
-    """Gathers over the steps from one point of the log to the next, without making the device wait before `read`."""
+    """Gathers over the steps from one point of the log to the next, without making the device wait before `read`.
+
+    Attributes:
+        seconds: that all steps took so far, without validations and checkpoints.
+    """
 
     def __init__(self, scale_range: Range, timestep_range: Range, device: str) -> None:
         self.losses = BinnedMean(scale_range, timestep_range, device)
+        self.seconds = 0.0
         self._clear()
 
     def _clear(self) -> None:
         self.batches: list[tuple[Place, Tensor]] = []
         self.norms: list[Tensor] = []
-        self.waited, self.start = 0.0, time.monotonic()
+        self.before, self.waited = self.seconds, 0.0
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Time within it is time that steps take."""
+        start = time.monotonic()
+        yield
+        self.seconds += time.monotonic() - start
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time within it is time in which the run waits for records."""
+        """Time within it is time in which a step waits for records."""
         start = time.monotonic()
         yield
         self.waited += time.monotonic() - start
@@ -63,14 +75,32 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """What was gathered, by name; then it begins anew."""
-        loss, by_bin = self.losses.means()
-        seconds = time.monotonic() - self.start
-        told = {"loss": loss} | {f"loss_by/{name}": value for name, value in by_bin.items()}
-        told["gradient_norm"] = float(torch.stack(self.norms).mean()) if self.norms else float("nan")
-        records = sum(place.length for place, _ in self.batches)
-        told |= {"records_per_second": records / seconds, "waiting_share": self.waited / seconds}
+        with self.working():  # the device still is
+            loss, by_bin = self.losses.means()
+        seconds, records = self.seconds - self.before, sum(place.length for place, _ in self.batches)
+        told = {
+            "loss": loss,
+            "gradient_norm": float(torch.stack(self.norms).mean()),
+            "records_per_second": records / seconds,
+            "waiting_share": self.waited / seconds,
+        }
         self._clear()
-        return told
+        return told | {f"loss_by/{name}": value for name, value in by_bin.items()}
+
+
+def tracker_class(report_to: str) -> Any:
+    """The tracker of accelerate that is meant; None for `none`.
+
+    Raises:
+        UserError: there is no such tracker, or it is not installed.
+    """
+    if report_to == "none":
+        return None
+    if report_to not in LOGGER_TYPE_TO_CLASS:
+        raise UserError(f"report_to={report_to}: one of none, {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}")
+    if report_to not in map(str, get_available_trackers()):
+        raise UserError(f"report_to={report_to}: not installed: install it, or say report_to=none")
+    return LOGGER_TYPE_TO_CLASS[report_to]
 
 
 class Trackers:
@@ -81,18 +111,11 @@ class Trackers:
         Args:
             step: the last one of the state that the run goes on from: TensorBoard drops what was told of later ones.
             settings: the run's configuration.
-
-        Raises:
-            UserError: there is no such tracker, or it is not installed.
         """
         self.trackers = []
-        if report_to == "none" or not PartialState().is_main_process:
+        kind = tracker_class(report_to)
+        if kind is None or not PartialState().is_main_process:
             return
-        kind = LOGGER_TYPE_TO_CLASS.get(report_to)
-        if kind is None:
-            raise UserError(f"report_to={report_to}: one of none, {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}")
-        if report_to not in map(str, get_available_trackers()):
-            raise UserError(f"report_to={report_to}: not installed: install it, or say report_to=none")
         known = {"purge_step": step + 1} if report_to == "tensorboard" else {}
         tracker = kind(LOGS, logging_dir=root, **known) if kind.requires_logging_directory else kind(root.name)
         tracker.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,14 +23,14 @@ from stages.records.storage import whole_file
 from stages.train.batch import Batch
 from stages.train.bins import Range
 from stages.train.checkpoint import check_resumable, find_checkpoint, load_checkpoint, save_checkpoint
-from stages.train.config import KEPT_WHEN_RESUMED, TrainConfig
+from stages.train.config import KEPT_WHEN_RESUMED, TrainConfig, check_together
 from stages.train.decoding import Decoder
 from stages.train.objective import Objective
 from stages.train.optimization import Optimization
 from stages.train.selection import select
 from stages.train.stream import RecordStream
 from stages.train.student import Student, load_base
-from stages.train.telemetry import Meter, Place, Trackers
+from stages.train.telemetry import Meter, Place, Trackers, tracker_class
 from stages.train.validation import Validation
 
 NAMED_RECORDS = 5
@@ -48,6 +47,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         check_bounds(config)
+        check_together(config)
+        tracker_class(config.report_to)
         self.config = config
         self.root = Path(config.output_dir)
         self.checkpoints = self.root / "checkpoints"
@@ -77,7 +78,7 @@ class Trainer:
         self.decoder = None
         if config.vae_name_or_path is not None and self.processes.is_main_process:
             self.decoder = Decoder(config.vae_name_or_path, self.dataset, held_out, self.device)
-        self.step, self.seconds = 0, 0.0
+        self.step = 0
         self.loss = self.unguided_loss = float("nan")
         if state is not None:
             self.restore(state)
@@ -126,7 +127,7 @@ class Trainer:
         """All that a resumed run needs to go on as if it had never stopped."""
         return {
             "step": self.step,
-            "seconds": self.seconds,
+            "seconds": self.meter.seconds,
             "loss": self.loss,
             "unguided_loss": self.unguided_loss,
             "adapter": self.adapter.state_dict(),
@@ -146,7 +147,7 @@ class Trainer:
         if len(state["rng"]) == 1 + torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["rng"][1:])
         self.stream.consumed, self.stream.skipped = state["records_consumed"], state["skipped"]
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.meter.seconds = state["step"], state["seconds"]
         self.loss, self.unguided_loss = state["loss"], state["unguided_loss"]
 
     def run(self) -> dict[str, Any]:
@@ -165,8 +166,8 @@ class Trainer:
             "validation_loss_by": by_bin,
             "adapter_parameters": self.adapter_parameters,
             "adapter_share": self.adapter_share,
-            "seconds": self.seconds,
-            "records_per_second": self.stream.consumed / self.seconds,
+            "seconds": self.meter.seconds,
+            "records_per_second": self.stream.consumed / self.meter.seconds,
             "records_skipped": sum(self.stream.skipped.values()),
             "samples_skipped": sorted(self.stream.skipped),
             "peak_memory_bytes": peak_memory(self.device),
@@ -183,14 +184,13 @@ class Trainer:
         shown = self.processes.is_main_process
         with progress(config.max_train_steps, "train", "steps", self.step, shown) as bar:
             while self.step < config.max_train_steps:
-                start = time.monotonic()
-                self.train_step(batches)
+                with self.meter.working():
+                    self.train_step(batches)
                 bar.update()
                 last = self.step == config.max_train_steps
                 saving = self.step % config.checkpointing_steps == 0 or last
                 if self.step % config.logging_steps == 0 or saving:
                     self._report(trackers, bar)
-                self.seconds += time.monotonic() - start
                 if self.step % config.validation_steps == 0 and not last:
                     self._validate(trackers)
                 if saving and self.processes.is_main_process:

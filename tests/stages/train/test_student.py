@@ -106,7 +106,8 @@ def test_a_quantised_base_predicts_what_it_did(dataset: Dataset) -> None:
     assert all(parameter.grad is not None for parameter in quantised.adapter.parameters())
 
 
-def test_the_full_variant_cannot_be_checkpointed(dataset: Dataset) -> None:
-    student = Student.create(dataset, AdapterConfig("full", hidden_size=16), load_base(dataset))
-    with pytest.raises(UserError, match="gradient_checkpointing=true: `full` lends its weights"):
+def test_a_denoiser_that_cannot_compute_again_is_named(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = Student.create(dataset, CONFIG, load_base(dataset))
+    monkeypatch.setattr(type(student.denoiser), "_supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match="gradient_checkpointing=true: DiTTransformer2DModel cannot"):
         student.checkpoint_gradients()

@@ -182,6 +182,14 @@ def test_gradient_checkpointing_changes_nothing_but_memory(shared_dataset: Path,
     assert_close(again, whole)
 
 
+def test_on_a_quantised_base_it_trains(shared_dataset: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    options = {"max_train_steps": 100, "learning_rate": 3e-3, "validation_share": 0.1, "gradient_checkpointing": True}
+    config = train_config(shared_dataset, tmp_path, quantization="int8", mixed_precision="bf16", **options)
+    summary = Trainer(config).run()
+    assert summary["validation_loss"] < 0.99 * summary["validation_loss_unguided"]
+
+
 def test_compiled_it_trains_to_the_same_weights(
     shared_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +321,12 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_its_records(shared_
         ({"learning_rate": float("nan")}, "learning_rate=nan: more than 0"),
         ({"adapter": AdapterConfig(rank=0)}, "adapter.rank=0: at least 1"),
         ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0: more than 0"),
+        ({"quantization": "int8"}, "quantization=int8: every layer's whole weight .*: add gradient_checkpointing=true"),
+        ({"quantization": "int8", "adapter": AdapterConfig("full")}, "quantization=int8: `full` trains the base's own"),
+        (
+            {"gradient_checkpointing": True, "adapter": AdapterConfig("full")},
+            "gradient_checkpointing=true: `full` lends",
+        ),
     ],
 )
 def test_what_no_run_could_carry_out_is_refused(shared_dataset: Path, tmp_path: Path, changes: dict, told: str) -> None:

@@ -1,0 +1,103 @@
+"""The memory model against real memory, for a small UNet on a CPU, and what it says of the goals."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from tests.benchmarks import training_memory
+from tests.benchmarks.training_memory import GOALS, TINY, Setup, Training, main, modelled
+from tests.real_shapes import SHAPES, TOKENS, Shape, on_meta, parameters
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+SDXL = next(shape for shape in SHAPES if shape.config == "sdxl")
+
+
+def small_unet() -> UNet2DConditionModel:
+    """Laid out as SDXL's, 48 M parameters."""
+    return UNet2DConditionModel(
+        block_out_channels=(64, 128, 256),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=[1, 1, 4],
+        attention_head_dim=[2, 4, 8],
+        cross_attention_dim=256,
+        use_linear_projection=True,
+    )
+
+
+SMALL = Shape("small", "small", small_unet, (4, 80, 80), {TOKENS: [77, 256]})
+
+
+def resident(field: str) -> int:
+    """Bytes of this process now (`VmRSS`), or the most there were (`VmHWM`)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def measured(setup: Setup) -> tuple[int, int]:
+    """Bytes between two steps and at the peak of one, above what the process had before the student was made."""
+    torch.set_num_threads(1)
+    Training(replace(setup, shape=TINY), "cpu").step()  # loads the code of the kernels, which is not counted
+    gc.collect()
+    before = resident("VmRSS")
+    training = Training(setup, "cpu")
+    training.step()
+    at_rest = resident("VmRSS")
+    CLEAR_REFS.write_text("5")  # sets the peak back
+    training.step()
+    return at_rest - before, resident("VmHWM") - before
+
+
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="only Linux tells the peak of one step")
+@pytest.mark.parametrize(("quantization", "gradient_checkpointing"), [("none", False), ("none", True), ("int8", True)])
+def test_the_model_agrees_with_a_measured_run(
+    monkeypatch: pytest.MonkeyPatch, quantization: str, gradient_checkpointing: bool
+) -> None:
+    """What a step adds within 10%; with what stays between steps, where the process's own objects come on top, within 12%."""
+    if quantization == "int8":
+        pytest.importorskip("torchao")
+    for threshold in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.setenv(threshold, str(1 << 16))  # what is freed goes back to the system at once
+    setup = Setup(SMALL, "cross_attention", quantization, "no", gradient_checkpointing)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        at_rest, peak = fresh.submit(measured, setup).result()
+    model = modelled(setup)
+    resting = model["base"] + model["adapter"] + model["optimizer"]
+    assert model["peak"] - resting == pytest.approx(peak - at_rest, rel=0.1)
+    assert model["peak"] == pytest.approx(peak, rel=0.12)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_sdxl_keeps_its_goals(quantization: str) -> None:
+    if quantization == "int8":
+        pytest.importorskip("torchao")
+    model = modelled(Setup(SDXL, quantization=quantization))
+    bytes_per_weight = {"none": 2, "int8": 1}[quantization]
+    assert model["base"] >= bytes_per_weight * parameters(on_meta("sdxl"))
+    assert model["activations"] <= sum(model["blocks"].values()) < 2 * model["activations"]
+    assert model["peak"] >= sum(model[part] for part in ("base", "adapter", "optimizer", "activations"))
+    assert model["peak"] <= GOALS["sdxl", "cross_attention"][quantization]
+
+
+@pytest.mark.parametrize(("goal", "kept"), [(1 << 30, True), (1 << 10, False)])
+def test_a_goal_that_is_not_kept_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], goal: int, kept: bool
+) -> None:
+    monkeypatch.setattr(training_memory, "GOALS", {("tiny", "offset"): {"none": goal}})
+    if kept:
+        main("tiny", "offset", "none")
+    else:
+        with pytest.raises(SystemExit, match="tiny, offset: the peak is above its goal"):
+            main("tiny", "offset", "none")
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["quantization"], row["goal"]) == ("none", goal)
+    assert row["peak"] > row["model"]["base"] > 0

@@ -1,0 +1,250 @@
+"""What a training step takes of memory at a real denoiser's shape: measured where there is a GPU, and by a model of it.
+
+python -m tests.benchmarks.training_memory sdxl|sd15|dit_xl_2_256|tiny [variant] [none|int8 ...]
+
+One record at a time, base in bf16, gradient checkpointing, with the base as it is and with its linear layers in 8 bits. Weights are random:
+memory does not depend on them. Prints one JSON object, in bytes; exit status 1 if a peak is above its goal.
+
+The model runs the same step on fake tensors, which have storages without memory, and counts the bytes of those that live. It does not
+see what a kernel works in (cuDNN, cuBLAS), nor the GPU's context, nor what the allocator keeps besides.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.common_utils import get_untyped_storages
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from stages.adapters import AdapterConfig, GuidanceAdapter
+from stages.train.batch import Batch
+from stages.train.config import QUANTIZATIONS, TrainConfig
+from stages.train.objective import squared_error
+from stages.train.optimization import Optimization
+from stages.train.student import PRECISION, Student, quantize
+from tests.real_shapes import SHAPES, TOKENS, Shape, about_of
+
+GB = 10**9
+GOALS = {("sdxl", "cross_attention"): {"none": 12 * GB, "int8": 8 * GB}}
+STEPS = 3
+TINY_UNET = {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+}
+TINY = Shape("tiny", "tiny", lambda: UNet2DConditionModel(**TINY_UNET), (4, 16, 16), {TOKENS: [7, 32]})
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A denoiser's shape, and the options of training that its memory depends on; fp16's loss scale cannot be modelled."""
+
+    shape: Shape
+    variant: str = "cross_attention"
+    quantization: str = "none"
+    mixed_precision: str = "bf16"
+    gradient_checkpointing: bool = True
+
+
+class Training:
+    """A student with random weights, an optimizer and one made-up record."""
+
+    def __init__(self, setup: Setup, device: str) -> None:
+        precision = PRECISION.get(setup.mixed_precision, torch.float32)
+        with torch.device(device), default_dtype(precision):
+            denoiser = setup.shape.build()
+        denoiser.eval().requires_grad_(False)
+        if setup.quantization == "int8":
+            quantize(denoiser)
+        with torch.device(device):
+            adapter = GuidanceAdapter.for_denoiser(AdapterConfig(setup.variant), denoiser, about_of(setup.shape))
+        self.student = Student(denoiser, adapter, {}, setup.mixed_precision)
+        if setup.gradient_checkpointing:
+            self.student.checkpoint_gradients()
+        self.optimization = Optimization(adapter, TrainConfig(mixed_precision=setup.mixed_precision), device)
+        self.batch = record(setup.shape).to(device, precision)
+
+    def loss(self) -> Tensor:
+        return squared_error(self.student.predict(self.batch), self.batch.target).mean()
+
+    def step(self) -> None:
+        self.optimization.backward(self.loss())
+        self.optimization.step()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within it, modules are made in this precision: a fake one cannot be cast."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def record(shape: Shape) -> Batch:
+    """A batch of one."""
+    cond = {
+        name: torch.rand(1, *sizes) if sizes else torch.zeros(1, dtype=torch.long) for name, sizes in shape.cond.items()
+    }
+    latent, target = torch.randn(1, *shape.latent), torch.randn(1, *shape.latent)
+    return Batch(latent, torch.tensor([500]), target, torch.tensor([2.0]), cond)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made within it, for as long as they live.
+
+    Torch's own `MemTracker` does not take frozen parameters.
+
+    Attributes:
+        live, peak: bytes now, and the most there were; whoever starts a phase may set `peak` back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._counted = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **kwargs or {})
+        self.count(tree_leaves(output))
+        return output
+
+    def count(self, tensors: Any) -> int:
+        """Add tensors, those that were made before it; the bytes of those that it did not know."""
+        before = self.live
+        for storage in chain.from_iterable(get_untyped_storages(t) for t in tensors if isinstance(t, Tensor)):
+            if storage not in self._counted:
+                self._counted[storage] = True
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._forget, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return self.live - before
+
+    def _forget(self, size: int) -> None:
+        self.live -= size
+
+
+def modelled(setup: Setup) -> dict[str, Any]:
+    """The bytes of a step's parts and its peak; `activations` is what the forward pass leaves for the backward pass, `blocks` where."""
+    memory = LiveBytes()
+    with FakeTensorMode():
+        training = Training(setup, "cpu")
+        denoiser, adapter = training.student.denoiser, training.student.adapter
+        if setup.mixed_precision != "no":
+            norms_in_fp32(denoiser)
+        parts: dict[str, Any] = {
+            "base": memory.count(chain(denoiser.parameters(), denoiser.buffers())),
+            "adapter": memory.count(chain(adapter.parameters(), adapter.buffers())),
+        }
+        with memory:
+            parts["optimizer"] = optimizer_state(training, memory)
+            at_rest = memory.peak = memory.live
+            with kept_by_blocks(denoiser, memory) as blocks:
+                loss = training.loss()
+            parts["activations"] = memory.live - at_rest
+            training.optimization.backward(loss)
+            del loss
+            parts["gradients"] = sum(parameter.grad.nbytes for parameter in adapter.parameters())
+            training.optimization.step()
+    return parts | {"blocks": blocks, "peak": memory.peak}
+
+
+def norms_in_fp32(denoiser: nn.Module) -> None:
+    """As autocast has them on a GPU: on a CPU, where the model runs, it leaves them in half precision."""
+    for module in denoiser.modules():
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+            module.register_forward_pre_hook(lambda _, args: args[0].float())
+
+
+def optimizer_state(training: Training, memory: LiveBytes) -> int:
+    """Make it, as the first step does; its bytes."""
+    before = memory.live
+    for parameter in training.student.adapter.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    training.optimization.step()
+    return memory.live - before
+
+
+@contextmanager
+def kept_by_blocks(denoiser: nn.Module, memory: LiveBytes) -> Iterator[dict[str, int]]:
+    """Bytes that live after each block's forward pass and did not before, by the block's name."""
+    kept: dict[str, int] = {}
+    handles = []
+    for name, block in blocks_of(denoiser):
+
+        def enter(*_: Any, name: str = name) -> None:
+            kept[name] = -memory.live
+
+        def leave(*_: Any, name: str = name) -> None:
+            kept[name] += memory.live
+
+        handles += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
+    yield kept
+    for handle in handles:
+        handle.remove()
+
+
+def blocks_of(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The denoiser's own modules, with its lists of blocks opened."""
+    for name, module in denoiser.named_children():
+        if isinstance(module, nn.ModuleList):
+            yield from ((f"{name}.{i}", block) for i, block in enumerate(module))
+        else:
+            yield name, module
+
+
+def measured(setup: Setup) -> int:
+    """The most bytes that a few steps allocate on the GPU."""
+    gc.collect()
+    training = Training(setup, "cuda")
+    training.step()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(STEPS):
+        training.step()
+    return torch.cuda.max_memory_allocated()
+
+
+def row(setup: Setup) -> dict[str, Any]:
+    """With `peak`, which is measured where it can be, and its `goal`, None where there is none."""
+    goal = GOALS.get((setup.shape.config, setup.variant), {}).get(setup.quantization)
+    model = modelled(setup)
+    peak = measured(setup) if torch.cuda.is_available() else model["peak"]
+    return {"quantization": setup.quantization, "peak": peak, "goal": goal, "model": model}
+
+
+def main(config: str, variant: str = "cross_attention", *quantizations: str) -> None:
+    shape = next(shape for shape in [TINY, *SHAPES] if shape.config == config)
+    rows = [row(Setup(shape, variant, quantization)) for quantization in quantizations or QUANTIZATIONS]
+    told = {
+        "shape": shape.title,
+        "variant": variant,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none: the peak is the model's",
+        "rows": rows,
+    }
+    print(json.dumps(told, indent=2))
+    if any(row["goal"] is not None and row["peak"] > row["goal"] for row in rows):
+        sys.exit(f"{shape.title}, {variant}: the peak is above its goal")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
