@@ -12,6 +12,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -64,16 +65,22 @@ def jitter(images: Tensor) -> Tensor:
     return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def train_classifier(digits: Digits, recipe: Recipe) -> DigitClassifier:
+def train_classifier(digits: Digits, steps: int, batch_size: int) -> DigitClassifier:
     classifier = DigitClassifier().train()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, recipe.classifier_steps)
-    for _ in (bar := trange(recipe.classifier_steps, desc="classifier")):
-        images, labels = batch_of(digits, recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    for _ in (bar := trange(steps, desc="classifier")):
+        images, labels = batch_of(digits, batch_size)
         loss = functional.cross_entropy(classifier(jitter(images)), labels)
         step(optimizer, schedule, classifier, loss)
         bar.set_postfix(loss=float(loss.detach()))
     return classifier.eval()
+
+
+@torch.no_grad()
+def accuracy(classifier: DigitClassifier, digits: Digits) -> float:
+    """The share of the digits that a classifier tells right."""
+    return round(float((classifier(digits.images).argmax(1) == digits.labels).float().mean()), 4)
 
 
 def train_vae(digits: Digits, recipe: Recipe) -> tuple[AutoencoderKL, float]:
@@ -112,10 +119,15 @@ def step(optimizer: torch.optim.Optimizer, schedule: object, model: nn.Module, l
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, digits: Digits) -> Digits:
-    """The digits as latents `[n, 4, 8, 8]`; sets the VAE's scaling factor so that their deviation is 1."""
+    """The digits as latents `[n, 4, 8, 8]`, times the VAE's scaling factor."""
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in digits.images.split(500)])
-    vae.register_to_config(scaling_factor=float(1 / latents.std()))
     return Digits(latents * vae.config.scaling_factor, digits.labels)
+
+
+def set_scaling_factor(vae: AutoencoderKL, digits: Digits) -> None:
+    """Have the VAE scale its latents so that the deviation of these digits' is 1."""
+    vae.register_to_config(scaling_factor=1.0)
+    vae.register_to_config(scaling_factor=float(1 / encode(vae, digits).images.std()))
 
 
 def new_denoiser(recipe: Recipe) -> DiTTransformer2DModel:
@@ -137,15 +149,17 @@ def new_denoiser(recipe: Recipe) -> DiTTransformer2DModel:
     return denoiser.eval()  # in training mode every block drops labels on its own; the null class is drawn below
 
 
-def train_denoiser(latents: Digits, recipe: Recipe) -> tuple[DiTTransformer2DModel, dict[int, float]]:
-    denoiser = new_denoiser(recipe)
+def train_denoiser(
+    denoiser: DiTTransformer2DModel, latents: Digits, steps: int, batch_size: int, learning_rate: float
+) -> dict[int, float]:
+    """Fit the denoiser, in place, to predict the noise; its weights become their average. The loss every 500 steps."""
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
     average = EMAModel(denoiser.parameters(), decay=0.995)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.denoiser_steps)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
     smooth, losses = 1.0, {}
-    for i in (bar := trange(recipe.denoiser_steps, desc="denoiser")):
-        clean, labels = batch_of(latents, recipe.batch_size)
+    for i in (bar := trange(steps, desc="denoiser")):
+        clean, labels = batch_of(latents, batch_size)
         noise, timesteps = torch.randn_like(clean), torch.randint(1000, (len(clean),))
         labels = torch.where(torch.rand(len(clean)) < NULL_PROBABILITY, NULL_CLASS, labels)
         noisy = scheduler.add_noise(clean, noise, timesteps)
@@ -157,7 +171,7 @@ def train_denoiser(latents: Digits, recipe: Recipe) -> tuple[DiTTransformer2DMod
         if (i + 1) % 500 == 0:
             losses[i + 1] = round(smooth, 4)
     average.copy_to(denoiser.parameters())
-    return denoiser, losses
+    return losses
 
 
 @torch.no_grad()
@@ -185,6 +199,22 @@ def name_classes(model_index: Path) -> None:
     model_index.write_text(json.dumps(index | {"id2label": {str(i): str(i) for i in range(10)}}, indent=2) + "\n")
 
 
+def save_reference(folder: Path, classifier: DigitClassifier, pixels: Tensor, labels: Tensor) -> None:
+    """What images are judged by, as evaluation takes it with `reference=`."""
+    classifier.save_pretrained(folder / "classifier")
+    save_file({"pixels": pixels.contiguous(), "labels": labels.to(torch.uint8)}, folder / "reference.safetensors")
+
+
+def describe_run(recipe: Any, start: float) -> dict[str, Any]:
+    """What was chosen, and what the run took since `start` of the monotonic clock."""
+    return {
+        "recipe": {name: value for name, value in asdict(recipe).items() if name != "output_dir"},
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.monotonic() - start),
+    }
+
+
 def main() -> None:
     recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.from_cli()))
     assert isinstance(recipe, Recipe)
@@ -193,29 +223,23 @@ def main() -> None:
     (pixels, labels), (reference_pixels, reference_labels) = split(*load_pixels())
     train, reference = Digits(to_images(pixels), labels), Digits(to_images(reference_pixels), reference_labels)
 
-    classifier = train_classifier(train, recipe)
-    with torch.no_grad():
-        accuracy = float((classifier(reference.images).argmax(1) == reference.labels).float().mean())
-    print(f"classifier: {accuracy:.4f} of the reference images right")
+    classifier = train_classifier(train, recipe.classifier_steps, recipe.batch_size)
+    print(f"classifier: {accuracy(classifier, reference):.4f} of the reference images right")
     vae, vae_error = train_vae(train, recipe)
-    latents = encode(vae, train)
-    denoiser, losses = train_denoiser(latents, recipe)
+    set_scaling_factor(vae, train)
+    denoiser = new_denoiser(recipe)
+    losses = train_denoiser(
+        denoiser, encode(vae, train), recipe.denoiser_steps, recipe.batch_size, recipe.learning_rate
+    )
 
     pipe = DiTPipeline(transformer=denoiser, vae=vae, scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=True))
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(out / "mnist_dit")
     name_classes(out / "mnist_dit" / "model_index.json")
-    classifier.save_pretrained(out / "digits" / "classifier")
-    save_file(
-        {"pixels": reference_pixels.contiguous(), "labels": reference_labels.to(torch.uint8)},
-        out / "digits" / "reference.safetensors",
-    )
+    save_reference(out / "digits", classifier, reference_pixels, reference_labels)
     told = {
-        "recipe": {k: v for k, v in asdict(recipe).items() if k != "output_dir"},
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "seconds": round(time.monotonic() - start),
-        "classifier_accuracy": round(accuracy, 4),
+        **describe_run(recipe, start),
+        "classifier_accuracy": accuracy(classifier, reference),
         "vae_error": round(vae_error, 5),
         "denoiser_loss_at_step": losses,
         "denoiser_parameters": denoiser.num_parameters(),

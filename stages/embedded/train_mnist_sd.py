@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,7 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from stages.embedded.attributes import NUMERALS, SLANTS, STROKES, attributes, caption, read_caption
 from stages.embedded.classifier import DigitClassifier, Features
 from stages.embedded.digits import Digits, load_pixels, split, to_images
-from stages.embedded.train_mnist_dit import JUDGED_SCALES, NULL_PROBABILITY, encode, step
+from stages.embedded.train_mnist_dit import JUDGED_SCALES, NULL_PROBABILITY, describe_run, encode, step
 
 HERE = Path(__file__).parent
 PROMPT_LENGTH = 16
@@ -186,10 +186,7 @@ def main() -> None:
     classifier = DigitClassifier.from_pretrained(HERE / "digits" / "classifier").eval()
     prompts = captions_of(reference)[: recipe.judged_samples]
     told = {
-        "recipe": {key: value for key, value in asdict(recipe).items() if key != "output_dir"},
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "seconds": round(time.monotonic() - start),
+        **describe_run(recipe, start),
         "loss_at_step": losses,
         "unet_parameters": pipe.unet.num_parameters(),
         "text_encoder_parameters": pipe.text_encoder.num_parameters(),

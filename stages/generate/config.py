@@ -13,6 +13,7 @@ EXECUTION_KEYS = frozenset(
     {"output_dir", "num_workers", "batch_size", "ray_address", "num_cpus", "num_gpus", "device", "preview"}
 )
 DTYPES = ("float32", "float16", "bfloat16")
+TRAJECTORIES = ("guided", "diffusion")
 DISTRIBUTIONS = ("uniform", "log_uniform", "list")
 MOST = 2**31 - 1
 
@@ -49,6 +50,12 @@ class GenerateConfig:
     num_trajectories_per_condition: int = option(1, "guided sampling runs of each prompt or class", at_least=1)
     num_trajectories: int | None = option(
         None, "in place of that: how many in all, prompts or classes taking turns", at_least=1
+    )
+    trajectory: str = option(
+        "guided",
+        "what is recorded: the steps of a guided sampling run, or `diffusion`, its result noised to every timestep and "
+        "guided there, at twice the cost, to compare with",
+        one_of=TRAJECTORIES,
     )
     num_inference_steps: int = option(20, "denoising steps per trajectory", at_least=1)
     num_recorded_steps: int | None = option(

@@ -179,7 +179,8 @@ class Driver:
             raise UserError(f"no unit could be made in {MAX_ATTEMPTS} attempts: {reason}")
 
     def _check_same_config(self, info: dict[str, Any]) -> None:
-        old, new = flatten(info["config"]), flatten(defining(self.config))
+        known = flatten(defining(GenerateConfig()))  # an older version's dataset lacks the options that came later
+        old, new = known | flatten(info["config"]), flatten(defining(self.config))
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 raise UserError(

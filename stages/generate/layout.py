@@ -230,7 +230,7 @@ def _unlikeness(reference: Inputs, call: Inputs, chunk: int) -> float:
     """How far the inputs of a part of a call for two equal samples are from those of a pass without guidance."""
     compared = [name for name in reference if name in call and name != "timestep"]
     rows = slice(2 * chunk, 2 * chunk + 1)
-    return max((_distance(reference[name], call[name][rows]) for name in compared), default=float("inf"))
+    return max((distance(reference[name], call[name][rows]) for name in compared), default=float("inf"))
 
 
 def _has_entry_per_sample(value: Any, before: Any, rows: int, rows_before: int) -> bool:
@@ -240,7 +240,7 @@ def _has_entry_per_sample(value: Any, before: Any, rows: int, rows_before: int) 
     return len(value) == rows and len(before) == rows_before
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
+def distance(one: Tensor, other: Tensor) -> float:
     """How far a tensor is from another, relative to their size; infinite where their shapes differ."""
     if one.shape != other.shape:
         return float("inf")

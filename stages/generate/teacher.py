@@ -17,6 +17,7 @@ from stages.denoiser import denoiser_of, fingerprint
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.layout import find_layout, guidance_rule
+from stages.generate.noising import check_noising, noised, sampled
 from stages.generate.plan import PlannedTrajectory, Unit
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
@@ -38,7 +39,7 @@ class Teacher:
             example: a condition to try the pipeline out on; where it has a negative prompt, those are recorded too.
 
         Raises:
-            UserError: how the pipeline guides is not certain.
+            UserError: how the pipeline guides is not certain, or its latents cannot be noised where that is asked for.
         """
         self.config = config
         self.device = choose_device(config.device)
@@ -47,7 +48,10 @@ class Teacher:
         self.arguments = dict(config.teacher.call)
         self.arguments |= {k: v for k in ("height", "width") if (v := getattr(config.teacher, k)) is not None}
         check_arguments(self.pipe, self.arguments)
-        self.layout = find_layout(self.pipe, Request([example], [0], config.num_inference_steps, self.arguments))
+        request = Request([example], [0], config.num_inference_steps, self.arguments)
+        self.layout = find_layout(self.pipe, request)
+        if config.trajectory == "diffusion":
+            check_noising(self.pipe, self.layout, request)
         if not self.layout.scale_per_sample and config.batch_size > 1:
             raise UserError(
                 f"{type(self.pipe).__name__}: its guidance cannot hold several scales in one batch: record with batch_size=1"
@@ -89,6 +93,7 @@ class Teacher:
 
     def _record(self, batch: list[PlannedTrajectory], shift: float) -> Recording:
         scales = torch.tensor([planned.guidance_scale for planned in batch])
+        scale = PerSampleScale(scales) if self.layout.scale_per_sample else float(scales[0])
         steps = None if batch[0].steps is None else torch.tensor([planned.steps for planned in batch])
         request = Request(
             [planned.condition for planned in batch],
@@ -100,8 +105,13 @@ class Teacher:
             latents = stack.enter_context(undecoded(self.pipe))
             if self.config.shift_timesteps:
                 stack.enter_context(shifted_timesteps(self.pipe.scheduler, shift))
+            if self.config.trajectory == "diffusion":
+                with sampled(self.pipe, self.layout, len(batch)) as clean:
+                    sample(self.pipe, request, scale)
             recorder = stack.enter_context(record(self.pipe, self.layout, len(batch), steps))
-            sample(self.pipe, request, PerSampleScale(scales) if self.layout.scale_per_sample else float(scales[0]))
+            if self.config.trajectory == "diffusion":
+                stack.enter_context(noised(self.pipe, clean[0], request.seeds, recorder))
+            sample(self.pipe, request, scale)
         shown = [i for i, planned in enumerate(batch) if planned.index < self.config.preview]
         if shown:
             images = decode(self.pipe, latents[0][shown]).cpu()

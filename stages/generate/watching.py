@@ -27,8 +27,15 @@ class Call:
 
 
 @contextmanager
-def watched(pipe: Any, see_step: Callable[[list[Call], Tensor, Any], None]) -> Iterator[None]:
-    """Within it, `see_step` gets the denoiser's calls, the prediction and the timestep of every step that `pipe` makes."""
+def watched(
+    pipe: Any,
+    see_step: Callable[[list[Call], Tensor, Any], None],
+    see_latents: Callable[[Tensor], None] = lambda latents: None,
+) -> Iterator[None]:
+    """Within it, `see_step` gets the denoiser's calls, the prediction and the timestep of every step that `pipe` makes.
+
+    `see_latents` gets the latents that the scheduler made of them.
+    """
     _, denoiser = denoiser_of(pipe)
     name, scheduler, step = latent_name(denoiser), pipe.scheduler, pipe.scheduler.step
     signature = inspect.signature(type(scheduler).step)
@@ -50,7 +57,9 @@ def watched(pipe: Any, see_step: Callable[[list[Call], Tensor, Any], None]) -> I
         handed = signature.bind(scheduler, *args, **kwargs).arguments
         see_step(list(calls), handed["model_output"], handed["timestep"])
         calls.clear()
-        return step(*args, **kwargs)
+        result = step(*args, **kwargs)
+        see_latents(result[0])
+        return result
 
     handles = [
         denoiser.register_forward_pre_hook(see_inputs, with_kwargs=True),

@@ -17,7 +17,7 @@ PER_RECORD = ("latent", "timestep", "target", "guidance_cosine", "guidance_delta
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The records of one guided sampling run, or of a part of one.
+    """The records of one sampling run, or of a part of one.
 
     Attributes:
         index: place in the plan.

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from stages.embedded.digits import TRAIN_PER_CLASS, split, to_images
+from stages.embedded.digits import TRAIN_PER_CLASS, split, thicken, to_images
 
 
 def test_no_image_is_on_both_sides_and_the_first_of_each_class_train() -> None:
@@ -21,3 +21,14 @@ def test_bytes_become_images_in_the_range_of_a_vae() -> None:
     assert images.shape == (2, 1, 32, 32)
     assert (float(images.min()), float(images.max())) == (-1, 1)
     assert bool((images[:, :, 2:30, 2:30] == 1).all())
+
+
+def test_thickened_strokes_are_a_pixel_wider_on_every_side() -> None:
+    pixels = torch.zeros(1, 6, 6, dtype=torch.uint8)
+    pixels[0, 1, 1], pixels[0, 4, 3] = 200, 100
+    expected = torch.zeros(6, 6, dtype=torch.uint8)
+    expected[3:6, 2:5] = 100
+    expected[0:3, 0:3] = 200
+    bold = thicken(pixels)
+    assert bold.dtype == torch.uint8
+    assert torch.equal(bold[0], expected)

@@ -12,7 +12,7 @@ from stages.errors import StorageError, UserError
 from stages.generate.config import GenerateConfig
 from stages.generate.driver import Driver, Failed, Loaded, Made
 from stages.generate.in_process import InProcessFleet
-from stages.records.dataset import Dataset, read_commits
+from stages.records.dataset import Dataset, read_commits, read_info, write_info
 from stages.records.verification import verify
 from tests.conftest import generate, generate_config
 
@@ -127,6 +127,7 @@ def test_preemption_is_no_attempt(tiny_teacher: Path, tmp_path: Path) -> None:
         ({"guidance_scale": [1.0, 5.0]}, r"guidance_scale=\[1.0, 6.0\], not \[1.0, 5.0\]"),
         ({"num_trajectories": 13}, "num_trajectories=12, not 13"),
         ({"storage_dtype": "float32"}, "storage_dtype=float16, not float32"),
+        ({"trajectory": "diffusion"}, "trajectory=guided, not diffusion"),
     ],
 )
 def test_a_folder_of_another_configuration_is_refused_and_kept(
@@ -135,6 +136,28 @@ def test_a_folder_of_another_configuration_is_refused_and_kept(
     with pytest.raises(UserError, match=told):
         Driver(generate_config(tiny_teacher, shared_dataset, **changes))
     assert verify(shared_dataset)["ok"]
+
+
+def test_a_dataset_older_than_an_option_has_its_default(damaged: Path, tiny_teacher: Path) -> None:
+    info = read_info(damaged)
+    assert info is not None
+    del info["config"]["trajectory"]
+    write_info(damaged, info)
+    assert Driver(generate_config(tiny_teacher, damaged)).finished
+    with pytest.raises(UserError, match="trajectory=guided, not diffusion"):
+        Driver(generate_config(tiny_teacher, damaged, trajectory="diffusion"))
+
+
+def test_diffusion_trajectories_make_a_whole_dataset_that_tells_them(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = generate_config(tiny_teacher, tmp_path / "one", trajectory="diffusion")
+    with pytest.raises(KeyboardInterrupt):
+        Driver(config).run(Faulty(config, {}, die_after=2))
+    Driver(config).run(InProcessFleet(config))
+    assert verify(tmp_path / "one")["ok"]
+    assert Dataset(tmp_path / "one").info["config"]["trajectory"] == "diffusion"
+    assert_same_records(
+        tmp_path / "one", generate(generate_config(tiny_teacher, tmp_path / "other", trajectory="diffusion"))
+    )
 
 
 def test_commits_without_a_description_are_refused(damaged: Path, tiny_teacher: Path) -> None:

@@ -107,6 +107,7 @@ def test_random_steps_are_drawn_for_each_trajectory(tiny_teacher: Path) -> None:
         ({"class_labels": None}, "class_labels=None: give `all`"),
         ({"class_labels": 5}, "class_labels=5: give `all`"),
         ({"num_inference_steps": 1001}, "num_inference_steps=1001: at most 1000"),
+        ({"trajectory": "forward"}, "trajectory=forward: one of guided, diffusion"),
         ({"storage_dtype": "int8"}, "storage_dtype=int8: one of float32, float16, bfloat16"),
         ({"num_cpus": float("inf")}, "num_cpus=inf: at most 4096"),
         ({"class_labels": "missing.txt"}, "missing.txt: no readable file"),

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from stages.errors import UserError
+from stages.generate.config import TRAJECTORIES
+from stages.generate.noising import noise_of
 from stages.generate.plan import Plan
 from stages.generate.teacher import Teacher, dtype_named, new_guider
+from stages.sampling import Request, sample, undecoded
 from tests.conftest import generate_config
 from tests.families import PROMPTS, save
 
@@ -42,20 +45,58 @@ def test_the_effect_of_guidance_is_told_before_records_are_rounded(tiny_teacher:
         assert not torch.equal(rounded.target.float(), exact.target)
 
 
-def test_the_batch_size_changes_nothing_but_rounding(tiny_teacher: Path) -> None:
-    together, plan = teacher(tiny_teacher, storage_dtype="float32")
-    apart, _ = teacher(tiny_teacher, storage_dtype="float32", batch_size=2)
+@pytest.mark.parametrize("trajectory", TRAJECTORIES)
+def test_the_batch_size_changes_nothing_but_rounding(tiny_teacher: Path, trajectory: str) -> None:
+    together, plan = teacher(tiny_teacher, trajectory=trajectory, storage_dtype="float32")
+    apart, _ = teacher(tiny_teacher, trajectory=trajectory, storage_dtype="float32", batch_size=2)
     for one, other in zip(together.run(plan.unit(0)), apart.run(plan.unit(0)), strict=True):
+        torch.testing.assert_close(one.latent, other.latent, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(one.target, other.target, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(one.guidance_cosine, other.guidance_cosine, atol=1e-5, rtol=0)
         torch.testing.assert_close(one.guidance_delta, other.guidance_delta, atol=1e-9, rtol=1e-3)
         assert torch.equal(one.timestep, other.timestep)
 
 
-def test_a_unit_made_twice_leaves_the_same_bytes(tiny_teacher: Path) -> None:
-    (one, plan), (other, _) = teacher(tiny_teacher), teacher(tiny_teacher)
+@pytest.mark.parametrize("trajectory", TRAJECTORIES)
+def test_a_unit_made_twice_leaves_the_same_bytes(tiny_teacher: Path, trajectory: str) -> None:
+    (one, plan), (other, _) = (teacher(tiny_teacher, trajectory=trajectory) for _ in range(2))
     first, second = ([t.to_members() for t in made.run(plan.unit(0))] for made in (one, other))
     assert first == second
+
+
+def test_diffusion_trajectories_hold_the_same_steps_of_other_latents(tiny_teacher: Path) -> None:
+    (guided, plan), (diffusion, _) = (
+        teacher(tiny_teacher, preview=3),
+        teacher(tiny_teacher, preview=3, trajectory="diffusion"),
+    )
+    for one, other in zip(guided.run(plan.unit(0)), diffusion.run(plan.unit(0)), strict=True):
+        assert (one.index, one.seed, one.guidance_scale) == (other.index, other.seed, other.guidance_scale)
+        assert torch.equal(one.timestep, other.timestep)
+        assert one.latent.shape == other.latent.shape
+        assert not any(torch.allclose(x, y, atol=0.1) for x, y in zip(one.latent, other.latent, strict=True))
+    assert guided.previews.keys() == diffusion.previews.keys() == {0, 1, 2}
+    assert all(torch.equal(guided.previews[i], diffusion.previews[i]) for i in range(3))
+
+
+def test_diffusion_trajectories_are_noised_from_the_samples_of_the_guided_run(tiny_teacher: Path) -> None:
+    made, plan = teacher(tiny_teacher, trajectory="diffusion", storage_dtype="float32", shift_timesteps=False)
+    unit = plan.unit(0)
+    alphas = made.pipe.scheduler.alphas_cumprod
+    for planned, found in zip(unit.trajectories, made.run(unit), strict=True):
+        with undecoded(made.pipe) as latents:
+            sample(made.pipe, Request([planned.condition], [planned.seed], 4, {}), planned.guidance_scale)
+        clean = latents[0][0] * made.pipe.vae.config.scaling_factor
+        for step, (latent, timestep) in enumerate(zip(found.latent, found.timestep, strict=True)):
+            noise = noise_of([planned.seed], step, clean[None])[0]
+            expected = alphas[timestep] ** 0.5 * clean + (1 - alphas[timestep]) ** 0.5 * noise
+            torch.testing.assert_close(latent, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_teacher_whose_scheduler_cannot_noise_is_refused_at_load(tiny_teacher: Path) -> None:
+    config = generate_config(tiny_teacher, Path("nowhere"), trajectory="diffusion")
+    config.teacher = replace(config.teacher, scheduler="IPNDMScheduler")
+    with pytest.raises(UserError, match="IPNDMScheduler: adds no noise"):
+        Teacher(config, {"class_label": 1})
 
 
 def test_units_lie_on_shifted_grids(tiny_teacher: Path) -> None:
@@ -159,8 +200,10 @@ def test_what_is_stored_is_chosen_apart_from_what_is_computed(tiny_teacher: Path
     assert trajectory.latent.dtype == trajectory.target.dtype == torch.float32
 
 
-def test_only_the_steps_that_are_planned_are_recorded(tiny_teacher: Path) -> None:
-    made, plan = teacher(tiny_teacher, num_inference_steps=10, num_recorded_steps=3, shift_timesteps=False)
+@pytest.mark.parametrize("trajectory", TRAJECTORIES)
+def test_only_the_steps_that_are_planned_are_recorded(tiny_teacher: Path, trajectory: str) -> None:
+    recorded = {"num_inference_steps": 10, "num_recorded_steps": 3}
+    made, plan = teacher(tiny_teacher, trajectory=trajectory, shift_timesteps=False, **recorded)
     made.pipe.scheduler.set_timesteps(10)
     grid = made.pipe.scheduler.timesteps
     for t, planned in zip(made.run(plan.unit(0)), plan.unit(0).trajectories, strict=True):

@@ -24,17 +24,18 @@ class Doubling(nn.Module):
 def test_a_call_is_seen_as_it_was_whatever_is_done_to_it_afterwards(return_dict: bool) -> None:
     pipe = SimpleNamespace(unet=Doubling(), scheduler=DDIMScheduler())
     pipe.scheduler.set_timesteps(2)
-    latent, steps = torch.ones(2, 1, 2, 2), []
+    latent, steps, after = torch.ones(2, 1, 2, 2), [], []
 
     def see(calls: list[Call], prediction: Tensor, timestep: int) -> None:
         steps.append((calls, prediction, timestep))
 
-    with watched(pipe, see):
+    with watched(pipe, see, after.append):
         for timestep in pipe.scheduler.timesteps:
             first = pipe.unet(latent, timestep, {"shift": torch.tensor(1.0)}, return_dict=return_dict)[0]
             second = pipe.unet(latent, timestep, {"shift": torch.tensor(2.0)}, return_dict=return_dict)[0]
             guided = second.mul_(3).sub_(2 * first)
-            pipe.scheduler.step(guided, timestep, latent)
+            made = pipe.scheduler.step(guided, timestep, latent, return_dict=return_dict)
+            assert torch.equal(after[-1], made[0])
     assert [timestep for _, _, timestep in steps] == pipe.scheduler.timesteps.tolist()
     for calls, prediction, _ in steps:
         assert [float(call.inputs["extras.shift"]) for call in calls] == [1, 2]
