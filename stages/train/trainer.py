@@ -173,7 +173,8 @@ class Trainer:
             "peak_memory_bytes": peak_memory(self.device),
         }
         told = ("steps", "validation_loss", "validation_loss_unguided")
-        self.adapter.about["training"] = self.dataset.info["counts"] | {key: summary[key] for key in told}
+        kind = {"kind": self.dataset.info["config"].get("trajectory", "guided")}
+        self.adapter.about["training"] = self.dataset.info["counts"] | kind | {key: summary[key] for key in told}
         if self.processes.is_main_process:
             with self.optimization.averaged():
                 self.adapter.save_pretrained(self.root)

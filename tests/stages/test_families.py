@@ -19,9 +19,9 @@ from stages.generate.watching import Call, watched
 from stages.records.dataset import Dataset
 from stages.records.verification import verify
 from stages.sampling import CALL_DEFAULTS, Request, sample, undecoded
-from stages.train.stream import load
 from stages.train.student import Student, load_base
 from stages.train.trainer import Trainer
+from stages.train.window import load
 from tests.conftest import generate, generate_config, small_adapter, train_config
 from tests.families import ARGUMENTS, FAMILIES, PROMPTS, save
 
