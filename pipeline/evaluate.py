@@ -1,46 +1,61 @@
-"""Adapter against CFG and no guidance -> table, plots, report.
+"""Adapters against CFG, CFG on the first steps alone, and no guidance -> table, plots, report.
 
 python -m pipeline.evaluate adapter_dir=runs/mnist_dit guidance_scale=[1.5,2,3]
+python -m pipeline.evaluate adapter_dir=[runs/lora,runs/offset] output_dir=runs/compared
+python -m pipeline.evaluate suite=configs/evaluate/claims.yaml output_dir=runs/claims
+
+The same command again goes on where an interrupted one stopped. Several GPUs share the work through Ray. With `suite=` it makes a whole
+study: datasets, adapters, evaluations, and the claims that they bear out or not; then only output_dir and jobs can be given beside it.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 from pipeline.command import run, to_yaml
+from pipeline.evaluation_fleet import over_ray
+from pipeline.multirun import has_several_gpus
+from pipeline.study import StudyConfig
+from pipeline.study import main as study
+from stages.adapters import GuidanceAdapter
 from stages.adapters.folder import describe
-from stages.denoiser import denoiser_of, fingerprint
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluation import Evaluation
+from stages.evaluate.evaluation import Evaluation, in_process
 from stages.evaluate.report import table, write_report
 from stages.records.storage import whole_file, write_json
 
 
 def main(config: EvaluateConfig) -> None:
+    evaluation = evaluate(config)
+    print(table(evaluation.rows))
+    print(f"report: {evaluation.folder / 'report.html'}")
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Evaluate, and write all that a person or a program reads of it into the evaluation's folder."""
     evaluation = Evaluation(config)
-    rows = evaluation.run()
-    folder = Path(config.output_dir or Path(config.adapter_dir) / "evaluation")
-    adapter, (_, denoiser) = evaluation.adapter, denoiser_of(evaluation.pipe)
-    parameters = sum(p.numel() for p in adapter.parameters())
-    about = {
-        "base": config.pretrained_model_name_or_path or adapter.about["base"]["pretrained_model_name_or_path"],
-        "variant": adapter.variant,
-        "parameters": parameters,
-        "share": parameters / sum(p.numel() for p in denoiser.parameters()),
-        "adapter_fingerprint": fingerprint(adapter),
-        "num_samples": config.num_samples,
-        "num_inference_steps": config.num_inference_steps,
-    }
-    with whole_file(folder / "config.yaml") as file:
+    shared = has_several_gpus() and config.device in ("auto", "cuda")
+    rows = evaluation.run(over_ray if shared else in_process)
+    with whole_file(evaluation.folder / "config.yaml") as file:
         file.write(to_yaml(config).encode())
-    write_json(folder / "evaluation.json", {**about, "rows": rows})
-    report = write_report(folder, rows, evaluation.shown, about)
-    if config.output_dir is None and Path(config.adapter_dir).is_dir():
-        adapter.about["evaluation"] = rows
-        describe(adapter, Path(config.adapter_dir))
-    print(table(rows))
-    print(f"report: {report}")
+    write_json(evaluation.folder / "evaluation.json", {**evaluation.about, "rows": rows})
+    write_report(evaluation.folder, rows, evaluation.shown, evaluation.about)
+    if config.output_dir is None and "frechet_distance" in rows[0]:
+        tell_in_card(Path(config.adapter_dir), rows)
+    return evaluation
+
+
+def tell_in_card(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Tell the rows in the model card of an adapter's folder, its curves apart."""
+    if folder.is_dir():
+        adapter = GuidanceAdapter.from_pretrained(folder)
+        adapter.about["evaluation"] = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]
+        describe(adapter, folder)
 
 
 if __name__ == "__main__":
+    if any(word.startswith("suite=") for word in sys.argv):
+        run(StudyConfig, study, __doc__)
     run(EvaluateConfig, main, __doc__)

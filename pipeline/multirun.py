@@ -8,12 +8,9 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Generator
 from contextlib import closing
@@ -22,6 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from pipeline.child import run_child
 from pipeline.command import MULTIRUN, UsageError, files_and_words, parse
 from stages.config import check_bounds
 from stages.errors import UserError
@@ -129,26 +127,9 @@ def new_run(root: Path, words: list[str], compared: list[str]) -> Run:
 
 
 def train(run: Run, here: Path) -> Outcome:
-    """Train in a process of its own, which works in the folder `here` and ends when this call is interrupted."""
-    log = here / f"{run.folder}.log"
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.train", *run.words],
-            cwd=here,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},  # so that the last line of the log is what was said last
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            status = process.wait(math.inf)  # with a limit it wakes up now and then, and notices that Ray cancels it
-        finally:
-            process.terminate()
-            process.wait()
-    line = log.read_text(errors="replace").rstrip().rpartition("\n")[2]
-    if status < 0:
-        line = f"ended by signal {-status} after: {line}"
-    return Outcome(run, status == 0, line.removeprefix("error: ").removeprefix(f"{run.folder}: "))
+    """Train in a process of its own, which works in the folder `here`."""
+    ended = run_child("train", run.words, here / f"{run.folder}.log", here)
+    return Outcome(run, ended.done, ended.line.removeprefix(f"{run.folder}: "))
 
 
 def one_by_one(runs: list[Run]) -> Generator[Outcome]:

@@ -59,6 +59,18 @@ def load_pipeline(
     return pipe.to(device)
 
 
+def use_scheduler(pipe: Any, name: str, key: str) -> None:
+    """Put a scheduler of diffusers in place of a pipeline's own, with its configuration.
+
+    Args:
+        name: of the class; key: of the option that names it.
+    """
+    kind = diffusers_class(name, key)
+    if not hasattr(kind, "set_timesteps"):
+        raise UserError(f"{key}={name}: no scheduler")
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+
+
 def quieten() -> None:
     """Keep what libraries say while they load from users: of loading, this project's own errors tell."""
     diffusers.utils.logging.disable_progress_bar()

@@ -51,7 +51,7 @@ def model_card(adapter: GuidanceAdapter) -> str:
     if "training" in about:
         training = about["training"]
         facts |= {
-            "trained on": f"{training['records']:,} records of {training['trajectories']:,} {training['kind']} trajectories",
+            "trained on": f"{training['records']:,} records of {training['trajectories']:,} {training.get('kind', 'guided')} trajectories",
             "steps": f"{training['steps']:,}",
             "validation loss": f"{training['validation_loss']:.5f} (the base without guidance: "
             f"{training['validation_loss_unguided']:.5f})",

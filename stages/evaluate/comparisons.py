@@ -4,47 +4,67 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
 from stages.base import load_pipeline
-from stages.denoiser import bind_inputs, denoiser_of
+from stages.denoiser import denoiser_of
 from stages.errors import UserError
+from stages.evaluate.first_steps import guided_first
+from stages.evaluate.watching import Step, counted, stepped
 from stages.sampling import Condition, Request, sample, takes_class_labels, undecoded
 
 NONE, CFG, ONE_PASS = "none", "cfg", "one_pass"
+CFG_FIRST_50, CFG_FIRST_60 = "cfg_first_50", "cfg_first_60"
+FIRST_PERCENT = {CFG_FIRST_50: 50, CFG_FIRST_60: 60}
+COMPARED = (ONE_PASS, *FIRST_PERCENT)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A method at a guidance scale; `none` is always at 1."""
+    """A method at a guidance scale; `none` is always at 1. `adapter` names whose one pass it is."""
 
     method: str
     guidance_scale: float
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Final latents `[n, c, h, w]` as the VAE is handed them, and what they cost; decoding is not counted."""
+    """Final latents `[n, c, h, w]` as the VAE is handed them, and what they cost; decoding is not counted.
+
+    Attributes:
+        steps: every step on the way, the latents as the scheduler was handed them.
+    """
 
     latents: Tensor
     denoiser_evaluations: int
     seconds: float
+    steps: list[Step]
 
 
-def settings(scales: list[float]) -> list[Setting]:
-    """No guidance once, then both ways of guiding at every scale."""
+def settings(
+    scales: Sequence[float], methods: Sequence[str] = (ONE_PASS,), adapters: Sequence[str | None] = (None,)
+) -> list[Setting]:
+    """No guidance once, then at every scale CFG and what is compared with it, one pass by every adapter."""
     if not scales or not all(1 < scale < float("inf") for scale in scales):
         raise UserError(
             f"guidance_scale={list(scales)}: name scales above 1; 1 is no guidance, which is always compared"
         )
-    return [Setting(NONE, 1.0), *(Setting(method, scale) for scale in scales for method in (CFG, ONE_PASS))]
+    if unknown := [method for method in methods if method not in COMPARED]:
+        raise UserError(f"methods={unknown[0]}: some of {', '.join(COMPARED)}; none and cfg are always compared")
+    found = [Setting(NONE, 1.0)]
+    for scale in scales:
+        found.append(Setting(CFG, scale))
+        for method in methods:
+            found += [Setting(method, scale, name) for name in (adapters if method == ONE_PASS else (None,))]
+    return list(dict.fromkeys(found))
 
 
 def load_pair(adapter_dir: str, name_or_path: str | None, device: str) -> tuple[Any, GuidanceAdapter]:
@@ -53,13 +73,18 @@ def load_pair(adapter_dir: str, name_or_path: str | None, device: str) -> tuple[
     base = adapter.about["base"]
     source = {} if name_or_path else {key: base[key] for key in ("revision", "variant")}
     pipe = load_pipeline(name_or_path or base["pretrained_model_name_or_path"], device=device, **source)
-    adapter.attach(pipe)  # a base that does not fit is refused here, before anything is sampled
+    return pipe, fitted(adapter, pipe)
+
+
+def fitted(adapter: GuidanceAdapter, pipe: Any) -> GuidanceAdapter:
+    """The adapter on the pipeline's device; a base that does not fit is refused here, before anything is sampled."""
+    adapter.attach(pipe)
     adapter.detach()
-    return pipe, adapter.to(device)
+    return adapter.to(pipe.device)
 
 
 def arguments_of(pipe: Any, adapter: GuidanceAdapter) -> dict[str, Any]:
-    """What the adapter's teacher was told besides, as far as this pipeline takes it: another rule's settings are left out."""
+    """What the adapter's teacher was told besides, as far as this pipeline takes it: not another rule's settings."""
     known = inspect.signature(type(pipe).__call__).parameters
     return {name: value for name, value in adapter.about["arguments"].items() if name in known}
 
@@ -70,7 +95,7 @@ def conditions_of(
     """What to sample: the prompts that are given, or the classes; by default all that the adapter was trained on.
 
     Raises:
-        UserError: prompts for a pipeline that takes classes, or the other way round, or a class that was not trained on.
+        UserError: prompts for a pipeline that takes classes, or the other way round, or a class not trained on.
     """
     kind = type(pipe)
     if not takes_class_labels(kind):
@@ -89,37 +114,39 @@ def conditions_of(
 
 def sample_setting(pipe: Any, adapter: GuidanceAdapter, setting: Setting, request: Request) -> Samples:
     """Sample one image per condition, its noise from its own seed, in the way that a setting says."""
-    with undecoded(pipe) as latents, counted(denoiser_of(pipe)[1]) as count:
-        if setting.method == ONE_PASS:
-            adapter.attach(pipe)
+    n = len(request.seeds)
+    with (
+        undecoded(pipe) as latents,
+        counted(denoiser_of(pipe)[1]) as count,
+        stepped(pipe, n) as steps,
+        guiding(pipe, adapter, setting, steps, n),
+    ):
+        synchronize(pipe)
+        start = time.perf_counter()
+        sample(pipe, request, setting.guidance_scale)
+        synchronize(pipe)
+        seconds = time.perf_counter() - start
+    return Samples(latents[0], count[0], seconds, steps)
+
+
+@contextmanager
+def guiding(pipe: Any, adapter: GuidanceAdapter, setting: Setting, steps: list[Step], n: int) -> Iterator[None]:
+    """Within it, a call of the pipeline at the setting's scale is guided by the setting's method."""
+    if setting.method == ONE_PASS:
+        adapter.attach(pipe)
         try:
-            synchronize(pipe)
-            start = time.perf_counter()
-            sample(pipe, request, setting.guidance_scale)
-            synchronize(pipe)
-            seconds = time.perf_counter() - start
+            yield
         finally:
-            if setting.method == ONE_PASS:
-                adapter.detach()
-    return Samples(latents[0], count[0], seconds)
+            adapter.detach()
+    elif setting.method in FIRST_PERCENT:
+        place = adapter.about.get("unconditional")
+        with guided_first(pipe, place, FIRST_PERCENT[setting.method], steps, n):
+            yield
+    else:
+        yield
 
 
 def synchronize(pipe: Any) -> None:
     """Wait for the GPU, so that a clock read afterwards has seen all of its work."""
     if pipe.device.type == "cuda":
         torch.cuda.synchronize()
-
-
-@contextmanager
-def counted(denoiser: nn.Module) -> Iterator[list[int]]:
-    """Within it, the first item counts the denoiser's evaluations: one for each sample of each batch it is given."""
-    count = [0]
-
-    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        count[0] += len(next(iter(bind_inputs(module, args, kwargs).values())))
-
-    handle = denoiser.register_forward_pre_hook(add, with_kwargs=True)
-    try:
-        yield count
-    finally:
-        handle.remove()

@@ -1,118 +1,203 @@
-"""One evaluation: sample every setting batch by batch, and keep only sums."""
+"""One evaluation: parts are made, here or elsewhere, and the rows are told from what the parts hold."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
+import yaml
 from torch import Tensor
 
+from stages.adapters import GuidanceAdapter
 from stages.base import choose_device
 from stages.config import check_bounds
+from stages.denoiser import fingerprint
 from stages.errors import UserError
-from stages.evaluate.comparisons import (
-    CFG,
-    NONE,
-    ONE_PASS,
-    Setting,
-    arguments_of,
-    conditions_of,
-    load_pair,
-    sample_setting,
-    settings,
-)
+from stages.evaluate.comparisons import CFG, NONE, Setting, settings
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.metrics import Reference
+from stages.evaluate.metrics import summary
+from stages.evaluate.parts import Parts, Result
+from stages.evaluate.reference import Reference
+from stages.evaluate.worker import ERROR, Facts, Worker, number_of_parts
 from stages.progress import progress
-from stages.prompts import read_prompts
-from stages.sampling import Condition, Request, decode, takes_class_labels
+from stages.records.storage import whole_file
 
-SHOWN = 10
+Begin = Callable[[Facts], list[int]]
+Makers = Callable[["Evaluation", Begin], Iterator[int]]
+
+
+def in_process(evaluation: Evaluation, begin: Begin) -> Iterator[int]:
+    """Make the parts that are missing in this process; the number of images of each as it is made."""
+    worker = evaluation.new_worker()
+    for part in begin(worker.load()):
+        yield worker.make(part)
 
 
 class Evaluation:
-    """Compare one pass with two passes and with none.
+    """Compare one pass, by one adapter or several, with two passes and with none.
 
     Attributes:
-        errors: squared distance of the final latents from those of CFG at the same scale: of one pass, and, kept under the
-            setting of CFG, of no guidance: the gap that one pass is to close.
+        folder: where everything is written.
+        adapters: the adapters' folders by name: the folder's own, or where two are alike the path.
+        settings: what is compared, in the order of the rows.
         rows: one per setting, as `evaluation.json` holds them, once `run` has ended.
-        shown: the first images of each setting `[10, c, h, w]` in [-1, 1], from the same noise.
+        about: what `evaluation.json` tells besides.
+        shown: the first images of each setting, bytes `[10, c, h, w]`, from the same noise.
+
+    Raises:
+        UserError: something in the configuration cannot be.
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
         check_bounds(config)
         self.config = config
-        self.settings = settings(config.guidance_scale)
-        device = choose_device(config.device)
-        self.reference = Reference(config.reference, device)
-        self.pipe, self.adapter = load_pair(config.adapter_dir, config.pretrained_model_name_or_path, device)
-        self.arguments = arguments_of(self.pipe, self.adapter)
-        self.conditions = self._read_conditions()
-        self.measures = {setting: self.reference.measure() for setting in self.settings}
-        self.evaluations: Counter[Setting] = Counter()
-        self.seconds: dict[Setting, float] = dict.fromkeys(self.settings, 0.0)
-        self.errors: dict[Setting, float] = dict.fromkeys(self.settings, 0.0)
-        self.shown: dict[Setting, Tensor] = {}
+        self.adapters = named(config.adapter_dir)
+        if config.output_dir is None and len(self.adapters) > 1:
+            raise UserError("output_dir: not given: with several adapters say where the evaluation goes")
+        folder = next(iter(self.adapters.values()))
+        self.folder = Path(config.output_dir or Path(folder) / "evaluation")
+        self.settings = settings(config.guidance_scale, config.methods, list(self.adapters))
+        self.reference: Reference | None = None
+        if config.reference is not None:
+            device = choose_device(config.device)
+            self.reference = Reference(config.reference, device, config.features, config.inception_weights)
         self.rows: list[dict[str, Any]] = []
+        self.about: dict[str, Any] = {}
+        self.shown: dict[Setting, Tensor] = {}
 
-    def _read_conditions(self) -> list[Condition]:
-        """Classes, or prompts that tell the class that their image is of, so that it can be judged."""
-        if self.config.prompts is None or takes_class_labels(type(self.pipe)):
-            return conditions_of(self.pipe, self.adapter, None, [self.config.prompts] if self.config.prompts else [])
-        prompts = read_prompts(self.config.prompts)
-        if not all("class_label" in prompt for prompt in prompts):
-            raise UserError(f"prompts={self.config.prompts}: a column class_label must tell what each image is of")
-        return prompts
+    def new_worker(self) -> Worker:
+        return Worker(self.config, self.adapters, self.folder)
 
-    def run(self) -> list[dict[str, Any]]:
-        total = self.config.num_samples
-        self._sample(range(min(total, 2)))  # a first call is slower than the rest: it is not timed
-        with progress(total * len(self.settings), "evaluate", "images") as bar:
-            for start in range(0, total, self.config.batch_size):
-                indices = range(start, min(start + self.config.batch_size, total))
-                self._add(indices, self._sample(indices, bar))
-        self.rows = [self._row(setting) for setting in self.settings]
+    def run(self, makers: Makers = in_process) -> list[dict[str, Any]]:
+        """Make the parts that an earlier run of the same evaluation has not made, and tell the rows of all."""
+        if self.reference is not None:  # first, so that a file that is no image is told before hours of sampling
+            remember_features(self.reference, self.folder / "reference_features.safetensors")
+        with progress(self.config.num_samples, "evaluate", "images") as bar:
+
+            def begin(facts: Facts) -> list[int]:
+                self.parts = Parts(self.folder, facts.identity, number_of_parts(self.config))
+                self.about = self._about(facts)
+                missing = self.parts.missing()
+                bar.update(self.config.num_samples - sum(self._size(part) for part in missing))
+                return missing
+
+            for images in makers(self, begin):
+                bar.update(images)
+        self.rows = self._rows()
         return self.rows
 
-    def _of(self, indices: range) -> list[Condition]:
-        return [self.conditions[i % len(self.conditions)] for i in indices]
+    def _size(self, part: int) -> int:
+        return min(self.config.batch_size, self.config.num_samples - part * self.config.batch_size)
 
-    def _sample(self, indices: range, bar: Any = None) -> dict[Setting, Any]:
-        """Every setting on the same batch, one right after the other, so that their times compare."""
-        seeds = [(self.config.seed << 32) + i for i in indices]
-        request = Request(self._of(indices), seeds, self.config.num_inference_steps, self.arguments)
-        samples = {}
-        for setting in self.settings:
-            samples[setting] = sample_setting(self.pipe, self.adapter, setting, request)
-            if bar is not None:
-                bar.update(len(indices))
-        return samples
-
-    def _add(self, indices: range, samples: dict[Setting, Any]) -> None:
-        plain = samples[Setting(NONE, 1.0)].latents
-        for setting, result in samples.items():
-            if setting.method != NONE:
-                guided = samples[Setting(CFG, setting.guidance_scale)].latents
-                compared = plain if setting.method == CFG else result.latents
-                self.errors[setting] += float((compared - guided).double().square().sum())
-            self.evaluations[setting] += result.denoiser_evaluations
-            self.seconds[setting] += result.seconds
-            images = decode(self.pipe, result.latents)
-            self.measures[setting].update(images, self._of(indices))
-            self.shown.setdefault(setting, images[:SHOWN].cpu())
-
-    def _row(self, setting: Setting) -> dict[str, Any]:
-        total, guided = self.config.num_samples, Setting(CFG, setting.guidance_scale)
-        gap = {NONE: 0.0, CFG: 1.0}.get(setting.method)
-        if setting.method == ONE_PASS:
-            gap = 1 - self.errors[setting] / self.errors[guided]
+    def _about(self, facts: Facts) -> dict[str, Any]:
+        described = [describe(name, folder, facts.parameters) for name, folder in self.adapters.items()]
+        bases = [adapter.pop("base") for adapter in described]
+        config, alone = self.config, described[0] if len(described) == 1 else {}
         return {
-            "method": setting.method,
-            "guidance_scale": setting.guidance_scale,
-            **self.measures[setting].compute(),
-            "gap_closed": gap,
-            "denoiser_evaluations": self.evaluations[setting] / total,
-            "seconds_per_image": self.seconds[setting] / total,
-            "time_relative_to_none": self.seconds[setting] / self.seconds[Setting(NONE, 1.0)],
+            "base": config.pretrained_model_name_or_path or bases[0],
+            **alone,
+            "num_samples": config.num_samples,
+            "num_inference_steps": config.num_inference_steps,
+            "device": facts.device,
+            "adapters": described,
         }
+
+    def _rows(self) -> list[dict[str, Any]]:
+        total, timesteps = self.config.num_samples, self.parts.timesteps()
+        adapters = {told["adapter"]: told for told in self.about["adapters"]}
+        rows = []
+        for number, setting in enumerate(self.settings):
+            found = self.parts.of(number)
+            self.shown[setting] = found.shown
+            if setting.method == NONE:
+                plain, gaps = found, final_errors(found)
+            adapter = adapters.get(setting.adapter, {})
+            measured = {name: value for name, value in found.values.items() if not name.startswith(ERROR)}
+            rows.append(
+                {
+                    "method": setting.method,
+                    "guidance_scale": setting.guidance_scale,
+                    **{key: adapter.get(key) for key in ("adapter", "variant", "seed")},
+                    **summary(measured, self.reference),
+                    "gap_closed": gap_closed(setting, final_errors(found), gaps),
+                    "denoiser_evaluations": found.denoiser_evaluations / total,
+                    "seconds_per_image": found.seconds / total,
+                    "time_relative_to_none": found.seconds / plain.seconds,
+                    "error_by_timestep": errors_by_timestep(found, timesteps),
+                }
+            )
+        return rows
+
+
+def named(adapter_dir: Any) -> dict[str, str]:
+    """The adapters' folders by name."""
+    folders = [adapter_dir] if isinstance(adapter_dir, str) else adapter_dir
+    if not isinstance(folders, list) or not folders or not all(isinstance(folder, str) for folder in folders):
+        raise UserError(f"adapter_dir={adapter_dir}: name the folder of an adapter, or a list of folders")
+    names = [Path(folder).name for folder in folders]
+    unique = names if len(set(names)) == len(names) else folders
+    if twice := [name for name, times in Counter(unique).items() if times > 1]:
+        raise UserError(f"adapter_dir: {twice[0]} is given twice: name each adapter once")
+    return dict(zip(unique, folders, strict=True))
+
+
+def describe(name: str, folder: str, parameters_of_denoiser: int) -> dict[str, Any]:
+    """What `evaluation.json` tells of an adapter; its seed where its folder has the configuration of its training."""
+    adapter = GuidanceAdapter.from_pretrained(folder)
+    parameters = sum(p.numel() for p in adapter.parameters())
+    config = Path(folder) / "config.yaml"
+    trained = yaml.safe_load(config.read_bytes()) if config.is_file() else {}
+    return {
+        "base": adapter.about["base"]["pretrained_model_name_or_path"],
+        "adapter": name,
+        "variant": adapter.variant,
+        "seed": trained.get("seed"),
+        "parameters": parameters,
+        "share": parameters / parameters_of_denoiser,
+        "adapter_fingerprint": fingerprint(adapter),
+    }
+
+
+def remember_features(reference: Reference, path: Path) -> None:
+    """Take the features of image files from where they were kept, or keep them there."""
+    if isinstance(reference.images, Tensor):
+        return
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("fingerprint") == reference.fingerprint:
+                reference.features = file.get_tensor("features")
+                return
+    except (OSError, safetensors.SafetensorError):
+        pass
+    content = safetensors.torch.save({"features": reference.features}, {"fingerprint": reference.fingerprint})
+    with whole_file(path) as kept:
+        kept.write(content)
+
+
+def mean_errors(found: Result) -> dict[float, list[float]]:
+    """The mean squared distance to CFG at each scale, at each step and at last of the final latents."""
+    named = {name: value for name, value in found.values.items() if name.startswith(ERROR)}
+    return {float(name.removeprefix(ERROR)): value.mean(dim=0).tolist() for name, value in named.items()}
+
+
+def final_errors(found: Result) -> dict[float, float]:
+    return {scale: errors[-1] for scale, errors in mean_errors(found).items()}
+
+
+def gap_closed(setting: Setting, errors: dict[float, float], gaps: dict[float, float]) -> float:
+    """The share of the gap between no guidance and CFG, in the final latents, that a setting closes."""
+    if setting.method in (NONE, CFG):
+        return float(setting.method == CFG)
+    return 1 - errors[setting.guidance_scale] / gaps[setting.guidance_scale]
+
+
+def errors_by_timestep(found: Result, timesteps: list[float]) -> list[dict[str, Any]]:
+    """Curves over the scheduler's timesteps, of the mean squared distance of the latents to those of CFG at a scale."""
+    return [
+        {"guidance_scale": scale, "timestep": timesteps, "error": errors[:-1]}
+        for scale, errors in mean_errors(found).items()
+    ]

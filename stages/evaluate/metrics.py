@@ -1,76 +1,167 @@
-"""Metrics, all of them torchmetrics' own, with an exchangeable feature network."""
+"""Metrics of sets of images, from stored features: torchmetrics' own, but for precision and recall, which it lacks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
+from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
 
-from stages.base import first_line, resolve
+from stages.denoiser import fingerprint
 from stages.embedded.attributes import attributes, read_caption
-from stages.embedded.classifier import DigitClassifier, Features
-from stages.embedded.digits import to_images
 from stages.errors import UserError
+from stages.evaluate.reference import Reference
 from stages.sampling import Condition
 
-
-class Reference:
-    """Held-out real images and the classifier that judges beside them.
-
-    Raises:
-        UserError: the folder lacks either.
-    """
-
-    def __init__(self, folder: str, device: str) -> None:
-        root = Path(resolve(folder))
-        try:
-            self.images = to_images(load_file(root / "reference.safetensors")["pixels"]).to(device)
-            self.classifier = DigitClassifier.from_pretrained(root / "classifier").eval().to(device)
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-            raise UserError(
-                f"reference={folder}: no reference.safetensors and classifier/ could be read there: {first_line(error)}"
-            ) from error
-
-    def measure(self) -> Measure:
-        return Measure(self)
+FEATURES, SCORES = "features", "scores"
+KID_SUBSETS, KID_SUBSET_SIZE = 10, 1000  # a tenth of the usual subsets: they overlap where there are few images
+NEIGHBOURS = 3  # as in arXiv 1904.06991
+BLOCK = 2000
 
 
 class Measure:
-    """Frechet distance to the reference (arXiv 1706.08500) and class accuracy of images that come in batches.
+    """What is measured of images that come in batches, and the metrics of all of them.
 
-    Where the prompts are captions of measured attributes (`stages.embedded.attributes`), also how often those are met.
+    Frechet distance (arXiv 1706.08500), kernel distance (1801.01401), Inception Score (1606.03498), precision and
+    recall (1904.06991) by the reference's feature network; class accuracy by its classifier; and where the prompts are
+    captions of measured attributes (`stages.embedded.attributes`), how often those are met.
     """
 
     def __init__(self, reference: Reference) -> None:
-        device = reference.images.device
-        self.classifier = reference.classifier
-        self.distance = FrechetInceptionDistance(Features(self.classifier), normalize=True).to(device)
-        self.accuracy = MulticlassAccuracy(self.classifier.config.num_classes, average="micro").to(device)
-        self.met: list[Tensor] = []
-        with torch.no_grad():
-            self.distance.update(reference.images, real=True)
+        self.reference = reference
+        self.values: list[dict[str, Tensor]] = []
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the networks that judge."""
+        classifier = self.reference.classifier
+        return fingerprint(self.reference.network.module) + (fingerprint(classifier) if classifier is not None else "")
 
     @torch.no_grad()
-    def update(self, images: Tensor, conditions: Sequence[Condition]) -> None:
-        """Add images `[n, 1, 32, 32]` in [-1, 1] that were asked to be of these classes, or of these captions."""
-        self.distance.update(images, real=False)
-        labels = torch.tensor([condition["class_label"] for condition in conditions], device=images.device)
-        self.accuracy.update(self.classifier(images), labels)
+    def of(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
+        """What the metrics are computed from: `features`, `scores` and what each image met, each `[n, ...]`.
+
+        Args:
+            images: `[n, c, h, w]` in [-1, 1], asked to be of these classes or captions; conditions: all of one kind.
+        """
+        self._check_size(images)
+        features, scores = self.reference.network(images)
+        values = {FEATURES: features, SCORES: scores}
+        labels = [condition.get("class_label") for condition in conditions]
+        if self.reference.classifier is not None and None not in labels:
+            right = self.reference.classifier(images).argmax(1).cpu() == torch.tensor(labels)
+            values["class_accuracy"] = right.float()
         asked = [read_caption(condition.get("prompt", "")) for condition in conditions]
-        if all(caption is not None for caption in asked):
+        if self.reference.classifier is not None and None not in asked:
             met = attributes(images).cpu() == torch.tensor([caption[1:] for caption in asked if caption])
-            self.met.append(met.float())
+            values |= dict(zip(("stroke_accuracy", "slant_accuracy"), met.float().T, strict=True))
+        return {name: value.cpu() for name, value in values.items()}
+
+    def _check_size(self, images: Tensor) -> None:
+        real = self.reference.images
+        if isinstance(real, Tensor) and real.shape[1:] != images.shape[1:]:
+            here, there = ("x".join(map(str, batch.shape[1:])) for batch in (real, images))
+            raise UserError(
+                f"reference={self.reference.folder}: holds images of {here}, and the pipeline makes {there}: name a "
+                "folder of real images with features=inception, or leave it out: reference=null"
+            )
+
+    def update(self, images: Tensor, conditions: Sequence[Condition]) -> None:
+        """Add images `[n, c, h, w]` in [-1, 1] that were asked to be of these classes, or of these captions."""
+        self.values.append(self.of(images, conditions))
 
     def compute(self) -> dict[str, float]:
-        shares = torch.cat(self.met).mean(0).tolist() if self.met else []
-        return {
-            "frechet_distance": float(self.distance.compute()),
-            "class_accuracy": float(self.accuracy.compute()),
-            **dict(zip(("stroke_accuracy", "slant_accuracy"), shares, strict=False)),
-        }
+        """Every metric of all images so far."""
+        joined = {name: torch.cat([values[name] for values in self.values]) for name in self.values[0]}
+        return summary(joined, self.reference)
+
+
+def summary(values: dict[str, Tensor], reference: Reference | None) -> dict[str, float]:
+    """Every metric of images from what was measured of each: of features against the reference's, else the mean."""
+    means = {name: float(v.double().mean()) for name, v in values.items() if name not in (FEATURES, SCORES)}
+    if reference is None:
+        return means
+    real, fake = (features.to(reference.device) for features in (reference.features, values[FEATURES]))
+    return {
+        "frechet_distance": frechet_distance(real, fake),
+        "kernel_distance": kernel_distance(real, fake),
+        "inception_score": inception_score(values[SCORES]),
+        "precision": share_inside(fake, real),
+        "recall": share_inside(real, fake),
+        **means,
+    }
+
+
+class Given(nn.Module):
+    """In a feature network's place where torchmetrics asks for one: it is given the features themselves."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    """`|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))` of features `[m, f]` and `[n, f]` (arXiv 1706.08500, equation 6)."""
+    return _of_sets(FrechetInceptionDistance(Given(real.shape[1])), real.double(), fake.double())
+
+
+def kernel_distance(real: Tensor, fake: Tensor) -> float:
+    """Squared maximum mean discrepancy of features `[m, f]`, `[n, f]`, cubic kernel, unbiased (arXiv 1801.01401)."""
+    size = min(KID_SUBSET_SIZE, len(real), len(fake))
+    with quiet():
+        metric = KernelInceptionDistance(Given(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+    return _of_sets(metric, real, fake)
+
+
+def _of_sets(metric: Any, real: Tensor, fake: Tensor) -> float:
+    metric.to(real.device)
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    found = _computed(metric)
+    return float(found[0] if isinstance(found, tuple) else found)
+
+
+def inception_score(scores: Tensor) -> float:
+    """`exp(E KL(p(y|x) || p(y)))` of class scores `[n, k]` (logits), the mean over ten splits (arXiv 1606.03498)."""
+    with quiet():
+        metric = InceptionScore(Given(scores.shape[1]))
+    metric.update(scores)
+    return float(_computed(metric)[0])
+
+
+def _computed(metric: Any) -> Any:
+    """A metric's value, its random subsets the same each time."""
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(0)
+        return metric.compute()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, torchmetrics does not warn that it keeps what it was given, nor of the deviation of a single split."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def share_inside(points: Tensor, manifold: Tensor) -> float:
+    """The share of points `[n, f]` inside a manifold that is estimated from others `[m, f]`.
+
+    arXiv 1904.06991, equations 1 and 2: the manifold is the union of the balls around its points that reach each one's
+    third nearest neighbour. Precision is the share of generated images inside the manifold of the real ones, recall the
+    other way round.
+    """
+    points, manifold = points.double(), manifold.double()
+    nearest = min(NEIGHBOURS, len(manifold) - 1) + 1  # each point is its own nearest
+    radii = torch.cat([torch.cdist(block, manifold).kthvalue(nearest).values for block in manifold.split(BLOCK)])
+    inside = [(torch.cdist(block, manifold) <= radii).any(dim=1) for block in points.split(BLOCK)]
+    return float(torch.cat(inside).double().mean())

@@ -12,7 +12,7 @@ import jinja2
 import matplotlib
 from torch import Tensor
 
-from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting
+from stages.evaluate.comparisons import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE, ONE_PASS, Setting
 from stages.pictures import grid, to_picture
 from stages.records.storage import whole_file
 
@@ -28,12 +28,35 @@ class Column(NamedTuple):
     told: Callable[[Any], str]
 
 
-TITLES = {NONE: "no guidance", CFG: "guided, two passes", ONE_PASS: "one pass"}
-COLOURS = {NONE: "#888888", CFG: "#1f6fb4", ONE_PASS: "#d9541e"}
+TITLES = {
+    NONE: "no guidance",
+    CFG: "guided, two passes",
+    ONE_PASS: "one pass",
+    CFG_FIRST_50: "guided, first 50%",
+    CFG_FIRST_60: "guided, first 60%",
+}
+COLOURS = {NONE: "#888888", CFG: "#1f6fb4", CFG_FIRST_50: "#7fb3d9", CFG_FIRST_60: "#4d94c9"}
+COLOURS_OF_ADAPTERS = (
+    "#d9541e",
+    "#2a9d4a",
+    "#8e44ad",
+    "#c0a000",
+    "#c2185b",
+    "#00897b",
+    "#5d4037",
+    "#37474f",
+    "#f39c12",
+)
 COLUMNS = {
     "method": Column("method", TITLES.__getitem__),
+    "adapter": Column("adapter", lambda name: name or ""),
     "guidance_scale": Column("scale", "{:g}".format),
     "frechet_distance": Column("Frechet distance", "{:.1f}".format),
+    "kernel_distance": Column("kernel distance", "{:.4g}".format),
+    "inception_score": Column("IS", "{:.2f}".format),
+    "precision": Column("precision", "{:.3f}".format),
+    "recall": Column("recall", "{:.3f}".format),
+    "clip_score": Column("CLIP score", "{:.2f}".format),
     "class_accuracy": Column("class accuracy", "{:.3f}".format),
     "stroke_accuracy": Column("stroke", "{:.3f}".format),
     "slant_accuracy": Column("slant", "{:.3f}".format),
@@ -43,19 +66,30 @@ COLUMNS = {
 }
 PLOTS = {
     "frechet_distance": "Frechet distance to real images (lower is better)",
+    "kernel_distance": "kernel distance to real images (lower is better)",
+    "precision": "precision: share of images among the real ones",
+    "recall": "recall: share of real images among them",
     "class_accuracy": "share of images of the class asked for",
+    "clip_score": "CLIP score of images and prompts",
     "gap_closed": "gap closed in the final latents",
 }
+Row = dict[str, Any]
 
 
-def cells_of(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """The table's cells, its head first; columns that no row has are left out."""
+def adapters_in(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row["adapter"] for row in rows if row.get("adapter")))
+
+
+def cells_of(rows: list[Row]) -> list[list[str]]:
+    """The table's cells, its head first; columns that no row has, or that tell the one adapter, are left out."""
     shown = {name: column for name, column in COLUMNS.items() if name in rows[0]}
+    if len(adapters_in(rows)) < 2:
+        shown.pop("adapter", None)
     head = [column.title for column in shown.values()]
     return [head, *([column.told(row[name]) for name, column in shown.items()] for row in rows)]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """The rows as text with aligned columns, for a terminal."""
     cells = cells_of(rows)
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
@@ -65,17 +99,57 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def plot(rows: list[dict[str, Any]], quantity: str) -> bytes:
-    """A quantity against the scale as PNG, a line per method; what has no scale is a level."""
+def style_of(method: str, adapter: str | None, adapters: list[str]) -> dict[str, Any]:
+    """Colour and label of a method's line, the same in every plot."""
+    if method != ONE_PASS:
+        dashed = "-" if method == CFG else "--"
+        return {"color": COLOURS[method], "label": TITLES[method], "linestyle": dashed}
+    number = adapters.index(adapter) if adapter in adapters else 0
+    return {
+        "color": COLOURS_OF_ADAPTERS[number % len(COLOURS_OF_ADAPTERS)],
+        "label": title_of(method, adapter, adapters),
+    }
+
+
+def title_of(method: str, adapter: str | None, adapters: list[str]) -> str:
+    return f"{TITLES[method]}, {adapter}" if method == ONE_PASS and len(adapters) > 1 else TITLES[method]
+
+
+def plot_over_scale(rows: list[Row], quantity: str) -> bytes:
+    """A quantity against the scale as PNG, a line per method and adapter; what has no scale is a level."""
     figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    for method in (NONE, CFG, ONE_PASS):
-        points = [(row["guidance_scale"], row[quantity]) for row in rows if row["method"] == method]
+    adapters = adapters_in(rows)
+    for method, adapter in dict.fromkeys((row["method"], row.get("adapter")) for row in rows):
+        found = [row for row in rows if (row["method"], row.get("adapter")) == (method, adapter)]
+        style = style_of(method, adapter, adapters)
         if method == NONE:
-            axes.axhline(points[0][1], color=COLOURS[method], linestyle="--", label=TITLES[method])
+            axes.axhline(found[0][quantity], **style)
         else:
-            axes.plot(*zip(*sorted(points), strict=True), "o-", color=COLOURS[method], label=TITLES[method])
+            points = sorted((row["guidance_scale"], row[quantity]) for row in found)
+            axes.plot(*zip(*points, strict=True), marker="o", **style)
     axes.set_xlabel("guidance scale")
     axes.set_title(PLOTS[quantity], fontsize=10)
+    return finished(figure, axes)
+
+
+def plot_over_time(rows: list[Row], scale: float) -> bytes:
+    """The distance to CFG at a scale against the timestep as PNG, from noise on the left to images on the right."""
+    figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    adapters = adapters_in(rows)
+    for row in rows:
+        for curve in row["error_by_timestep"]:
+            if curve["guidance_scale"] == scale:
+                style = style_of(row["method"], row.get("adapter"), adapters)
+                errors = [error or float("nan") for error in curve["error"]]  # none, on an axis of powers of ten
+                axes.plot(curve["timestep"], errors, marker=".", **style)
+    axes.set_yscale("log")
+    axes.invert_xaxis()
+    axes.set_xlabel("timestep")
+    axes.set_title(f"mean squared distance to CFG at scale {scale:g}", fontsize=10)
+    return finished(figure, axes)
+
+
+def finished(figure: Any, axes: Any) -> bytes:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     content = io.BytesIO()
@@ -84,30 +158,67 @@ def plot(rows: list[dict[str, Any]], quantity: str) -> bytes:
     return content.getvalue()
 
 
-def write_report(folder: Path, rows: list[dict[str, Any]], shown: dict[Setting, Tensor], about: dict[str, Any]) -> Path:
-    """Write `report.html`, one self-contained file, with the plots as files beside it."""
-    pictures = []
-    for quantity, title in PLOTS.items():
-        content = plot(rows, quantity)
-        with whole_file(folder / f"{quantity}.png") as file:
+class Grid(NamedTuple):
+    """Images of every method at a scale, from the same noise: a row each, with its title."""
+
+    scale: float
+    titles: list[str]
+    png: bytes
+
+    @property
+    def source(self) -> str:
+        return as_source(self.png)
+
+
+def grid_at(shown: dict[Setting, Tensor], scale: float) -> Grid:
+    lines = [setting for setting in shown if setting.method == NONE or setting.guidance_scale == scale]
+    adapters = list(dict.fromkeys(setting.adapter for setting in shown if setting.adapter))
+    pictures = [[to_picture(image.float() / 127.5 - 1) for image in shown[setting]] for setting in lines]
+    sheet = io.BytesIO()
+    grid(pictures).save(sheet, format="png")
+    titles = [title_of(setting.method, setting.adapter, adapters) for setting in lines]
+    return Grid(scale, titles, sheet.getvalue())
+
+
+def write_report(folder: Path, rows: list[Row], shown: dict[Setting, Tensor], about: dict[str, Any]) -> Path:
+    """Write `report.html`, one self-contained file, with the plots and grids as files beside it.
+
+    Args:
+        shown: bytes `[k, c, h, w]` of each setting.
+    """
+    scales = sorted({setting.guidance_scale for setting in shown if setting.method == CFG})
+    over_scale = {name: (title, plot_over_scale(rows, name)) for name, title in PLOTS.items() if name in rows[0]}
+    over_time = {f"error_at_scale_{s:g}": (f"distance to CFG at scale {s:g}", plot_over_time(rows, s)) for s in scales}
+    grids = [grid_at(shown, scale) for scale in scales]
+    pictures = {name: content for name, (_, content) in (over_scale | over_time).items()}
+    pictures |= {f"grid_at_scale_{grid.scale:g}": grid.png for grid in grids}
+    for name, content in pictures.items():
+        with whole_file(folder / f"{name}.png") as file:
             file.write(content)
-        pictures.append({"title": title, "source": as_source(content)})
-    grids = []
-    for scale in sorted({setting.guidance_scale for setting in shown if setting.method == CFG}):
-        lines = [shown[Setting(NONE, 1.0)], shown[Setting(CFG, scale)], shown[Setting(ONE_PASS, scale)]]
-        sheet = io.BytesIO()
-        grid([[to_picture(image) for image in line] for line in lines]).save(sheet, format="png")
-        grids.append({"scale": scale, "source": as_source(sheet.getvalue())})
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = templates.get_template("report.html.j2").render(
-        rows=rows, cells=cells_of(rows), titles=TITLES, plots=pictures, grids=grids, about=about
+    page = render(
+        "report.html.j2",
+        rows=rows,
+        cells=cells_of(rows),
+        over_scale=as_pictures(over_scale),
+        over_time=as_pictures(over_time),
+        grids=grids,
+        about=about,
     )
     path = folder / "report.html"
     with whole_file(path) as file:
-        file.write(page.encode())
+        file.write(page)
     return path
+
+
+def render(template: str, **values: Any) -> bytes:
+    """A page from a template beside this file."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return templates.get_template(template).render(**values).encode()
+
+
+def as_pictures(plots: dict[str, tuple[str, bytes]]) -> list[dict[str, str]]:
+    return [{"title": title, "source": as_source(content)} for title, content in plots.values()]
 
 
 def as_source(png: bytes) -> str:

@@ -12,7 +12,7 @@ import torch
 from diffusers.guiders import BaseGuidance
 from torch import Tensor
 
-from stages.base import choose_device, diffusers_class, first_line, load_pipeline
+from stages.base import choose_device, diffusers_class, first_line, load_pipeline, use_scheduler
 from stages.denoiser import denoiser_of, fingerprint
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, TeacherConfig
@@ -173,10 +173,7 @@ def load_teacher(config: TeacherConfig, device: str) -> Any:
             raise UserError("teacher.offload_text_encoder=true: there is no GPU to keep it off")
         pipe.enable_model_cpu_offload(device=device)
     if config.scheduler is not None:
-        kind = diffusers_class(config.scheduler, "teacher.scheduler")
-        if not hasattr(kind, "set_timesteps"):
-            raise UserError(f"teacher.scheduler={config.scheduler}: no scheduler")
-        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        use_scheduler(pipe, config.scheduler, "teacher.scheduler")
     return pipe
 
 

@@ -50,7 +50,7 @@ def test_each_command_leaves_its_summary_and_its_configuration(folder: Path) -> 
     training = json.loads((folder / "adapter" / "training.json").read_text())
     assert training["validation_loss"] < training["validation_loss_unguided"]
     evaluation = json.loads((folder / "adapter" / "evaluation" / "evaluation.json").read_text())
-    assert [row["method"] for row in evaluation["rows"]] == ["none", "cfg", "one_pass"]
+    assert [row["method"] for row in evaluation["rows"]] == ["none", "cfg", "one_pass", "cfg_first_50", "cfg_first_60"]
     for place in ("data", "adapter", "adapter/evaluation"):
         assert (folder / place / "config.yaml").exists()
     assert (folder / "adapter" / "evaluation" / "report.html").stat().st_size > 10_000

@@ -1,52 +1,219 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from stages.errors import UserError
-from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting
+from stages.evaluate.comparisons import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE, ONE_PASS, Setting
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluation import Evaluation
+from stages.evaluate.evaluation import Evaluation, Worker
+from stages.train.trainer import Trainer
+from tests.conftest import generate, generate_config, small_adapter, train_config
+from tests.families import PROMPTS, save
+from tests.stages.evaluate.test_clip_score import save_tiny_clip
+
+TIMES = ("seconds_per_image", "time_relative_to_none")
 
 
-def evaluation(adapter: Path, **changes: object) -> Evaluation:
+def evaluation(adapter: Path | list[Path], output: Path, **changes: Any) -> Evaluation:
     options = {
         "num_samples": 6,
         "batch_size": 4,
-        "num_inference_steps": 3,
+        "num_inference_steps": 4,
         "guidance_scale": [2.0, 4.0],
         "device": "cpu",
     }
-    return Evaluation(EvaluateConfig(adapter_dir=str(adapter), **(options | changes)))  # type: ignore[arg-type]
+    folders = [str(folder) for folder in adapter] if isinstance(adapter, list) else str(adapter)
+    return Evaluation(EvaluateConfig(adapter_dir=folders, output_dir=str(output), **(options | changes)))
 
 
-def test_rows_tell_what_each_method_reached_and_cost(tiny_adapter: Path) -> None:
-    run = evaluation(tiny_adapter)
-    rows = {Setting(row["method"], row["guidance_scale"]): row for row in run.run()}
-    assert list(rows) == run.settings
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    """An evaluation that nothing disturbed."""
+    run = evaluation(tiny_adapter, tmp_path_factory.mktemp("evaluation"))
+    run.run()
+    return run
+
+
+@pytest.fixture(scope="module")
+def other_adapter(shared_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "other"
+    Trainer(train_config(shared_dataset, folder, adapter=small_adapter("offset"), max_train_steps=4)).run()
+    return folder
+
+
+def test_rows_tell_what_each_method_reached_and_cost(whole: Evaluation) -> None:
+    rows = {Setting(row["method"], row["guidance_scale"], row["adapter"]): row for row in whole.rows}
+    assert list(rows) == whole.settings
     assert {setting.method: row["denoiser_evaluations"] for setting, row in rows.items()} == {
-        NONE: 3,
-        CFG: 6,
-        ONE_PASS: 3,
+        NONE: 4,
+        CFG: 8,
+        ONE_PASS: 4,
+        CFG_FIRST_50: 6,
+        CFG_FIRST_60: 7,  # ceil(2.4) of 4 steps twice
     }
+    one_pass = rows[Setting(ONE_PASS, 2.0, "tiny")]
+    assert one_pass["variant"] == "modulated_low_rank"
     assert rows[Setting(NONE, 1.0)]["gap_closed"] == 0
     assert rows[Setting(CFG, 2.0)]["gap_closed"] == 1
     assert all(row["seconds_per_image"] > 0 and row["frechet_distance"] > 0 for row in rows.values())
-    assert all(0 <= row["class_accuracy"] <= 1 for row in rows.values())
-    assert run.shown[Setting(ONE_PASS, 2.0)].shape == (4, 1, 32, 32)
+    assert all(0 <= row[name] <= 1 for row in rows.values() for name in ("class_accuracy", "precision", "recall"))
+    assert whole.shown[one_pass_setting(2.0)].shape == (6, 1, 32, 32)
+    told = {"variant", "parameters", "share", "adapter_fingerprint", "base", "num_samples", "num_inference_steps"}
+    assert told <= whole.about.keys()
 
 
-def test_the_gap_is_that_of_the_final_latents(tiny_adapter: Path) -> None:
-    run = evaluation(tiny_adapter, guidance_scale=[3.0])
-    rows = run.run()
-    samples = [run._sample(range(4)), run._sample(range(4, 6))]
-    none, cfg, one = (torch.cat([part[setting].latents for part in samples]) for setting in run.settings)
+def one_pass_setting(scale: float) -> Setting:
+    return Setting(ONE_PASS, scale, "tiny")
+
+
+def test_gap_and_errors_are_those_of_the_latents(whole: Evaluation, tiny_adapter: Path) -> None:
+    worker = evaluation(tiny_adapter, whole.folder).new_worker()
+    worker.load()
+    samples = [worker._sample(part)[0] for part in (range(4), range(4, 6))]
+    none, cfg, one = (
+        torch.cat([part[setting].latents for part in samples])
+        for setting in (Setting(NONE, 1.0), Setting(CFG, 4.0), one_pass_setting(4.0))
+    )
+    rows = {Setting(row["method"], row["guidance_scale"], row["adapter"]): row for row in whole.rows}
     expected = 1 - (one - cfg).square().mean() / (none - cfg).square().mean()
-    assert rows[-1]["gap_closed"] == pytest.approx(float(expected), rel=1e-4)
+    assert rows[one_pass_setting(4.0)]["gap_closed"] == pytest.approx(float(expected), rel=1e-4)
+    (curve,) = rows[one_pass_setting(4.0)]["error_by_timestep"]
+    assert curve["guidance_scale"] == 4
+    assert curve["timestep"] == sorted(curve["timestep"], reverse=True)
+    assert curve["error"][0] == 0 < curve["error"][1] < curve["error"][-1]
+    (partial,) = rows[Setting(CFG_FIRST_50, 4.0)]["error_by_timestep"]
+    assert partial["error"][:3] == pytest.approx([0, 0, 0], abs=1e-10)
+    assert partial["error"][3] > 1e-6
+    assert [curve["guidance_scale"] for curve in rows[Setting(NONE, 1.0)]["error_by_timestep"]] == [2, 4]
+    assert rows[Setting(CFG, 2.0)]["error_by_timestep"] == []
 
 
-def test_what_cannot_be_measured_is_refused(tiny_adapter: Path) -> None:
-    with pytest.raises(UserError, match="at least 2"):
-        evaluation(tiny_adapter, num_samples=1)
+def test_what_is_missing_is_made_and_no_more(
+    whole: Evaluation, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    make = Worker.make
+    monkeypatch.setattr(Worker, "make", lambda worker, part: (made.append(part), make(worker, part))[1])
+    shutil.copytree(whole.folder / "parts", tmp_path / "parts")
+    (tmp_path / "parts" / "00001.safetensors").write_bytes(b"cut off")
+    again = evaluation(tiny_adapter, tmp_path)
+    assert without_times(again.run()) == without_times(whole.rows)
+    assert made == [1]
+    evaluation(tiny_adapter, tmp_path).run()
+    assert made == [1]
+    evaluation(tiny_adapter, tmp_path, seed=1).run()
+    assert made == [1, 0, 1]
+
+
+def test_another_adapter_in_the_same_folder_starts_anew(
+    whole: Evaluation, other_adapter: Path, tmp_path: Path, tiny_adapter: Path
+) -> None:
+    shutil.copytree(whole.folder, tmp_path / "out")
+    mine = shutil.copytree(tiny_adapter, tmp_path / "adapters" / "tiny")
+    shutil.rmtree(mine)
+    shutil.copytree(other_adapter, mine)
+    rows = evaluation(mine, tmp_path / "out").run()
+    assert without_times(rows)[0] == without_times(whole.rows)[0]
+    assert rows[2]["gap_closed"] != whole.rows[2]["gap_closed"]
+    assert rows[2]["variant"] == "offset"
+
+
+def test_several_adapters_share_the_baselines(
+    whole: Evaluation, tiny_adapter: Path, other_adapter: Path, tmp_path: Path
+) -> None:
+    run = evaluation([tiny_adapter, other_adapter], tmp_path, guidance_scale=[2.0], methods=["one_pass"])
+    rows = run.run()
+    assert [(row["method"], row["adapter"], row["variant"]) for row in rows] == [
+        (NONE, None, None),
+        (CFG, None, None),
+        (ONE_PASS, "tiny", "modulated_low_rank"),
+        (ONE_PASS, "other", "offset"),
+    ]
+    assert rows[2]["seed"] is None  # no command trained them
+    assert without_times(rows)[2] == without_times(whole.rows)[2]
+    assert [told["adapter"] for told in run.about["adapters"]] == ["tiny", "other"]
+    assert "variant" not in run.about
+
+
+def test_adapters_of_unlike_bases_are_refused(tiny_adapter: Path, other_adapter: Path, tmp_path: Path) -> None:
+    unlike = shutil.copytree(other_adapter, tmp_path / "unlike")
+    about = json.loads((unlike / "adapter_config.json").read_text())
+    text = json.dumps(about).replace(about["base"]["denoiser_fingerprint"], "0" * 64)
+    (unlike / "adapter_config.json").write_text(text)
+    with pytest.raises(
+        UserError, match="unlike was trained with another base than tiny: evaluate each in a run of its own"
+    ):
+        evaluation([tiny_adapter, unlike], tmp_path / "out").run()
+
+
+def test_images_are_kept_on_request(tiny_adapter: Path, tmp_path: Path) -> None:
+    evaluation(tiny_adapter, tmp_path, save_images=True, guidance_scale=[2.0], methods=["one_pass"]).run()
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {"none-1", "cfg-2", "one_pass-2"}
+    names = sorted(path.name for path in (tmp_path / "images" / "one_pass-2").iterdir())
+    assert names == [f"{i:05d}.png" for i in range(6)]
+    with Image.open(tmp_path / "images" / "cfg-2" / "00005.png") as picture:
+        assert picture.size == (32, 32)
+
+
+def test_without_a_reference_the_latents_are_compared_alone(tiny_adapter: Path, tmp_path: Path) -> None:
+    rows = evaluation(tiny_adapter, tmp_path, reference=None, guidance_scale=[2.0]).run()
+    assert "frechet_distance" not in rows[0]
+    assert rows[2]["gap_closed"] < 1
+
+
+@pytest.fixture(scope="module")
+def text_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a tiny Stable Diffusion, briefly trained."""
+    root = tmp_path_factory.mktemp("text")
+    (root / "prompts.txt").write_text("\n".join(PROMPTS))
+    teacher = save("stable_diffusion", root / "teacher")
+    changes = {"prompts": str(root / "prompts.txt"), "num_trajectories": 12}
+    data = generate(generate_config(teacher, root / "data", **changes))
+    Trainer(train_config(data, root / "adapter", max_train_steps=2)).run()
+    return root / "adapter"
+
+
+def test_a_text_model_is_judged_by_clip_without_a_reference(text_adapter: Path, tmp_path: Path) -> None:
+    changes = {
+        "prompts": str(text_adapter.parent / "prompts.txt"),
+        "clip_model": str(save_tiny_clip(tmp_path / "clip")),
+    }
+    rows = evaluation(text_adapter, tmp_path / "out", reference=None, guidance_scale=[3.0], **changes).run()
+    assert all(0 <= row["clip_score"] <= 100 and "frechet_distance" not in row for row in rows)
+    assert [row["denoiser_evaluations"] for row in rows] == [4, 8, 4, 6, 7]
+
+
+def test_prompts_tell_their_class_all_or_none(text_adapter: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("prompt,class_label\na zero,0\na seven,\n")
+    with pytest.raises(UserError, match="1 rows have no class_label: give it to all or to none"):
+        evaluation(text_adapter, tmp_path, reference=None, prompts=str(prompts)).run()
+    with pytest.raises(UserError, match="prompts: not given: StableDiffusionPipeline takes prompts"):
+        evaluation(text_adapter, tmp_path, reference=None).run()
+
+
+def test_what_cannot_be_is_refused(tiny_adapter: Path, tmp_path: Path) -> None:
+    for changes, told in (
+        ({"num_samples": 1}, "at least 2"),
+        ({"methods": ["cfg_first_70"]}, "methods=cfg_first_70: some of one_pass, cfg_first_50, cfg_first_60"),
+        ({"features": "dino"}, "features=dino: one of classifier, inception"),
+        ({"output_dir": None, "adapter_dir": [str(tiny_adapter), "other"]}, "output_dir: not given"),
+        ({"adapter_dir": [str(tiny_adapter)] * 2}, "is given twice"),
+        ({"adapter_dir": 3}, "adapter_dir=3: name the folder"),
+    ):
+        config = EvaluateConfig(**({"adapter_dir": str(tiny_adapter), "output_dir": str(tmp_path)} | changes))
+        with pytest.raises(UserError, match=told):
+            Evaluation(config)
+    with pytest.raises(UserError, match="clip_model: DiTPipeline takes classes"):
+        evaluation(tiny_adapter, tmp_path, clip_model="somewhere").run()

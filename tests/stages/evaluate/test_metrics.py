@@ -1,65 +1,125 @@
 from __future__ import annotations
 
-from pathlib import Path
+import math
 
 import pytest
 import torch
 
 from stages.embedded.attributes import attributes, caption
-from stages.embedded.classifier import DigitClassifier
 from stages.errors import UserError
-from stages.evaluate.metrics import Measure, Reference
+from stages.evaluate.metrics import (
+    Measure,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    share_inside,
+)
+from stages.evaluate.reference import Reference
 from stages.sampling import Condition
 
 DIGITS = "stages/embedded/digits"
+METRICS = {"frechet_distance", "kernel_distance", "inception_score", "precision", "recall"}
+
+
+@pytest.fixture(scope="module")
+def digits() -> Reference:
+    return Reference(DIGITS, "cpu")
 
 
 def classes(labels: list[int]) -> list[Condition]:
     return [{"class_label": label} for label in labels]
 
 
-def test_captions_are_met_by_the_images_they_were_made_of() -> None:
-    reference = Reference(DIGITS, "cpu")
-    images = reference.images[::40]
-    told = [(0, *pair) for pair in attributes(images).tolist()]
-    right, wrong = Measure(reference), Measure(reference)
-    right.update(images, [{"class_label": 0, "prompt": caption(*row)} for row in told])
-    wrong.update(images, [{"class_label": 0, "prompt": caption(0, (row[1] + 1) % 3, row[2])} for row in told])
-    assert (right.compute()["stroke_accuracy"], right.compute()["slant_accuracy"]) == (1, 1)
-    assert (wrong.compute()["stroke_accuracy"], wrong.compute()["slant_accuracy"]) == (0, 1)
-    other = Measure(reference)
-    other.update(images, [{"class_label": 0, "prompt": "a cat"}] * len(images))
-    assert "stroke_accuracy" not in other.compute()
-
-
-def test_the_same_images_have_no_distance_and_their_own_classes() -> None:
-    reference = Reference(DIGITS, "cpu")
-    measure = Measure(reference)
-    labels = reference.classifier(reference.images[:500]).argmax(1).tolist()
-    measure.update(reference.images[:500], classes(labels))
-    measure.update(reference.images[500:], classes(reference.classifier(reference.images[500:]).argmax(1).tolist()))
-    found = measure.compute()
-    assert abs(found["frechet_distance"]) < 0.01
-    assert found["class_accuracy"] == 1
+def gaussian(mean: float, deviation: float, n: int = 20_000, seed: int = 0) -> torch.Tensor:
+    return deviation * torch.randn(n, 2, generator=torch.Generator().manual_seed(seed)) + mean
 
 
 def test_the_distance_of_two_gaussians_is_the_known_one() -> None:
     """|m|^2 + trace(A + B - 2 sqrt(AB)) for features N(0, 1) and N(m, s^2) in each of two dimensions."""
-
-    class Identity(DigitClassifier):
-        def features(self, images: torch.Tensor) -> torch.Tensor:
-            return images.flatten(1)[:, :2]
-
-    torch.manual_seed(0)
-    reference = object.__new__(Reference)
-    reference.classifier = Identity(num_features=2)
-    reference.images = torch.randn(20_000, 1, 32, 32)
-    measure = Measure(reference)
-    shifted = 2 * torch.randn(20_000, 1, 32, 32) + 3
-    measure.update(shifted, classes([0] * len(shifted)))
-    assert measure.compute()["frechet_distance"] == pytest.approx(2 * 9 + 2 * (1 + 4 - 2 * 2), rel=0.03)
+    found = frechet_distance(gaussian(0, 1), gaussian(3, 2, seed=1))
+    assert found == pytest.approx(2 * 9 + 2 * (1 + 4 - 2 * 2), rel=0.03)
 
 
-def test_a_folder_without_a_reference_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="reference=.*no reference.safetensors"):
-        Reference(str(tmp_path), "cpu")
+def test_the_kernel_distance_of_two_points_is_the_known_one() -> None:
+    """k(x, y) = (x y / 2 + 1)^3 in two dimensions; of sets that are one point each k(a, a) + k(b, b) - 2 k(a, b)."""
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    expected = (1 / 2 + 1) ** 3 + (4 / 2 + 1) ** 3 - 2 * 1
+    assert kernel_distance(a.expand(50, 2), b.expand(70, 2)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_identical_sets_are_at_no_distance_and_cover_each_other() -> None:
+    one = gaussian(0, 1, n=500)
+    assert abs(frechet_distance(one, one)) < 1e-6
+    assert share_inside(one, one) == 1
+
+
+def test_the_kernel_distance_of_a_set_to_itself_is_the_estimators_own_bias() -> None:
+    """-2 / n of what a point is more like itself than like another: nothing beside any real distance."""
+    one = gaussian(0, 1, n=500)
+    kernel = (one @ one.T / 2 + 1) ** 3
+    alike = kernel.diagonal().mean()
+    others = (kernel.sum() - kernel.diagonal().sum()) / (500 * 499)
+    assert kernel_distance(one, one) == pytest.approx(float(-2 / 500 * (alike - others)), rel=1e-3)
+    assert abs(kernel_distance(one, one)) < 0.02 * kernel_distance(one, one + 1)
+
+
+def test_sets_apart_cover_nothing_of_each_other() -> None:
+    one, other = gaussian(0, 1, n=300), gaussian(100, 1, n=200, seed=1)
+    assert share_inside(one, other) == share_inside(other, one) == 0
+
+
+def test_precision_and_recall_tell_what_is_right_and_what_is_missing() -> None:
+    """Of real images on two islands, generated ones on one island are right but lack half."""
+    near, far = gaussian(0, 1, n=400), gaussian(100, 1, n=400, seed=1)
+    real, fake = torch.cat([near, far]), gaussian(0, 1, n=400, seed=2)
+    assert share_inside(fake, real) > 0.95
+    assert share_inside(real, fake) == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_ball_reaches_its_third_neighbour() -> None:
+    """Points 0, 1, 2, ... on a line have radii of at least 2, and the first one's third neighbour is at 3."""
+    line = torch.arange(10.0)[:, None]
+    assert share_inside(torch.tensor([[-3.0]]), line) == 1
+    assert share_inside(torch.tensor([[-3.1]]), line) == 0
+
+
+def test_the_inception_score_is_the_number_of_classes_that_are_sure_and_even() -> None:
+    sure = 50 * torch.eye(4).repeat(100, 1)
+    assert inception_score(sure) == pytest.approx(4, rel=0.05)
+    assert inception_score(torch.zeros(100, 4)) == pytest.approx(1)
+    assert inception_score(sure) == inception_score(sure)
+
+
+def test_of_the_digits_themselves_everything_is_right(digits: Reference) -> None:
+    assert isinstance(digits.images, torch.Tensor)
+    assert digits.classifier is not None
+    measure = Measure(digits)
+    for images in digits.images.split(500):
+        measure.update(images, classes(digits.classifier(images).argmax(1).tolist()))
+    found = measure.compute()
+    assert found.keys() == METRICS | {"class_accuracy"}
+    assert abs(found["frechet_distance"]) < 0.01
+    assert abs(found["kernel_distance"]) < 30  # no guidance: 900
+    assert (found["precision"], found["recall"], found["class_accuracy"]) == (1, 1, 1)
+    assert 8 < found["inception_score"] <= 10
+    assert all(math.isfinite(value) for value in found.values())
+
+
+def test_captions_are_met_by_the_images_they_were_made_of(digits: Reference) -> None:
+    images = digits.images[::40]
+    assert isinstance(images, torch.Tensor)
+    told = [(0, *pair) for pair in attributes(images).tolist()]
+    right, wrong, other = Measure(digits), Measure(digits), Measure(digits)
+    right.update(images, [{"class_label": 0, "prompt": caption(*row)} for row in told])
+    wrong.update(images, [{"class_label": 0, "prompt": caption(0, (row[1] + 1) % 3, row[2])} for row in told])
+    assert (right.compute()["stroke_accuracy"], right.compute()["slant_accuracy"]) == (1, 1)
+    assert (wrong.compute()["stroke_accuracy"], wrong.compute()["slant_accuracy"]) == (0, 1)
+    other.update(images, [{"prompt": "a cat"}] * len(images))
+    assert other.compute().keys() == METRICS
+
+
+def test_images_of_another_size_than_the_digits_are_refused(digits: Reference) -> None:
+    with pytest.raises(
+        UserError, match="holds images of 1x32x32, and the pipeline makes 3x64x64: .*features=inception"
+    ):
+        Measure(digits).update(torch.zeros(2, 3, 64, 64), classes([0, 1]))

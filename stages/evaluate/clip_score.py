@@ -1,0 +1,78 @@
+"""CLIP score: how far an image is what its prompt says, as a CLIP model sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.multimodal.clip_score import CLIPScore
+
+from stages.base import first_line, quieten, resolve
+from stages.denoiser import fingerprint
+from stages.errors import UserError
+from stages.sampling import Condition
+
+
+class ClipJudge:
+    """`max(100 cos(image, text), 0)` of each image and its prompt (arXiv 2104.08718, by torchmetrics).
+
+    Args:
+        name_or_path: of a CLIP model with its processor, as transformers saves them.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+
+    def __init__(self, name_or_path: str, device: str) -> None:
+        try:
+            from transformers import CLIPModel, CLIPProcessor
+        except ImportError as error:
+            raise UserError("clip_model: transformers is not installed: pip install '.[text]'") from error
+        quieten()
+        path = resolve(name_or_path)
+        try:
+            model, processor = CLIPModel.from_pretrained(path), CLIPProcessor.from_pretrained(path)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"clip_model={name_or_path}: no CLIP model with its processor there: {first_line(error)}"
+            ) from error
+        self.metric = CLIPScore(lambda: (Embedding(model.eval()), processor)).to(device)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.metric.model)
+
+    @torch.no_grad()
+    def of(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
+        """`clip_score` `[n]` of images `[n, c, h, w]` in [-1, 1]."""
+        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+        pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
+        asked = [condition["prompt"] for condition in conditions]
+        scores = [self._score(image, prompt) for image, prompt in zip(pixels, asked, strict=True)]
+        return {"clip_score": torch.stack(scores).float().cpu()}
+
+    def _score(self, image: Tensor, prompt: str) -> Tensor:
+        """Of one image: the bound at zero is each image's own, and torchmetrics tells the mean of what it was given."""
+        self.metric.reset()
+        self.metric.update(image, prompt)
+        return self.metric.compute()
+
+
+class Embedding(nn.Module):
+    """A CLIP model whose embeddings are tensors, as torchmetrics expects; newer transformers wrap them."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, *args: Any) -> Tensor:
+        return as_tensor(self.model.get_image_features(*args))
+
+    def get_text_features(self, *args: Any) -> Tensor:
+        return as_tensor(self.model.get_text_features(*args))
+
+
+def as_tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.pooler_output

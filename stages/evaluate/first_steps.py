@@ -1,0 +1,103 @@
+"""CFG on the first steps alone: what anyone can do without training, and so the baseline to beat."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.denoiser import denoiser_of, latent_name
+from stages.errors import UserError
+from stages.evaluate.watching import Step, replaced
+
+Forward = Callable[..., Any]
+
+
+@contextmanager
+def guided_first(pipe: Any, place: dict[str, int] | None, percent: int, steps: list[Step], n: int) -> Iterator[None]:
+    """Within it, the pipeline's guidance acts on the first steps, and later ones cost one conditional pass.
+
+    Guided are `ceil(percent / 100 * T)` of the scheduler's T timesteps. Afterwards the denoiser runs the conditional
+    part alone and answers with it for the unconditional part too: whatever the pipeline combines, `u + w (c - u) = c`.
+
+    Args:
+        place: call, chunk and number of chunks of a guided step's unconditional part, as an adapter's folder tells it.
+        steps: those made so far, as `stepped` lists them; n: images.
+
+    Raises:
+        UserError: where the conditional part lies is not known in time.
+    """
+    denoiser: Any = denoiser_of(pipe)[1]
+    forward = denoiser.forward
+    conditional = once_per_step(forward, steps) if _in_calls(pipe, place) else _of_chunks(denoiser, forward, place, n)
+
+    @functools.wraps(forward)  # pipelines and adapters look at its signature
+    def first(*args: Any, **kwargs: Any) -> Any:
+        guided = -(-percent * len(pipe.scheduler.timesteps) // 100)
+        return (forward if len(steps) < guided else conditional)(*args, **kwargs)
+
+    with replaced(denoiser, "forward", first):
+        yield
+
+
+def _in_calls(pipe: Any, place: dict[str, int] | None) -> bool:
+    """Whether a guided step is two calls, the conditional one first; else it is one call of a doubled batch."""
+    name = type(pipe).__name__
+    way_out = "leave cfg_first_50 and cfg_first_60 out of methods=[...]"
+    if place is None:
+        raise UserError(f"{name}: where a guided step has its unconditional part is not known: {way_out}")
+    if place["chunks"] > 2:
+        raise UserError(f"{name}: a guided step has {place['chunks']} parts, not two: {way_out}")
+    if place["chunks"] == 1 and place["call"] == 0:
+        raise UserError(f"{name}: a guided step runs its unconditional part first: {way_out}")
+    return place["chunks"] == 1
+
+
+def once_per_step(forward: Forward, steps: list[Step]) -> Forward:
+    """The first call of each step runs, and the later ones are answered as it was."""
+    kept: dict[int, Any] = {}
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if len(steps) in kept:
+            return kept[len(steps)]
+        kept.clear()
+        output = forward(*args, **kwargs)
+        kept[len(steps)] = copy.deepcopy(output)  # pipelines may guide in place
+        return output
+
+    return run
+
+
+def _of_chunks(denoiser: Any, forward: Forward, place: dict[str, int] | None, n: int) -> Forward:
+    """Of a doubled batch the conditional chunk runs, and stands for both; a batch of n is conditional already."""
+    assert place is not None
+    name, rows = latent_name(denoiser), slice((1 - place["chunk"]) * n, (2 - place["chunk"]) * n)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        size = len(args[0] if args else kwargs[name])
+        if size == n:
+            return forward(*args, **kwargs)
+        output = forward(*cut(args, size, rows), **cut(kwargs, size, rows))
+        if isinstance(output, tuple):
+            return (torch.cat([output[0]] * 2), *output[1:])
+        output.sample = torch.cat([output.sample] * 2)
+        return output
+
+    return run
+
+
+def cut(given: Any, size: int, rows: slice) -> Any:
+    """Arguments with only those rows of every tensor that has `size` of them."""
+    match given:
+        case Tensor():
+            return given[rows] if given.ndim and len(given) == size else given
+        case dict():
+            return {name: cut(value, size, rows) for name, value in given.items()}
+        case tuple() | list():
+            return type(given)(cut(value, size, rows) for value in given)
+    return given

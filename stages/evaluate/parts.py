@@ -1,0 +1,103 @@
+"""The parts of an evaluation: small files, each whole or not there, from which an interrupted run goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from stages.records.storage import whole_file
+
+SHOWN = "shown"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one setting gave in one part.
+
+    Attributes:
+        values: by name, an entry per image `[n, ...]`.
+        shown: images for the report, bytes `[k, c, h, w]`.
+    """
+
+    values: dict[str, Tensor]
+    shown: Tensor
+    denoiser_evaluations: int
+    seconds: float
+
+
+class Parts:
+    """`OUTPUT/parts/00003.safetensors`: the results of every setting on one batch of seeds.
+
+    Args:
+        output: folder of the evaluation; identity: of what was evaluated; count: parts there are.
+    """
+
+    def __init__(self, output: Path, identity: str, count: int) -> None:
+        self.output, self.folder = output, output / "parts"
+        self.identity, self.count = identity, count
+
+    def path(self, part: int) -> Path:
+        return self.folder / f"{part:05d}.safetensors"
+
+    def missing(self) -> list[int]:
+        """The parts that are still to be made. What another evaluation left in the folder is removed."""
+        found = {path: self._about(path).get("identity") for path in self.folder.glob("*.safetensors")}
+        made = [path for path, identity in found.items() if identity == self.identity]
+        if not made and any(found.values()):
+            for folder in (self.folder, self.output / "images"):
+                shutil.rmtree(folder, ignore_errors=True)
+        return [part for part in range(self.count) if self.path(part) not in made]
+
+    def write(self, part: int, timesteps: Sequence[float], results: Sequence[Result]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for i, result in enumerate(results):
+            tensors |= {
+                f"{i}.{name}": value.contiguous() for name, value in {**result.values, SHOWN: result.shown}.items()
+            }
+        about = {
+            "identity": self.identity,
+            "timesteps": json.dumps(list(timesteps)),
+            "denoiser_evaluations": json.dumps([result.denoiser_evaluations for result in results]),
+            "seconds": json.dumps([result.seconds for result in results]),
+        }
+        with whole_file(self.path(part)) as file:
+            file.write(safetensors.torch.save(tensors, about))
+
+    def timesteps(self) -> list[float]:
+        """Of the scheduler's steps, the same in every part."""
+        return json.loads(self._about(self.path(0))["timesteps"])
+
+    def of(self, setting: int) -> Result:
+        """What a setting gave in all parts together."""
+        values: dict[str, list[Tensor]] = {}
+        evaluations, seconds = 0, 0.0
+        for part in range(self.count):
+            with safetensors.safe_open(self.path(part), "pt") as file:
+                about = file.metadata()
+                for name in file.keys():  # noqa: SIM118  no dictionary
+                    number, _, value = name.partition(".")
+                    if int(number) == setting:
+                        values.setdefault(value, []).append(file.get_tensor(name))
+            evaluations += json.loads(about["denoiser_evaluations"])[setting]
+            seconds += json.loads(about["seconds"])[setting]
+        joined = {name: torch.cat(found) for name, found in values.items()}
+        shown = joined.pop(SHOWN)
+        return Result(joined, shown, evaluations, seconds)
+
+    @staticmethod
+    def _about(path: Path) -> dict[str, Any]:
+        """What a file tells of itself; nothing where it cannot be read, so that it is made again."""
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                return file.metadata() or {}
+        except (OSError, safetensors.SafetensorError):
+            return {}

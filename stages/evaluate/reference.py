@@ -1,0 +1,124 @@
+"""Real images to compare with: the digits that ship, or any folder of image files."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors
+import torch
+from PIL import Image, UnidentifiedImageError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stages.base import first_line, resolve
+from stages.denoiser import fingerprint
+from stages.embedded.digits import to_images
+from stages.errors import UserError
+from stages.evaluate.networks import (
+    CLASSIFIER,
+    ClassifierNetwork,
+    FeatureNetwork,
+    InceptionNetwork,
+    load_classifier,
+    to_inception,
+)
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+BATCH = 100
+NAMED_FILES = 3
+
+
+class Reference:
+    """Held-out real images, the network whose features they are compared by, and perhaps a classifier that judges.
+
+    Args:
+        folder: holds `reference.safetensors` (`pixels`, bytes `[m, 28, 28]`) or image files (png, jpg, webp), and
+            perhaps `classifier/`.
+        features: a feature network by name.
+        weights: of InceptionV3.
+
+    Attributes:
+        images: `[m, 1, 32, 32]` in [-1, 1], or the image files' paths.
+        classifier: judges class accuracy, if the folder has one.
+
+    Raises:
+        UserError: the folder lacks what is asked of it.
+    """
+
+    def __init__(self, folder: str, device: str, features: str = CLASSIFIER, weights: str | None = None) -> None:
+        self.folder, self.device = folder, device
+        root = Path(resolve(folder))
+        try:
+            self.images: Tensor | list[Path] = _images_of(root)
+            self.classifier = load_classifier(root / "classifier")
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            raise UserError(f"reference={folder}: cannot be read: {first_line(error)}") from error
+        if len(self.images) < 2:
+            raise UserError(
+                f"reference={folder}: no reference.safetensors and no two image files there "
+                f"({', '.join(sorted(SUFFIXES))})"
+            )
+        if self.classifier is not None:
+            self.classifier.to(device)
+        self.network = self._network(features, weights)
+
+    def _network(self, features: str, weights: str | None) -> FeatureNetwork:
+        if features != CLASSIFIER:
+            return InceptionNetwork(weights, self.device)
+        if self.classifier is None or not isinstance(self.images, Tensor):
+            raise UserError(
+                f"reference={self.folder}: no reference.safetensors with a classifier/ there: say features=inception"
+            )
+        return ClassifierNetwork(self.classifier)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def features(self) -> Tensor:
+        """Features `[m, f]` of the real images, on the CPU.
+
+        Raises:
+            UserError: names the files that cannot be read as images.
+        """
+        return torch.cat([self.network(batch.to(self.device))[0].cpu() for batch in self._batches()])
+
+    def _batches(self) -> Iterator[Tensor]:
+        if isinstance(self.images, Tensor):
+            yield from self.images.split(BATCH)
+            return
+        unreadable: list[str] = []
+        for start in range(0, len(self.images), BATCH):
+            batch = []
+            for path in self.images[start : start + BATCH]:
+                try:
+                    with Image.open(path) as picture:
+                        batch.append(to_inception(picture))
+                except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
+                    unreadable.append(path.name)
+            if batch:
+                yield torch.stack(batch).float() / 127.5 - 1
+        if unreadable:
+            named = ", ".join(unreadable[:NAMED_FILES]) + (", ..." if len(unreadable) > NAMED_FILES else "")
+            raise UserError(
+                f"reference={self.folder}: {len(unreadable)} of {len(self.images)} files cannot be read as images: "
+                f"{named}: mend or remove them"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what `features` depends on: the network's weights, and the images (of files: name, size and time)."""
+        digest = hashlib.sha256(fingerprint(self.network.module).encode())
+        if isinstance(self.images, Tensor):
+            digest.update(self.images.numpy().tobytes())
+        else:
+            for path in self.images:
+                digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns};".encode())
+        return digest.hexdigest()
+
+
+def _images_of(root: Path) -> Tensor | list[Path]:
+    if (root / "reference.safetensors").is_file():
+        return to_images(load_file(root / "reference.safetensors")["pixels"])
+    return sorted(path for path in root.iterdir() if path.suffix.lower() in SUFFIXES)

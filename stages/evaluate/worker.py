@@ -1,0 +1,226 @@
+"""What one process does of an evaluation: it samples every setting on a batch of seeds, and judges the images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stages.adapters import GuidanceAdapter
+from stages.base import choose_device, use_scheduler
+from stages.denoiser import denoiser_of, fingerprint
+from stages.errors import UserError
+from stages.evaluate.clip_score import ClipJudge
+from stages.evaluate.comparisons import (
+    CFG,
+    NONE,
+    Samples,
+    Setting,
+    arguments_of,
+    conditions_of,
+    fitted,
+    load_pair,
+    sample_setting,
+    settings,
+)
+from stages.evaluate.config import EvaluateConfig
+from stages.evaluate.metrics import Measure
+from stages.evaluate.parts import Parts, Result
+from stages.evaluate.reference import Reference
+from stages.pictures import to_picture
+from stages.prompts import read_prompts
+from stages.records.storage import whole_file
+from stages.sampling import Condition, Request, decode, takes_class_labels
+
+SHOWN, SHOWN_SIZE = 10, 256
+ERROR = "error."  # before the scale of the CFG that a setting's latents are compared with
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is evaluated.
+
+    Attributes:
+        identity: a hash of everything that the parts depend on.
+        parameters: of the denoiser; device: by name.
+    """
+
+    identity: str
+    parameters: int
+    device: str
+
+
+class Judge(Protocol):
+    """Something that measures images."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights that it judges by."""
+
+    def of(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
+        """Values by name, an entry per image `[n, ...]`, of images `[n, c, h, w]` in [-1, 1] of these conditions."""
+
+
+class Worker:
+    """Makes parts of an evaluation. Everything is loaded once, by `load`."""
+
+    def __init__(self, config: EvaluateConfig, adapters: dict[str, str], output: Path) -> None:
+        self.config, self.folders, self.output = config, adapters, output
+        self.settings = settings(config.guidance_scale, config.methods, list(adapters))
+
+    def load(self) -> Facts:
+        config, device = self.config, choose_device(self.config.device)
+        (name, folder), *others = self.folders.items()
+        self.pipe, self.first = load_pair(folder, config.pretrained_model_name_or_path, device)
+        if config.scheduler is not None:
+            use_scheduler(self.pipe, config.scheduler, "scheduler")
+        self.adapters = {name: self.first}
+        for name, folder in others:
+            self.adapters[name] = fitted(GuidanceAdapter.from_pretrained(folder), self.pipe)
+        self.arguments = arguments_of(self.pipe, self.first)
+        self.conditions = self._read_conditions()
+        self._check_alike()
+        self.judges: list[Judge] = []
+        if config.reference is not None:
+            self.judges.append(Measure(Reference(config.reference, device, config.features, config.inception_weights)))
+        if config.clip_model is not None:
+            self.judges.append(ClipJudge(config.clip_model, device))
+        facts = self._facts()
+        self.parts = Parts(self.output, facts.identity, number_of_parts(config))
+        self.is_warm = False
+        return facts
+
+    def _read_conditions(self) -> list[Condition]:
+        """Classes, or prompts, whose class is known of all of them or of none."""
+        prompts = self.config.prompts
+        if prompts is None or takes_class_labels(type(self.pipe)):
+            if self.config.clip_model is not None and takes_class_labels(type(self.pipe)):
+                raise UserError(
+                    f"clip_model: {type(self.pipe).__name__} takes classes: the score is of images and prompts"
+                )
+            return conditions_of(self.pipe, self.first, None, [prompts] if prompts else [])
+        rows = read_prompts(prompts)
+        named = [row for row in rows if "class_label" in row]
+        if named and len(named) < len(rows):
+            raise UserError(
+                f"prompts={prompts}: {len(rows) - len(named)} rows have no class_label: give it to all or to none"
+            )
+        return rows
+
+    def _check_alike(self) -> None:
+        """Adapters that are compared share the samples of their base, and so must have been trained for the same."""
+        for name, adapter in self.adapters.items():
+            told = {
+                "base": adapter.about["base"]["denoiser_fingerprint"]
+                == self.first.about["base"]["denoiser_fingerprint"]
+                or self.config.pretrained_model_name_or_path is not None,
+                "teacher.call": arguments_of(self.pipe, adapter) == self.arguments,
+                "classes": adapter.about["sampled"]["class_labels"] == self.first.about["sampled"]["class_labels"],
+            }
+            if differing := [what for what, alike in told.items() if not alike]:
+                raise UserError(
+                    f"adapter_dir: {name} was trained with another {differing[0]} than {next(iter(self.adapters))}: "
+                    "evaluate each in a run of its own"
+                )
+
+    def _facts(self) -> Facts:
+        components = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        parted = ("num_samples", "num_inference_steps", "batch_size", "seed", "save_images", "features")
+        told = {
+            "config": {key: getattr(self.config, key) for key in parted},
+            "settings": [(s.method, s.guidance_scale, s.adapter) for s in self.settings],
+            "adapters": {name: fingerprint(adapter) for name, adapter in self.adapters.items()},
+            "base": {name: fingerprint(part) for name, part in components.items()},
+            "pipeline": [type(self.pipe).__name__, self.arguments],
+            "scheduler": [type(self.pipe.scheduler).__name__, dict(self.pipe.scheduler.config)],
+            "conditions": self.conditions,
+            "judges": [judge.fingerprint for judge in self.judges],
+        }
+        identity = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+        device = torch.cuda.get_device_name(self.pipe.device) if self.pipe.device.type == "cuda" else "cpu"
+        return Facts(identity, sum(p.numel() for p in denoiser_of(self.pipe)[1].parameters()), device)
+
+    def make(self, part: int) -> int:
+        """Write a part; how many images it has of each setting."""
+        start = part * self.config.batch_size
+        indices = range(start, min(start + self.config.batch_size, self.config.num_samples))
+        if not self.is_warm:
+            self._sample(indices[:2])  # a first call is slower than the rest: it is not timed
+            self.is_warm = True
+        samples, errors = self._sample(indices)
+        results = []
+        for setting, result in samples.items():
+            images = decode(self.pipe, result.latents)
+            values = {
+                name: value for judge in self.judges for name, value in judge.of(images, self._of(indices)).items()
+            }
+            shown = shrunk(images[: max(0, SHOWN - start)])
+            results.append(Result(values | errors[setting], shown, result.denoiser_evaluations, result.seconds))
+            if self.config.save_images:
+                self._save(setting, indices, images)
+        self.parts.write(part, self.timesteps, results)
+        return len(indices)
+
+    def _of(self, indices: range) -> list[Condition]:
+        return [self.conditions[i % len(self.conditions)] for i in indices]
+
+    def _sample(self, indices: range) -> tuple[dict[Setting, Samples], dict[Setting, dict[str, Tensor]]]:
+        """Every setting on one batch, right one after another, so that their times compare; how far each is from CFG.
+
+        Of what lies between noise and image no more is kept than no guidance's and one CFG's.
+        """
+        seeds = [(self.config.seed << 32) + i for i in indices]
+        request = Request(self._of(indices), seeds, self.config.num_inference_steps, self.arguments)
+        samples: dict[Setting, Samples] = {}
+        errors: dict[Setting, dict[str, Tensor]] = {setting: {} for setting in self.settings}
+        for setting in self.settings:
+            adapter = self.adapters.get(setting.adapter or "", self.first)
+            found = sample_setting(self.pipe, adapter, setting, request)
+            name = f"{ERROR}{setting.guidance_scale!r}"
+            if setting.method == NONE:
+                plain, self.timesteps = found, [float(step.timestep) for step in found.steps]
+            elif setting.method == CFG:
+                guided = found
+                errors[Setting(NONE, 1.0)][name] = squared_errors(plain, guided)
+            else:
+                errors[setting][name] = squared_errors(found, guided)
+            samples[setting] = replace(found, steps=[])
+        return samples, errors
+
+    def _save(self, setting: Setting, indices: range, images: Tensor) -> None:
+        folder = self.output / "images" / folder_name(setting, len(self.adapters) > 1)
+        for i, image in zip(indices, images, strict=True):
+            with whole_file(folder / f"{i:05d}.png") as file:
+                to_picture(image).save(file, format="png")
+
+
+def number_of_parts(config: EvaluateConfig) -> int:
+    return -(-config.num_samples // config.batch_size)
+
+
+def folder_name(setting: Setting, several: bool) -> str:
+    """`one_pass-2`, and of several adapters `one_pass-2-NAME`."""
+    name = f"{setting.method}-{setting.guidance_scale:g}"
+    return f"{name}-{setting.adapter.replace('/', '_')}" if several and setting.adapter else name
+
+
+def squared_errors(one: Samples, other: Samples) -> Tensor:
+    """Mean squared distances `[n, steps + 1]` of n images' latents at each step, and of the final ones."""
+    pairs = [(a.latents, b.latents) for a, b in zip(one.steps, other.steps, strict=True)]
+    pairs.append((one.latents, other.latents))
+    return torch.stack([(a - b).double().square().flatten(1).mean(dim=1) for a, b in pairs], dim=1).cpu()
+
+
+def shrunk(images: Tensor) -> Tensor:
+    """Images `[n, c, h, w]` in [-1, 1] as bytes for the report, the longer side at most 256."""
+    factor = SHOWN_SIZE / max(images.shape[2:])
+    if factor < 1 and len(images):
+        images = functional.interpolate(images, scale_factor=factor, mode="area")
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()

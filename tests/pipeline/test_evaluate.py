@@ -1,0 +1,136 @@
+"""Evaluation as a user runs it: killed and run again, and over real Ray."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.evaluate import evaluate
+from pipeline.evaluation_fleet import Fleet, over_ray
+from stages.errors import UserError
+from stages.evaluate.config import EvaluateConfig
+from stages.evaluate.evaluation import Evaluation
+from tests.stages.evaluate.test_evaluation import without_times
+
+ROOT = Path(__file__).parents[2]
+TEN_PARTS = {"num_samples": 20, "batch_size": 2, "num_inference_steps": 3, "guidance_scale": [3.0], "device": "cpu"}
+
+
+def config(adapter: Path, output: Path, **changes: Any) -> EvaluateConfig:
+    return EvaluateConfig(adapter_dir=str(adapter), output_dir=str(output), **(TEN_PARTS | changes))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    return evaluate(config(tiny_adapter, tmp_path_factory.mktemp("evaluation")))
+
+
+def parts_in(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "parts").glob("*.safetensors")}
+
+
+def test_everything_is_written(undisturbed: Evaluation) -> None:
+    folder = undisturbed.folder
+    told = json.loads((folder / "evaluation.json").read_text())
+    assert told["rows"] == undisturbed.rows
+    assert [row["method"] for row in told["rows"]] == ["none", "cfg", "one_pass", "cfg_first_50", "cfg_first_60"]
+    assert (told["variant"], told["num_samples"]) == ("modulated_low_rank", 20)
+    assert len(parts_in(folder)) == 10
+    assert (folder / "report.html").exists()
+    assert not (folder / "images").exists()
+
+
+def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(
+    undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    words = [f"{key}={value}" for key, value in TEN_PARTS.items()]
+    command = [sys.executable, "-m", "pipeline.evaluate", f"adapter_dir={tiny_adapter}", f"output_dir={tmp_path}"]
+    log = tmp_path / "log.txt"
+    with log.open("w") as said:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([*command, *words], cwd=ROOT, env=environment, stdout=said, stderr=said)
+    while len(parts_in(tmp_path)) < 2:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = parts_in(tmp_path)
+    assert 2 <= len(before) < 10
+    assert not (tmp_path / "evaluation.json").exists()
+    resumed = evaluate(config(tiny_adapter, tmp_path))
+    assert before.items() <= parts_in(tmp_path).items()
+    assert without_times(resumed.rows) == without_times(undisturbed.rows)
+
+
+def test_the_card_tells_what_was_measured_beside_the_adapter(tiny_adapter: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_adapter, tmp_path / "tiny")
+    evaluate(EvaluateConfig(adapter_dir=str(folder), **TEN_PARTS))
+    about = json.loads((folder / "adapter_config.json").read_text())
+    assert "error_by_timestep" not in json.dumps(about)
+    assert "| one_pass | 3 |" in (folder / "README.md").read_text()
+    assert (folder / "evaluation" / "evaluation.json").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_side_by_side_give_what_one_process_gives(
+    undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    shared = Evaluation(config(tiny_adapter, tmp_path))
+    rows = shared.run(functools.partial(over_ray, num_workers=2, num_cpus=1))
+    assert without_times(rows) == without_times(undisturbed.rows)
+    names = sorted(parts_in(tmp_path))
+    Evaluation(config(tiny_adapter, tmp_path)).run()
+    assert sorted(parts_in(tmp_path)) == names
+
+
+class KillsAWorker(Fleet):
+    """Kills the processes of all workers as soon as one has a part to make."""
+
+    killed = 0
+
+    def _in_flight(self) -> bool:
+        if super()._in_flight() and not self.killed:
+            commands = {
+                process: " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])
+            }
+            workers = [process for process, command in commands.items() if command.startswith("ray::Worker")]
+            assert workers
+            for worker in workers:
+                worker.kill()
+            self.killed += 1
+        return super()._in_flight()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_worker_is_replaced_and_loses_nothing(
+    undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    run = Evaluation(
+        config(tiny_adapter, tmp_path, batch_size=20)
+    )  # one part: the condition is looked at while it is made
+    fleet = KillsAWorker(ray, run, {"num_cpus": 1})
+    rows = run.run(lambda _, begin: fleet.run(begin, 1))
+    assert fleet.killed == 1
+    assert len(parts_in(tmp_path)) == 1
+    for key in ("denoiser_evaluations", "guidance_scale", "class_accuracy"):
+        assert [row[key] for row in rows] == [row[key] for row in undisturbed.rows]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_a_worker_refuses_is_told_in_its_line(tiny_adapter: Path, tmp_path: Path) -> None:
+    wrong = Evaluation(config(tiny_adapter, tmp_path, clip_model="somewhere"))
+    with pytest.raises(UserError, match="clip_model: DiTPipeline takes classes"):
+        wrong.run(functools.partial(over_ray, num_workers=1, num_cpus=1))

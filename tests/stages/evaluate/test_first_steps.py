@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stages.denoiser import denoiser_of, latent_name
+from stages.errors import UserError
+from stages.evaluate.comparisons import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE, Samples, Setting, sample_setting
+from stages.evaluate.first_steps import cut, guided_first
+from stages.generate.layout import find_layout
+from stages.sampling import Request
+from stages.train.student import unconditional_place
+from tests.conftest import tiny_dit
+from tests.families import ARGUMENTS, FAMILIES, PROMPTS, build
+
+SCALE, STEPS = 3.0, 5
+CONDITIONS = [{"class_label": 1}, {"class_label": 2}]
+
+
+class Told:
+    """As much of an adapter as the baselines need."""
+
+    def __init__(self, place: dict[str, int] | None) -> None:
+        self.about = {"unconditional": place}
+
+
+def placed(pipe: Any, request: Request) -> Any:
+    return Told(unconditional_place(find_layout(pipe, request).facts()))
+
+
+@contextmanager
+def conditional_twice(pipe: Any, place: dict[str, int], guided: int) -> Iterator[None]:
+    """The reference: everything is run, and from a step on the conditional prediction written over the other one."""
+    denoiser = denoiser_of(pipe)[1]
+    kept: list[Any] = []
+    calls = 0
+
+    def overwrite(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        nonlocal calls
+        step, calls = calls // (1 if place["chunks"] == 2 else 2), calls + 1
+        prediction = output[0] if isinstance(output, tuple) else output.sample
+        if step < guided:
+            return None
+        if place["chunks"] == 2:
+            conditional = prediction.chunk(2)[1 - place["chunk"]]
+            prediction.copy_(torch.cat([conditional, conditional]))
+        elif calls % 2:
+            kept[:] = [prediction.clone()]
+        else:
+            prediction.copy_(kept[0])
+        return output
+
+    handle = denoiser.register_forward_hook(overwrite, with_kwargs=True)
+    with torch.no_grad():
+        yield
+    handle.remove()
+
+
+def states(samples: Samples) -> list[Tensor]:
+    return [*(step.latents for step in samples.steps), samples.latents]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_guided_first_and_then_conditional_at_that_cost(family: str) -> None:
+    pipe = build(family)
+    request = Request([{"prompt": prompt} for prompt in PROMPTS], [0, 1], STEPS, ARGUMENTS.get(family, {}))
+    told = placed(pipe, request)
+    place = told.about["unconditional"]
+    guided = sample_setting(pipe, told, Setting(CFG, SCALE), request)
+    first = sample_setting(pipe, told, Setting(CFG_FIRST_50, SCALE), request)
+    with conditional_twice(pipe, place, guided=3):
+        reference = sample_setting(pipe, told, Setting(CFG, SCALE), request)
+    total = len(guided.steps)
+    assert first.denoiser_evaluations == 2 * (total + 3)  # ceil(50% of 5) steps twice for each of 2 images
+    for state, like in zip(states(first)[:4], states(guided)[:4], strict=True):
+        torch.testing.assert_close(state, like)
+    for state, like in zip(states(first), states(reference), strict=True):
+        torch.testing.assert_close(state, like, atol=2e-3, rtol=2e-3)
+    assert not torch.allclose(first.latents, guided.latents, atol=1e-2)
+    assert "forward" not in vars(denoiser_of(pipe)[1])
+    assert "step" not in vars(pipe.scheduler)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "guided"), [(CFG_FIRST_50, 4, 2), (CFG_FIRST_50, 5, 3), (CFG_FIRST_60, 5, 3)]
+)
+def test_the_later_steps_are_those_without_guidance(method: str, steps: int, guided: int) -> None:
+    """Made by hand: from the state that CFG left, DDIM steps with the conditional prediction."""
+    pipe, request = tiny_dit(), Request(CONDITIONS, [0, 1], steps, {})
+    told = placed(pipe, request)
+    cfg, first = (sample_setting(pipe, told, Setting(name, SCALE), request) for name in (CFG, method))
+    assert first.denoiser_evaluations == 2 * (steps + guided)
+    latents = cfg.steps[guided].latents
+    torch.testing.assert_close(first.steps[guided].latents, latents)
+    labels = torch.tensor([condition["class_label"] for condition in CONDITIONS])
+    for i in range(guided, steps):
+        torch.testing.assert_close(first.steps[i].latents, latents, atol=1e-5, rtol=1e-5)
+        t = pipe.scheduler.timesteps[i]
+        with torch.no_grad():
+            prediction = pipe.transformer(latents, timestep=t.expand(2), class_labels=labels).sample
+        latents = pipe.scheduler.step(prediction, t, latents).prev_sample
+    torch.testing.assert_close(first.latents, latents / pipe.vae.config.scaling_factor, atol=1e-5, rtol=1e-5)
+
+
+def test_a_scheduler_that_asks_twice_per_step_is_guided_on_half_of_its_calls() -> None:
+    from diffusers import HeunDiscreteScheduler
+
+    pipe = build("stable_diffusion")
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    request = Request([{"prompt": PROMPTS[0]}], [0], 4, {})
+    told = placed(pipe, replace(request))
+    evaluations = {
+        method: sample_setting(pipe, told, Setting(method, scale), request).denoiser_evaluations
+        for method, scale in ((NONE, 1.0), (CFG, SCALE), (CFG_FIRST_50, SCALE))
+    }
+    assert evaluations == {NONE: 7, CFG: 14, CFG_FIRST_50: 7 + 4}
+
+
+def test_a_batch_that_is_not_doubled_is_run_as_it_is() -> None:
+    pipe, request = tiny_dit(), Request(CONDITIONS, [0, 1], 4, {})
+    told = placed(pipe, request)
+    none, first = (sample_setting(pipe, told, Setting(name, 1.0), request) for name in (NONE, CFG_FIRST_50))
+    assert torch.equal(none.latents, first.latents)
+    assert none.denoiser_evaluations == first.denoiser_evaluations
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        (None, "not known"),
+        ({"call": 0, "chunk": 0, "chunks": 3}, "3 parts, not two"),
+        ({"call": 0, "chunk": 0, "chunks": 1}, "unconditional part first"),
+    ],
+)
+def test_where_the_conditional_part_is_not_known_in_time_it_is_refused(place: dict[str, int] | None, told: str) -> None:
+    pipe: Any = tiny_dit()
+    with (
+        pytest.raises(UserError, match=f"DiTPipeline: .*{told}.*leave cfg_first_50"),
+        guided_first(pipe, place, 50, [], 2),
+    ):
+        pass
+
+
+def test_tensors_are_cut_wherever_they_are() -> None:
+    four, three = torch.arange(4), torch.arange(3)
+    given = {"a": {"b": four, "c": None}, "d": (four, three), "e": torch.tensor(4), "f": "four"}
+    found = cut(given, 4, slice(2, 4))
+    assert found["a"]["b"].tolist() == found["d"][0].tolist() == [2, 3]
+    assert found["d"][1].tolist() == [0, 1, 2]
+    assert (found["a"]["c"], int(found["e"]), found["f"]) == (None, 4, "four")
+
+
+def test_the_denoiser_keeps_its_signature() -> None:
+    pipe: Any = tiny_dit()
+    before = inspect.signature(pipe.transformer.forward)
+    with guided_first(pipe, {"call": 0, "chunk": 1, "chunks": 2}, 50, [], 2):
+        assert inspect.signature(pipe.transformer.forward) == before
+        assert latent_name(pipe.transformer) == "hidden_states"
