@@ -101,20 +101,25 @@ def alternatives(word: str) -> list[str]:
     key, _, value = word.partition("=")
     flow = f"[{value}]"
     try:
-        nodes = yaml.compose(flow, Loader=yaml.SafeLoader).value  # type: ignore[union-attr]
+        whole = yaml.compose(flow, Loader=yaml.SafeLoader)
     except yaml.YAMLError:
+        whole = None
+    if not isinstance(whole, yaml.SequenceNode):
         return [word]  # no list of values: `parse` judges it as one
-    parts = [flow[node.start_mark.index : node.end_mark.index] for node in nodes]
+    parts = [flow[node.start_mark.index : node.end_mark.index] for node in whole.value]
     return [f"{key}={part}" for part in parts] if len(parts) > 1 else [word]
 
 
 def output_dir(words: list[str]) -> Path:
     """The output folder that a run's words name, once nothing in them is refused."""
     from stages.adapters import GuidanceAdapter  # torch with it: not for Ray's workers, which import this file
-    from stages.train.config import TrainConfig
+    from stages.train.config import TrainConfig, check_together
+    from stages.train.telemetry import tracker_class
 
     config = parse(TrainConfig, words)
     check_bounds(config)
+    check_together(config)
+    tracker_class(config.report_to)
     GuidanceAdapter.kind(config.adapter.variant)
     return Path(config.output_dir)
 

@@ -22,10 +22,17 @@ from stages.train.trainer import Trainer
 def main(config: TrainConfig) -> None:
     root = Path(config.output_dir)
     resolved = to_yaml(replace(config, resume_from_checkpoint=None))  # however often it was resumed, it is the same run
-    if (root / "training.json").exists() and (root / "config.yaml").read_text() == resolved:
+    if (root / "training.json").is_file() and content_of(root / "config.yaml") == resolved.encode():
         print(f"{root}: already trained with this configuration; nothing to do")
         return
     trainer = Trainer(config)
+    with trainer.alone():
+        train(trainer, root, resolved)
+    trainer.processes.wait_for_everyone()  # a process that ends earlier takes the others with it
+    trainer.processes.destroy_process_group()
+
+
+def train(trainer: Trainer, root: Path, resolved: str) -> None:
     if trainer.processes.is_main_process:
         begin(root, resolved, trainer)
     summary = trainer.run()
@@ -35,6 +42,10 @@ def main(config: TrainConfig) -> None:
             f"{root}: {summary['steps']} steps, validation loss {summary['validation_loss']:.5f} (without guidance "
             f"{summary['validation_loss_unguided']:.5f}), {summary['records_per_second']:.0f} records/s{skipped(summary)}"
         )
+
+
+def content_of(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def begin(root: Path, resolved: str, trainer: Trainer) -> None:

@@ -25,6 +25,8 @@ from stages.adapters.sites import Shape, find_sites, layer_beneath
 from stages.denoiser import denoiser_of, flatten, forget_compiled, uncompiled
 from stages.errors import UserError
 
+MARK = "guides"  # on the hook of an adapter
+
 
 class Site(nn.Module, ABC):
     """The adapter's part at one site.
@@ -167,6 +169,11 @@ class GuidanceAdapter(nn.Module, ABC):
         if self._denoiser is not None and (again or self._denoiser() is not denoiser):
             raise UserError("this adapter is attached already: detach it first")
         if self._denoiser is None:
+            if carries_adapter(denoiser):
+                raise UserError(
+                    f"this {type(denoiser).__name__} carries an adapter already (a copy carries the original's): detach that one "
+                    "first, or load the pipeline anew"
+                )
             self.check_fit(denoiser)
             self._handles.extend(self._hooks(denoiser))
             self._denoiser = weakref.ref(denoiser)
@@ -185,6 +192,16 @@ class GuidanceAdapter(nn.Module, ABC):
         self._handles.clear()
         self._pipelines.clear()
         self._denoiser = None
+
+    def check_carried(self, denoiser: nn.Module) -> None:
+        """
+        Raises:
+            UserError: no adapter rides on a denoiser that is about to run.
+        """
+        if not carries_adapter(denoiser):
+            raise UserError(
+                f"this {type(denoiser).__name__} took the place of the one that the adapter was attached to: detach it, and attach it anew"
+            )
 
     def check_fit(self, denoiser: nn.Module) -> None:
         """
@@ -208,6 +225,8 @@ class GuidanceAdapter(nn.Module, ABC):
             given = dict(zip(names, args, strict=False)) | kwargs
             changed = self.before_forward(module, {name: given[name] for name in names if name in given})
             return None if changed is None else ((), changed)
+
+        vars(before)[MARK] = True
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             return self.after_forward(module, output)
@@ -309,7 +328,9 @@ class GuidanceAdapter(nn.Module, ABC):
         It comes before the scale of a pipeline's call. A scale of 1 is an exact bypass, and so is one below, as in diffusers.
         A scale outside the trained range warns.
         """
-        with self.in_force(Guidance(as_scales(scale)[None])):
+        guidance = Guidance(as_scales(scale)[None])
+        self.warn_outside(guidance.scales)
+        with self.in_force(guidance):
             yield
 
     @contextmanager
@@ -348,16 +369,15 @@ class GuidanceAdapter(nn.Module, ABC):
 
     @contextmanager
     def in_force(self, guidance: Guidance) -> Iterator[None]:
-        self._warn_outside(guidance.scales)
+        """Within it, the denoiser guides itself so."""
         before, self.guidance = self.guidance, guidance
         try:
             yield
         finally:
             self.guidance = before
 
-    def _warn_outside(self, scales: Tensor) -> None:
-        if scales.device.type != "cpu":
-            return  # a batch in training
+    def warn_outside(self, scales: Tensor) -> None:
+        """Say where scales lie outside the range of the training."""
         low, high = self.about["scale_range"]
         outside = scales[(scales != 1) & ((scales < low) | (scales > high))]
         if len(outside):
@@ -399,6 +419,11 @@ class GuidanceAdapter(nn.Module, ABC):
     ) -> str:
         """Upload the adapter with its model card to a model hub; the address of the commit."""
         return folder.push(self, repo_id, private, token, commit_message)
+
+
+def carries_adapter(denoiser: nn.Module) -> bool:
+    """Whether an adapter rides on it; a deep copy shares the hooks of its original."""
+    return any(MARK in getattr(hook, "__dict__", {}) for hook in denoiser._forward_pre_hooks.values())
 
 
 def told(shape: Shape | None) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors
+import safetensors.torch
 from huggingface_hub import HfApi, snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from stages.adapters.card import model_card
 from stages.base import first_line
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT_VERSION = 2
+MOST_TOLD = 300
 
 
 def save(adapter: GuidanceAdapter, path: Path) -> None:
@@ -30,7 +32,7 @@ def save(adapter: GuidanceAdapter, path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in adapter.state_dict().items()}
     with _whole(path / WEIGHTS_FILE) as part:
-        save_file(weights, part, metadata={"format": "pt"})
+        part.write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
     describe(adapter, path)
 
 
@@ -59,8 +61,17 @@ def named(name_or_path: str | Path) -> Iterator[None]:
     """Whatever a file that is none of ours makes our code stumble over is told as what it is."""
     try:
         yield
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{name_or_path}: not an adapter: {first_line(error)}") from error
+    except (
+        OSError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        safetensors.SafetensorError,
+    ) as error:
+        told = " ".join(str(error).split())[:MOST_TOLD]  # torch names what is wrong with the weights in its second line
+        raise UserError(f"{name_or_path}: not an adapter: {told}") from error
 
 
 def load(

@@ -16,23 +16,38 @@ Prepared = list[tuple[Tensor, ...]]  # of every site
 
 
 def as_scales(scale: Scales) -> Tensor:
-    """Scales `[images]`; one below 1 is no guidance, as in diffusers."""
-    return torch.as_tensor(scale, dtype=torch.float32).reshape(-1).clamp(min=1)
+    """Scales `[images]`; one below 1 is no guidance, as in diffusers.
+
+    Raises:
+        UserError: it is no scale; those on a GPU are a batch in training, which must not wait for it.
+    """
+    try:
+        scales = torch.as_tensor(scale, dtype=torch.float32).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"guidance_scale={scale}: give a number, or one for each image") from error
+    if scales.device.type == "cpu" and not (len(scales) and bool(scales.isfinite().all())):
+        raise UserError(f"guidance_scale={scale}: give a finite number, or one for each image")
+    return scales.clamp(min=1)
 
 
 def scales_of_schedule(schedule: ScaleSchedule, timesteps: Tensor) -> Tensor:
     """Scales `[steps, images]` at the scheduler's timesteps `[steps]`.
 
     Raises:
-        UserError: a list of another length than there are steps.
+        UserError: a list of another length than there are steps, or steps for other numbers of images.
     """
     steps = len(timesteps)
     if callable(schedule):
         rows = [as_scales(schedule(i, t)) for i, t in enumerate(timesteps.tolist())]
-    elif len(schedule) != steps:
-        raise UserError(f"{len(schedule)} guidance scales were given for {steps} steps: one per step")
     else:
-        rows = [as_scales(scale) for scale in schedule]
+        given = list(schedule) if isinstance(schedule, Sequence) else [schedule]
+        if len(given) != steps:
+            raise UserError(f"{len(given)} guidance scales were given for {steps} steps: one per step")
+        rows = [as_scales(scale) for scale in given]
+    if len(images := {len(row) for row in rows} - {1}) > 1:
+        raise UserError(
+            f"a schedule of scales for {min(images)} images at one step and {max(images)} at another: one per image"
+        )
     return torch.stack(torch.broadcast_tensors(*rows))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stages.adapters.guidance import Guidance, Scales, as_scales, scales_of_schedule
 from stages.adapters.unconditional import unconditional_tokens
+from stages.denoiser import denoiser_of
 from stages.sampling import scale_keyword
 
 if TYPE_CHECKING:
@@ -65,8 +66,11 @@ class OnePass:
     ) -> Iterator[None]:
         """Within it, the adapter guides one call of the pipeline; what the caller opened around the call comes first."""
         adapter = self.adapter
+        adapter.check_carried(denoiser_of(pipe)[1])
         warn_of_negative_prompt(adapter, arguments)
-        guidance = adapter.guidance or Guidance(as_scales(scale)[None])
+        guidance = adapter.guidance or Guidance(as_scales(1.0 if adapter.schedule is not None else scale)[None])
+        if adapter.guidance is None:
+            adapter.warn_outside(guidance.scales)
         guidance.negative = negative
         cached = self._is_cached(guidance, arguments.get("num_inference_steps"))
         with adapter.in_force(guidance):
@@ -109,6 +113,8 @@ class OnePass:
             schedule = adapter.schedule
             alike = guidance.scales.expand(len(timesteps), -1)
             scales = alike if schedule is None else scales_of_schedule(schedule, timesteps)
+            if schedule is not None:
+                adapter.warn_outside(scales)
             adapter.guidance = Guidance(scales, timesteps * adapter.about["timestep_scale"], cached, guidance.negative)
 
         scheduler.set_timesteps = seen

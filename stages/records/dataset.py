@@ -170,6 +170,8 @@ class Dataset:
             return (self.root / shard).open("rb")
         except FileNotFoundError as error:
             raise self._damage(shard, "a shard", "no such file") from error
+        except OSError as error:
+            raise self._damage(shard, "a shard", str(error.strerror)) from error
 
     def read(self, file: BinaryIO, row: dict[str, Any]) -> dict[str, Tensor]:
         """The tensors of one sample, checked, from its open shard: those of `PER_RECORD` `[k, ...]`, and `cond.*`.

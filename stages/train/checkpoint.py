@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from stages.base import first_line
+from stages.denoiser import flatten
 from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.records.storage import whole_file
-from stages.train.config import TrainConfig
+from stages.train.config import KEPT_WHEN_RESUMED, TrainConfig, effective
 
-CHECKPOINTS, UNFINISHED = "step-*.pt", ".step-*.pt.*.tmp"
+CHECKPOINTS, UNFINISHED = "step-[0-9]*.pt", ".step-*.pt.*.tmp"
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], total_limit: int) -> Path:
-    """Write the state after `step` steps, then remove all but the newest `total_limit` checkpoints, and what a killed run left.
+    """Write the state after `step` steps, then remove what a killed run left and all but the newest `total_limit` checkpoints.
+
+    Later steps than this one are of a run that was gone back from: they go too.
 
     Raises:
         StorageError: the disk refused; the older checkpoints are as they were.
@@ -26,8 +28,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], total_limit:
     path = folder / f"step-{step:08d}.pt"
     with whole_file(path) as file:
         _save(state, file)
-    for old in [*sorted(folder.glob(CHECKPOINTS))[:-total_limit], *folder.glob(UNFINISHED)]:
-        old.unlink()
+    every = sorted(folder.glob(CHECKPOINTS))
+    until = every.index(path) + 1
+    for old in [*every[until:], *every[:until][:-total_limit], *folder.glob(UNFINISHED)]:
+        old.unlink(missing_ok=True)
     return path
 
 
@@ -56,7 +60,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever unpickling stumbles over in a file that is none of ours
-        raise UserError(f"resume_from_checkpoint: {path}: not readable: {first_line(error)}") from error
+        told = first_line(error) if isinstance(error, OSError) else "damaged, or no checkpoint"
+        raise UserError(
+            f"resume_from_checkpoint: {path}: not readable ({told}): move it away to go on from the one before"
+        ) from error
     if not isinstance(state, dict) or "dataset_fingerprint" not in state:
         raise UserError(f"resume_from_checkpoint: {path}: not a checkpoint of this project")
     return state
@@ -73,11 +80,13 @@ def check_resumable(state: dict[str, Any], dataset: Dataset, config: TrainConfig
             f"{dataset.root}: not the dataset of the checkpoint: fingerprint {dataset.fingerprint[:12]}, "
             f"the checkpoint has {state['dataset_fingerprint'][:12]}"
         )
-    now = asdict(config)
-    for key, before in state["config"].items():
-        if now[key] != before:
-            raise UserError(
-                f"{key}={now[key]}: the checkpoint's run had {before}: resume with that, or begin a new run"
-            )
+    now, before = flatten(effective(config)), flatten(state["config"])
+    changed = [key for key in sorted(now.keys() | before) if now.get(key) != before.get(key)]
+    for key in changed:
+        told = f"{key}={now.get(key)}: the checkpoint's run had {before.get(key)}"
+        if key.partition(".")[0] in KEPT_WHEN_RESUMED:
+            raise UserError(f"{told}: resume with that, or begin a new run")
+        if state["step"] == config.max_train_steps:
+            raise UserError(f"{told}, and has ended: raise max_train_steps, or take another output_dir")
     if state["step"] > config.max_train_steps:
         raise UserError(f"max_train_steps={config.max_train_steps}: the checkpoint is already at step {state['step']}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -29,7 +30,26 @@ KEPT_WHEN_RESUMED = (
     "timestep_range",
     "max_trajectories",
     "filters",
-    "on_damage",
+)
+# What changes neither the weights that a run ends with nor how they are judged.
+WITHOUT_EFFECT = frozenset(
+    {
+        "data_dir",
+        "output_dir",
+        "pretrained_model_name_or_path",
+        "max_train_steps",
+        "gradient_checkpointing",
+        "torch_compile",
+        "on_damage",
+        "validation_steps",
+        "vae_name_or_path",
+        "logging_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "resume_from_checkpoint",
+        "report_to",
+        "device",
+    }
 )
 
 
@@ -101,11 +121,18 @@ class TrainConfig:
     device: str = option("auto", "`auto` (a GPU where there is one), `cuda` or `cpu`")
 
 
+def effective(config: TrainConfig) -> dict[str, Any]:
+    """The options that the weights at the end follow from, and how they are judged."""
+    return {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
+
+
 def check_together(config: TrainConfig) -> None:
     """
     Raises:
         UserError: two options are at odds.
     """
+    if Path(config.output_dir).resolve() == Path(config.data_dir).resolve():
+        raise UserError(f"output_dir={config.output_dir}: is the dataset: take another folder")
     if config.adapter.variant == "full":
         if config.gradient_checkpointing:
             raise UserError(

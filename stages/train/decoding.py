@@ -29,15 +29,17 @@ class Decoder:
         UserError: there is no VAE at that place, or the latents are not those of images.
     """
 
-    def __init__(self, name_or_path: str, dataset: Dataset, rows: list[Row], device: str) -> None:
+    def __init__(
+        self, name_or_path: str, dataset: Dataset, rows: list[Row], device: str, skip_damaged: bool = False
+    ) -> None:
         shape = dataset.info["tensors"]["latent"]["shape"]
         if len(shape) != 3:
             raise UserError(f"vae_name_or_path={name_or_path}: latents {shape} are not those of images: leave it out")
         self.teacher = dataset.info["teacher"]
         self.noise = noise_levels(self.teacher)
         self.device = device
-        self.vae = load_vae(name_or_path).to(device)
-        self.batch = from_noise_to_image(dataset, rows[:COLUMNS])
+        self.vae = load_vae(name_or_path, shape[0]).to(device)
+        self.batch = from_noise_to_image(dataset, rows[:COLUMNS], skip_damaged)
 
     @torch.no_grad()
     def draw(self, student: Student) -> Image.Image:
@@ -70,20 +72,34 @@ class Decoder:
         return torch.stack(clean)
 
 
-def load_vae(name_or_path: str) -> Any:
-    """The VAE of a pipeline's folder, or of a folder of its own, or the same on a hub."""
+def load_vae(name_or_path: str, channels: int) -> Any:
+    """The VAE for latents of so many channels of a pipeline's folder, or of a folder of its own, or the same on a hub.
+
+    Raises:
+        UserError: there is none.
+    """
     path, told = resolve(name_or_path), ""
     for place in ({"subfolder": "vae"}, {}):
         try:
-            return AutoModel.from_pretrained(path, **place).eval().requires_grad_(False)
+            vae = AutoModel.from_pretrained(path, **place)
         except (OSError, ValueError, KeyError) as error:
             told = told or first_line(error)
+            continue
+        config = getattr(vae, "config", {})
+        if (
+            not hasattr(vae, "decode")
+            or config.get("scaling_factor") is None
+            or config.get("latent_channels") != channels
+        ):
+            told = f"{type(vae).__name__} is none for latents of {channels} channels"
+            break
+        return vae.eval().requires_grad_(False)
     raise UserError(f"vae_name_or_path={name_or_path}: no VAE could be loaded from it: {told}")
 
 
-def from_noise_to_image(dataset: Dataset, rows: list[Row]) -> Batch:
-    """One record of each sample, later in its trajectory from sample to sample."""
-    window = load(dataset, rows)
+def from_noise_to_image(dataset: Dataset, rows: list[Row], skip_damaged: bool = False) -> Batch:
+    """One intact record of each sample, later in its trajectory from sample to sample."""
+    window = load(dataset, rows, skip_damaged)
     counts = torch.tensor([row["records"] for row in rows])
-    places = torch.arange(len(rows)) * counts // len(rows)
-    return window.take(counts.cumsum(0) - counts + places)
+    places = counts.cumsum(0) - counts + torch.arange(len(rows)) * counts // len(rows)
+    return window.take(places[window.intact[places]])

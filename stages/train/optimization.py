@@ -41,6 +41,10 @@ class Optimization:
     def learning_rate(self) -> float:
         return self.schedule.get_last_lr()[0]
 
+    def is_finite(self) -> bool:
+        """Whether every weight is a number; the device is made to wait."""
+        return bool(torch.stack([parameter.isfinite().all() for parameter in self.parameters]).all())
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one of the batches that make a step."""
         self.scaler.scale(loss / self.config.gradient_accumulation_steps).backward()
@@ -89,9 +93,16 @@ class Optimization:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state; rates and decays are those of this run's configuration, which may have changed."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.schedule.base_lrs = [self.config.learning_rate] * len(self.optimizer.param_groups)
+        for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
+            group["initial_lr"], group["weight_decay"] = self.config.learning_rate, self.config.adam_weight_decay
+            group["lr"] = self.config.learning_rate * factor(self.schedule.last_epoch)
+        if state["scaler"]:  # empty where the run had no loss scale
+            self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+            self.average.decay = self.config.ema_decay
             self.average.to(self.parameters[0].device)

@@ -36,8 +36,8 @@ def select(dataset: Dataset, config: TrainConfig) -> tuple[list[Row], list[Row]]
     for rows, purpose in zip(parts, ("train on", "validate with"), strict=True):
         if not rows:
             raise UserError(
-                f"{dataset.root}: nothing is left to {purpose}: widen validation_share={config.validation_share:g}, scale_range, "
-                "timestep_range or filters"
+                f"{dataset.root}: nothing is left to {purpose}: change validation_share={config.validation_share:g}, or widen "
+                "scale_range, timestep_range or filters"
             )
     return parts[0], parts[1]
 
@@ -53,19 +53,28 @@ def hold_out(manifest: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.
 
 def matching(table: pa.Table, config: TrainConfig) -> pa.Table:
     """The rows with a scale in `scale_range` that pass `filters`, a conjunction as Parquet readers take it."""
-    conditions = [tuple(condition) for condition in config.filters or []]
+    conditions: list[Any] = []
     if config.scale_range is not None:
         low, high = interval("scale_range", config.scale_range)
         conditions += [("scale", ">=", low), ("scale", "<=", high)]
-    if not conditions:
+    if not conditions and not config.filters:
         return table
     try:
+        conditions += [tuple(condition) for condition in config.filters or []]
         return table.filter(pq.filters_to_expression(conditions))
     except (ValueError, TypeError, pa.ArrowException) as error:
         raise UserError(
             f"filters={config.filters}: {first_line(error)}: each is [column, operator, value] with a column of the manifest: "
             f"{', '.join(table.column_names)}"
         ) from error
+
+
+def trained_scales(rows: list[Row], config: TrainConfig) -> list[float] | None:
+    """The lowest and the highest scale that a run was restricted to; None where it trains on all that the dataset has."""
+    if config.filters:
+        scales = [row["scale"] for row in rows]
+        return [min(scales), max(scales)]
+    return config.scale_range
 
 
 def interval(name: str, value: list[float]) -> tuple[float, float]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import math
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,15 +22,15 @@ from stages.config import check_bounds
 from stages.errors import UserError
 from stages.progress import progress
 from stages.records.dataset import Dataset
-from stages.records.storage import whole_file
+from stages.records.storage import make_folder, whole_file
 from stages.train.batch import Batch
 from stages.train.bins import Range
 from stages.train.checkpoint import check_resumable, find_checkpoint, load_checkpoint, save_checkpoint
-from stages.train.config import KEPT_WHEN_RESUMED, TrainConfig, check_together
+from stages.train.config import TrainConfig, check_together, effective
 from stages.train.decoding import Decoder
 from stages.train.objective import Objective
 from stages.train.optimization import Optimization
-from stages.train.selection import select
+from stages.train.selection import select, trained_scales
 from stages.train.stream import RecordStream
 from stages.train.student import Student, load_base
 from stages.train.telemetry import Meter, Place, Trackers, tracker_class
@@ -63,7 +66,7 @@ class Trainer:
         state = self._earlier()
 
         torch.manual_seed(config.seed)
-        self.student = self._new_student()
+        self.student = self._new_student(trained_scales(training, config))
         self.adapter = self.student.adapter
         self.objective = objective
         self.optimization = Optimization(self.adapter, config, self.device)
@@ -77,7 +80,7 @@ class Trainer:
         self.meter = Meter(*ranges, self.device)
         self.decoder = None
         if config.vae_name_or_path is not None and self.processes.is_main_process:
-            self.decoder = Decoder(config.vae_name_or_path, self.dataset, held_out, self.device)
+            self.decoder = Decoder(config.vae_name_or_path, self.dataset, held_out, self.device, skipping)
         self.step = 0
         self.loss = self.unguided_loss = float("nan")
         if state is not None:
@@ -90,13 +93,34 @@ class Trainer:
             state = load_checkpoint(path)
             check_resumable(state, self.dataset, self.config)
             return state
-        if (self.root / CONFIG_FILE).exists() or find_checkpoint(self.checkpoints, "latest"):
+        if find_checkpoint(self.checkpoints, "latest"):
             raise UserError(
                 f"{self.root}: holds an earlier run: take another output_dir, or resume_from_checkpoint=latest"
             )
+        if (self.root / CONFIG_FILE).exists():
+            raise UserError(f"{self.root}: holds an adapter, and no checkpoint to go on from: take another output_dir")
         return None
 
-    def _new_student(self) -> Student:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within it, no other run trains in this one's folder; a killed one lets go of it.
+
+        Raises:
+            UserError: another one does.
+        """
+        if not self.processes.is_main_process:
+            yield
+            return
+        make_folder(self.root)
+        with (self.root / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                told = f"{self.root}: another run is training here: wait for it, or take another output_dir"
+                raise UserError(told) from error
+            yield
+
+    def _new_student(self, scale_range: list[float] | None) -> Student:
         config = self.config
         denoiser = load_base(
             self.dataset,
@@ -105,7 +129,7 @@ class Trainer:
             config.mixed_precision,
             config.quantization,
         )
-        student = Student.create(self.dataset, config.adapter, denoiser, config.scale_range, config.mixed_precision)
+        student = Student.create(self.dataset, config.adapter, denoiser, scale_range, config.mixed_precision)
         if config.gradient_checkpointing:
             student.checkpoint_gradients()
         if config.torch_compile:
@@ -136,7 +160,7 @@ class Trainer:
             "records_consumed": self.stream.consumed,
             "skipped": self.stream.skipped,
             "dataset_fingerprint": self.dataset.fingerprint,
-            "config": {key: asdict(self.config)[key] for key in KEPT_WHEN_RESUMED},
+            "config": effective(self.config),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -151,13 +175,20 @@ class Trainer:
         self.loss, self.unguided_loss = state["loss"], state["unguided_loss"]
 
     def run(self) -> dict[str, Any]:
-        """Train to the end, write the adapter's folder, and tell the content of `training.json`."""
+        """Train to the end, write the adapter's folder, and tell the content of `training.json`.
+
+        Raises:
+            UserError: a loss or a weight is not a number.
+        """
         if self.step == 0:
             self.unguided_loss, _ = self.validation.measure(self.student, guided=False)
         settings = {key: value for key, value in asdict(self.config).items() if isinstance(value, (str, int, float))}
         with Trackers(self.config.report_to, self.root, self.step, settings) as trackers:
             self._fit(trackers)
             validation_loss, by_bin = self._validate(trackers)
+        if not math.isfinite(validation_loss):
+            raise UserError(f"step {self.step}: the validation loss is not a number: {self._way_out}")
+        skipped = self.stream.skipped | self.validation.skipped
         summary = {
             "steps": self.step,
             "loss": self.loss,
@@ -168,8 +199,8 @@ class Trainer:
             "adapter_share": self.adapter_share,
             "seconds": self.meter.seconds,
             "records_per_second": self.stream.consumed / self.meter.seconds,
-            "records_skipped": sum(self.stream.skipped.values()),
-            "samples_skipped": sorted(self.stream.skipped),
+            "records_skipped": sum(skipped.values()),
+            "samples_skipped": sorted(skipped),
             "peak_memory_bytes": peak_memory(self.device),
         }
         told = ("steps", "validation_loss", "validation_loss_unguided")
@@ -213,10 +244,12 @@ class Trainer:
     def _report(self, trackers: Trackers, bar: tqdm[Any]) -> None:
         """
         Raises:
-            UserError: a loss since the last report was not a number; no checkpoint was written since.
+            UserError: a loss since the last report, or a weight, is not a number; no checkpoint was written since.
         """
         if (found := self.meter.not_finite()) is not None:
             raise UserError(self._told_of_records(*found))
+        if not self.optimization.is_finite():
+            raise UserError(f"step {self.step}: the weights are not numbers any more: {self._way_out}")
         told = self.meter.read()
         self.loss = told["loss"]
         told |= {"learning_rate": self.optimization.learning_rate, "peak_memory_bytes": peak_memory(self.device)}
@@ -227,10 +260,11 @@ class Trainer:
         names = self.stream.whereabouts(place.begin, place.length)[self.stream.rank :: self.stream.world_size]
         named = "; ".join(names[i] for i in wrong[:NAMED_RECORDS])
         more = f"; and {len(wrong) - NAMED_RECORDS} more of its batch" if len(wrong) > NAMED_RECORDS else ""
-        return (
-            f"step {place.step}: the loss is not a number at {named}{more}: lower "
-            f"learning_rate={self.config.learning_rate:g}; the checkpoints in {self.checkpoints} are from before"
-        )
+        return f"step {place.step}: the loss is not a number at {named}{more}: {self._way_out}"
+
+    @property
+    def _way_out(self) -> str:
+        return f"lower learning_rate={self.config.learning_rate:g}; what is in {self.checkpoints} is from before"
 
     def _validate(self, trackers: Trackers) -> tuple[float, dict[str, float]]:
         with self.optimization.averaged():

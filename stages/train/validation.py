@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from accelerate import PartialState
 
+from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.train.bins import BinnedMean, Range
 from stages.train.objective import squared_error
@@ -16,7 +17,11 @@ SAMPLES_AT_ONCE = 32
 
 
 class Validation:
-    """The mean squared error over held-out samples, whatever the loss, split between the processes."""
+    """The mean squared error over held-out samples, whatever the loss, split between the processes.
+
+    Attributes:
+        skipped: the number of records of each sample of this process that was found damaged, by its name.
+    """
 
     def __init__(
         self,
@@ -32,15 +37,27 @@ class Validation:
         self.dataset, self.batch_size, self.device = dataset, batch_size, device
         self.rows = rows[processes.process_index :: processes.num_processes]
         self.skip_damaged = skip_damaged
+        self.skipped: dict[str, int] = {}
         self.errors = BinnedMean(scale_range, timestep_range, device)
 
     @torch.no_grad()
     def measure(self, student: Student, guided: bool = True) -> tuple[float, dict[str, float]]:
-        """(over all records, by bin of scale and of timestep); not guided, of the base without guidance."""
+        """(over all records, by bin of scale and of timestep); not guided, of the base without guidance.
+
+        Raises:
+            UserError: there is no intact record.
+        """
         for start in range(0, len(self.rows), SAMPLES_AT_ONCE):
             window = load(self.dataset, self.rows[start : start + SAMPLES_AT_ONCE], self.skip_damaged)
-            for chosen in window.intact.nonzero().flatten().split(self.batch_size):
+            self.skipped |= window.damaged
+            intact = window.intact.nonzero().flatten()
+            for chosen in intact.split(self.batch_size) if len(intact) else ():
                 batch = window.take(chosen).to(self.device, student.dtype)
                 errors = squared_error(student.predict(batch, guided), batch.target)
                 self.errors.add(errors, batch.scale, batch.timestep)
-        return self.errors.means()
+        mean, by_bin = self.errors.means()
+        if not by_bin:
+            raise UserError(
+                f"{self.dataset.root}: every record to validate with is damaged: choose others by another seed"
+            )
+        return mean, by_bin

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,56 @@ def test_attached_twice_is_refused(pipe: DiTPipeline, adapter: GuidanceAdapter) 
     adapter.attach(pipe)
     with pytest.raises(UserError, match="attached already: detach it first"):
         adapter.attach(pipe)
+
+
+def test_a_pipeline_carries_one_adapter_and_a_copy_the_originals(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
+    adapter.attach(pipe)
+    again = copy.deepcopy(pipe)
+    other = new_adapter(pipe.transformer, "offset")
+    for carrying in (pipe, again):
+        with pytest.raises(UserError, match="this DiTTransformer2DModel carries an adapter already"):
+            other.attach(carrying)
+    adapter.detach()
+    with pytest.raises(UserError, match="carries an adapter already"):
+        adapter.attach(again)
+    other.attach(pipe)
+
+
+def test_a_denoiser_that_was_exchanged_is_noticed(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
+    adapter.attach(pipe)
+    pipe.transformer = tiny_dit().transformer
+    with pytest.raises(UserError, match="took the place of the one that the adapter was attached to"):
+        final(pipe, 3.0)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), [], "much", None])
+def test_what_is_no_scale_is_named(pipe: DiTPipeline, adapter: GuidanceAdapter, scale: Any) -> None:
+    adapter.attach(pipe)
+    with pytest.raises(UserError, match="guidance_scale=.*: give a"), adapter.guidance_scale(scale):
+        pass
+    with pytest.raises(UserError, match="guidance_scale=.*: give a"), adapter.guidance_schedule(lambda *_: scale):
+        final(pipe)
+
+
+@pytest.mark.parametrize("schedule", [2.0, [[1.0, 2.0, 3.0], [1.0, 2.0], 1.0, 1.0]])
+def test_what_is_no_schedule_is_named(pipe: DiTPipeline, adapter: GuidanceAdapter, schedule: Any) -> None:
+    adapter.attach(pipe)
+    with pytest.raises(UserError, match=r"one per step|one per image"), adapter.guidance_schedule(schedule):
+        final(pipe)
+
+
+def test_a_schedule_outside_the_trained_range_warns_and_the_scale_in_its_place_does_not(
+    pipe: DiTPipeline, adapter: GuidanceAdapter
+) -> None:
+    adapter.attach(pipe)
+    with (
+        pytest.warns(UserWarning, match="guidance_scale 50 is outside the range 1 to 6"),
+        adapter.guidance_schedule([50.0] * STEPS),
+    ):
+        final(pipe)
+    with warnings.catch_warnings(), adapter.guidance_schedule([2.0] * STEPS):
+        warnings.simplefilter("error", UserWarning)
+        final(pipe, 20.0)
 
 
 def test_detached_it_is_the_stock_pipeline_again(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:

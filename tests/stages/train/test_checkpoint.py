@@ -67,3 +67,10 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="dangerous.pt: not readable"):
         load_checkpoint(tmp_path / "dangerous.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_going_back_to_an_older_checkpoint_drops_the_later_ones(tmp_path: Path) -> None:
+    for step in (4, 8, 12):
+        save_checkpoint(tmp_path, step, {"step": step}, total_limit=3)
+    save_checkpoint(tmp_path, 9, {"step": 9}, total_limit=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000009.pt"]

@@ -56,12 +56,18 @@ def test_the_true_prediction_points_to_the_clean_latent(decoder: Decoder, kind: 
 
 def test_a_vae_comes_from_a_folder_of_its_own_too(decoder: Decoder, tmp_path: Path) -> None:
     decoder.vae.save_pretrained(tmp_path)
-    assert type(load_vae(str(tmp_path))) is AutoencoderKL
+    assert type(load_vae(str(tmp_path), 4)) is AutoencoderKL
 
 
-def test_what_has_no_vae_is_named(dataset: Dataset, tmp_path: Path) -> None:
+def test_what_has_no_vae_is_named(dataset: Dataset, tiny_teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="vae_name_or_path=.*missing: no VAE could be loaded from it"):
-        load_vae(str(tmp_path / "missing"))
+        load_vae(str(tmp_path / "missing"), 4)
+    for path, channels, told in (
+        (tiny_teacher, 16, "AutoencoderKL"),
+        (tiny_teacher / "transformer", 4, "DiTTransformer2DModel"),
+    ):
+        with pytest.raises(UserError, match=f"{told} is none for latents of {channels} channels"):
+            load_vae(str(path), channels)
     dataset.info["tensors"]["latent"]["shape"] = [64, 16]
     with pytest.raises(UserError, match=r"latents \[64, 16\] are not those of images"):
         Decoder(str(tmp_path), dataset, [], "cpu")

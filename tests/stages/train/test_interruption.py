@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
-from stages.adapters import folder
 from stages.train import checkpoint
 from stages.train.checkpoint import find_checkpoint, load_checkpoint
 from stages.train.config import TrainConfig
@@ -69,7 +69,7 @@ def install(fault: str) -> None:
     elif fault == "removing an older checkpoint":
         setattr(Path, "unlink", at_call(3, Path.unlink))  # noqa: B010
     elif fault == "writing the adapter":
-        vars(folder)["save_file"] = die
+        vars(safetensors.torch)["save"] = die
     else:
         raise ValueError(fault)
 

@@ -98,6 +98,7 @@ def test_a_missing_shard_is_left_to_the_stream_where_damage_is_skipped(damaged: 
         ({"filters": [["colour", "=", 1]]}, "filters=.*colour.*: each is .* with a column of the manifest: shard,"),
         ({"filters": [["scale", "~", 1]]}, "filters=.*: each is"),
         ({"filters": ["scale"]}, "filters=.*: each is"),
+        ({"filters": [1]}, "filters=.*: each is"),
         ({"filters": [["scale", ">", "big"]]}, "filters=.*: each is"),
     ],
 )
@@ -109,3 +110,9 @@ def test_a_selection_that_is_none_is_named(dataset: Dataset, changes: Any, told:
 def test_an_adapter_tells_the_scales_that_it_was_restricted_to(dataset: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(train_config(dataset.root, tmp_path, scale_range=[2.0, 9.0], validation_share=0.4))
     assert trainer.adapter.about["scale_range"] == [2.0, 6.0]
+
+
+def test_and_those_that_a_filter_left(dataset: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(train_config(dataset.root, tmp_path, filters=[["scale", "<", 4.0]], validation_share=0.4))
+    low, high = trainer.adapter.about["scale_range"]
+    assert 1.0 <= low < high < 4.0

@@ -20,6 +20,7 @@ from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.train.batch import Batch
 from stages.train.config import LOSSES
+from stages.train.selection import select
 from stages.train.trainer import Trainer
 from tests.conftest import VARIANTS, small_adapter, train_config
 
@@ -74,12 +75,79 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_what_may_change_on_resuming_does(shared_dataset: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    checkpoint = str(tiny_adapter / "checkpoints" / "step-00000008.pt")
+    before = load_file(tiny_adapter / "adapter_model.safetensors")
+    for changes in ({"learning_rate": 1e-5}, {"adam_weight_decay": 0.5}, {"lr_scheduler": "constant"}, {"loss": "l1"}):
+        output = tmp_path / next(iter(changes))
+        after = weights_after(shared_dataset, output, resume_from_checkpoint=checkpoint, **changes)
+        assert any(not torch.equal(after[name], before[name]) for name in before), changes
+
+
+def test_a_run_that_has_ended_is_not_told_to_have_been_another(shared_dataset: Path, tiny_adapter: Path) -> None:
+    for changes in ({"loss": "l1"}, {"learning_rate": 0.5}):
+        with pytest.raises(UserError, match="the checkpoint's run had .*, and has ended: raise max_train_steps"):
+            Trainer(train_config(shared_dataset, tiny_adapter, resume_from_checkpoint="latest", **changes))
+    Trainer(train_config(shared_dataset, tiny_adapter, resume_from_checkpoint="latest", validation_steps=7))
+
+
+def test_weights_that_are_no_numbers_stop_the_run_before_they_are_saved(shared_dataset: Path, tmp_path: Path) -> None:
+    trainer = Trainer(train_config(shared_dataset, tmp_path))
+    step = trainer.optimization.step
+
+    def overflow() -> Tensor:
+        norm = step()
+        if trainer.step == 7:
+            trainer.optimization.parameters[0].data.fill_(torch.nan)
+        return norm
+
+    trainer.optimization.step = overflow  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="step 8: the weights are not numbers any more: lower learning_rate"):
+        trainer.run()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004.pt"]
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_one_run_at_a_time_trains_in_a_folder(shared_dataset: Path, tmp_path: Path) -> None:
+    one, other = (Trainer(train_config(shared_dataset, tmp_path)) for _ in range(2))
+    with one.alone(), pytest.raises(UserError, match="another run is training here"), other.alone():
+        pass
+    with other.alone():
+        pass
+
+
+def test_the_dataset_is_no_place_for_a_run(shared_dataset: Path) -> None:
+    with pytest.raises(UserError, match="output_dir=.*: is the dataset"):
+        Trainer(train_config(shared_dataset, shared_dataset))
+
+
+def test_damaged_validation_samples_are_counted_and_all_of_them_are_refused(damaged: Path, tmp_path: Path) -> None:
+    options = {"on_damage": "skip", "validation_share": 0.2}
+    rows = select(Dataset(damaged), train_config(damaged, tmp_path, **options))[1]
+    damage(damaged, rows[0])
+    summary = Trainer(train_config(damaged, tmp_path / "one", vae_name_or_path=None, **options)).run()
+    assert summary["samples_skipped"] == [f"{rows[0]['shard']} {rows[0]['key']}"]
+    for row in rows[1:]:
+        damage(damaged, row)
+    with pytest.raises(UserError, match="every record to validate with is damaged"):
+        Trainer(train_config(damaged, tmp_path / "all", **options)).run()
+
+
+def test_a_run_stopped_by_damage_goes_on_without_it(damaged: Path, tmp_path: Path) -> None:
+    config = train_config(damaged, tmp_path, validation_share=0.1, resume_from_checkpoint="latest")
+    Trainer(replace(config, max_train_steps=4)).run()
+    damage(damaged, select(Dataset(damaged), config)[0][0])
+    with pytest.raises(UserError, match="training leaves it out with on_damage=skip"):
+        Trainer(config).run()
+    assert Trainer(replace(config, on_damage="skip")).run()["records_skipped"] == 4
+
+
 def test_a_checkpoint_of_another_dataset_or_adapter_is_refused(
     shared_dataset: Path, damaged: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     checkpoint = str(tiny_adapter / "checkpoints" / "step-00000008.pt")
     for changes, told in (
-        ({"adapter": AdapterConfig("offset", hidden_size=16)}, "adapter=.*: the checkpoint's run had"),
+        ({"adapter": AdapterConfig("offset", hidden_size=16)}, r"adapter\.[a-z]+=.*: the checkpoint's run had"),
         ({"seed": 1}, "seed=1: the checkpoint's run had 0"),
         ({"max_train_steps": 7}, "max_train_steps=7: the checkpoint is already at step 8"),
     ):
