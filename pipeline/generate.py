@@ -5,30 +5,24 @@ python -m pipeline.generate --config configs/generate/mnist_dit.yaml output_dir=
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from pipeline.command import run, to_yaml
 from stages.generate.config import GenerateConfig
 from stages.generate.driver import Driver
-from stages.records.storage import whole_file
 
 
 def main(config: GenerateConfig) -> None:
     driver = Driver(config)
-    root = Path(config.output_dir)
+    root = driver.root
     if driver.finished:
         print(f"{root}: already finished, {len(driver.plan)} units; nothing to do")
         return
-    with whole_file(root / "config.yaml") as file:
-        file.write(to_yaml(config).encode())
+    root.write("config.yaml", to_yaml(config).encode())
     from stages.generate.fleet import RayFleet  # ray takes seconds to import: not before something is to be done
 
     summary = driver.run(RayFleet(config))
-    size = json.loads((root / "dataset.json").read_bytes())["counts"]["bytes"]
     print(
         f"{root}: {summary['trajectories']} trajectories, {summary['records']} records, {summary['units_committed']} shards, "
-        f"{size / 1e6:.0f} MB, made in {summary['seconds']:.0f} s ({summary['records_per_second']:.0f} records/s)"
+        f"{summary['bytes'] / 1e6:.0f} MB, made in {summary['seconds']:.0f} s ({summary['records_per_second']:.0f} records/s)"
     )
 
 

@@ -52,6 +52,10 @@ def begin(root: Path, resolved: str, trainer: Trainer) -> None:
     (root / "training.json").unlink(missing_ok=True)  # it tells that config.yaml, written next, was trained to its end
     with whole_file(root / "config.yaml") as file:
         file.write(resolved.encode())
+    dataset = trainer.dataset
+    if not dataset.newest:
+        trajectories = dataset.info["counts"]["trajectories"]
+        print(f"{dataset.root}: has grown; goes on with the {trajectories} trajectories that this run began with")
     print(
         f"{trainer.adapter.variant}: {trainer.adapter_parameters:,} parameters at {len(trainer.adapter.shapes)} sites, "
         f"{trainer.adapter_share:.1%} of the base"

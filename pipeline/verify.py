@@ -13,13 +13,14 @@ from omegaconf import MISSING
 
 from pipeline.command import run
 from stages.errors import UserError
-from stages.records.storage import write_json
+from stages.records.folder import open_folder
+from stages.records.storage import to_json, write_json
 from stages.records.verification import verify
 
 
 @dataclass
 class VerifyConfig:
-    data_dir: str = field(default=MISSING, metadata={"help": "folder of the dataset"})
+    data_dir: str = field(default=MISSING, metadata={"help": "folder of the dataset, on disk or in a bucket"})
     output: str | None = field(default=None, metadata={"help": "by default `verification.json` in the dataset"})
 
 
@@ -38,9 +39,12 @@ def told(name: str, histogram: Any) -> str:
 
 
 def main(config: VerifyConfig) -> None:
-    root = Path(config.data_dir)
-    found = verify(root)
-    write_json(Path(config.output or root / "verification.json"), found)
+    root = open_folder(config.data_dir)
+    found = verify(config.data_dir)
+    if config.output is None:
+        root.write("verification.json", to_json(found))
+    else:
+        write_json(Path(config.output), found)
     for name, histogram in found["histograms"].items():
         print(told(name, histogram))
     print(

@@ -8,4 +8,8 @@ class UserError(Exception):
 
 
 class StorageError(UserError):
-    """The place that is written to refused, e.g. a full disk: no other worker and no further attempt would do better."""
+    """The place that is written to or read from refused, e.g. a full disk: no further attempt would do better."""
+
+
+class DamageError(UserError):
+    """A part of a dataset is missing, or not as it was written."""

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import obstore
-import obstore.store
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
 from stages.base import first_line, resolve
+from stages.buckets import open_store
 from stages.errors import UserError
 from stages.sampling import Condition
 
@@ -81,6 +80,4 @@ def read_bytes(path: str) -> bytes:
     if "://" not in path:
         return Path(resolve(path)).read_bytes()
     folder, _, name = path.rpartition("/")
-    local = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-    store = obstore.store.from_url(folder, client_options={"allow_http": local})
-    return bytes(obstore.get(store, name).bytes())
+    return bytes(obstore.get(open_store(folder), name).bytes())

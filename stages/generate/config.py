@@ -40,7 +40,9 @@ class TeacherConfig:
 @dataclass
 class GenerateConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    output_dir: str = option(MISSING, "folder of the dataset")
+    output_dir: str = option(
+        MISSING, "folder of the dataset, on disk or in a bucket: `s3://bucket/prefix`, `gs://`, `az://`"
+    )
     prompts: str | None = option(
         None,
         "a file or `s3://` object: .txt with one prompt per line, or .jsonl, .csv, .parquet with a column prompt and "

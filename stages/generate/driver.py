@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from omegaconf import OmegaConf
@@ -16,10 +17,13 @@ from stages.generate.config import EXECUTION_KEYS, GenerateConfig
 from stages.generate.plan import Plan
 from stages.generate.preview import write_preview_grid
 from stages.progress import progress
-from stages.records.dataset import publish, read_commits, read_info, write_info
-from stages.records.storage import write_json
+from stages.records.dataset import begin_plan, publish, published, read_commits, read_info
+from stages.records.folder import open_folder
+from stages.records.storage import to_json
 from stages.sampling import Condition
 
+COUNTS = ("num_trajectories", "num_trajectories_per_condition")  # of which a dataset that is made may be asked for more
+CONDITIONS = ("prompts", "class_labels")  # judged by what they name
 MAX_ATTEMPTS = 3
 POLL_SECONDS = 1.0
 
@@ -73,18 +77,20 @@ class Driver:
 
     def __init__(self, config: GenerateConfig) -> None:
         self.config = config
-        self.root = Path(config.output_dir)
-        self.plan = Plan(config)
+        self.root = open_folder(config.output_dir)
         self.info = read_info(self.root)
+        earlier = published(self.info)
+        self.plan = Plan(config, earlier)
         self.committed = {unit: commit["samples"] for unit, commit in read_commits(self.root).items()}
-        if self.info is not None and not self.committed:
-            self.info = None  # an earlier run described what it never began
+        if self.info is not None and max(self.committed, default=-1) < sum(plan["units"] for plan in earlier):
+            # What an earlier run described and never began.
+            self.info = self.info | {"plans": earlier} if earlier else None
         if self.committed and self.info is None:
             raise UserError(
                 f"{self.root}: holds commits but no dataset.json to say of what: restore it, or take another output_dir"
             )
         if self.info is not None:
-            self._check_same_config(self.info)
+            self._check_same_config(self.info["plans"][-1])
         self.todo = deque(unit for unit in range(len(self.plan)) if unit not in self.committed)
         self.attempts: Counter[int | None] = Counter()
         self.quarantined: dict[int, str] = {}
@@ -94,7 +100,7 @@ class Driver:
     @property
     def finished(self) -> bool:
         """Whether an earlier run left nothing to do."""
-        return self.info is not None and self.info["complete"] and not self.todo
+        return not self.todo and self.info is not None and published(self.info) == self.info["plans"]
 
     def run(self, fleet: Fleet) -> dict[str, Any]:
         """Make what is missing and publish; the content of `generation.json`."""
@@ -104,8 +110,8 @@ class Driver:
         finally:
             fleet.close()
             summary = self._summary(time.monotonic() - start)
-            if self.root.is_dir():
-                write_json(self.root / "generation.json", summary)
+            if self.info is not None:
+                self.root.write("generation.json", to_json(summary))
         if self.quarantined:
             unit, reason = next(iter(self.quarantined.items()))
             raise UserError(
@@ -141,20 +147,23 @@ class Driver:
     def _see_facts(self, facts: dict[str, Any]) -> None:
         facts = facts | {"pretrained_model_name_or_path": self.config.teacher.pretrained_model_name_or_path}
         if self.info is None:
-            self.info = {
-                "teacher": facts,
-                "guidance": {"rule": facts["guidance_rule"], "scale_range": self.plan.scale_range},
-                "conditions": describe_conditions(self.plan.conditions),
-                "plan": {"units": len(self.plan), "trajectories": self.plan.num_trajectories},
-                "config": defining(self.config),
-            }
-            write_info(self.root, self.info)
+            self.info = {"complete": False, "teacher": facts, "plans": []}
         for key, value in facts.items():
             if self.info["teacher"][key] != value:
                 raise UserError(
                     f"{self.root}: begun with another teacher: its {key} was {self.info['teacher'][key]}, not {value}: "
                     "give the old teacher, or another output_dir"
                 )
+        begun = self.info["plans"]
+        if units := len(self.plan) - sum(plan["units"] for plan in begun):
+            plan = {
+                "units": units,
+                "trajectories": self.plan.num_trajectories - sum(plan["trajectories"] for plan in begun),
+                "guidance": {"rule": facts["guidance_rule"], "scale_range": self.plan.scale_range},
+                "conditions": describe_conditions(self.plan.conditions),
+                "config": defining(self.config),
+            }
+            self.info = begin_plan(self.root, self.info, plan)
 
     def _see_failure(self, failure: Failed) -> None:
         if isinstance(failure.error, StorageError):
@@ -178,15 +187,29 @@ class Driver:
         if not self.committed and not self.records_made:
             raise UserError(f"no unit could be made in {MAX_ATTEMPTS} attempts: {reason}")
 
-    def _check_same_config(self, info: dict[str, Any]) -> None:
+    def _check_same_config(self, plan: dict[str, Any]) -> None:
+        """Refuse another configuration than a plan's, but for one that asks for more once the plan was made to its end."""
         known = flatten(defining(GenerateConfig()))  # an older version's dataset lacks the options that came later
-        old, new = known | flatten(info["config"]), flatten(defining(self.config))
+        old, new = known | flatten(plan["config"]), flatten(defining(self.config))
+        made, told = "manifest_sha256" in plan, plan["conditions"]
+        count = told.get("count", len(self.plan.conditions))
+        goes_on = digest(self.plan.conditions[:count]) == told.get("sha256") and (
+            made or count == len(self.plan.conditions)
+        )
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
+            if key in COUNTS and made and None not in (old[key], new[key]) and old[key] < new[key]:
+                continue
+            if old.get(key) != new.get(key) and not (key in CONDITIONS and goes_on):
                 raise UserError(
                     f"{self.root}: holds a dataset of another configuration: {key}={old.get(key)}, not {new.get(key)}: "
                     "take the old value, or another output_dir"
                 )
+        if "sha256" in told and not goes_on:
+            key = "class_labels" if self.config.prompts is None else "prompts"
+            raise UserError(
+                f"{self.root}: holds a dataset of other {key}: what {key}={new[key]} names does not begin with the {count} "
+                "that it was made of: restore them, or take another output_dir"
+            )
 
     def _summary(self, seconds: float) -> dict[str, Any]:
         commits = read_commits(self.root)
@@ -194,6 +217,7 @@ class Driver:
         return {
             "trajectories": len({row["trajectory"] for row in rows}),
             "records": sum(row["records"] for row in rows),
+            "bytes": sum(commit["size"] for commit in commits.values()),
             "units_planned": len(self.plan),
             "units_committed": len(commits),
             "units_quarantined": len(self.quarantined),
@@ -204,11 +228,22 @@ class Driver:
 
 
 def describe_conditions(conditions: list[Condition]) -> dict[str, Any]:
-    """What `dataset.json` tells of what was sampled: the classes, and how many prompts."""
+    """What `dataset.json` tells of what was sampled: the classes, how many prompts, and what tells the list from any other."""
     labels = sorted({condition["class_label"] for condition in conditions if "class_label" in condition})
     prompts = {condition["prompt"] for condition in conditions if "prompt" in condition}
     negative = {condition["negative_prompt"] for condition in conditions if "negative_prompt" in condition}
-    return {"class_labels": labels, "prompts": len(prompts), "negative_prompts": len(negative)}
+    return {
+        "class_labels": labels,
+        "prompts": len(prompts),
+        "negative_prompts": len(negative),
+        "count": len(conditions),
+        "sha256": digest(conditions),
+    }
+
+
+def digest(conditions: list[Condition]) -> str:
+    """SHA-256 of a list of conditions."""
+    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
 
 
 def defining(config: GenerateConfig) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from stages.errors import UserError
 from stages.generate.config import GenerateConfig
 from stages.generate.driver import Failed, Loaded, Made
 from stages.generate.unit import UnitWorker
+from stages.records.folder import absolute
 
 
 class RayFleet:
@@ -37,7 +38,7 @@ class RayFleet:
         teacher = replace(
             config.teacher, pretrained_model_name_or_path=str(Path(path).resolve()) if Path(path).is_dir() else path
         )
-        self.config = replace(config, teacher=teacher, output_dir=str(Path(config.output_dir).resolve()))
+        self.config = replace(config, teacher=teacher, output_dir=absolute(config.output_dir))
         self.actor = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_restarts=0, max_task_retries=0)(
             UnitWorker
         )

@@ -1,9 +1,11 @@
-"""The plan: which trajectories a dataset holds, and which unit makes each. A pure function of the configuration."""
+"""The plan: which trajectories a dataset holds, and which unit makes each. A pure function of the configuration, and of the plans before it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,20 +42,41 @@ class Plan:
     """Every unit of a dataset, made when asked for; `len(plan)` units.
 
     A trajectory's seed and scale follow from (dataset seed, its index) alone, so neither the number of workers, nor the
-    batch size, nor a restart changes what the dataset holds.
+    batch size, nor a restart changes what the dataset holds. What earlier plans hold stays as it is; what is asked for
+    beyond that comes after it, in units of its own.
+
+    Args:
+        earlier: the plans that `dataset.json` tells of as made, oldest first; their conditions are the first of this one's.
 
     Raises:
         UserError: the configuration asks for something impossible.
     """
 
-    def __init__(self, config: GenerateConfig) -> None:
+    def __init__(self, config: GenerateConfig, earlier: Sequence[dict[str, Any]] = ()) -> None:
         check(config)
         self.config = config
         self.conditions = read_conditions(config)
-        self.num_trajectories = config.num_trajectories or len(self.conditions) * config.num_trajectories_per_condition
+        self.turns = np.empty((0, 2), dtype=np.int64)
+        self.units: list[range] = []
+        for plan in earlier:
+            self._add(plan["trajectories"], plan["conditions"].get("count"))
+        asked = config.num_trajectories or len(self.conditions) * config.num_trajectories_per_condition
+        self._add(asked - len(self.turns), None)
+
+    def _add(self, count: int, num_conditions: int | None) -> None:
+        """Plan so many more trajectories of the first so many conditions, by default of all."""
+        begin, size = len(self.turns), self.config.trajectories_per_unit
+        made = np.bincount(self.turns[:, 1], minlength=len(self.conditions))[:num_conditions]
+        self.turns = np.concatenate([self.turns, take_turns(made, count)])
+        end = len(self.turns)
+        self.units += [range(i, min(i + size, end)) for i in range(begin, end, size)]
 
     def __len__(self) -> int:
-        return -(-self.num_trajectories // self.config.trajectories_per_unit)
+        return len(self.units)
+
+    @property
+    def num_trajectories(self) -> int:
+        return len(self.turns)
 
     @property
     def records_per_trajectory(self) -> int:
@@ -67,16 +90,14 @@ class Plan:
         return [min([*given, *drawn]), max([*given, *drawn])]
 
     def unit(self, index: int) -> Unit:
-        size = self.config.trajectories_per_unit
-        indices = range(index * size, min((index + 1) * size, self.num_trajectories))
         # A golden-ratio sequence spreads any number of shifts evenly over the spacing; a random one leaves holes.
         shift = ((index + 0.5) * GOLDEN_RATIO) % 1.0 if self.config.shift_timesteps else 0.0
-        return Unit(index, [self.trajectory(i) for i in indices], shift)
+        return Unit(index, [self.trajectory(i) for i in self.units[index]], shift)
 
     def trajectory(self, index: int) -> PlannedTrajectory:
         sequence = np.random.SeedSequence([self.config.seed, index])
         random = np.random.default_rng(sequence)
-        repetition, place = divmod(index, len(self.conditions))
+        repetition, place = self.turns[index].tolist()
         condition = dict(self.conditions[place])
         scale = draw_scale(self.config, random)
         scale = condition.pop("guidance_scale", scale)
@@ -89,6 +110,21 @@ class Plan:
             chosen = random.choice(self.config.num_inference_steps, self.config.num_recorded_steps, replace=False)
             steps = sorted(chosen.tolist())
         return PlannedTrajectory(index, seed, scale, condition, steps)
+
+
+def take_turns(made: np.ndarray, count: int) -> np.ndarray:
+    """Which (repetition, condition) `[count, 2]` come next, where each condition has been made so often `[n]`.
+
+    Conditions take turns in their order, those with fewer trajectories first.
+    """
+    rounds = [np.empty((0, 2), dtype=np.int64)]
+    repetition = int(made.min())
+    while count > 0:
+        places = np.flatnonzero(made <= repetition)[:count]
+        rounds.append(np.stack([np.full_like(places, repetition), places], axis=1))
+        count -= len(places)
+        repetition += 1
+    return np.concatenate(rounds)
 
 
 def draw_scale(config: GenerateConfig, random: np.random.Generator) -> float:

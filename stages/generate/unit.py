@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from stages.generate.config import GenerateConfig
 from stages.generate.plan import Plan
 from stages.generate.preview import write_preview
 from stages.generate.teacher import Teacher
-from stages.records.dataset import commit_unit
+from stages.records.dataset import commit_unit, published, read_info
+from stages.records.folder import open_folder
 
 
 class UnitWorker:
@@ -20,7 +20,8 @@ class UnitWorker:
 
     def load(self) -> dict[str, Any]:
         """Load the teacher and tell its facts."""
-        self.plan = Plan(self.config)
+        self.root = open_folder(self.config.output_dir)
+        self.plan = Plan(self.config, published(read_info(self.root)))
         self.teacher = Teacher(self.config, self.plan.conditions[0])
         return self.teacher.facts()
 
@@ -29,6 +30,6 @@ class UnitWorker:
         trajectories = self.teacher.run(self.plan.unit(index))
         parts = [part for trajectory in trajectories for part in trajectory.parts(self.config.records_per_sample)]
         while self.teacher.previews:
-            write_preview(Path(self.config.output_dir), *self.teacher.previews.popitem())
-        commit = commit_unit(Path(self.config.output_dir), index, parts)
+            write_preview(self.root, *self.teacher.previews.popitem())
+        commit = commit_unit(self.root, index, parts)
         return sum(row["records"] for row in commit["samples"])

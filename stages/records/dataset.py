@@ -1,17 +1,23 @@
-"""A dataset's folder: what is committed, what is published, and how a reader opens it.
+"""A dataset's folder, on disk or in a bucket: what is committed, what is published, and how a reader opens it.
 
     DATASET/shards/00012-<attempt>.tar   DATASET/commits/00012.json   DATASET/manifest.parquet   DATASET/dataset.json
+    DATASET/manifests/1.parquet
 
 A shard counts once its commit record exists, and the first attempt at a unit to make one wins. Readers go by the
-manifest and never list a folder.
+manifest and never list a folder to find out what is there. A dataset grows plan by plan: each that is made to its end is published as a
+snapshot, whose manifest is kept, so that a reader can stay with it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import re
 import uuid
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,144 +26,241 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from stages.errors import UserError
-from stages.records.manifest import read_manifest, table_of, write_manifest
+from stages.errors import DamageError, UserError
+from stages.records.cache import ShardCache
+from stages.records.folder import Folder, open_folder
+from stages.records.manifest import decode_manifest, encode_manifest, table_of
 from stages.records.record import Trajectory, describe
 from stages.records.shard import hash_file, write_shard
-from stages.records.storage import create, seal, unseal, whole_file
+from stages.records.storage import seal, unseal
 
 SCHEMA_VERSION = 1
 DATASET_FILE = "dataset.json"
 MANIFEST_FILE = "manifest.parquet"
 SKIPPED = "; training leaves it out with on_damage=skip"
+# What `dataset.json` tells of each snapshot, and of the newest one again beside what all have in common.
+OF_A_SNAPSHOT = ("config", "conditions", "guidance", "counts", "manifest_sha256")
+READERS = 16  # a request to a bucket mostly waits
 
 
-def commit_unit(root: Path, unit: int, trajectories: Iterable[Trajectory]) -> dict[str, Any]:
+def commit_unit(root: Folder, unit: int, trajectories: Iterable[Trajectory]) -> dict[str, Any]:
     """Write a unit's shard and commit it; returns the commit record that won, be it this attempt's or an earlier one's."""
-    shard = root / "shards" / f"{unit:05d}-{uuid.uuid4().hex[:8]}.tar"
-    record = root / "commits" / f"{unit:05d}.json"
+    shard = f"shards/{unit:05d}-{uuid.uuid4().hex[:8]}.tar"
+    record = f"commits/{unit:05d}.json"
     trajectories = list(trajectories)
-    samples = write_shard(shard, trajectories)
-    commit = {
-        "unit": unit,
-        "shard": f"shards/{shard.name}",
-        "size": shard.stat().st_size,
-        "sha256": hash_file(shard),
-        "tensors": describe(trajectories[0]),
-        "samples": samples,
-    }
-    if not create(record, seal(commit)):
-        shard.unlink()
-    return read_commit(record)
+    with root.whole_file(shard) as file:
+        samples = write_shard(file, trajectories)
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        sha256 = hash_file(file)
+    tensors = describe(trajectories[0])
+    commit = {"unit": unit, "shard": shard, "size": size, "sha256": sha256, "tensors": tensors, "samples": samples}
+    if not root.create(record, seal(commit)):
+        root.delete(shard)
+    return read_commit(root, record)
 
 
-def commit_paths(root: Path) -> list[Path]:
+def commit_names(root: Folder) -> list[str]:
     """The files of all commit records, in the order of the plan."""
-    return sorted((root / "commits").glob("[0-9]*.json"))
+    return [name for name in root.list("commits") if re.fullmatch(r"commits/\d+\.json", name)]
 
 
-def read_commit(path: Path) -> dict[str, Any]:
+def read_commit(root: Folder, name: str) -> dict[str, Any]:
     """One commit record.
 
     Raises:
         UserError: it is not as it was written.
     """
     try:
-        commit = unseal(path.read_bytes())
-        if commit["unit"] != int(path.stem):
+        commit = unseal(root.read(name) or b"")
+        if commit["unit"] != unit_of(name):
             raise ValueError("of another unit")
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged: move it away and generate again, which makes its unit anew") from error
+        raise DamageError(
+            f"{root.where(name)}: damaged: move it away and generate again, which makes its unit anew"
+        ) from error
     return commit
 
 
-def read_commits(root: Path) -> dict[int, dict[str, Any]]:
+def unit_of(name: str) -> int:
+    """The unit that a commit record's file is named after."""
+    return int(Path(name).stem)
+
+
+def read_commits(root: Folder) -> dict[int, dict[str, Any]]:
     """Every commit record by unit, in the order of the plan.
 
     Raises:
         UserError: one is not as it was written.
     """
-    return {commit["unit"]: commit for commit in map(read_commit, commit_paths(root))}
+    with ThreadPoolExecutor(READERS) as threads:
+        commits = threads.map(lambda name: read_commit(root, name), commit_names(root))
+        return {commit["unit"]: commit for commit in commits}
 
 
-def write_info(root: Path, info: dict[str, Any]) -> None:
-    """Write `dataset.json`: what the dataset is meant to hold, before its first shard."""
-    with whole_file(root / DATASET_FILE) as file:
-        file.write(seal({"schema_version": SCHEMA_VERSION, "complete": False} | info))
+def write_info(root: Folder, info: dict[str, Any]) -> None:
+    """Write `dataset.json`."""
+    root.write(DATASET_FILE, seal({"schema_version": SCHEMA_VERSION} | info))
 
 
-def publish(root: Path, info: dict[str, Any], commits: list[dict[str, Any]]) -> None:
-    """Write the manifest and say in `dataset.json` that the dataset is whole, so that readers open it."""
-    write_manifest(root / MANIFEST_FILE, table_of(commits))
-    rows = [row for commit in commits for row in commit["samples"]]
-    counts = {
-        "units": len(commits),
-        "trajectories": len({row["trajectory"] for row in rows}),
-        "samples": len(rows),
-        "records": sum(row["records"] for row in rows),
-        "bytes": sum(commit["size"] for commit in commits),
-    }
-    published = {"complete": True, "counts": counts, "tensors": commits[0]["tensors"]}
-    write_info(root, info | published | {"manifest_sha256": hash_file(root / MANIFEST_FILE)})
+def begin_plan(root: Folder, info: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """Write into `dataset.json` what the dataset is meant to hold further, before its first shard; what is published stays.
+
+    Args:
+        info: the description so far, with no plan under way.
+        plan: `units` and `trajectories`, those of this plan alone; `config`, `conditions`, `guidance`.
+
+    Returns:
+        The new description.
+    """
+    info = info | {"plans": [*info["plans"], plan]}
+    if (number := len(published(info))) == 0:
+        info = of_snapshot(info, plan)
+    elif (content := root.read(MANIFEST_FILE)) and hashlib.sha256(content).hexdigest() == info["manifest_sha256"]:
+        root.write(manifest_copy(number), content)  # for datasets from before there were copies
+    write_info(root, info)
+    return info
 
 
-def read_info(root: Path) -> dict[str, Any] | None:
+def publish(root: Folder, info: dict[str, Any], commits: list[dict[str, Any]]) -> None:
+    """Write the manifests and say in `dataset.json` that the dataset is whole, so that readers open it.
+
+    Args:
+        info: the description so far, with its `plans`.
+        commits: of all their units.
+    """
+    plans: list[dict[str, Any]] = []
+    units = 0
+    for number, plan in enumerate(info["plans"], start=1):
+        units += plan["units"]
+        table, name = table_of(commits[:units]), manifest_copy(number)
+        content = root.read(name) or b""
+        if plan.get("manifest_sha256") != hashlib.sha256(content).hexdigest() or not decode_manifest(content).equals(
+            table
+        ):
+            content = encode_manifest(table)
+            root.write(name, content)
+        counts = {
+            "units": units,
+            "trajectories": len(set(table["trajectory"].to_pylist())),
+            "samples": len(table),
+            "records": sum(table["records"].to_pylist()),
+            "bytes": sum(commit["size"] for commit in commits[:units]),
+        }
+        plans.append(plan | {"counts": counts, "manifest_sha256": hashlib.sha256(content).hexdigest()})
+    root.write(MANIFEST_FILE, content)
+    common = {"complete": True, "plans": plans, "tensors": commits[0]["tensors"]}
+    write_info(root, of_snapshot(info | common, plans[-1]))
+
+
+def published(info: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The plans that were made to their end, oldest first; each is a snapshot, and at most one more is under way."""
+    if info is None or not info["complete"]:
+        return []
+    return [plan for plan in info["plans"] if "manifest_sha256" in plan]
+
+
+def of_snapshot(info: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """The description of a dataset as it was once that plan was made."""
+    return info | {key: plan[key] for key in OF_A_SNAPSHOT if key in plan}
+
+
+def manifest_copy(number: int) -> str:
+    """Where the manifest of the n-th snapshot is kept."""
+    return f"manifests/{number}.parquet"
+
+
+def manifest_name(info: dict[str, Any], number: int) -> str:
+    """Where to read the n-th snapshot's manifest: while the dataset grows, `manifest.parquet` may be replaced at any moment."""
+    return MANIFEST_FILE if number == len(info["plans"]) else manifest_copy(number)
+
+
+def read_info(root: Folder) -> dict[str, Any] | None:
     """The content of `dataset.json`, or None where there is none.
 
     Raises:
         UserError: it is not readable, or of a newer schema than this version knows.
     """
-    path = root / DATASET_FILE
-    if not path.exists():
-        return None
+    path = root.where(DATASET_FILE)
     try:
-        content = path.read_bytes()
+        content = root.read(DATASET_FILE)
+        if content is None:
+            return None
         version = int(json.loads(content)["schema_version"])
         if version > SCHEMA_VERSION:
             raise UserError(
                 f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest known here: upgrade this project"
             )
-        return unseal(content)
+        info = unseal(content)
+        if "plan" in info:  # from before datasets could grow
+            plan = info.pop("plan") | {key: info[key] for key in OF_A_SNAPSHOT if key in info}
+            info["plans"] = [plan]
+        return info
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged: not as it was written; restore it, or generate into a new folder") from error
+
+
+def snapshots(root: Folder) -> list[str]:
+    """The fingerprints of all snapshots, oldest first."""
+    return [plan["manifest_sha256"] for plan in published(read_info(root))]
 
 
 class Dataset:
     """A whole dataset, opened for reading.
 
     Args:
+        root: its folder, on disk or in a bucket (`s3://bucket/prefix`, `gs://...`, `az://...`).
+        snapshot: the fingerprint of the one to open; by default the newest.
         check_sizes: refuse a dataset with missing or wrongly sized shards; else they are found when they are read.
+        cache: where shards are kept once they are fetched.
 
     Attributes:
-        info: the content of `dataset.json`.
+        root: its folder.
+        info: the content of `dataset.json`, as of the snapshot.
         manifest: the table of samples.
 
     Raises:
-        UserError: there is no dataset, it is unfinished, of a newer schema, or a file is missing or of another size.
+        UserError: there is no dataset, or no such snapshot of it, it is unfinished, of a newer schema, or a file is missing or of another size.
     """
 
-    def __init__(self, root: str | Path, check_sizes: bool = True) -> None:
-        self.root = Path(root)
+    def __init__(
+        self,
+        root: str | Path,
+        snapshot: str | None = None,
+        check_sizes: bool = True,
+        cache: ShardCache | None = None,
+    ) -> None:
+        self.root, self.cache = open_folder(root), cache
         info = read_info(self.root)
         if info is None:
             raise UserError(
                 f"{self.root}: holds no dataset: make one with `python -m pipeline.generate output_dir={self.root}`"
             )
-        if not info["complete"]:
-            done, planned = len(read_commits(self.root)), info["plan"]["units"]
+        whole = published(info)
+        if not whole:
+            done, planned = len(read_commits(self.root)), info["plans"][0]["units"]
             raise UserError(
                 f"{self.root}: unfinished, {done} of {planned} units are there: run the command that began it again"
             )
-        if problems := manifest_problems(self.root, info):
-            raise UserError(_told(self.root, problems[0]))
-        self.info = info
-        self.manifest = read_manifest(self.root / MANIFEST_FILE)
+        known = [plan["manifest_sha256"] for plan in whole]
+        if snapshot is not None and snapshot not in known:
+            told = ", ".join(fingerprint[:12] for fingerprint in known)
+            raise UserError(f"{self.root}: has no snapshot {snapshot[:12]}, only {told}")
+        number = len(known) if snapshot is None else 1 + known.index(snapshot)
+        self.newest = number == len(known)
+        self.info = of_snapshot(info, whole[number - 1])
+        content, problems = read_manifest(self.root, info, number)
+        if content is None:
+            raise DamageError(_told(self.root, problems[0]))
+        self.manifest = decode_manifest(content)
         if check_sizes and (problems := size_problems(self.root, self.manifest)):
-            raise UserError(_told(self.root, problems[0]) + SKIPPED)
+            raise DamageError(_told(self.root, problems[0]) + SKIPPED)
+        shards = self.manifest.group_by(["shard", "shard_sha256", "shard_size"]).aggregate([]).to_pylist()
+        self._known = {shard["shard"]: (shard["shard_sha256"], shard["shard_size"]) for shard in shards}
 
     @property
     def fingerprint(self) -> str:
-        """Tells this dataset from any other: the manifest holds the checksum of everything."""
+        """Tells this snapshot from any other: the manifest holds the checksum of everything."""
         return self.info["manifest_sha256"]
 
     def open(self, shard: str) -> BinaryIO:
@@ -167,7 +270,9 @@ class Dataset:
             UserError: it is missing.
         """
         try:
-            return (self.root / shard).open("rb")
+            if self.cache is None:
+                return self.root.open(shard)
+            return self.cache.open(self.root, shard, *self._known[shard])
         except FileNotFoundError as error:
             raise self._damage(shard, "a shard", "no such file") from error
         except OSError as error:
@@ -189,8 +294,8 @@ class Dataset:
         except safetensors.SafetensorError as error:
             raise self._damage(row["shard"], f"the tensors of {row['key']}", str(error)) from error
 
-    def _damage(self, shard: str, expected: str, found: str) -> UserError:
-        return UserError(_told(self.root, {"shard": shard, "expected": expected, "found": found}) + SKIPPED)
+    def _damage(self, shard: str, expected: str, found: str) -> DamageError:
+        return DamageError(_told(self.root, {"shard": shard, "expected": expected, "found": found}) + SKIPPED)
 
     def timesteps(self, row: dict[str, Any]) -> Tensor:
         """The timesteps `[k]` of one sample, read without the rest of it, and so not checked.
@@ -213,29 +318,30 @@ class Dataset:
                 raise self._damage(row["shard"], f"the timesteps of {row['key']}", "other bytes") from error
 
 
-def manifest_problems(root: Path, info: dict[str, Any]) -> list[dict[str, str]]:
-    """Whether the manifest is the one that `dataset.json` was published with."""
-    path = root / MANIFEST_FILE
-    found = hash_file(path) if path.exists() else "no such file"
-    if found == info["manifest_sha256"]:
-        return []
-    return [{"shard": MANIFEST_FILE, "expected": f"SHA-256 {info['manifest_sha256']}", "found": found}]
+def read_manifest(root: Folder, info: dict[str, Any], number: int) -> tuple[bytes | None, list[dict[str, str]]]:
+    """(the n-th snapshot's manifest, no problem), or (None, why not): it is not the one that was published."""
+    name, expected = manifest_name(info, number), published(info)[number - 1]["manifest_sha256"]
+    content = root.read(name)
+    found = "no such file" if content is None else hashlib.sha256(content).hexdigest()
+    if found == expected:
+        return content, []
+    return None, [{"shard": name, "expected": f"SHA-256 {expected}", "found": found}]
 
 
-def size_problems(root: Path, manifest: pa.Table) -> list[dict[str, str]]:
+def size_problems(root: Folder, manifest: pa.Table) -> list[dict[str, str]]:
     """The shards that are missing or not of the size that was committed."""
     problems = []
+    sizes = root.list("shards")
     for shard in manifest.group_by(["shard", "shard_size"]).aggregate([]).to_pylist():
-        path = root / shard["shard"]
-        size = path.stat().st_size if path.exists() else None
+        size = sizes.get(shard["shard"])
         if size != shard["shard_size"]:
             found = "no such file" if size is None else f"{size} bytes"
             problems.append({"shard": shard["shard"], "expected": f"{shard['shard_size']} bytes", "found": found})
     return problems
 
 
-def _told(root: Path, problem: dict[str, str]) -> str:
+def _told(root: Folder, problem: dict[str, str]) -> str:
     return (
-        f"{root / problem['shard']}: damaged: expected {problem['expected']}, found {problem['found']}: "
+        f"{root.where(problem['shard'])}: damaged: expected {problem['expected']}, found {problem['found']}: "
         f"`python -m pipeline.verify data_dir={root}` lists all damage"
     )

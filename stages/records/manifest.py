@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from stages.records.storage import whole_file
 
 SCHEMA = pa.schema(
     [
@@ -41,12 +39,13 @@ def table_of(commits: Iterable[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_batches(batches, schema=SCHEMA)
 
 
-def write_manifest(path: Path, table: pa.Table) -> None:
-    """Write the manifest, whole or not at all."""
-    with whole_file(path) as file:
-        pq.write_table(table, file)
+def encode_manifest(table: pa.Table) -> bytes:
+    """The manifest as a Parquet file."""
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    return file.getvalue()
 
 
-def read_manifest(path: Path) -> pa.Table:
+def decode_manifest(content: bytes) -> pa.Table:
     """The whole table; its columns are those of `SCHEMA`."""
-    return pq.read_table(path, schema=SCHEMA)
+    return pq.read_table(io.BytesIO(content), schema=SCHEMA)

@@ -7,23 +7,20 @@ import io
 import tarfile
 import zlib
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from stages.records.folder import READ_SIZE
 from stages.records.record import Trajectory
-from stages.records.storage import whole_file
-
-READ_SIZE = 1 << 22
 
 
-def write_shard(path: Path, trajectories: Iterable[Trajectory]) -> list[dict[str, Any]]:
+def write_shard(file: BinaryIO, trajectories: Iterable[Trajectory]) -> list[dict[str, Any]]:
     """Write one sample per trajectory and return their rows of the manifest, `shard` apart.
 
     Each row's `offset`, `size` and `checksum` (CRC-32) are of the tensors' bytes inside the tar, so that a reader takes
     them with one read and no tar parser.
     """
     rows = []
-    with whole_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for trajectory in trajectories:
             for suffix, content in sorted(trajectory.to_members().items()):
                 member = tarfile.TarInfo(f"{trajectory.key}.{suffix}")
@@ -54,10 +51,9 @@ def _row(trajectory: Trajectory, tensors: bytes, offset: int) -> dict[str, Any]:
     }
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a whole file, read in pieces."""
+def hash_file(file: BinaryIO) -> str:
+    """SHA-256 of what is left to read of a file, read in pieces."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(READ_SIZE):
-            digest.update(piece)
+    while piece := file.read(READ_SIZE):
+        digest.update(piece)
     return digest.hexdigest()

@@ -49,7 +49,7 @@ def _written_aside(path: Path, put_in_place: Callable[[Path], Any]) -> Iterator[
     make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with aside.open("wb") as file:
+        with aside.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -66,12 +66,17 @@ def _written_aside(path: Path, put_in_place: Callable[[Path], Any]) -> Iterator[
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON, whole or not at all."""
     with whole_file(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+        file.write(to_json(value))
+
+
+def to_json(value: Any) -> bytes:
+    """Readable JSON."""
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def seal(value: dict[str, Any]) -> bytes:
     """Readable JSON that carries the checksum of the rest of itself."""
-    return (json.dumps(value | {SEAL: _digest(value)}, indent=2) + "\n").encode()
+    return to_json(value | {SEAL: _digest(value)})
 
 
 def unseal(content: bytes) -> dict[str, Any]:

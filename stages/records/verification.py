@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +12,47 @@ import pyarrow as pa
 import safetensors
 import safetensors.torch
 
-from stages.errors import UserError
+from stages.errors import DamageError, UserError
 from stages.progress import progress
 from stages.records.dataset import (
     DATASET_FILE,
-    MANIFEST_FILE,
-    commit_paths,
-    manifest_problems,
+    READERS,
+    commit_names,
+    published,
     read_commit,
     read_info,
+    read_manifest,
     size_problems,
+    unit_of,
 )
-from stages.records.manifest import SCHEMA, read_manifest, table_of
-from stages.records.shard import hash_file
+from stages.records.folder import READ_SIZE, Folder, open_folder
+from stages.records.manifest import SCHEMA, decode_manifest, table_of
 
 SCALE_BINS = 10
 TIMESTEP_BINS = 10
 
 
-def verify(root: Path) -> dict[str, Any]:
-    """Counts, histograms and problems; `ok` is true only if the dataset is finished and nothing in it is damaged.
+def verify(address: str | Path) -> dict[str, Any]:
+    """Counts, histograms and problems of the newest snapshot; `ok` is true only if there is one and nothing in it is damaged.
 
     Raises:
-        UserError: there is no dataset at `root`.
+        UserError: there is no dataset at `address`.
     """
+    root = open_folder(address)
     info = read_info(root)
     if info is None:
         raise UserError(f"{root}: holds no dataset: there is no {DATASET_FILE} in it")
+    snapshots = published(info)
     commits, problems = _read_commits(root)
     problems += _unfinished(info, commits)
-    if not problems and not (problems := manifest_problems(root, info)):
-        manifest = read_manifest(root / MANIFEST_FILE)
-        problems = _differences(commits, manifest) + size_problems(root, manifest)
+    end = sum(plan["units"] for plan in snapshots or info["plans"])
+    commits = {unit: commit for unit, commit in commits.items() if unit < end}
+    if not problems:
+        manifests = [read_manifest(root, info, number) for number in range(1, len(snapshots) + 1)]
+        problems = [problem for _, found in manifests for problem in found]
+        if (content := manifests[-1][0]) is not None:
+            manifest = decode_manifest(content)
+            problems += _differences(commits, manifest) + size_problems(root, manifest)
     known_bad = {problem["shard"] for problem in problems}
     timesteps: list[np.ndarray] = []
     with progress(len(commits), "verify", "shards") as bar:
@@ -61,20 +72,28 @@ def verify(root: Path) -> dict[str, Any]:
     }
 
 
-def _read_commits(root: Path) -> tuple[dict[int, Any], list[dict[str, str]]]:
+def _read_commits(root: Folder) -> tuple[dict[int, Any], list[dict[str, str]]]:
     """The commit records that are as they were written, and a problem for each of the others."""
-    commits, problems = {}, []
-    for path in commit_paths(root):
+
+    def read(name: str) -> dict[str, Any] | None:
         try:
-            commits[int(path.stem)] = read_commit(path)
-        except (UserError, ValueError):
-            problems.append({"shard": f"commits/{path.name}", "expected": "a commit record", "found": "damage"})
-    return commits, problems
+            return read_commit(root, name)
+        except DamageError:
+            return None
+
+    names = commit_names(root)
+    with ThreadPoolExecutor(READERS) as threads:
+        found = list(zip(names, threads.map(read, names), strict=True))
+    commits = {unit_of(name): commit for name, commit in found if commit is not None}
+    damaged = [name for name, commit in found if commit is None]
+    return commits, [{"shard": name, "expected": "a commit record", "found": "damage"} for name in damaged]
 
 
 def _unfinished(info: dict[str, Any], commits: dict[int, Any]) -> list[dict[str, str]]:
-    planned = set(range(info["plan"]["units"]))
-    missing, beyond = sorted(planned - set(commits)), sorted(set(commits) - planned)
+    """Units that miss in the newest snapshot, and those that no plan knows, one under way among them."""
+    planned = set(range(sum(plan["units"] for plan in published(info) or info["plans"])))
+    known = set(range(sum(plan["units"] for plan in info["plans"])))
+    missing, beyond = sorted(planned - set(commits)), sorted(set(commits) - known)
     if info["complete"] and not missing and not beyond:
         return []
     told = [f"without {_named(missing)}" if missing else "", f"with {_named(beyond)} beyond the plan" if beyond else ""]
@@ -100,21 +119,30 @@ def _differences(commits: dict[int, Any], manifest: pa.Table) -> list[dict[str, 
     ]
 
 
-def _read_shard(root: Path, commit: dict[str, Any], timesteps: list[np.ndarray]) -> list[dict[str, str]]:
-    """Hash a shard and take the timesteps of its samples; the problems found."""
-    path = root / commit["shard"]
-    found = hash_file(path) if path.exists() else "no such file"
+def _read_shard(root: Folder, commit: dict[str, Any], timesteps: list[np.ndarray]) -> list[dict[str, str]]:
+    """Hash a shard and take the timesteps of its samples, all in one pass; the problems found."""
+    digest = hashlib.sha256()
+    taken, problems = [], []
+    try:
+        with root.open(commit["shard"]) as file:
+            for row in commit["samples"]:
+                digest.update(file.read(row["offset"] - file.tell()))
+                content = file.read(row["size"])
+                digest.update(content)
+                try:
+                    taken.append(safetensors.torch.load(content)["timestep"].double().numpy())
+                except (safetensors.SafetensorError, KeyError) as error:
+                    problem = {"expected": f"the tensors of {row['key']}", "found": str(error)}
+                    problems.append({"shard": commit["shard"]} | problem)
+            while piece := file.read(READ_SIZE):
+                digest.update(piece)
+        found = digest.hexdigest()
+    except FileNotFoundError:
+        found = "no such file"
     if found != commit["sha256"]:
         return [{"shard": commit["shard"], "expected": f"SHA-256 {commit['sha256']}", "found": found}]
-    with path.open("rb") as file:
-        for row in commit["samples"]:
-            file.seek(row["offset"])
-            try:
-                steps = safetensors.torch.load(file.read(row["size"]))["timestep"]
-            except (safetensors.SafetensorError, KeyError) as error:
-                return [{"shard": commit["shard"], "expected": f"the tensors of {row['key']}", "found": str(error)}]
-            timesteps.append(steps.double().numpy())
-    return []
+    timesteps += taken
+    return problems[:1]
 
 
 def _histograms(rows: list[dict[str, Any]], timesteps: list[np.ndarray]) -> dict[str, Any]:

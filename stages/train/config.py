@@ -35,6 +35,8 @@ KEPT_WHEN_RESUMED = (
 WITHOUT_EFFECT = frozenset(
     {
         "data_dir",
+        "cache_dir",
+        "cache_bytes",
         "output_dir",
         "pretrained_model_name_or_path",
         "max_train_steps",
@@ -55,7 +57,13 @@ WITHOUT_EFFECT = frozenset(
 
 @dataclass
 class TrainConfig:
-    data_dir: str = option(MISSING, "folder of the dataset")
+    data_dir: str = option(
+        MISSING, "folder of the dataset, on disk or in a bucket: `s3://bucket/prefix`, `gs://`, `az://`"
+    )
+    cache_dir: str | None = option(
+        None, "local folder that shards are fetched into, for several runs if you like; by default read where they are"
+    )
+    cache_bytes: int = option(1 << 36, "most that it holds; shards read least lately are removed", at_least=1)
     output_dir: str = option(MISSING, "folder of the adapter, its checkpoints and logs")
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     pretrained_model_name_or_path: str | None = option(
@@ -131,6 +139,11 @@ def check_together(config: TrainConfig) -> None:
     Raises:
         UserError: two options are at odds.
     """
+    for name in ("output_dir", "cache_dir"):
+        if "://" in str(getattr(config, name)):
+            raise UserError(
+                f"{name}={getattr(config, name)}: a local folder is needed; only data_dir can be in a bucket"
+            )
     if Path(config.output_dir).resolve() == Path(config.data_dir).resolve():
         raise UserError(f"output_dir={config.output_dir}: is the dataset: take another folder")
     if config.adapter.variant == "full":

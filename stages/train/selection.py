@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.base import first_line
-from stages.errors import UserError
+from stages.errors import DamageError, UserError
 from stages.records.dataset import Dataset
 from stages.train.config import TrainConfig
 
@@ -95,7 +95,7 @@ def in_timestep_range(dataset: Dataset, table: pa.Table, config: TrainConfig) ->
         elif row["timestep_min"] <= high and low <= row["timestep_max"]:
             try:
                 timesteps = dataset.timesteps(row).tolist()
-            except UserError:
+            except DamageError:
                 if config.on_damage == "stop":
                     raise
                 yield row  # whose damage is noticed, and told, when its records are read

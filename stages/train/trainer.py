@@ -21,7 +21,9 @@ from stages.base import choose_device
 from stages.config import check_bounds
 from stages.errors import UserError
 from stages.progress import progress
-from stages.records.dataset import Dataset
+from stages.records.cache import ShardCache
+from stages.records.dataset import Dataset, snapshots
+from stages.records.folder import open_folder
 from stages.records.storage import make_folder, whole_file
 from stages.train.batch import Batch
 from stages.train.bins import Range
@@ -60,10 +62,12 @@ class Trainer:
         several = device == "cuda" and self.processes.num_processes > 1
         self.device = f"cuda:{self.processes.local_process_index}" if several else device
         skipping = config.on_damage == "skip"
-        self.dataset = Dataset(config.data_dir, check_sizes=not skipping)
+        state = self._earlier()
+        self.dataset = self._open_dataset(None if state is None else state["dataset_fingerprint"])
+        if state is not None:
+            check_resumable(state, self.dataset, config)
         training, held_out = select(self.dataset, config)
         objective = Objective(config.loss, self.dataset.info, self.device)
-        state = self._earlier()
 
         torch.manual_seed(config.seed)
         self.student = self._new_student(trained_scales(training, config))
@@ -90,9 +94,7 @@ class Trainer:
         """The state that the run goes on from; None where it begins."""
         path = find_checkpoint(self.checkpoints, self.config.resume_from_checkpoint)
         if path is not None:
-            state = load_checkpoint(path)
-            check_resumable(state, self.dataset, self.config)
-            return state
+            return load_checkpoint(path)
         if find_checkpoint(self.checkpoints, "latest"):
             raise UserError(
                 f"{self.root}: holds an earlier run: take another output_dir, or resume_from_checkpoint=latest"
@@ -100,6 +102,13 @@ class Trainer:
         if (self.root / CONFIG_FILE).exists():
             raise UserError(f"{self.root}: holds an adapter, and no checkpoint to go on from: take another output_dir")
         return None
+
+    def _open_dataset(self, fingerprint: str | None) -> Dataset:
+        """The snapshot of that fingerprint if the dataset has it, because records that came later are none of a resumed run's; else the newest."""
+        config = self.config
+        cache = None if config.cache_dir is None else ShardCache(Path(config.cache_dir), config.cache_bytes)
+        snapshot = fingerprint if fingerprint in snapshots(open_folder(config.data_dir)) else None
+        return Dataset(config.data_dir, snapshot, check_sizes=config.on_damage != "skip", cache=cache)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from stages.errors import UserError
+from stages.errors import DamageError
 from stages.records.dataset import Dataset
 from stages.records.record import CONDITION_PREFIX, PER_RECORD
 from stages.train.batch import Batch, as_bytes, collate, gather
@@ -53,7 +53,7 @@ def load(dataset: Dataset, rows: list[Row], skip_damaged: bool = False, memory: 
         memory: what an earlier window, no longer in use, was read into: new memory takes longer to touch than to fill.
 
     Raises:
-        UserError: a sample is damaged.
+        DamageError: a sample is damaged.
     """
     counts = torch.tensor([row["records"] for row in rows])
     fields = room({} if memory is None else memory, dataset, int(counts.sum()))
@@ -90,7 +90,7 @@ def room(memory: Memory, dataset: Dataset, count: int) -> dict[str, Tensor]:
 
 def read_samples(dataset: Dataset, rows: list[Row], skip_damaged: bool) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """The samples and their places among the rows; a shard is opened once for neighbouring rows."""
-    tolerated = (UserError,) if skip_damaged else ()
+    tolerated = (DamageError,) if skip_damaged else ()
     for shard, places in groupby(range(len(rows)), lambda i: rows[i]["shard"]):
         with suppress(*tolerated), dataset.open(shard) as file:
             for i in places:

@@ -62,7 +62,7 @@ def test_the_dataset_is_whole_and_tells_what_was_found(dataset: Dataset) -> None
     assert layout["calls"] * layout["chunks"] == 2
     assert dataset.info["guidance"]["rule"]["name"] == "ClassifierFreeGuidance"
     assert dataset.info["conditions"]["prompts"] == 2
-    assert (dataset.root / "preview.png").stat().st_size > 100
+    assert Path(dataset.root.where("preview.png")).stat().st_size > 100
 
 
 def test_untrained_the_student_is_the_unguided_teacher(dataset: Dataset) -> None:

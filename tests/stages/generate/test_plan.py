@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,14 @@ def test_units_hold_every_trajectory_once(tiny_teacher: Path) -> None:
 
 def test_trajectories_follow_from_seed_and_index_alone(tiny_teacher: Path) -> None:
     one = plan(tiny_teacher, num_trajectories=30, trajectories_per_unit=7, batch_size=3, num_workers=5)
-    other = plan(tiny_teacher, num_trajectories=60, trajectories_per_unit=10)
+    other = plan(tiny_teacher, num_trajectories=1000, trajectories_per_unit=10)
     assert [one.trajectory(i) for i in range(30)] == [other.trajectory(i) for i in range(30)]
     assert one.trajectory(0) != plan(tiny_teacher, seed=1).trajectory(0)
-    assert len({one.trajectory(i).seed for i in range(1000)}) == 1000
+    assert len({other.trajectory(i).seed for i in range(1000)}) == 1000
 
 
 def test_scales_are_uniform_in_the_range(tiny_teacher: Path) -> None:
-    made = plan(tiny_teacher, guidance_scale=[2.0, 6.0])
+    made = plan(tiny_teacher, num_trajectories=2000, guidance_scale=[2.0, 6.0])
     scales = np.array([made.trajectory(i).guidance_scale for i in range(2000)])
     counts, _ = np.histogram(scales, bins=4, range=(2, 6))
     assert counts.sum() == 2000
@@ -46,14 +47,16 @@ def test_shifts_cover_the_spacing_evenly(tiny_teacher: Path) -> None:
 
 
 def test_log_uniform_scales_spend_as_much_on_each_doubling(tiny_teacher: Path) -> None:
-    made = plan(tiny_teacher, guidance_scale=[1.0, 16.0], guidance_scale_distribution="log_uniform")
+    scales = {"guidance_scale": [1.0, 16.0], "guidance_scale_distribution": "log_uniform"}
+    made = plan(tiny_teacher, num_trajectories=2000, **scales)
     scales = np.array([made.trajectory(i).guidance_scale for i in range(2000)])
     counts, _ = np.histogram(scales, bins=[1, 2, 4, 8, 16])
     assert counts.min() > 430
 
 
 def test_scales_of_a_list_are_all_drawn(tiny_teacher: Path) -> None:
-    made = plan(tiny_teacher, guidance_scale=[1.0, 3.0, 7.5], guidance_scale_distribution="list")
+    scales = {"guidance_scale": [1.0, 3.0, 7.5], "guidance_scale_distribution": "list"}
+    made = plan(tiny_teacher, num_trajectories=100, **scales)
     assert {made.trajectory(i).guidance_scale for i in range(100)} == {1.0, 3.0, 7.5}
     assert made.scale_range == [1.0, 7.5]
 
@@ -79,7 +82,7 @@ def test_what_a_prompt_brings_along_comes_before_the_draw(tmp_path: Path) -> Non
 
 
 def test_random_steps_are_drawn_for_each_trajectory(tiny_teacher: Path) -> None:
-    made = plan(tiny_teacher, num_inference_steps=50, num_recorded_steps=5)
+    made = plan(tiny_teacher, num_trajectories=400, num_inference_steps=50, num_recorded_steps=5)
     steps = [made.trajectory(i).steps for i in range(400)]
     assert all(s == sorted(set(s)) and len(s) == 5 for s in steps if s is not None)
     assert {step for s in steps if s is not None for step in s} == set(range(50))
@@ -119,3 +122,64 @@ def test_random_steps_are_drawn_for_each_trajectory(tiny_teacher: Path) -> None:
 def test_what_no_run_could_carry_out_is_refused_by_name(tiny_teacher: Path, changes: Any, told: str) -> None:
     with pytest.raises(UserError, match=told):
         plan(tiny_teacher, **changes)
+
+
+def as_made(made: Plan, *earlier: dict[str, Any]) -> dict[str, Any]:
+    """What `dataset.json` tells of a plan that comes after earlier ones."""
+    trajectories = made.num_trajectories - sum(plan["trajectories"] for plan in earlier)
+    return {"trajectories": trajectories, "conditions": {"count": len(made.conditions)}}
+
+
+def labels(made: Plan) -> list[int]:
+    return [made.trajectory(i).condition["class_label"] for i in range(made.num_trajectories)]
+
+
+def test_more_trajectories_come_after_those_that_are_there_in_units_of_their_own(tiny_teacher: Path) -> None:
+    old = plan(tiny_teacher, num_trajectories=11, trajectories_per_unit=4)
+    new = Plan(
+        generate_config(tiny_teacher, Path("nowhere"), num_trajectories=17, trajectories_per_unit=4), [as_made(old)]
+    )
+    assert [list(unit) for unit in new.units] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10], [11, 12, 13, 14], [15, 16]]
+    assert [new.unit(i) for i in range(3)] == [old.unit(i) for i in range(3)]
+    at_once = plan(tiny_teacher, num_trajectories=17)
+    assert [new.trajectory(i) for i in range(17)] == [at_once.trajectory(i) for i in range(17)]
+
+
+def test_new_conditions_have_their_trajectories_after_those_that_are_there(tiny_teacher: Path) -> None:
+    each = {"num_trajectories": None, "num_trajectories_per_condition": 2}
+    old = plan(tiny_teacher, class_labels=[4, 2], **each)
+    asked = [
+        ({"class_labels": [4, 2, 7, 1], **each}, [7, 1, 7, 1]),
+        ({"class_labels": [4, 2], **each, "num_trajectories_per_condition": 4}, [4, 2, 4, 2]),
+        ({"class_labels": [4, 2, 7], **each, "num_trajectories_per_condition": 3}, [7, 7, 4, 2, 7]),
+        ({"class_labels": [4, 2, 7], "num_trajectories": 6}, [7, 7]),
+        ({"class_labels": [4, 2, 7], "num_trajectories": 4}, []),
+    ]
+    for changes, expected in asked:
+        new = Plan(generate_config(tiny_teacher, Path("nowhere"), **changes), [as_made(old)])
+        assert labels(new) == [4, 2, 4, 2, *expected], changes
+        assert [new.trajectory(i) for i in range(4)] == [old.trajectory(i) for i in range(4)]
+        assert len({new.trajectory(i).seed for i in range(new.num_trajectories)}) == new.num_trajectories
+
+
+def test_a_plan_grows_more_than_once(tiny_teacher: Path) -> None:
+    earlier: list[dict[str, Any]] = []
+    for count, classes in ((3, [5, 6]), (5, [5, 6]), (9, [5, 6, 7, 8]), (12, [5, 6, 7, 8])):
+        config = generate_config(tiny_teacher, Path("nowhere"), num_trajectories=count, class_labels=classes)
+        made = Plan(config, earlier)
+        earlier.append(as_made(made, *earlier))
+    assert labels(made) == [5, 6, 5, 6, 5, 7, 8, 7, 8, 6, 7, 8]
+    assert [list(unit) for unit in made.units] == [[0, 1, 2], [3, 4], [5, 6, 7], [8], [9, 10, 11]]
+    assert Plan(config, earlier).units == made.units
+
+
+def test_a_seed_that_a_prompt_brings_along_is_used_once_however_a_plan_grew(tmp_path: Path) -> None:
+    teacher = save("stable_diffusion", tmp_path / "teacher")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a cat", "seed": 5}\n')
+    config = generate_config(teacher, tmp_path, prompts=str(tmp_path / "prompts.jsonl"), num_trajectories=2)
+    old = Plan(config)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a cat", "seed": 5}\n{"prompt": "a dog", "seed": 6}\n')
+    new = Plan(replace(config, num_trajectories=5), [as_made(old)])
+    assert [new.trajectory(i).condition["prompt"] for i in range(5)] == ["a cat", "a cat", "a dog", "a dog", "a cat"]
+    assert [new.trajectory(i).seed for i in (0, 2)] == [5, 6]
+    assert len({new.trajectory(i).seed for i in range(5)}) == 5

@@ -6,13 +6,14 @@ import torch
 from PIL import Image
 
 from stages.generate.preview import write_preview, write_preview_grid
+from stages.records.folder import open_folder
 from tests.conftest import generate, generate_config
 
 
 def test_previews_are_put_into_one_picture_in_their_order(tmp_path: Path) -> None:
     for index in (9, 0, 5):
-        write_preview(tmp_path, index, torch.full((1, 64, 64), index / 5 - 1))
-    write_preview_grid(tmp_path)
+        write_preview(open_folder(tmp_path), index, torch.full((1, 64, 64), index / 5 - 1))
+    write_preview_grid(open_folder(tmp_path))
     with Image.open(tmp_path / "preview.png") as sheet:
         assert sheet.size == (192, 64)
         assert [sheet.getpixel((64 * i + 9, 9))[0] for i in range(3)] == [0, 128, 230]  # type: ignore[index]

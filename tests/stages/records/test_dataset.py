@@ -8,6 +8,7 @@ import pytest
 
 from stages.errors import UserError
 from stages.records.dataset import Dataset, commit_unit, read_commits, read_info
+from stages.records.folder import open_folder
 from stages.records.storage import seal, unseal
 from tests.stages.records.test_record import trajectory
 
@@ -21,11 +22,11 @@ def first_shard(root: Path) -> Path:
 
 
 def test_the_first_attempt_wins_and_the_loser_takes_its_shard_away(tmp_path: Path) -> None:
-    first = commit_unit(tmp_path, 3, [trajectory()])
-    second = commit_unit(tmp_path, 3, [trajectory()])
+    first = commit_unit(open_folder(tmp_path), 3, [trajectory()])
+    second = commit_unit(open_folder(tmp_path), 3, [trajectory()])
     assert second == first
     assert [f"shards/{path.name}" for path in (tmp_path / "shards").iterdir()] == [first["shard"]]
-    assert read_commits(tmp_path) == {3: first}
+    assert read_commits(open_folder(tmp_path)) == {3: first}
 
 
 def test_the_description_tells_what_the_dataset_is(dataset: Dataset) -> None:
@@ -71,7 +72,7 @@ def test_a_newer_schema_is_refused(damaged: Path) -> None:
 def test_an_unreadable_description_is_refused(damaged: Path, content: str) -> None:
     (damaged / "dataset.json").write_text(content)
     with pytest.raises(UserError, match="damaged: not as it was written"):
-        read_info(damaged)
+        read_info(open_folder(damaged))
 
 
 def test_a_missing_shard_is_named(damaged: Path) -> None:
@@ -133,7 +134,7 @@ def test_a_flipped_bit_is_found_at_reading(damaged: Path) -> None:
 def test_an_unreadable_commit_is_named(damaged: Path) -> None:
     (damaged / "commits" / "00001.json").write_text("{")
     with pytest.raises(UserError, match=r"00001\.json: damaged"):
-        read_commits(damaged)
+        read_commits(open_folder(damaged))
 
 
 def test_an_edited_description_or_commit_is_refused(damaged: Path) -> None:
@@ -144,4 +145,4 @@ def test_an_edited_description_or_commit_is_refused(damaged: Path) -> None:
         Dataset(damaged)
     (damaged / "commits" / "00002.json").write_bytes((damaged / "commits" / "00001.json").read_bytes())
     with pytest.raises(UserError, match=r"00002\.json: damaged"):
-        read_commits(damaged)
+        read_commits(open_folder(damaged))

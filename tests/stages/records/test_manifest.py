@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from stages.records.dataset import Dataset, read_commits
-from stages.records.manifest import SCHEMA, read_manifest, table_of, write_manifest
+from stages.records.manifest import SCHEMA, decode_manifest, encode_manifest, table_of
 
 
 def test_one_row_per_sample_with_the_provenance_of_each(dataset: Dataset) -> None:
@@ -19,6 +19,6 @@ def test_one_row_per_sample_with_the_provenance_of_each(dataset: Dataset) -> Non
 
 def test_any_parquet_reader_reads_what_was_written(tmp_path: Path, dataset: Dataset) -> None:
     commits = list(read_commits(dataset.root).values())
-    write_manifest(tmp_path / "manifest.parquet", table_of(commits))
+    (tmp_path / "manifest.parquet").write_bytes(encode_manifest(table_of(commits)))
     assert pq.read_table(tmp_path / "manifest.parquet").equals(dataset.manifest)
-    assert read_manifest(tmp_path / "manifest.parquet").equals(dataset.manifest)
+    assert decode_manifest((tmp_path / "manifest.parquet").read_bytes()).equals(dataset.manifest)

@@ -1,0 +1,124 @@
+"""Whole shards on a local disk, so that an epoch fetches from a bucket only what is not there."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from stages.errors import StorageError
+from stages.records.folder import READ_SIZE, Folder
+from stages.records.storage import make_folder
+
+LOCK = ".lock"
+
+
+class ShardCache:
+    """At most `limit` bytes of shards in a folder, which processes and datasets may share.
+
+    A shard is named by its SHA-256, fetched aside and put in place by a rename. Who reads or fetches a file holds a lock on
+    it, of which a killed process lets go; what is locked is not removed.
+    """
+
+    def __init__(self, root: Path, limit: int) -> None:
+        make_folder(root)
+        self.root, self.limit = root, limit
+
+    def open(self, source: Folder, name: str, sha256: str, size: int) -> BinaryIO:
+        """A copy of a shard, fetched where there is none; the shard itself where it is of another size or there is no room.
+
+        Raises:
+            FileNotFoundError: there is no such shard.
+            StorageError: it cannot be read there, or not be written here.
+        """
+        path = self.root / sha256
+        while (kept := _open(path, size)) is None:
+            if not self._fetch(source, name, path, size):
+                return source.open(name)
+        return kept
+
+    def _fetch(self, source: Folder, name: str, path: Path, size: int) -> bool:
+        """False if it cannot be kept; after True, look again."""
+        aside = path.with_name(f".{path.name}.tmp")
+        with source.open(name) as original, self._refusals(), _locked(aside) as file:
+            if path.exists() or not _is_at(file, aside):
+                return True  # who held the lock has fetched it, or given up
+            fetched = False
+            try:
+                if original.seek(0, io.SEEK_END) == size and self._make_room(file, size):
+                    original.seek(0)
+                    shutil.copyfileobj(original, file, READ_SIZE)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    if file.tell() == size:
+                        aside.replace(path)
+                        fetched = True
+            finally:
+                if not fetched:
+                    aside.unlink()
+        return fetched
+
+    def _make_room(self, file: BinaryIO, size: int) -> bool:
+        """Give a file its size, which counts from then on; first the files that were read least lately go, if they must."""
+        file.truncate(0)
+        with _locked(self.root / LOCK):
+            files = [(path, path.stat()) for path in self.root.iterdir() if path.name != LOCK]
+            total = size + sum(stat.st_size for _, stat in files)
+            for path, stat in sorted(files, key=lambda entry: entry[1].st_mtime_ns):
+                if total > self.limit and _removed(path):
+                    total -= stat.st_size
+            if total <= self.limit:
+                file.truncate(size)
+        return total <= self.limit
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"{self.root}: cannot be written: {error.strerror or error}") from error
+
+
+def _open(path: Path, size: int) -> BinaryIO | None:
+    """A copy that is whole, marked as read now."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return None
+    fcntl.flock(file, fcntl.LOCK_SH)
+    if _is_at(file, path):
+        if os.fstat(file.fileno()).st_size == size:
+            os.utime(file.fileno())
+            return file
+        path.unlink()
+    file.close()
+    return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """A file that no other process or thread holds meanwhile; made where there is none."""
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def _removed(path: Path) -> bool:
+    with path.open("rb") as file, suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+        return True
+    return False
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,229 @@
+"""Where a dataset is: a folder on disk, or a prefix in a bucket, with the same guarantees."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import obstore
+from obstore.exceptions import BaseError
+
+from stages.buckets import SCHEMES, open_store
+from stages.errors import StorageError, UserError
+from stages.records.storage import create, whole_file
+
+READ_SIZE = 1 << 22
+CREATE_ATTEMPTS = 3
+
+
+def open_folder(address: str | Path) -> Folder:
+    """The folder at a local path, or at `s3://bucket/prefix`, `gs://...`, `az://...`; it need not exist yet.
+
+    Raises:
+        UserError: there is no such kind of place, or the environment tells too little of it.
+    """
+    address = str(address)
+    if "://" not in address:
+        return DiskFolder(address)
+    if not address.startswith(SCHEMES):
+        raise UserError(f"{address}: neither a local folder nor one of {', '.join(SCHEMES)}")
+    try:
+        return BucketFolder(address)
+    except (BaseError, ValueError) as error:
+        raise UserError(f"{address}: no bucket that can be opened: {_reason(error)}") from error
+
+
+def absolute(address: str) -> str:
+    """The same place, named so that another process finds it."""
+    return address if "://" in address else str(Path(address).resolve())
+
+
+class Folder(ABC):
+    """Files by name, such as `shards/00000-1a2b3c4d.tar`; each is whole or not there. As a string, its address as it was given.
+
+    Raises:
+        StorageError: in every method: the place refused.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def __str__(self) -> str:
+        return self.address
+
+    @abstractmethod
+    def where(self, name: str) -> str:
+        """The address of a file."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes | None:
+        """The content of a file, or None where there is none."""
+
+    @abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """A file to read parts of.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+
+    @abstractmethod
+    def list(self, folder: str) -> dict[str, int]:
+        """The files directly in a folder: their names, in order, and sizes."""
+
+    @abstractmethod
+    def whole_file(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """Open a file for writing that appears only when the block ends well, replacing what was there."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, replacing what was there."""
+        with self.whole_file(name) as file:
+            file.write(content)
+
+    @abstractmethod
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file if none is there yet; False if another one is. Of many at once, one wins."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove a file that is there."""
+
+
+class DiskFolder(Folder):
+    """A folder on a disk that all who use it see."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.path = Path(address)
+
+    def where(self, name: str) -> str:
+        return str(self.path / name)
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self.path / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def open(self, name: str) -> BinaryIO:
+        return (self.path / name).open("rb")
+
+    def list(self, folder: str) -> dict[str, int]:
+        paths = sorted((self.path / folder).glob("*"))
+        return {f"{folder}/{path.name}": path.stat().st_size for path in paths}
+
+    def whole_file(self, name: str) -> AbstractContextManager[BinaryIO]:
+        return whole_file(self.path / name)
+
+    def create(self, name: str, content: bytes) -> bool:
+        return create(self.path / name, content)
+
+    def delete(self, name: str) -> None:
+        (self.path / name).unlink()
+
+
+class BucketFolder(Folder):
+    """A prefix in a bucket. What is transient (500, 503, a lost connection) is tried again by obstore's own rules."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.store = open_store(address)
+
+    def where(self, name: str) -> str:
+        return f"{self.address.rstrip('/')}/{name}"
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            with self._told(name, "read"):
+                return bytes(obstore.get(self.store, name).bytes())
+        except FileNotFoundError:
+            return None
+
+    def open(self, name: str) -> BinaryIO:
+        with self._told(name, "read"):
+            size = obstore.head(self.store, name)["size"]
+        return io.BufferedReader(_Object(self, name, size), READ_SIZE)
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """A part of a file that is there."""
+        with self._told(name, "read"):
+            return bytes(obstore.get_range(self.store, name, start=start, length=length))
+
+    def list(self, folder: str) -> dict[str, int]:
+        with self._told(folder, "listed"):
+            found = [(str(meta["path"]), meta["size"]) for metas in obstore.list(self.store, folder) for meta in metas]
+        return dict(sorted(found))
+
+    @contextmanager
+    def whole_file(self, name: str) -> Iterator[BinaryIO]:
+        try:
+            with tempfile.TemporaryFile() as file:
+                yield cast(BinaryIO, file)
+                file.seek(0)
+                obstore.put(self.store, name, file)
+        except (BaseError, OSError) as error:
+            raise self._refused(name, "written", error) from error
+
+    def create(self, name: str, content: bytes) -> bool:
+        for _ in range(CREATE_ATTEMPTS):
+            try:
+                obstore.put(self.store, name, content, mode="create")
+                return True
+            except (BaseError, OSError) as error:
+                failure = error
+            # Someone was first, or our own request arrived and its answer did not: what is there tells.
+            if (found := self.read(name)) is not None:
+                return found == content
+        raise self._refused(name, "written", failure) from failure
+
+    def delete(self, name: str) -> None:
+        with self._told(name, "removed"):
+            obstore.delete(self.store, name)
+
+    @contextmanager
+    def _told(self, name: str, done: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseError as error:
+            raise self._refused(name, done, error) from error
+
+    def _refused(self, name: str, done: str, error: Exception) -> StorageError:
+        return StorageError(f"{self.where(name)}: cannot be {done}: {_reason(error)}")
+
+
+class _Object(io.RawIOBase):
+    """An object as a file, each read of which is a request: for a buffer around it."""
+
+    def __init__(self, folder: BucketFolder, name: str, size: int) -> None:
+        self.folder, self.name, self.size, self.place = folder, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        length = min(len(buffer), self.size - self.place)
+        if length <= 0:
+            return 0
+        content = self.folder.read_range(self.name, self.place, length)
+        buffer[: len(content)] = content
+        self.place += len(content)
+        return len(content)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
