@@ -194,6 +194,7 @@ class Driver:
         return {
             "trajectories": len({row["trajectory"] for row in rows}),
             "records": sum(row["records"] for row in rows),
+            "teacher_evaluations": self.plan.teacher_evaluations,
             "units_planned": len(self.plan),
             "units_committed": len(commits),
             "units_quarantined": len(self.quarantined),
