@@ -17,7 +17,7 @@ from stages.evaluate.evaluation import Begin, Evaluation
 from stages.evaluate.worker import Worker, number_of_parts
 
 MAX_ATTEMPTS = 3
-PATHS = ("prompts", "reference", "inception_weights", "clip_model", "pretrained_model_name_or_path")
+PATHS = ("prompts", "reference", "inception_weights", "clip_model", "pretrained_model_name_or_path", "lora")
 
 
 def over_ray(evaluation: Evaluation, begin: Begin, num_workers: int | None = None, **resources: float) -> Iterator[int]:

@@ -150,7 +150,7 @@ class Study:
         generation = json.loads((self.root / "data" / self.plan.adapters[name].data / "generation.json").read_bytes())
         return {
             "data": self.plan.adapters[name].data,
-            "teacher_evaluations": 2 * generation["records"],
+            "teacher_evaluations": generation["teacher_evaluations"],
             "training_seconds": training["seconds"],
             "training_peak_memory_bytes": training["peak_memory_bytes"],
             "parameters": training["adapter_parameters"],

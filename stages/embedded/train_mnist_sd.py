@@ -13,6 +13,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -109,15 +110,16 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def train(pipe: StableDiffusionPipeline, latents: Tensor, captions: list[str], recipe: Recipe) -> dict[int, float]:
-    """Fit UNet and text encoder to predict the noise; one caption in seven is the empty one."""
+def train(pipe: StableDiffusionPipeline, latents: Tensor, captions: list[str], recipe: Any) -> dict[int, float]:
+    """Fit what of UNet and text encoder takes a gradient to predict the noise; one caption in seven is the empty one."""
     model = nn.ModuleList([pipe.unet, pipe.text_encoder]).eval()  # nothing here drops anything by itself
+    fitted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tokens, null = tokenize(pipe.tokenizer, captions), tokenize(pipe.tokenizer, [""])
-    average = EMAModel(model.parameters(), decay=0.995)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
+    average = EMAModel(fitted, decay=0.995)
+    optimizer = torch.optim.AdamW(fitted, lr=recipe.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.steps)
     smooth, losses = 1.0, {}
-    for i in (bar := trange(recipe.steps, desc="unet and text encoder")):
+    for i in (bar := trange(recipe.steps, desc="denoiser")):
         chosen = torch.randint(len(latents), (recipe.batch_size,))
         clean, noise, timesteps = (
             latents[chosen],
@@ -129,12 +131,12 @@ def train(pipe: StableDiffusionPipeline, latents: Tensor, captions: list[str], r
         noisy = pipe.scheduler.add_noise(clean, noise, timesteps)
         loss = functional.mse_loss(pipe.unet(noisy, timesteps, prompt).sample, noise)
         step(optimizer, schedule, model, loss)
-        average.step(model.parameters())
+        average.step(fitted)
         smooth = 0.99 * smooth + 0.01 * float(loss.detach())
         bar.set_postfix(loss=smooth)
         if (i + 1) % 500 == 0:
             losses[i + 1] = round(smooth, 4)
-    average.copy_to(model.parameters())
+    average.copy_to(fitted)
     return losses
 
 

@@ -10,7 +10,8 @@ from stages.evaluate.comparisons import CFG, CFG_FIRST_50, NONE, ONE_PASS
 
 Row = dict[str, Any]
 GAP_GOAL, FRECHET_GOAL, ELSEWHERE_GOAL, ADHERENCE_GOAL = 0.97, 1.03, 0.9, 0.01
-FULL, DEFAULT = "full", "default"
+FULL, GUIDED, FEW_LONG = "full", "guided", "few_long"
+REFERENCE = "reference_"  # begins the names of the adapters that stand for the published recipe
 
 
 class Claim(NamedTuple):
@@ -22,14 +23,18 @@ class Claim(NamedTuple):
     holds: bool
 
 
+Judgement = Callable[["Rows"], "Claim | None"]  # None where the rows to judge by are not there
+
+
 def judge(rows: list[Row]) -> list[Claim]:
-    """The claims that a study has an evaluation for, in the order of `CLAIMS`."""
-    return [
+    """The claims that a study has an evaluation and the adapters for, in the order of `CLAIMS`."""
+    judged = [
         claim(found)
         for evaluation, claims in CLAIMS.items()
         for claim in claims
         if (found := Rows(rows).of(evaluation=evaluation)).rows
     ]
+    return [claim for claim in judged if claim is not None]
 
 
 class Rows:
@@ -49,23 +54,24 @@ class Rows:
         return statistics.fmean(row[key] for row in self.rows)
 
     def told(self, key: str, form: str = ".3f") -> str:
-        """The mean over seeds, with the largest deviation from it where there are several."""
-        values = [row[key] for row in self.rows]
+        """The mean over seeds, each a mean over scales, with the largest deviation from it where there are several."""
+        seeds = self.each("seed")
+        values = [self.of(seed=seed).mean(key) for seed in seeds] or [self.mean(key)]
         mean = statistics.fmean(values)
         spread = max(abs(value - mean) for value in values)
         return f"{mean:{form}} ± {spread:{form}}" if len(values) > 1 else f"{mean:{form}}"
 
 
+def least_over_scales(rows: Rows, key: str = "gap_closed") -> float:
+    return min(rows.of(guidance_scale=scale).mean(key) for scale in rows.each("guidance_scale"))
+
+
 def best_adapter(rows: Rows) -> str:
     """Of the frozen base's, the one whose least gap closed over the scales is the greatest."""
     ones = rows.of(method=ONE_PASS)
-    names = [name for name in ones.each("name") if name != FULL]
-
-    def least(name: str) -> float:
-        own = ones.of(name=name)
-        return min(own.of(guidance_scale=scale).mean("gap_closed") for scale in own.each("guidance_scale"))
-
-    return max(names, key=least)
+    return max(
+        (name for name in ones.each("name") if name != FULL), key=lambda name: least_over_scales(ones.of(name=name))
+    )
 
 
 def by_scale(rows: Rows, key: str, form: str = ".3f") -> str:
@@ -77,10 +83,9 @@ def by_scale(rows: Rows, key: str, form: str = ".3f") -> str:
 def closes_the_gap(rows: Rows) -> Claim:
     name = best_adapter(rows)
     own = rows.of(method=ONE_PASS, name=name)
-    least = min(own.of(guidance_scale=scale).mean("gap_closed") for scale in own.each("guidance_scale"))
     return Claim(
         "One pass is what two passes are", f"the best adapter closes at least {GAP_GOAL} of the gap at each scale",
-        f"{name}: {by_scale(own, 'gap_closed')}", least >= GAP_GOAL,
+        f"{name}: {by_scale(own, 'gap_closed')}", least_over_scales(own) >= GAP_GOAL,
     )  # fmt: skip
 
 
@@ -108,17 +113,18 @@ def as_good_at_each_scale(rows: Rows) -> Claim:
 def as_good_at_its_best(rows: Rows) -> Claim:
     name = best_adapter(rows)
     ones, guided = rows.of(method=ONE_PASS, name=name), rows.of(method=CFG)
-    best = min(ones.of(guidance_scale=scale).mean("frechet_distance") for scale in ones.each("guidance_scale"))
-    least = min(row["frechet_distance"] for row in guided.rows)
+    best, least = least_over_scales(ones, "frechet_distance"), least_over_scales(guided, "frechet_distance")
     return Claim(
         "At its best it is not worse", "the least Frechet distance over the scales is not above CFG's",
         f"{name} {best:.1f}, CFG {least:.1f}", best <= least,
     )  # fmt: skip
 
 
-def beats_the_free_alternative(rows: Rows) -> Claim:
+def beats_the_free_alternative(rows: Rows) -> Claim | None:
     name = best_adapter(rows)
     ones, partial = rows.of(method=ONE_PASS, name=name), rows.of(method=CFG_FIRST_50)
+    if not partial.rows:
+        return None
     wins = all(
         ones.of(guidance_scale=scale).mean("gap_closed") > partial.of(guidance_scale=scale).mean("gap_closed")
         for scale in ones.each("guidance_scale")
@@ -129,26 +135,45 @@ def beats_the_free_alternative(rows: Rows) -> Claim:
     )  # fmt: skip
 
 
-def compared(rows: Rows, text: str, ours: str, other: str, slack: float = 0.0) -> Claim:
+def quality(rows: Rows, name: str) -> str:
+    return f"{name}: gap closed {rows.told('gap_closed')}, Frechet distance {rows.told('frechet_distance', '.1f')}"
+
+
+def compared(rows: Rows, text: str, ours: str, other: str, slack: float = 0.0) -> Claim | None:
     """Whether one adapter closes as much of the gap as another, over all scales."""
     one, two = (rows.of(method=ONE_PASS, name=name) for name in (ours, other))
+    if not one.rows or not two.rows:
+        return None
     return Claim(
         text, f"{ours} closes more of the gap than {other}" if not slack else f"{ours} closes what {other} does, but for {slack}",
-        f"{ours}: {one.mean('gap_closed'):.3f}, Frechet distance {one.mean('frechet_distance'):.1f}; {other}: "
-        f"{two.mean('gap_closed'):.3f}, {two.mean('frechet_distance'):.1f} (means over scales and seeds)",
+        f"{quality(one, ours)}; {quality(two, other)}",
         one.mean("gap_closed") > two.mean("gap_closed") - slack,
     )  # fmt: skip
 
 
-def guided_trajectories_are_better(rows: Rows) -> Claim:
-    text = "Guided trajectories are better to train on than diffusion trajectories"
-    return compared(rows, text, "guided", "diffusion")
+def guided_trajectories_are_better(equal: str, other: str) -> Judgement:
+    """Whether they are, where both sides had as many of something."""
+
+    def claim(rows: Rows) -> Claim | None:
+        text = f"Guided trajectories are better to train on than diffusion trajectories, at as many {equal}"
+        found = compared(rows, text, GUIDED, other)
+        if found is None:
+            return None
+        cost = [
+            f"{name}: {rows.of(name=name).mean('teacher_evaluations'):,.0f} evaluations" for name in (GUIDED, other)
+        ]
+        return found._replace(found="; ".join([found.found, *cost]))
+
+    return claim
 
 
-def a_frozen_base_is_enough(rows: Rows) -> Claim:
-    claim = compared(rows, "A frozen base with an adapter does what training every weight does", DEFAULT, FULL, 0.01)
+def a_frozen_base_is_enough(rows: Rows) -> Claim | None:
+    best = best_adapter(rows)
+    claim = compared(rows, "A frozen base with an adapter does what training every weight does", best, FULL, 0.01)
+    if claim is None:
+        return None
     told = []
-    for name in (DEFAULT, FULL):
+    for name in (best, FULL):
         own = rows.of(method=ONE_PASS, name=name)
         megabytes = own.mean("training_peak_memory_bytes") / 1e6
         told.append(
@@ -157,14 +182,16 @@ def a_frozen_base_is_enough(rows: Rows) -> Claim:
     return claim._replace(found="; ".join([claim.found, *told]))
 
 
-def a_tenth_of_the_evaluations_is_enough(rows: Rows) -> Claim:
+def a_tenth_of_the_evaluations_is_enough(rows: Rows) -> Claim | None:
     rows = rows.of(method=ONE_PASS)
-    most = rows.of(data="few_long")
+    most = rows.of(data=FEW_LONG)
     tenth = Rows(
         row
         for row in rows.rows
-        if row["data"] != "few_long" and 10 * row["teacher_evaluations"] <= most.mean("teacher_evaluations")
+        if row["data"] != FEW_LONG and 10 * row["teacher_evaluations"] <= most.mean("teacher_evaluations")
     )
+    if not most.rows or not tenth.rows:
+        return None
     curve = "; ".join(
         f"{data}: {int(own.mean('teacher_evaluations')):,} evaluations, Frechet distance {own.told('frechet_distance', '.1f')}, "
         f"gap closed {own.told('gap_closed')}"
@@ -177,50 +204,55 @@ def a_tenth_of_the_evaluations_is_enough(rows: Rows) -> Claim:
     )  # fmt: skip
 
 
-def better_than_the_reference(rows: Rows) -> Claim:
+def better_than_the_reference(rows: Rows) -> Claim | None:
     rows = rows.of(method=ONE_PASS)
-    told = "; ".join(
-        f"{name}: gap closed {own.told('gap_closed')}, Frechet distance {own.told('frechet_distance', '.1f')}"
-        for name in rows.each("name") for own in [rows.of(name=name)]
-    )  # fmt: skip
-    others = [rows.of(name=name).mean("gap_closed") for name in rows.each("name") if name != DEFAULT]
+    names = rows.each("name")
+    gap = {name: rows.of(name=name).mean("gap_closed") for name in names}
+    theirs = [name for name in names if name.startswith(REFERENCE)]
+    if not theirs or theirs == names:
+        return None
     return Claim(
-        "The default is better than the reference recipe on the same teacher", "closes more of the gap than each of its adapters",
-        told, rows.of(name=DEFAULT).mean("gap_closed") > max(others),
+        "Better than the reference recipe on the same teacher", "closes more of the gap than each of its adapters",
+        "; ".join(quality(rows.of(name=name), name) for name in names),
+        min(gap[name] for name in names if name not in theirs) > max(gap[name] for name in theirs),
     )  # fmt: skip
 
 
-def holds_elsewhere(text: str) -> Callable[[Rows], Claim]:
-    """Whether the default closes most of the gap where it was not trained."""
+def holds_elsewhere(text: str) -> Judgement:
+    """Whether an adapter closes most of the gap where it was not trained."""
 
     def claim(rows: Rows) -> Claim:
         own = rows.of(method=ONE_PASS)
-        least = min(own.of(guidance_scale=scale).mean("gap_closed") for scale in own.each("guidance_scale"))
         return Claim(
             text, f"closes at least {ELSEWHERE_GOAL} of the gap at each scale",
             f"{by_scale(own, 'gap_closed')}; Frechet distance {by_scale(own, 'frechet_distance', '.1f')}; "
             f"CFG {by_scale(rows.of(method=CFG), 'frechet_distance', '.1f')}",
-            least >= ELSEWHERE_GOAL,
+            least_over_scales(own) >= ELSEWHERE_GOAL,
         )  # fmt: skip
 
     return claim
 
 
-def prompts_are_met(rows: Rows) -> Claim:
-    told, holds = [], True
-    for key in ("class_accuracy", "stroke_accuracy", "slant_accuracy"):
-        none, cfg, one = (rows.of(method=method).mean(key) for method in (NONE, CFG, ONE_PASS))
-        told.append(f"{key.replace('_', ' ')}: one pass {one:.3f}, CFG {cfg:.3f}, none {none:.3f}")
-        holds &= one >= cfg - ADHERENCE_GOAL
-    return Claim(
-        "Prompts are met as under CFG",
-        f"class, stroke and slant within {ADHERENCE_GOAL} of CFG's",
-        "; ".join(told),
-        holds,
-    )
+def prompts_are_met(text: str) -> Judgement:
+    """Whether images show what was asked for as often as under CFG, over all scales."""
+
+    def claim(rows: Rows) -> Claim | None:
+        none, cfg, one = (rows.of(method=method) for method in (NONE, CFG, ONE_PASS))
+        keys = [key for key in ("class_accuracy", "stroke_accuracy", "slant_accuracy") if key in rows.rows[0]]
+        if not keys:
+            return None
+        told = [
+            f"{key.replace('_', ' ')}: one pass {one.told(key)}, CFG {cfg.mean(key):.3f}, none {none.mean(key):.3f}"
+            for key in keys
+        ]
+        holds = all(one.mean(key) >= cfg.mean(key) - ADHERENCE_GOAL for key in keys)
+        goal = f"{', '.join(key.removesuffix('_accuracy') for key in keys)} within {ADHERENCE_GOAL} of CFG's"
+        return Claim(text, goal, "; ".join([*told, f"gap closed {one.told('gap_closed')}"]), holds)
+
+    return claim
 
 
-CLAIMS: dict[str, list[Callable[[Rows], Claim]]] = {
+CLAIMS: dict[str, list[Judgement]] = {
     "scales": [
         closes_the_gap,
         as_good_at_each_scale,
@@ -228,12 +260,16 @@ CLAIMS: dict[str, list[Callable[[Rows], Claim]]] = {
         beats_the_free_alternative,
         a_frozen_base_is_enough,
     ],
-    "trajectories": [guided_trajectories_are_better],
+    "trajectories": [
+        guided_trajectories_are_better("evaluations of the teacher", "diffusion"),
+        guided_trajectories_are_better("records", "diffusion_twice"),
+    ],
     "data_cost": [a_tenth_of_the_evaluations_is_enough],
     "reference": [better_than_the_reference],
     "outside": [holds_elsewhere("It goes on outside the scales of its training")],
     "other_sampler": [holds_elsewhere("It does not depend on the sampler of its training")],
     "fewer_steps": [holds_elsewhere("It does not depend on the number of steps")],
     "checkpoint": [holds_elsewhere("It moves to a fine-tuned checkpoint of the same base")],
-    "text": [prompts_are_met],
+    "text": [prompts_are_met("Prompts are met as under CFG")],
+    "text_lora": [prompts_are_met("Prompts are met as under CFG, with a LoRA loaded into the pipeline")],
 }

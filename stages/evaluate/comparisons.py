@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
-from stages.base import load_pipeline
+from stages.base import first_line, load_pipeline, resolve
 from stages.denoiser import denoiser_of
 from stages.errors import UserError
 from stages.evaluate.first_steps import guided_first
@@ -67,13 +67,30 @@ def settings(
     return list(dict.fromkeys(found))
 
 
-def load_pair(adapter_dir: str, name_or_path: str | None, device: str) -> tuple[Any, GuidanceAdapter]:
-    """The pipeline and the adapter for it, not attached yet."""
+def load_pair(
+    adapter_dir: str, name_or_path: str | None, device: str, lora: str | None = None
+) -> tuple[Any, GuidanceAdapter]:
+    """The pipeline, with a LoRA where one is named, and the adapter for it, not attached yet."""
     adapter = GuidanceAdapter.from_pretrained(adapter_dir)
     base = adapter.about["base"]
     source = {} if name_or_path else {key: base[key] for key in ("revision", "variant")}
     pipe = load_pipeline(name_or_path or base["pretrained_model_name_or_path"], device=device, **source)
+    if lora is not None:
+        load_lora(pipe, lora)
     return pipe, fitted(adapter, pipe)
+
+
+def load_lora(pipe: Any, name_or_path: str) -> None:
+    """
+    Raises:
+        UserError: the pipeline takes no LoRA, or none that fits it is there.
+    """
+    if not hasattr(pipe, "load_lora_weights"):
+        raise UserError(f"lora={name_or_path}: {type(pipe).__name__} takes none: leave it out")
+    try:
+        pipe.load_lora_weights(resolve(name_or_path))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"lora={name_or_path}: cannot be loaded: {first_line(error)}") from error
 
 
 def fitted(adapter: GuidanceAdapter, pipe: Any) -> GuidanceAdapter:

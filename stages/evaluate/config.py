@@ -41,6 +41,9 @@ class EvaluateConfig:
     clip_model: str | None = option(None, "folder or hub id of a CLIP model: adds the CLIP score of prompts")
     output_dir: str | None = option(None, "by default `evaluation` in the adapter's folder")
     pretrained_model_name_or_path: str | None = option(None, "the pipeline; by default the base that the adapter names")
+    lora: str | None = option(
+        None, "folder, file or hub id of a LoRA that the pipeline loads first: does the adapter compose with it?"
+    )
     scheduler: str | None = option(
         None, "a scheduler class of diffusers in place of the pipeline's own, with its configuration"
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
+
+from matplotlib import pyplot as plt
 
 from stages.evaluate.claims import Claim
 from stages.evaluate.report import (
@@ -12,12 +15,14 @@ from stages.evaluate.report import (
     as_pictures,
     as_source,
     cells_of,
+    finished,
     plot_over_scale,
     plot_over_time,
     render,
 )
 from stages.records.storage import whole_file
 
+MEANS = ("frechet_distance", "gap_closed")
 VERDICTS = {True: "holds", False: "does not hold"}
 
 
@@ -39,11 +44,14 @@ def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], about
 
 
 def section(name: str, folder: Path, rows: list[Row]) -> dict[str, Any]:
-    """What the report tells of one evaluation; its grids have the rows of the table, in their order."""
-    scales = sorted({curve["guidance_scale"] for row in rows for curve in row["error_by_timestep"]})
-    plots = {key: (PLOTS[key], plot_over_scale(rows, key)) for key in ("frechet_distance", "gap_closed")}
+    """What the report tells of one evaluation: plots of what the seeds have in the mean, and grids with the table's rows."""
+    means = over_seeds(rows)
+    scales = sorted({curve["guidance_scale"] for row in means for curve in row["error_by_timestep"]})
+    plots = {key: (PLOTS[key], plot_over_scale(means, key)) for key in ("frechet_distance", "gap_closed")}
+    if len({row["teacher_evaluations"] for row in means if row["name"]}) > 1:
+        plots["cost"] = ("Frechet distance against the teacher's evaluations", plot_over_cost(means))
     plots |= {
-        f"error_{scale}": (f"distance to CFG at scale {scale:g}", plot_over_time(rows, scale)) for scale in scales
+        f"error_{scale}": (f"distance to CFG at scale {scale:g}", plot_over_time(means, scale)) for scale in scales
     }
     grids = [
         {
@@ -54,3 +62,44 @@ def section(name: str, folder: Path, rows: list[Row]) -> dict[str, Any]:
         if (png := folder / f"grid_at_scale_{scale:g}.png").exists()
     ]
     return {"name": name, "cells": cells_of(rows), "pictures": as_pictures(plots) + grids}
+
+
+def over_seeds(rows: list[Row]) -> list[Row]:
+    """One row for all seeds of an adapter at a scale, under the adapter's name in the study."""
+    alike: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        alike.setdefault((row["method"], row["guidance_scale"], row["name"]), []).append(row)
+    return [
+        group[0]
+        | {"adapter": name}
+        | {key: statistics.fmean(row[key] for row in group) for key in MEANS}
+        | {"error_by_timestep": mean_curves([row["error_by_timestep"] for row in group])}
+        for (_, _, name), group in alike.items()
+    ]
+
+
+def mean_curves(told: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The mean, at each timestep, of curves that are told for the same scales."""
+    return [
+        same_scale[0] | {"error": [statistics.fmean(e) for e in zip(*(c["error"] for c in same_scale), strict=True)]}
+        for same_scale in zip(*told, strict=True)
+    ]
+
+
+def plot_over_cost(rows: list[Row]) -> bytes:
+    """The Frechet distance against what the teacher evaluated for the records, as PNG; a line per scale."""
+    figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    ones = [row for row in rows if row["name"]]
+    for scale in sorted({row["guidance_scale"] for row in ones}):
+        points = sorted(
+            (row["teacher_evaluations"], row["frechet_distance"], row["name"])
+            for row in ones
+            if row["guidance_scale"] == scale
+        )
+        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", linestyle="", label=f"scale {scale:g}")
+        for evaluations, distance, name in points:
+            axes.annotate(name, (evaluations, distance), fontsize=7)
+    axes.set_xscale("log")
+    axes.set_xlabel("evaluations of the teacher")
+    axes.set_title("Frechet distance against the teacher's evaluations", fontsize=10)
+    return finished(figure, axes)

@@ -78,7 +78,7 @@ class Worker:
     def load(self) -> Facts:
         config, device = self.config, choose_device(self.config.device)
         (name, folder), *others = self.folders.items()
-        self.pipe, self.first = load_pair(folder, config.pretrained_model_name_or_path, device)
+        self.pipe, self.first = load_pair(folder, config.pretrained_model_name_or_path, device, config.lora)
         if config.scheduler is not None:
             use_scheduler(self.pipe, config.scheduler, "scheduler")
         self.adapters = {name: self.first}

@@ -218,6 +218,7 @@ class Driver:
             "trajectories": len({row["trajectory"] for row in rows}),
             "records": sum(row["records"] for row in rows),
             "bytes": sum(commit["size"] for commit in commits.values()),
+            "teacher_evaluations": self.plan.teacher_evaluations,
             "units_planned": len(self.plan),
             "units_committed": len(commits),
             "units_quarantined": len(self.quarantined),

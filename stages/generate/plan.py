@@ -83,6 +83,12 @@ class Plan:
         return self.config.num_recorded_steps or self.config.num_inference_steps
 
     @property
+    def teacher_evaluations(self) -> int:
+        """Of the denoiser, for all of it: two for each guided step; diffusion trajectories run the pipeline twice."""
+        runs = 2 if self.config.trajectory == "diffusion" else 1
+        return 2 * self.config.num_inference_steps * runs * self.num_trajectories
+
+    @property
     def scale_range(self) -> list[float]:
         """The lowest and the highest scale that a trajectory can have."""
         given = [c["guidance_scale"] for c in self.conditions if "guidance_scale" in c]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from stages.evaluate.claims import Claim, Rows, best_adapter, judge
+from stages.evaluate.claims import FULL, Claim, Rows, best_adapter, judge
 from stages.evaluate.comparisons import CFG, CFG_FIRST_50, NONE, ONE_PASS
 
 SCALES = (1.5, 3.0)
@@ -60,6 +60,13 @@ def test_what_was_found_tells_the_mean_and_the_spread_of_the_seeds() -> None:
     assert claim.found == "default: 0.980 ± 0.005 at 1.5, 0.980 ± 0.005 at 3"
 
 
+def test_the_spread_is_of_seeds_and_not_of_scales() -> None:
+    gaps = {(1.5, 0): 0.8, (3.0, 0): 0.9, (1.5, 1): 0.82, (3.0, 1): 0.92}
+    rows = Rows(row(ONE_PASS, scale, gap, 20.0, "lora", seed=seed) for (scale, seed), gap in gaps.items())
+    assert rows.told("gap_closed") == "0.860 ± 0.010"
+    assert rows.of(seed=0).told("gap_closed") == "0.850"
+
+
 def test_a_tenth_of_the_evaluations_is_judged_by_what_was_spent() -> None:
     def rows(distance: float) -> list[dict[str, Any]]:
         spent = (("few_long", 80_000, 24.0), ("many_short", 80_000, 20.0), ("many_short_tenth", 8_000, distance))
@@ -79,6 +86,16 @@ def test_a_comparison_takes_the_side_that_closes_more() -> None:
         return [row(ONE_PASS, 2.0, guided, 20.0, "guided", **told), row(ONE_PASS, 2.0, 0.8, 21.0, "diffusion", **told)]
 
     assert [claim.holds for claim in judge(rows(0.9)) + judge(rows(0.7))] == [True, False]
+    assert judge(rows(0.9)[:1]) == []
+
+
+def test_the_reference_recipe_is_every_adapter_that_is_named_so() -> None:
+    def rows(theirs: float) -> list[dict[str, Any]]:
+        gaps = {"lora": 0.97, "reference_offset": 0.3, "reference_cross_attention": theirs}
+        return [row(ONE_PASS, 2.0, gap, 20.0, name, evaluation="reference") for name, gap in gaps.items()]
+
+    assert [claim.holds for claim in judge(rows(0.4)) + judge(rows(0.98))] == [True, False]
+    assert judge(rows(0.4)[:1]) == []
 
 
 @pytest.mark.parametrize(("gap", "holds"), [(0.95, True), (0.85, False)])
@@ -90,10 +107,16 @@ def test_elsewhere_the_least_gap_counts(evaluation: str, gap: float, holds: bool
     assert claim.holds is holds
 
 
+@pytest.mark.parametrize("evaluation", ["text", "text_lora"])
 @pytest.mark.parametrize(("one_pass", "holds"), [(0.975, True), (0.965, False)])
-def test_prompts_are_met_within_a_hundredth(one_pass: float, holds: bool) -> None:
+def test_prompts_are_met_within_a_hundredth(one_pass: float, holds: bool, evaluation: str) -> None:
     def told(class_accuracy: float) -> dict[str, Any]:
-        return {"evaluation": "text", "class_accuracy": class_accuracy, "stroke_accuracy": 0.9, "slant_accuracy": 0.9}
+        return {
+            "evaluation": evaluation,
+            "class_accuracy": class_accuracy,
+            "stroke_accuracy": 0.9,
+            "slant_accuracy": 0.9,
+        }
 
     rows = [
         row(NONE, 1.0, 0, 50.0, **told(0.8)),
@@ -106,4 +129,7 @@ def test_prompts_are_met_within_a_hundredth(one_pass: float, holds: bool) -> Non
 
 def test_what_a_study_has_no_rows_for_is_left_out() -> None:
     assert judge([]) == []
+    assert [claim.text[:8] for claim in judge([r for r in study() if r["method"] != CFG_FIRST_50 and r["name"] != FULL])] == [
+        "One pass", "Its imag", "At its b"
+    ]  # fmt: skip
     assert all(isinstance(claim, Claim) for claim in judge(study()))

@@ -5,8 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.base import load_pipeline
 from stages.errors import UserError
-from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, conditions_of, load_pair, sample_setting, settings
+from stages.evaluate.comparisons import (
+    CFG,
+    NONE,
+    ONE_PASS,
+    Setting,
+    conditions_of,
+    load_lora,
+    load_pair,
+    sample_setting,
+    settings,
+)
 from stages.sampling import Request
 from tests.conftest import save_pipeline, tiny_dit
 
@@ -74,3 +85,10 @@ def test_another_checkpoint_of_the_base_is_accepted(tiny_adapter: Path, other_te
         sample_setting(pipe, adapter, Setting(ONE_PASS, 2.0), Request(CONDITIONS[:1], [0], 2, {})).denoiser_evaluations
         == 2
     )
+
+
+def test_a_lora_that_cannot_be_loaded_is_named(tiny_adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="DiTPipeline takes none"):
+        load_pair(str(tiny_adapter), None, "cpu", lora=str(tmp_path))
+    with pytest.raises(UserError, match=r"lora=.*cannot be loaded"):
+        load_lora(load_pipeline("stages/embedded/mnist_sd"), str(tmp_path))
