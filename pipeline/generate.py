@@ -20,9 +20,11 @@ def main(config: GenerateConfig) -> None:
     from stages.generate.fleet import RayFleet  # ray takes seconds to import: not before something is to be done
 
     summary = driver.run(RayFleet(config))
+    assert driver.info is not None
+    size = driver.info["counts"]["bytes"]
     print(
         f"{root}: {summary['trajectories']} trajectories, {summary['records']} records, {summary['units_committed']} shards, "
-        f"{summary['bytes'] / 1e6:.0f} MB, made in {summary['seconds']:.0f} s ({summary['records_per_second']:.0f} records/s)"
+        f"{size / 1e6:.0f} MB, made in {summary['seconds']:.0f} s ({summary['records_per_second']:.0f} records/s)"
     )
 
 

@@ -77,6 +77,12 @@ def sample(pipe: Any, request: Request, guidance_scale: float) -> None:
         guider.guidance_scale = before
 
 
+def synchronize(pipe: Any) -> None:
+    """Wait for the GPU, so that a clock read afterwards has seen all of its work."""
+    if pipe.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def _told(pipe: Any, conditions: Sequence[Condition], negative_prompt: str | None) -> dict[str, Any]:
     """The conditions as the pipeline's `__call__` takes them; `negative_prompt` is of those that have none of their own."""
     if takes_class_labels(type(pipe)):

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
@@ -18,7 +17,7 @@ from stages.denoiser import denoiser_of
 from stages.errors import UserError
 from stages.evaluate.first_steps import guided_first
 from stages.evaluate.watching import Step, counted, stepped
-from stages.sampling import Condition, Request, sample, takes_class_labels, undecoded
+from stages.sampling import Condition, Request, sample, synchronize, takes_class_labels, undecoded
 
 NONE, CFG, ONE_PASS = "none", "cfg", "one_pass"
 CFG_FIRST_50, CFG_FIRST_60 = "cfg_first_50", "cfg_first_60"
@@ -161,9 +160,3 @@ def guiding(pipe: Any, adapter: GuidanceAdapter, setting: Setting, steps: list[S
             yield
     else:
         yield
-
-
-def synchronize(pipe: Any) -> None:
-    """Wait for the GPU, so that a clock read afterwards has seen all of its work."""
-    if pipe.device.type == "cuda":
-        torch.cuda.synchronize()

@@ -10,7 +10,19 @@ from omegaconf import MISSING
 from stages.config import option
 
 EXECUTION_KEYS = frozenset(
-    {"output_dir", "num_workers", "batch_size", "ray_address", "num_cpus", "num_gpus", "device", "preview"}
+    {
+        "output_dir",
+        "num_workers",
+        "batch_size",
+        "ray_address",
+        "num_cpus",
+        "num_gpus",
+        "resources",
+        "runtime_env",
+        "unit_timeout",
+        "device",
+        "preview",
+    }
 )
 DTYPES = ("float32", "float16", "bfloat16")
 TRAJECTORIES = ("guided", "diffusion")
@@ -78,5 +90,17 @@ class GenerateConfig:
     num_workers: int = option(1, "teachers that run side by side", at_least=1)
     device: str = option("auto", "`auto` (a GPU where there is one), `cuda` or `cpu`")
     num_cpus: float = option(1.0, "CPU cores that Ray keeps for each worker", at_least=0, at_most=4096)
-    num_gpus: float = option(0.0, "GPUs that Ray keeps for each worker; 1 on a GPU cluster", at_least=0, at_most=64)
+    num_gpus: float = option(
+        0.0,
+        "GPUs that Ray keeps for each worker; 1 on a GPU cluster, 0.5 for two workers on each",
+        at_least=0,
+        at_most=64,
+    )
+    resources: dict[str, float] = option(dict, "custom resources of Ray that each worker takes: resources.NAME=1")
+    runtime_env: dict[str, Any] = option(
+        dict, "Ray's runtime environment of the workers: runtime_env.env_vars.NAME=..., runtime_env.pip=[...]"
+    )
+    unit_timeout: float = option(
+        3600.0, "seconds after which a unit, or loading the teacher, counts as hung: its worker is replaced", above=0
+    )
     ray_address: str | None = option(None, "a Ray cluster, or `auto`; by default RAY_ADDRESS, else this machine")

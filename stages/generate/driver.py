@@ -2,74 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
-from typing import Any, Protocol
-
-from omegaconf import OmegaConf
+from typing import Any
 
 from stages.base import first_line
 from stages.errors import StorageError, UserError
-from stages.generate.config import EXECUTION_KEYS, GenerateConfig
+from stages.generate.config import GenerateConfig
+from stages.generate.description import check_same_config, defining, describe_conditions
+from stages.generate.events import Event, Failed, Fleet, Loaded, Made
 from stages.generate.plan import Plan
 from stages.generate.preview import write_preview_grid
-from stages.progress import progress
-from stages.records.dataset import begin_plan, publish, published, read_commits, read_info
+from stages.generate.profile import Profile
+from stages.generate.telling import Telling
+from stages.records.dataset import (
+    begin_plan,
+    committed_units,
+    is_committed,
+    publish,
+    published,
+    read_commits,
+    read_info,
+)
 from stages.records.folder import open_folder
 from stages.records.storage import to_json
-from stages.sampling import Condition
 
-COUNTS = ("num_trajectories", "num_trajectories_per_condition")  # of which a dataset that is made may be asked for more
-CONDITIONS = ("prompts", "class_labels")  # judged by what they name
 MAX_ATTEMPTS = 3
 POLL_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A worker has loaded its teacher and tells its facts."""
-
-    facts: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Made:
-    """A unit is committed."""
-
-    unit: int
-    records: int
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A worker failed at a unit, or at loading where `unit` is None; `preempted` if its node went away."""
-
-    unit: int | None
-    error: BaseException
-    preempted: bool = False
-
-
-class Fleet(Protocol):
-    """Workers, wherever they run; each makes one unit at a time."""
-
-    def idle(self) -> int:
-        """How many workers are loaded and have nothing to do."""
-
-    def dispatch(self, unit: int) -> None:
-        """Give a unit to an idle worker."""
-
-    def poll(self, timeout: float) -> list[Loaded | Made | Failed]:
-        """What happened since the last call; waits at most `timeout` seconds for it."""
-
-    def close(self) -> None:
-        """Stop every worker."""
-
-
 class Driver:
-    """One run of generation over one output folder.
+    """One run of generation over one output folder, alone or beside others on the same: what another commits is not made again.
 
     Raises:
         UserError: the folder holds a dataset of another configuration, or units are missing at the end.
@@ -81,7 +44,7 @@ class Driver:
         self.info = read_info(self.root)
         earlier = published(self.info)
         self.plan = Plan(config, earlier)
-        self.committed = {unit: commit["samples"] for unit, commit in read_commits(self.root).items()}
+        self.committed = set(committed_units(self.root))
         if self.info is not None and max(self.committed, default=-1) < sum(plan["units"] for plan in earlier):
             # What an earlier run described and never began.
             self.info = self.info | {"plans": earlier} if earlier else None
@@ -90,12 +53,14 @@ class Driver:
                 f"{self.root}: holds commits but no dataset.json to say of what: restore it, or take another output_dir"
             )
         if self.info is not None:
-            self._check_same_config(self.info["plans"][-1])
+            check_same_config(self.root, self.info["plans"][-1], self.plan)
         self.todo = deque(unit for unit in range(len(self.plan)) if unit not in self.committed)
+        self.in_flight: set[int] = set()
         self.attempts: Counter[int | None] = Counter()
         self.quarantined: dict[int, str] = {}
-        self.in_flight = 0
+        self.refusals = 0
         self.records_made = 0
+        self.profile = Profile()
 
     @property
     def finished(self) -> bool:
@@ -103,7 +68,7 @@ class Driver:
         return not self.todo and self.info is not None and published(self.info) == self.info["plans"]
 
     def run(self, fleet: Fleet) -> dict[str, Any]:
-        """Make what is missing and publish; the content of `generation.json`."""
+        """Make what is missing and publish; the content of `generation.json`. Then `info` tells of the whole dataset."""
         start = time.monotonic()
         try:
             self._drive(fleet)
@@ -119,30 +84,49 @@ class Driver:
                 f"unit {unit}: {reason}; the same command tries them again"
             )
         assert self.info is not None
-        commits = read_commits(self.root)
         write_preview_grid(self.root)
-        publish(self.root, self.info, [commits[unit] for unit in range(len(self.plan))])
+        self.info = publish(self.root, self.info, read_commits(self.root))
         return summary
 
     def _drive(self, fleet: Fleet) -> None:
-        total = self.plan.num_trajectories * self.plan.records_per_trajectory
-        done = sum(row["records"] for rows in self.committed.values() for row in rows)
-        with progress(total, "generate", "records", initial=done) as bar:
+        telling = Telling(self.plan, (len(self.committed), sum(map(self.plan.records_of, self.committed))))
+        try:
             while self.todo or self.in_flight:
-                while self.todo and fleet.idle():
-                    fleet.dispatch(self.todo.popleft())
-                    self.in_flight += 1
+                self._dispatch(fleet)
                 for event in fleet.poll(POLL_SECONDS):
-                    match event:
-                        case Loaded():
-                            self.attempts[None] = 0
-                            self._see_facts(event.facts)
-                        case Made():
-                            self.in_flight -= 1
-                            self.records_made += event.records
-                            bar.update(event.records)
-                        case Failed():
-                            self._see_failure(event)
+                    telling.see(event, fleet.states())
+                    self.profile.see(event)
+                    self._see(event)
+        finally:
+            telling.close()
+
+    def _dispatch(self, fleet: Fleet) -> None:
+        """A unit that failed before is alone with its worker: if it kills it, it takes no other along."""
+        while self.todo and fleet.free(alone := self.attempts[self.todo[0]] > 0):
+            unit = self.todo.popleft()
+            if is_committed(self.root, unit):
+                self.committed.add(unit)  # by another driver
+            else:
+                fleet.dispatch(unit, alone)
+                self.in_flight.add(unit)
+
+    def _see(self, event: Event) -> None:
+        match event:
+            case Loaded():
+                self.attempts[None] = 0
+                self._see_facts(event.facts)
+            case Made():
+                self._see_made(event.unit)
+            case Failed(unit=None):
+                self._see_no_worker(event)
+            case Failed(unit=int(unit)):
+                self._see_failure(event, unit)
+
+    def _see_made(self, unit: int) -> None:
+        self.in_flight.remove(unit)
+        self.committed.add(unit)
+        self.records_made += self.plan.records_of(unit)
+        self.refusals = 0
 
     def _see_facts(self, facts: dict[str, Any]) -> None:
         facts = facts | {"pretrained_model_name_or_path": self.config.teacher.pretrained_model_name_or_path}
@@ -165,98 +149,50 @@ class Driver:
             }
             self.info = begin_plan(self.root, self.info, plan)
 
-    def _see_failure(self, failure: Failed) -> None:
-        if isinstance(failure.error, StorageError):
-            raise StorageError(f"{failure.error}; when there is room, the same command goes on")
-        if failure.unit is None and isinstance(failure.error, UserError):
+    def _see_no_worker(self, failure: Failed) -> None:
+        if isinstance(failure.error, UserError):
             raise failure.error
-        self.attempts[failure.unit] += 0 if failure.preempted else 1
-        reason = first_line(failure.error)
-        if not isinstance(failure.error, UserError):
-            reason = f"{type(failure.error).__name__}: {reason}"
-        exhausted = self.attempts[failure.unit] >= MAX_ATTEMPTS
-        if failure.unit is None:
-            if exhausted and not self.in_flight:
-                raise UserError(f"no worker could load the teacher in {MAX_ATTEMPTS} attempts: {reason}")
-            return
-        self.in_flight -= 1
-        if not exhausted:
-            self.todo.append(failure.unit)
-            return
-        self.quarantined[failure.unit] = reason
-        if not self.committed and not self.records_made:
-            raise UserError(f"no unit could be made in {MAX_ATTEMPTS} attempts: {reason}")
+        self.attempts[None] += 0 if failure.preempted else 1
+        if self.attempts[None] >= MAX_ATTEMPTS and not self.in_flight:
+            raise UserError(f"no worker could load the teacher in {MAX_ATTEMPTS} attempts: {reason_of(failure.error)}")
 
-    def _check_same_config(self, plan: dict[str, Any]) -> None:
-        """Refuse another configuration than a plan's, but for one that asks for more once the plan was made to its end."""
-        known = flatten(defining(GenerateConfig()))  # an older version's dataset lacks the options that came later
-        old, new = known | flatten(plan["config"]), flatten(defining(self.config))
-        made, told = "manifest_sha256" in plan, plan["conditions"]
-        count = told.get("count", len(self.plan.conditions))
-        goes_on = digest(self.plan.conditions[:count]) == told.get("sha256") and (
-            made or count == len(self.plan.conditions)
-        )
-        for key in sorted(old.keys() | new.keys()):
-            if key in COUNTS and made and None not in (old[key], new[key]) and old[key] < new[key]:
-                continue
-            if old.get(key) != new.get(key) and not (key in CONDITIONS and goes_on):
-                raise UserError(
-                    f"{self.root}: holds a dataset of another configuration: {key}={old.get(key)}, not {new.get(key)}: "
-                    "take the old value, or another output_dir"
-                )
-        if "sha256" in told and not goes_on:
-            key = "class_labels" if self.config.prompts is None else "prompts"
-            raise UserError(
-                f"{self.root}: holds a dataset of other {key}: what {key}={new[key]} names does not begin with the {count} "
-                "that it was made of: restore them, or take another output_dir"
-            )
+    def _see_failure(self, failure: Failed, unit: int) -> None:
+        if is_committed(self.root, unit):  # the worker was lost after its commit, or another driver's was first
+            self._see_made(unit)
+            return
+        self.in_flight.remove(unit)
+        if isinstance(failure.error, StorageError):
+            # One node's disk is another worker's matter; nobody can write where they all fail.
+            self.refusals += 1
+            if self.refusals >= MAX_ATTEMPTS:
+                raise StorageError(f"{failure.error}; when there is room, the same command goes on")
+        elif not failure.preempted:
+            self.attempts[unit] += 1
+        if self.attempts[unit] < MAX_ATTEMPTS:
+            self.todo.append(unit)
+            return
+        self.quarantined[unit] = reason_of(failure.error)
+        if not self.committed:
+            raise UserError(f"no unit could be made in {MAX_ATTEMPTS} attempts: {self.quarantined[unit]}")
 
     def _summary(self, seconds: float) -> dict[str, Any]:
-        commits = read_commits(self.root)
-        rows = [row for commit in commits.values() for row in commit["samples"]]
+        committed = [unit for unit in self.committed if unit < len(self.plan)]
+        missing = sorted(set(range(len(self.plan))) - self.committed)
         return {
-            "trajectories": len({row["trajectory"] for row in rows}),
-            "records": sum(row["records"] for row in rows),
-            "bytes": sum(commit["size"] for commit in commits.values()),
+            "trajectories": sum(len(self.plan.units[unit]) for unit in committed),
+            "records": sum(map(self.plan.records_of, committed)),
             "teacher_evaluations": self.plan.teacher_evaluations,
             "units_planned": len(self.plan),
-            "units_committed": len(commits),
+            "units_committed": len(committed),
+            "units_missing": missing,
             "units_quarantined": len(self.quarantined),
             "quarantined": self.quarantined,
             "seconds": seconds,
             "records_per_second": self.records_made / seconds,
-        }
+        } | self.profile.summary()
 
 
-def describe_conditions(conditions: list[Condition]) -> dict[str, Any]:
-    """What `dataset.json` tells of what was sampled: the classes, how many prompts, and what tells the list from any other."""
-    labels = sorted({condition["class_label"] for condition in conditions if "class_label" in condition})
-    prompts = {condition["prompt"] for condition in conditions if "prompt" in condition}
-    negative = {condition["negative_prompt"] for condition in conditions if "negative_prompt" in condition}
-    return {
-        "class_labels": labels,
-        "prompts": len(prompts),
-        "negative_prompts": len(negative),
-        "count": len(conditions),
-        "sha256": digest(conditions),
-    }
-
-
-def digest(conditions: list[Condition]) -> str:
-    """SHA-256 of a list of conditions."""
-    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
-
-
-def defining(config: GenerateConfig) -> dict[str, Any]:
-    """The part of a configuration that decides what the dataset holds."""
-    resolved = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items() if key not in EXECUTION_KEYS}
-
-
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` to `{"a.b": 1}`: keys as they are given on the command line."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def reason_of(error: BaseException) -> str:
+    """One line, which for what is not told to a user begins with the kind of error."""
+    told = first_line(error)
+    return told if isinstance(error, UserError) else f"{type(error).__name__}: {told}"

@@ -5,7 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from dataclasses import replace
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +23,50 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from stages.base import resolve
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig
-from stages.generate.driver import Failed, Loaded, Made
+from stages.generate.events import Event, Failed, Loaded, Made
 from stages.generate.unit import UnitWorker
 from stages.records.folder import absolute
 
+PLACE, LOAD, SAMPLE, COMMIT = "waiting for a place", "loading", "sampling", "writing"
+UNITS_WRITTEN = 1  # beside the one that is sampled; more would only fill the memory
+
+
+class TeacherWorker(UnitWorker):
+    """As Ray's dashboard names it."""
+
+    def place(self) -> tuple[str, str]:
+        """The node's id and address: the first answer of a worker that found a place."""
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+
+
+@dataclass(eq=False)
+class Member:
+    """A worker as the driver knows it."""
+
+    actor: Any
+    name: str
+    node: str | None = None
+    is_loaded: bool = False
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a worker was asked to do, since when."""
+
+    member: Member
+    doing: str
+    unit: int | None = None
+    since: float = field(default_factory=time.monotonic)
+
 
 class RayFleet:
-    """Plain actors that Ray never restarts: the driver owns retries, and this fleet replaces who died.
+    """Plain actors that Ray never restarts: the driver owns retries, and this fleet replaces who died or hung.
 
     An actor for which the cluster has no room yet waits inside Ray and starts when a node joins.
     """
+
+    worker_class = TeacherWorker
 
     def __init__(self, config: GenerateConfig) -> None:
         self.started_ray = not ray.is_initialized()
@@ -39,53 +77,136 @@ class RayFleet:
             config.teacher, pretrained_model_name_or_path=str(Path(path).resolve()) if Path(path).is_dir() else path
         )
         self.config = replace(config, teacher=teacher, output_dir=absolute(config.output_dir))
-        self.actor = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_restarts=0, max_task_retries=0)(
-            UnitWorker
-        )
-        self.waiting: dict[Any, tuple[Any, int | None]] = {}
-        self.ready: list[Any] = []
+        self.actor_class = ray.remote(
+            num_cpus=config.num_cpus,
+            num_gpus=config.num_gpus,
+            resources=dict(config.resources),
+            runtime_env=dict(config.runtime_env) or None,
+            max_concurrency=1 + UNITS_WRITTEN,
+            max_restarts=0,
+            max_task_retries=0,
+        )(self.worker_class)
+        self.run, self.numbers = uuid.uuid4().hex[:4], count(1)
+        self.members: list[Member] = []
+        self.calls: dict[Any, Call] = {}
         for _ in range(config.num_workers):
             self._add_worker()
 
     def _add_worker(self) -> None:
+        name = f"teacher-{next(self.numbers)}"
         try:
-            worker = self.actor.remote(self.config)
+            actor = self.actor_class.options(name=f"{name}-of-run-{self.run}").remote(self.config)
         except ValueError as error:
             asked = f"num_cpus={self.config.num_cpus:g} num_gpus={self.config.num_gpus:g}"
             raise UserError(f"{asked}: Ray cannot keep that for a worker: {' '.join(map(str, error.args))}") from error
-        self.waiting[worker.load.remote()] = (worker, None)
+        member = Member(actor, name)
+        self.members.append(member)
+        self._call(member, PLACE, actor.place.remote())
 
-    def idle(self) -> int:
-        return len(self.ready)
+    def _call(self, member: Member, doing: str, reference: Any, unit: int | None = None) -> None:
+        self.calls[reference] = Call(member, doing, unit)
 
-    def dispatch(self, unit: int) -> None:
-        worker = self.ready.pop()
-        self.waiting[worker.make.remote(unit)] = (worker, unit)
+    def _calls_of(self, member: Member) -> list[Call]:
+        return [call for call in self.calls.values() if call.member is member]
 
-    def poll(self, timeout: float) -> list[Loaded | Made | Failed]:
-        finished, _ = ray.wait(list(self.waiting), num_returns=1, timeout=timeout)
-        return [self._event(reference) for reference in finished]
+    def free(self, alone: bool) -> bool:
+        return self._free_member(alone) is not None
 
-    def _event(self, reference: Any) -> Loaded | Made | Failed:
-        worker, unit = self.waiting.pop(reference)
+    def _free_member(self, alone: bool) -> Member | None:
+        busy: dict[Member, Counter[str]] = {member: Counter() for member in self.members if member.is_loaded}
+        for call in self.calls.values():
+            if call.member in busy:
+                busy[call.member][call.doing] += 1
+        for member, doing in sorted(busy.items(), key=lambda item: item[1].total()):
+            most = 0 if alone or member.alone else UNITS_WRITTEN
+            if not doing[SAMPLE] and doing[COMMIT] <= most:
+                return member
+        return None
+
+    def dispatch(self, unit: int, alone: bool) -> None:
+        member = self._free_member(alone)
+        assert member is not None
+        member.alone = alone
+        self._call(member, SAMPLE, member.actor.sample.remote(unit), unit)
+
+    def poll(self, timeout: float) -> list[Event]:
+        references = list(self.calls)
+        finished, _ = ray.wait(references, num_returns=1, timeout=timeout)
+        if finished:
+            finished, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        return [event for reference in finished for event in self._events(reference)] + self._overdue()
+
+    def _events(self, reference: Any) -> list[Event]:
+        call = self.calls.pop(reference, None)
+        if call is None:  # of a worker that an earlier event lost
+            return []
         try:
-            result = ray.get(reference)
+            return self._go_on(call, ray.get(reference))
         except RayTaskError as error:
-            if unit is None:
-                ray.kill(worker)
-                self._add_worker()
-            else:
-                self.ready.append(worker)
-            return Failed(unit, error.cause if isinstance(error.cause, Exception) else error)
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            if call.unit is None:
+                return self._lose(call, cause)
+            return [Failed(call.unit, cause, worker=call.member.name)]
         except RayError as error:
-            self._add_worker()
-            return Failed(unit, error, preempted=isinstance(error, RayActorError) and bool(error.preempted))
-        self.ready.append(worker)
-        return Loaded(result) if unit is None else Made(unit, result)
+            return self._lose(call, error, self._is_preempted(call.member, error))
+
+    def _go_on(self, call: Call, result: Any) -> list[Event]:
+        """The next step of what a worker does, and what is to be told of the last."""
+        member, unit = call.member, call.unit
+        match call.doing:
+            case "waiting for a place":
+                member.node, address = result
+                member.name = f"{member.name} on {address}"
+                self._call(member, LOAD, member.actor.load.remote())
+            case "loading":
+                member.is_loaded = True
+                return [Loaded(result, member.name)]
+            case "sampling":
+                self._call(member, COMMIT, member.actor.commit.remote(unit), unit)
+            case "writing":
+                assert unit is not None
+                records, seconds = result
+                return [Made(unit, records, member.name, seconds)]
+        return []
+
+    def _is_preempted(self, member: Member, error: RayError) -> bool:
+        if isinstance(error, RayActorError) and error.preempted:
+            return True
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return member.node is not None and member.node not in alive
+
+    def _lose(self, call: Call, error: BaseException, preempted: bool = False) -> list[Event]:
+        """Put another worker in the place of one that is gone, or of no use; all that it was doing failed."""
+        member = call.member
+        units = [each.unit for each in [call, *self._calls_of(member)]]
+        self.calls = {reference: each for reference, each in self.calls.items() if each.member is not member}
+        self.members.remove(member)
+        ray.kill(member.actor)
+        self._add_worker()
+        return [Failed(unit, error, preempted, member.name, lost=True) for unit in units]
+
+    def _overdue(self) -> list[Event]:
+        limit = self.config.unit_timeout
+        events: list[Event] = []
+        for call in list(self.calls.values()):
+            hung = call.doing != PLACE and time.monotonic() - call.since > limit
+            if hung and call in self.calls.values():  # not lost with an earlier one
+                others = {reference: each for reference, each in self.calls.items() if each is not call}
+                self.calls = others
+                events += self._lose(call, TimeoutError(f"{call.doing} took more than unit_timeout={limit:g} s"))
+        return events
+
+    def states(self) -> Counter[str]:
+        """A worker that samples and writes counts as sampling."""
+        doing: dict[Member, str] = dict.fromkeys(self.members, "idle")
+        for call in self.calls.values():
+            if doing[call.member] != SAMPLE:
+                doing[call.member] = call.doing
+        return Counter(doing.values())
 
     def close(self) -> None:
-        for worker in [*self.ready, *(worker for worker, _ in self.waiting.values())]:
-            ray.kill(worker)
+        for member in self.members:
+            ray.kill(member.actor)
         if self.started_ray:
             ray.shutdown()
 

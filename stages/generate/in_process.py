@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from stages.generate.config import GenerateConfig
-from stages.generate.driver import Failed, Loaded, Made
+from stages.generate.events import Event, Failed, Loaded, Made
 from stages.generate.unit import UnitWorker
+
+NAME = "this process"
 
 
 class InProcessFleet:
@@ -15,22 +19,27 @@ class InProcessFleet:
         self.loaded = False
         self.unit: int | None = None
 
-    def idle(self) -> int:
-        return int(self.loaded and self.unit is None)
+    def free(self, alone: bool) -> bool:
+        return self.loaded and self.unit is None
 
-    def dispatch(self, unit: int) -> None:
+    def dispatch(self, unit: int, alone: bool) -> None:
         self.unit = unit
 
-    def poll(self, timeout: float) -> list[Loaded | Made | Failed]:
+    def poll(self, timeout: float) -> list[Event]:
         unit, self.unit = self.unit, None
         try:
             if unit is not None:
-                return [Made(unit, self.worker.make(unit))]
+                self.worker.sample(unit)
+                records, seconds = self.worker.commit(unit)
+                return [Made(unit, records, NAME, seconds)]
             facts = self.worker.load()
             self.loaded = True
-            return [Loaded(facts)]
+            return [Loaded(facts, NAME)]
         except Exception as error:
-            return [Failed(unit, error)]
+            return [Failed(unit, error, worker=NAME)]
+
+    def states(self) -> Counter[str]:
+        return Counter(["idle" if self.loaded else "loading"])
 
     def close(self) -> None:
         self.loaded = False

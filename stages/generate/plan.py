@@ -83,6 +83,14 @@ class Plan:
         return self.config.num_recorded_steps or self.config.num_inference_steps
 
     @property
+    def num_records(self) -> int:
+        return self.num_trajectories * self.records_per_trajectory
+
+    def records_of(self, unit: int) -> int:
+        """How many records a unit makes."""
+        return len(self.units[unit]) * self.records_per_trajectory
+
+    @property
     def teacher_evaluations(self) -> int:
         """Of the denoiser, for all of it: two for each guided step; diffusion trajectories run the pipeline twice."""
         runs = 2 if self.config.trajectory == "diffusion" else 1

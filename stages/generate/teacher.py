@@ -19,11 +19,12 @@ from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.layout import find_layout, guidance_rule
 from stages.generate.noising import check_noising, noised, sampled
 from stages.generate.plan import PlannedTrajectory, Unit
+from stages.generate.profile import RECORDING, TEACHER, Clock
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
 from stages.generate.schedule import shifted_timesteps
 from stages.records.record import Trajectory
-from stages.sampling import Condition, Request, decode, guider_of, sample, undecoded
+from stages.sampling import Condition, Request, decode, guider_of, sample, synchronize, undecoded
 
 
 class Teacher:
@@ -31,6 +32,7 @@ class Teacher:
 
     Attributes:
         previews: decoded images `[c, h, w]` in [-1, 1] of the first trajectories, as many as `preview` asks, by index.
+        clock: seconds spent in the pipeline, and on taking over what was recorded in it.
     """
 
     def __init__(self, config: GenerateConfig, example: Condition) -> None:
@@ -58,6 +60,7 @@ class Teacher:
             )
         self.records_negative = "negative_prompt" in example
         self.previews: dict[int, Tensor] = {}
+        self.clock = Clock()
 
     def facts(self) -> dict[str, Any]:
         """What `dataset.json` tells of the teacher; equal on every worker of a run."""
@@ -89,7 +92,12 @@ class Teacher:
         size = self.config.batch_size
         for start in range(0, len(unit.trajectories), size):
             batch = unit.trajectories[start : start + size]
-            yield from self._split(batch, self._record(batch, unit.shift))
+            with self.clock.spent_on(TEACHER):
+                recording = self._record(batch, unit.shift)
+                synchronize(self.pipe)
+            with self.clock.spent_on(RECORDING):
+                trajectories = list(self._split(batch, recording))
+            yield from trajectories
 
     def _record(self, batch: list[PlannedTrajectory], shift: float) -> Recording:
         scales = torch.tensor([planned.guidance_scale for planned in batch])

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from stages.generate.config import GenerateConfig
 from stages.generate.plan import Plan
 from stages.generate.preview import write_preview
+from stages.generate.profile import ENCODING, WRITING, Clock
 from stages.generate.teacher import Teacher
 from stages.records.dataset import commit_unit, published, read_info
 from stages.records.folder import open_folder
+from stages.records.record import Trajectory
+from stages.records.shard import encode
+
+
+@dataclass
+class Sampled:
+    """A unit that the teacher is done with."""
+
+    trajectories: list[Trajectory]
+    previews: dict[int, Tensor]
+    clock: Clock
 
 
 class UnitWorker:
-    """The same on a Ray node as in the driver's own process; `load` comes before `make`."""
+    """The same on a Ray node as in the driver's own process; `load` comes first.
+
+    A unit is `sample`d, then `commit`ted; the next may be sampled meanwhile, in another thread.
+    """
 
     def __init__(self, config: GenerateConfig) -> None:
         self.config = config
+        self.sampled: dict[int, Sampled] = {}
 
     def load(self) -> dict[str, Any]:
         """Load the teacher and tell its facts."""
@@ -25,11 +44,23 @@ class UnitWorker:
         self.teacher = Teacher(self.config, self.plan.conditions[0])
         return self.teacher.facts()
 
-    def make(self, index: int) -> int:
-        """Make one unit, commit it, and tell how many records it holds."""
-        trajectories = self.teacher.run(self.plan.unit(index))
-        parts = [part for trajectory in trajectories for part in trajectory.parts(self.config.records_per_sample)]
-        while self.teacher.previews:
-            write_preview(self.root, *self.teacher.previews.popitem())
-        commit = commit_unit(self.root, index, parts)
-        return sum(row["records"] for row in commit["samples"])
+    def sample(self, index: int) -> None:
+        """Run the teacher for one unit, and keep what it gave until `commit`."""
+        self.teacher.clock = clock = Clock()
+        trajectories = list(self.teacher.run(self.plan.unit(index)))
+        previews, self.teacher.previews = self.teacher.previews, {}
+        self.sampled[index] = Sampled(trajectories, previews, clock)
+
+    def commit(self, index: int) -> tuple[int, dict[str, float]]:
+        """Write a sampled unit's shard and commit it; how many records it holds, and the seconds spent on what."""
+        sampled = self.sampled.pop(index)
+        clock = sampled.clock
+        with clock.spent_on(ENCODING):
+            size = self.config.records_per_sample
+            samples = [encode(part) for trajectory in sampled.trajectories for part in trajectory.parts(size)]
+            sampled.trajectories.clear()
+        with clock.spent_on(WRITING):
+            for item in sampled.previews.items():
+                write_preview(self.root, *item)
+            commit = commit_unit(self.root, index, samples)
+        return sum(row["records"] for row in commit["samples"]), dict(clock)

@@ -16,12 +16,13 @@ import json
 import re
 import uuid
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import safetensors
 import safetensors.torch
 from torch import Tensor
@@ -30,8 +31,7 @@ from stages.errors import DamageError, UserError
 from stages.records.cache import ShardCache
 from stages.records.folder import Folder, open_folder
 from stages.records.manifest import decode_manifest, encode_manifest, table_of
-from stages.records.record import Trajectory, describe
-from stages.records.shard import hash_file, write_shard
+from stages.records.shard import Sample, hash_file, write_shard
 from stages.records.storage import seal, unseal
 
 SCHEMA_VERSION = 1
@@ -40,21 +40,22 @@ MANIFEST_FILE = "manifest.parquet"
 SKIPPED = "; training leaves it out with on_damage=skip"
 # What `dataset.json` tells of each snapshot, and of the newest one again beside what all have in common.
 OF_A_SNAPSHOT = ("config", "conditions", "guidance", "counts", "manifest_sha256")
+COMMITS_AT_ONCE = 1000
 READERS = 16  # a request to a bucket mostly waits
 
 
-def commit_unit(root: Folder, unit: int, trajectories: Iterable[Trajectory]) -> dict[str, Any]:
+def commit_unit(root: Folder, unit: int, samples: Iterable[Sample]) -> dict[str, Any]:
     """Write a unit's shard and commit it; returns the commit record that won, be it this attempt's or an earlier one's."""
     shard = f"shards/{unit:05d}-{uuid.uuid4().hex[:8]}.tar"
-    record = f"commits/{unit:05d}.json"
-    trajectories = list(trajectories)
+    record = commit_name(unit)
+    samples = list(samples)
     with root.whole_file(shard) as file:
-        samples = write_shard(file, trajectories)
+        rows = write_shard(file, samples)
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         sha256 = hash_file(file)
-    tensors = describe(trajectories[0])
-    commit = {"unit": unit, "shard": shard, "size": size, "sha256": sha256, "tensors": tensors, "samples": samples}
+    tensors = samples[0].tensors
+    commit = {"unit": unit, "shard": shard, "size": size, "sha256": sha256, "tensors": tensors, "samples": rows}
     if not root.create(record, seal(commit)):
         root.delete(shard)
     return read_commit(root, record)
@@ -82,20 +83,36 @@ def read_commit(root: Folder, name: str) -> dict[str, Any]:
     return commit
 
 
+def committed_units(root: Folder) -> list[int]:
+    """The units that have a commit record, in the order of the plan; none is read."""
+    return [unit_of(name) for name in commit_names(root)]
+
+
+def is_committed(root: Folder, unit: int) -> bool:
+    """Whether a unit has a commit record by now."""
+    return root.exists(commit_name(unit))
+
+
+def commit_name(unit: int) -> str:
+    """The file of a unit's commit record."""
+    return f"commits/{unit:05d}.json"
+
+
 def unit_of(name: str) -> int:
     """The unit that a commit record's file is named after."""
     return int(Path(name).stem)
 
 
-def read_commits(root: Folder) -> dict[int, dict[str, Any]]:
-    """Every commit record by unit, in the order of the plan.
+def read_commits(root: Folder) -> Iterator[dict[str, Any]]:
+    """Every commit record, in the order of the plan; few of them are in memory at once.
 
     Raises:
         UserError: one is not as it was written.
     """
+    names = commit_names(root)
     with ThreadPoolExecutor(READERS) as threads:
-        commits = threads.map(lambda name: read_commit(root, name), commit_names(root))
-        return {commit["unit"]: commit for commit in commits}
+        for start in range(0, len(names), COMMITS_AT_ONCE):
+            yield from threads.map(lambda name: read_commit(root, name), names[start : start + COMMITS_AT_ONCE])
 
 
 def write_info(root: Folder, info: dict[str, Any]) -> None:
@@ -122,18 +139,37 @@ def begin_plan(root: Folder, info: dict[str, Any], plan: dict[str, Any]) -> dict
     return info
 
 
-def publish(root: Folder, info: dict[str, Any], commits: list[dict[str, Any]]) -> None:
+def publish(root: Folder, info: dict[str, Any], commits: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Write the manifests and say in `dataset.json` that the dataset is whole, so that readers open it.
 
     Args:
         info: the description so far, with its `plans`.
-        commits: of all their units.
+        commits: of all their units, in order.
+
+    Returns:
+        The new description.
+
+    Raises:
+        UserError: a commit is missing.
     """
+    rows, size = [0], [0]  # up to each unit
+    tensors: dict[str, Any] = {}
+
+    def counted() -> Iterator[dict[str, Any]]:
+        for unit, commit in enumerate(commits):
+            if commit["unit"] != unit:
+                raise UserError(f"{root.where(commit_name(unit))}: gone: generate again, which makes its unit anew")
+            rows.append(rows[-1] + len(commit["samples"]))
+            size.append(size[-1] + commit["size"])
+            tensors.update({} if tensors else commit["tensors"])
+            yield commit
+
+    whole = table_of(counted())
     plans: list[dict[str, Any]] = []
     units = 0
     for number, plan in enumerate(info["plans"], start=1):
         units += plan["units"]
-        table, name = table_of(commits[:units]), manifest_copy(number)
+        table, name = whole.slice(0, rows[units]), manifest_copy(number)
         content = root.read(name) or b""
         if plan.get("manifest_sha256") != hashlib.sha256(content).hexdigest() or not decode_manifest(content).equals(
             table
@@ -142,15 +178,17 @@ def publish(root: Folder, info: dict[str, Any], commits: list[dict[str, Any]]) -
             root.write(name, content)
         counts = {
             "units": units,
-            "trajectories": len(set(table["trajectory"].to_pylist())),
+            "trajectories": pc.count_distinct(table["trajectory"]).as_py(),
             "samples": len(table),
-            "records": sum(table["records"].to_pylist()),
-            "bytes": sum(commit["size"] for commit in commits[:units]),
+            "records": pc.sum(table["records"]).as_py(),
+            "bytes": size[units],
         }
         plans.append(plan | {"counts": counts, "manifest_sha256": hashlib.sha256(content).hexdigest()})
     root.write(MANIFEST_FILE, content)
-    common = {"complete": True, "plans": plans, "tensors": commits[0]["tensors"]}
-    write_info(root, of_snapshot(info | common, plans[-1]))
+    common = {"complete": True, "plans": plans, "tensors": tensors}
+    info = of_snapshot(info | common, plans[-1])
+    write_info(root, info)
+    return info
 
 
 def published(info: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -238,7 +276,7 @@ class Dataset:
             )
         whole = published(info)
         if not whole:
-            done, planned = len(read_commits(self.root)), info["plans"][0]["units"]
+            done, planned = len(committed_units(self.root)), info["plans"][0]["units"]
             raise UserError(
                 f"{self.root}: unfinished, {done} of {planned} units are there: run the command that began it again"
             )

@@ -73,6 +73,10 @@ class Folder(ABC):
         """
 
     @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether a file is there."""
+
+    @abstractmethod
     def list(self, folder: str) -> dict[str, int]:
         """The files directly in a folder: their names, in order, and sizes."""
 
@@ -113,6 +117,9 @@ class DiskFolder(Folder):
     def open(self, name: str) -> BinaryIO:
         return (self.path / name).open("rb")
 
+    def exists(self, name: str) -> bool:
+        return (self.path / name).exists()
+
     def list(self, folder: str) -> dict[str, int]:
         paths = sorted((self.path / folder).glob("*"))
         return {f"{folder}/{path.name}": path.stat().st_size for path in paths}
@@ -148,6 +155,14 @@ class BucketFolder(Folder):
         with self._told(name, "read"):
             size = obstore.head(self.store, name)["size"]
         return io.BufferedReader(_Object(self, name, size), READ_SIZE)
+
+    def exists(self, name: str) -> bool:
+        try:
+            with self._told(name, "read"):
+                obstore.head(self.store, name)
+        except FileNotFoundError:
+            return False
+        return True
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """A part of a file that is there."""

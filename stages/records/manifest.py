@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+ROWS_OF_A_BATCH = 10_000  # as Python objects they take many times the memory
 SCHEMA = pa.schema(
     [
         pa.field("shard", pa.string(), nullable=False),
@@ -32,10 +33,14 @@ SCHEMA = pa.schema(
 
 def table_of(commits: Iterable[dict[str, Any]]) -> pa.Table:
     """The rows of all commits, in the order of the plan."""
-    batches = []
+    batches, rows = [], []
     for commit in commits:
         about = {"shard": commit["shard"], "shard_size": commit["size"], "shard_sha256": commit["sha256"]}
-        batches.append(pa.RecordBatch.from_pylist([about | row for row in commit["samples"]], schema=SCHEMA))
+        rows += [about | row for row in commit["samples"]]
+        if len(rows) >= ROWS_OF_A_BATCH:
+            batches.append(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
+            rows = []
+    batches.append(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
     return pa.Table.from_batches(batches, schema=SCHEMA)
 
 

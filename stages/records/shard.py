@@ -7,26 +7,50 @@ import io
 import tarfile
 import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from stages.records.folder import READ_SIZE
-from stages.records.record import Trajectory
+from stages.records.record import Trajectory, describe
 
 
-def write_shard(file: BinaryIO, trajectories: Iterable[Trajectory]) -> list[dict[str, Any]]:
-    """Write one sample per trajectory and return their rows of the manifest, `shard` apart.
+@dataclass(frozen=True)
+class Sample:
+    """A trajectory, or a part of one, as bytes.
+
+    Attributes:
+        members: by suffix, the tensors last.
+        row: of the manifest, but for the shard and the place in it.
+        tensors: dtype and shape of one record's tensors by name.
+    """
+
+    key: str
+    members: dict[str, bytes]
+    row: dict[str, Any]
+    tensors: dict[str, dict[str, Any]]
+
+
+def encode(trajectory: Trajectory) -> Sample:
+    """The bytes that a shard will hold of it."""
+    members = dict(sorted(trajectory.to_members().items()))
+    return Sample(trajectory.key, members, _row(trajectory, members["safetensors"]), describe(trajectory))
+
+
+def write_shard(file: BinaryIO, samples: Iterable[Sample]) -> list[dict[str, Any]]:
+    """Write samples and return their rows of the manifest, `shard` apart.
 
     Each row's `offset`, `size` and `checksum` (CRC-32) are of the tensors' bytes inside the tar, so that a reader takes
     them with one read and no tar parser.
     """
     rows = []
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for trajectory in trajectories:
-            for suffix, content in sorted(trajectory.to_members().items()):
-                member = tarfile.TarInfo(f"{trajectory.key}.{suffix}")
+        for sample in samples:
+            for suffix, content in sample.members.items():
+                member = tarfile.TarInfo(f"{sample.key}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-            rows.append(_row(trajectory, content, offset=tar.offset - _padded(len(content))))
+            offset = tar.offset - _padded(len(content))
+            rows.append({"key": sample.key, "offset": offset} | sample.row)
     return rows
 
 
@@ -34,10 +58,8 @@ def _padded(size: int) -> int:
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def _row(trajectory: Trajectory, tensors: bytes, offset: int) -> dict[str, Any]:
+def _row(trajectory: Trajectory, tensors: bytes) -> dict[str, Any]:
     return {
-        "key": trajectory.key,
-        "offset": offset,
         "size": len(tensors),
         "checksum": zlib.crc32(tensors),
         "trajectory": trajectory.index,

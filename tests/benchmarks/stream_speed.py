@@ -34,6 +34,7 @@ from torch.utils.data import Dataset as ItemDataset
 from stages.records.dataset import Dataset, commit_unit, publish
 from stages.records.folder import open_folder
 from stages.records.record import Trajectory
+from stages.records.shard import encode
 from stages.train.batch import Batch
 from stages.train.stream import RecordStream
 from stages.train.window import Memory, load
@@ -63,7 +64,7 @@ def write_dataset(root: Path, count: int, shape: tuple[int, ...]) -> Dataset:
     starts = range(0, count, TRAJECTORIES_PER_SHARD)
     units = [range(start, min(start + TRAJECTORIES_PER_SHARD, count)) for start in starts]
     folder = open_folder(root)
-    commits = [commit_unit(folder, i, [trajectory(j, shape) for j in unit]) for i, unit in enumerate(units)]
+    commits = [commit_unit(folder, i, [encode(trajectory(j, shape)) for j in unit]) for i, unit in enumerate(units)]
     publish(folder, {"plans": [{"units": len(units)}]}, commits)
     return Dataset(root)
 

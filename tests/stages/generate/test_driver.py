@@ -10,9 +10,10 @@ import torch
 
 from stages.errors import StorageError, UserError
 from stages.generate.config import GenerateConfig
-from stages.generate.driver import Driver, Failed, Loaded, Made
+from stages.generate.driver import Driver
+from stages.generate.events import Event, Failed
 from stages.generate.in_process import InProcessFleet
-from stages.records.dataset import Dataset, read_commits, read_info, write_info
+from stages.records.dataset import Dataset, committed_units, read_info, write_info
 from stages.records.folder import open_folder
 from stages.records.verification import verify
 from tests.conftest import generate, generate_config
@@ -43,7 +44,7 @@ class Faulty(InProcessFleet):
         super().__init__(config)
         self.faults, self.die_after = dict(faults), die_after
 
-    def poll(self, timeout: float) -> list[Loaded | Made | Failed]:
+    def poll(self, timeout: float) -> list[Event]:
         if self.unit is not None:
             if self.faults.get(self.unit, 0):
                 self.faults[self.unit] -= 1
@@ -61,7 +62,7 @@ def test_an_interrupted_run_goes_on_to_the_same_dataset(
     config = generate_config(tiny_teacher, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         Driver(config).run(Faulty(config, {}, die_after=2))
-    assert sorted(read_commits(open_folder(tmp_path))) == [0, 1]
+    assert committed_units(open_folder(tmp_path)) == [0, 1]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
     with pytest.raises(UserError, match="unfinished, 2 of 4 units"):
         Dataset(tmp_path)
@@ -110,7 +111,7 @@ def test_preemption_is_no_attempt(tiny_teacher: Path, tmp_path: Path) -> None:
     class Preempted(InProcessFleet):
         left = 10
 
-        def poll(self, timeout: float) -> list[Loaded | Made | Failed]:
+        def poll(self, timeout: float) -> list[Event]:
             if self.unit is not None and self.left:
                 self.left -= 1
                 unit, self.unit = self.unit, None
@@ -169,7 +170,7 @@ def test_commits_without_a_description_are_refused(damaged: Path, tiny_teacher: 
 
 def test_a_worker_that_never_loads_ends_a_resumed_run_too(tiny_teacher: Path, tmp_path: Path) -> None:
     class NeverLoads(InProcessFleet):
-        def poll(self, timeout: float) -> list[Loaded | Made | Failed]:
+        def poll(self, timeout: float) -> list[Event]:
             return [Failed(None, RuntimeError("no driver\nand more lines"))]
 
     config = generate_config(tiny_teacher, tmp_path)
@@ -210,7 +211,7 @@ def test_another_teacher_under_the_same_name_is_refused(
         Driver(config).run(Faulty(config, {}, die_after=1))
     with pytest.raises(UserError, match="begun with another teacher: its denoiser_fingerprint"):
         Driver(config).run(InProcessFleet(generate_config(other_teacher, tmp_path)))
-    assert sorted(read_commits(open_folder(tmp_path))) == [0]
+    assert committed_units(open_folder(tmp_path)) == [0]
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -224,7 +225,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tiny_teacher: Path, tmp_pat
             Driver(config).run(InProcessFleet(config))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(read_commits(open_folder(tmp_path))) == [0]
+    assert committed_units(open_folder(tmp_path)) == [0]
     assert len(list((tmp_path / "shards").iterdir())) == 1
     Driver(config).run(InProcessFleet(config))
     assert verify(tmp_path)["ok"]

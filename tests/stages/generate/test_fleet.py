@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from stages.errors import UserError
-from stages.generate.driver import Driver, Failed, Loaded, Made
+from stages.generate.driver import Driver
+from stages.generate.events import Event, Failed
 from stages.generate.fleet import RayFleet
 from stages.records.verification import verify
 from tests.conftest import generate_config
@@ -35,11 +36,11 @@ class KillsAWorker(RayFleet):
 
     killed = 0
 
-    def dispatch(self, unit: int) -> None:
-        super().dispatch(unit)
+    def dispatch(self, unit: int, alone: bool) -> None:
+        super().dispatch(unit, alone)
         if not self.killed:
             workers = [
-                p for p in psutil.process_iter(["cmdline"]) if "ray::UnitWorker" in " ".join(p.info["cmdline"] or [])
+                p for p in psutil.process_iter(["cmdline"]) if "ray::TeacherWorker" in " ".join(p.info["cmdline"] or [])
             ]
             assert workers
             for worker in workers:
@@ -60,7 +61,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(
 
 def test_an_error_of_a_worker_keeps_its_line(tmp_path: Path) -> None:
     fleet = RayFleet(generate_config(tmp_path / "missing", tmp_path))
-    events: list[Loaded | Made | Failed] = []
+    events: list[Event] = []
     while not events:
         events = fleet.poll(1)
     fleet.close()

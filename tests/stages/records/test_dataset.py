@@ -9,6 +9,7 @@ import pytest
 from stages.errors import UserError
 from stages.records.dataset import Dataset, commit_unit, read_commits, read_info
 from stages.records.folder import open_folder
+from stages.records.shard import encode
 from stages.records.storage import seal, unseal
 from tests.stages.records.test_record import trajectory
 
@@ -22,11 +23,11 @@ def first_shard(root: Path) -> Path:
 
 
 def test_the_first_attempt_wins_and_the_loser_takes_its_shard_away(tmp_path: Path) -> None:
-    first = commit_unit(open_folder(tmp_path), 3, [trajectory()])
-    second = commit_unit(open_folder(tmp_path), 3, [trajectory()])
+    first = commit_unit(open_folder(tmp_path), 3, [encode(trajectory())])
+    second = commit_unit(open_folder(tmp_path), 3, [encode(trajectory())])
     assert second == first
     assert [f"shards/{path.name}" for path in (tmp_path / "shards").iterdir()] == [first["shard"]]
-    assert read_commits(open_folder(tmp_path)) == {3: first}
+    assert list(read_commits(open_folder(tmp_path))) == [first]
 
 
 def test_the_description_tells_what_the_dataset_is(dataset: Dataset) -> None:
@@ -134,7 +135,7 @@ def test_a_flipped_bit_is_found_at_reading(damaged: Path) -> None:
 def test_an_unreadable_commit_is_named(damaged: Path) -> None:
     (damaged / "commits" / "00001.json").write_text("{")
     with pytest.raises(UserError, match=r"00001\.json: damaged"):
-        read_commits(open_folder(damaged))
+        list(read_commits(open_folder(damaged)))
 
 
 def test_an_edited_description_or_commit_is_refused(damaged: Path) -> None:
@@ -145,4 +146,4 @@ def test_an_edited_description_or_commit_is_refused(damaged: Path) -> None:
         Dataset(damaged)
     (damaged / "commits" / "00002.json").write_bytes((damaged / "commits" / "00001.json").read_bytes())
     with pytest.raises(UserError, match=r"00002\.json: damaged"):
-        read_commits(open_folder(damaged))
+        list(read_commits(open_folder(damaged)))

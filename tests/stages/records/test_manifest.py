@@ -18,7 +18,7 @@ def test_one_row_per_sample_with_the_provenance_of_each(dataset: Dataset) -> Non
 
 
 def test_any_parquet_reader_reads_what_was_written(tmp_path: Path, dataset: Dataset) -> None:
-    commits = list(read_commits(dataset.root).values())
+    commits = list(read_commits(dataset.root))
     (tmp_path / "manifest.parquet").write_bytes(encode_manifest(table_of(commits)))
     assert pq.read_table(tmp_path / "manifest.parquet").equals(dataset.manifest)
     assert decode_manifest((tmp_path / "manifest.parquet").read_bytes()).equals(dataset.manifest)

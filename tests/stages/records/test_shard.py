@@ -12,7 +12,7 @@ import webdataset
 
 from stages.records.dataset import Dataset
 from stages.records.record import Trajectory, decode
-from stages.records.shard import hash_file, write_shard
+from stages.records.shard import encode, hash_file, write_shard
 
 
 def test_the_stock_reader_reads_the_shards(dataset: Dataset) -> None:
@@ -49,7 +49,7 @@ def test_equal_records_make_equal_bytes(dataset: Dataset) -> None:
     shards = [dataset.root.where(dataset.manifest["shard"][0].as_py())]
     trajectories = list(webdataset.WebDataset(shards, shardshuffle=False).map(decode))
     again = io.BytesIO()
-    write_shard(again, trajectories)
+    write_shard(again, map(encode, trajectories))
     assert again.getvalue() == Path(shards[0]).read_bytes()
 
 

@@ -14,6 +14,7 @@ import torch
 from stages.errors import UserError
 from stages.records.dataset import Dataset, commit_unit, publish
 from stages.records.folder import open_folder
+from stages.records.shard import encode
 from stages.train.batch import Batch
 from stages.train.stream import RecordStream
 from stages.train.window import Window, load
@@ -251,7 +252,7 @@ def test_a_dataset_of_nothing_but_damage_is_refused(damaged: Path, consumed: int
 def test_what_else_a_record_tells_comes_with_it(tmp_path: Path) -> None:
     one = replace(trajectory(), guidance_cosine=torch.arange(5.0) / 10, guidance_delta=torch.arange(5.0))
     root = open_folder(tmp_path)
-    commits = [commit_unit(root, 0, [one, replace(one, index=8, guidance_delta=torch.arange(5.0, 10))])]
+    commits = [commit_unit(root, 0, map(encode, [one, replace(one, index=8, guidance_delta=torch.arange(5.0, 10))]))]
     publish(root, {"plans": [{"units": 1}]}, commits)
     for batch in islice(stream(Dataset(tmp_path), batch_size=3), 10):
         on_device = batch.to("cpu", torch.float16)

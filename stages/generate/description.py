@@ -1,0 +1,82 @@
+"""What `dataset.json` tells of a run's configuration, and whether another run's goes on with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from stages.errors import UserError
+from stages.generate.config import EXECUTION_KEYS, GenerateConfig
+from stages.generate.plan import Plan
+from stages.sampling import Condition
+
+COUNTS = ("num_trajectories", "num_trajectories_per_condition")  # of which a dataset that is made may be asked for more
+CONDITIONS = ("prompts", "class_labels")  # judged by what they name
+
+
+def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
+    """Refuse another configuration than a plan's, but for one that asks for more once the plan was made to its end.
+
+    Args:
+        root: the dataset, by its address.
+        told_plan: as `dataset.json` tells it; plan: what is asked for now.
+
+    Raises:
+        UserError: names the option that differs.
+    """
+    known = flatten(defining(GenerateConfig()))  # an older version's dataset lacks the options that came later
+    old, new = known | flatten(told_plan["config"]), flatten(defining(plan.config))
+    made, told = "manifest_sha256" in told_plan, told_plan["conditions"]
+    count = told.get("count", len(plan.conditions))
+    goes_on = digest(plan.conditions[:count]) == told.get("sha256") and (made or count == len(plan.conditions))
+    for key in sorted(old.keys() | new.keys()):
+        if key in COUNTS and made and None not in (old[key], new[key]) and old[key] < new[key]:
+            continue
+        if old.get(key) != new.get(key) and not (key in CONDITIONS and goes_on):
+            raise UserError(
+                f"{root}: holds a dataset of another configuration: {key}={old.get(key)}, not {new.get(key)}: "
+                "take the old value, or another output_dir"
+            )
+    if "sha256" in told and not goes_on:
+        key = "class_labels" if plan.config.prompts is None else "prompts"
+        raise UserError(
+            f"{root}: holds a dataset of other {key}: what {key}={new[key]} names does not begin with the {count} "
+            "that it was made of: restore them, or take another output_dir"
+        )
+
+
+def describe_conditions(conditions: list[Condition]) -> dict[str, Any]:
+    """What `dataset.json` tells of what was sampled: the classes, how many prompts, and what tells the list from any other."""
+    labels = sorted({condition["class_label"] for condition in conditions if "class_label" in condition})
+    prompts = {condition["prompt"] for condition in conditions if "prompt" in condition}
+    negative = {condition["negative_prompt"] for condition in conditions if "negative_prompt" in condition}
+    return {
+        "class_labels": labels,
+        "prompts": len(prompts),
+        "negative_prompts": len(negative),
+        "count": len(conditions),
+        "sha256": digest(conditions),
+    }
+
+
+def digest(conditions: list[Condition]) -> str:
+    """SHA-256 of a list of conditions."""
+    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
+
+
+def defining(config: GenerateConfig) -> dict[str, Any]:
+    """The part of a configuration that decides what the dataset holds."""
+    resolved = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items() if key not in EXECUTION_KEYS}
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` to `{"a.b": 1}`: keys as they are given on the command line."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

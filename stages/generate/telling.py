@@ -1,0 +1,74 @@
+"""How a run goes, told as it goes: one bar on a terminal, one line per unit in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+
+from tqdm import tqdm
+
+from stages.base import first_line
+from stages.generate.events import Event, Failed, Loaded, Made
+from stages.generate.plan import Plan
+from stages.progress import progress
+
+
+class Telling:
+    """Told of every event, it tells the user.
+
+    Args:
+        committed: how many units, and how many records, were there before.
+    """
+
+    def __init__(self, plan: Plan, committed: tuple[int, int]) -> None:
+        self.units, self.records = committed
+        self.planned_units, self.planned_records = len(plan), plan.num_records
+        self.before, self.start = self.records, time.monotonic()
+        self.terminal = sys.stderr.isatty()
+        self.bar = progress(self.planned_records, "generate", "records", initial=self.records, shown=self.terminal)
+
+    def see(self, event: Event, states: Counter[str]) -> None:
+        match event:
+            case Loaded():
+                self._line(f"{event.worker}: loaded")
+            case Made():
+                self.units += 1
+                self.records += event.records
+                self.bar.update(event.records)
+                self.bar.set_postfix_str(
+                    f"{self.units} of {self.planned_units} units, {in_words(states)}", refresh=False
+                )
+                took = sum(event.seconds.values())
+                self._line(
+                    f"unit {event.unit:05d}: {event.records:,} records in {took:.1f} s by {event.worker}; {self._rest(states)}"
+                )
+            case Failed():
+                what = "loading" if event.unit is None else f"unit {event.unit:05d}"
+                how = (
+                    "its node went away"
+                    if event.preempted
+                    else f"{type(event.error).__name__}: {first_line(event.error)}"
+                )
+                self.say(f"{what}: failed at {event.worker}: {how}")
+
+    def _rest(self, states: Counter[str]) -> str:
+        rate = (self.records - self.before) / max(time.monotonic() - self.start, 1e-9)
+        left = tqdm.format_interval((self.planned_records - self.records) / rate) if rate else "?"
+        return f"{self.units} of {self.planned_units} units, {rate:,.0f} records/s, {left} left; {in_words(states)}"
+
+    def _line(self, text: str) -> None:
+        """What a bar tells by itself."""
+        if not self.terminal:
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def in_words(states: Counter[str]) -> str:
+    """`3 sampling, 1 loading`."""
+    return ", ".join(f"{count} {state}" for state, count in states.items() if count)
