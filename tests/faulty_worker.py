@@ -15,11 +15,12 @@ from stages.generate.config import GenerateConfig
 from stages.generate.fleet import RayFleet, TeacherWorker
 from stages.records.folder import DiskFolder
 
+STOPPED_FILE = "stopped.json"
 FAULTS_FILE = "faults.json"  # beside the dataset: {moment: {unit: [what, how often]}}
 LOADING, SAMPLING, BEFORE_WRITE, DURING_WRITE, BEFORE_COMMIT, AFTER_COMMIT = (
     "loading", "sampling", "before_write", "during_write", "before_commit", "after_commit",
 )  # fmt: skip
-KILL, RAISE, HANG = "kill", "raise", "hang"
+KILL, RAISE, HANG, SLOW, STOP_NODE = "kill", "raise", "hang", "slow", "stop_node"
 Faults = dict[str, dict[int, tuple[str, int]]]
 
 
@@ -81,8 +82,19 @@ class FaultyWorker(TeacherWorker):
             os.kill(os.getpid(), signal.SIGKILL)
         elif what == HANG:
             time.sleep(3600)
+        elif what == SLOW:
+            time.sleep(1)
+        elif what == STOP_NODE:
+            self.stop_node()
         elif what == RAISE:
             raise InjectedError(f"{moment} unit {unit}")
+
+    def stop_node(self) -> None:
+        """Stop this process and that of its node; who lets them go on finds their numbers in a file."""
+        stopped = [os.getppid(), os.getpid()]
+        (self.place_of_faults / STOPPED_FILE).write_text(json.dumps(stopped))
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
 
     def _take(self, name: str, times: int) -> bool:
         """Whether a fault has yet to happen, over all workers."""

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from stages.base import resolve
 from stages.errors import UserError
@@ -27,8 +28,17 @@ from stages.generate.events import Event, Failed, Loaded, Made
 from stages.generate.unit import UnitWorker
 from stages.records.folder import absolute
 
-PLACE, LOAD, SAMPLE, COMMIT = "waiting for a place", "loading", "sampling", "writing"
 UNITS_WRITTEN = 1  # beside the one that is sampled; more would only fill the memory
+
+
+class Doing(str, Enum):
+    """What a worker is asked for."""
+
+    PLACE = "waiting for a place"
+    LOAD = "loading"
+    SAMPLE = "sampling"
+    COMMIT = "writing"
+    AGAIN = "out of reach"
 
 
 class TeacherWorker(UnitWorker):
@@ -55,7 +65,7 @@ class Call:
     """What a worker was asked to do, since when."""
 
     member: Member
-    doing: str
+    doing: Doing
     unit: int | None = None
     since: float = field(default_factory=time.monotonic)
 
@@ -101,25 +111,23 @@ class RayFleet:
             raise UserError(f"{asked}: Ray cannot keep that for a worker: {' '.join(map(str, error.args))}") from error
         member = Member(actor, name)
         self.members.append(member)
-        self._call(member, PLACE, actor.place.remote())
+        self._call(member, Doing.PLACE, actor.place.remote())
 
-    def _call(self, member: Member, doing: str, reference: Any, unit: int | None = None) -> None:
+    def _call(self, member: Member, doing: Doing, reference: Any, unit: int | None = None) -> None:
         self.calls[reference] = Call(member, doing, unit)
-
-    def _calls_of(self, member: Member) -> list[Call]:
-        return [call for call in self.calls.values() if call.member is member]
 
     def free(self, alone: bool) -> bool:
         return self._free_member(alone) is not None
 
     def _free_member(self, alone: bool) -> Member | None:
-        busy: dict[Member, Counter[str]] = {member: Counter() for member in self.members if member.is_loaded}
+        """The least busy of those that sample nothing and have little left to write; `alone`, nothing at all."""
+        busy: dict[Member, Counter[Doing]] = {member: Counter() for member in self.members if member.is_loaded}
         for call in self.calls.values():
             if call.member in busy:
                 busy[call.member][call.doing] += 1
         for member, doing in sorted(busy.items(), key=lambda item: item[1].total()):
-            most = 0 if alone or member.alone else UNITS_WRITTEN
-            if not doing[SAMPLE] and doing[COMMIT] <= most:
+            written = 0 if alone or member.alone else UNITS_WRITTEN
+            if doing.total() == doing[Doing.COMMIT] <= written:
                 return member
         return None
 
@@ -127,7 +135,7 @@ class RayFleet:
         member = self._free_member(alone)
         assert member is not None
         member.alone = alone
-        self._call(member, SAMPLE, member.actor.sample.remote(unit), unit)
+        self._call(member, Doing.SAMPLE, member.actor.sample.remote(unit), unit)
 
     def poll(self, timeout: float) -> list[Event]:
         references = list(self.calls)
@@ -147,38 +155,46 @@ class RayFleet:
             if call.unit is None:
                 return self._lose(call, cause)
             return [Failed(call.unit, cause, worker=call.member.name)]
+        except ActorUnavailableError:
+            # The connection is lost: whether with the worker, with its node or with neither, its next answer tells.
+            self._call(call.member, Doing.AGAIN, call.member.actor.place.remote(), call.unit)
+            return []
         except RayError as error:
-            return self._lose(call, error, self._is_preempted(call.member, error))
+            return self._lose(call, error, self._is_preempted(call, error))
 
     def _go_on(self, call: Call, result: Any) -> list[Event]:
         """The next step of what a worker does, and what is to be told of the last."""
         member, unit = call.member, call.unit
         match call.doing:
-            case "waiting for a place":
+            case Doing.PLACE:
                 member.node, address = result
                 member.name = f"{member.name} on {address}"
-                self._call(member, LOAD, member.actor.load.remote())
-            case "loading":
+                self._call(member, Doing.LOAD, member.actor.load.remote())
+            case Doing.LOAD:
                 member.is_loaded = True
                 return [Loaded(result, member.name)]
-            case "sampling":
-                self._call(member, COMMIT, member.actor.commit.remote(unit), unit)
-            case "writing":
+            case Doing.SAMPLE:
+                self._call(member, Doing.COMMIT, member.actor.commit.remote(unit), unit)
+            case Doing.COMMIT:
                 assert unit is not None
                 records, seconds = result
                 return [Made(unit, records, member.name, seconds)]
+            case Doing.AGAIN:
+                return self._lose(call, ConnectionError("its answer was lost on the way"), preempted=True)
         return []
 
-    def _is_preempted(self, member: Member, error: RayError) -> bool:
-        if isinstance(error, RayActorError) and error.preempted:
+    def _is_preempted(self, call: Call, error: RayError) -> bool:
+        """Whether nothing that the worker did is the cause."""
+        if isinstance(error, RuntimeEnvSetupError):
+            return False
+        if call.doing is Doing.PLACE or (isinstance(error, RayActorError) and error.preempted):
             return True
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        return member.node is not None and member.node not in alive
+        return call.member.node not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
     def _lose(self, call: Call, error: BaseException, preempted: bool = False) -> list[Event]:
         """Put another worker in the place of one that is gone, or of no use; all that it was doing failed."""
         member = call.member
-        units = [each.unit for each in [call, *self._calls_of(member)]]
+        units = [call.unit, *(each.unit for each in self.calls.values() if each.member is member and each is not call)]
         self.calls = {reference: each for reference, each in self.calls.items() if each.member is not member}
         self.members.remove(member)
         ray.kill(member.actor)
@@ -187,21 +203,21 @@ class RayFleet:
 
     def _overdue(self) -> list[Event]:
         limit = self.config.unit_timeout
+        latest = time.monotonic() - limit
         events: list[Event] = []
         for call in list(self.calls.values()):
-            hung = call.doing != PLACE and time.monotonic() - call.since > limit
-            if hung and call in self.calls.values():  # not lost with an earlier one
-                others = {reference: each for reference, each in self.calls.items() if each is not call}
-                self.calls = others
-                events += self._lose(call, TimeoutError(f"{call.doing} took more than unit_timeout={limit:g} s"))
+            hung = call.doing is not Doing.PLACE and call.since < latest
+            if hung and call.member in self.members:  # not lost with an earlier call
+                error = TimeoutError(f"{call.doing.value} took more than unit_timeout={limit:g} s")
+                events += self._lose(call, error)
         return events
 
     def states(self) -> Counter[str]:
         """A worker that samples and writes counts as sampling."""
-        doing: dict[Member, str] = dict.fromkeys(self.members, "idle")
+        doing = dict.fromkeys(self.members, "idle")
         for call in self.calls.values():
-            if doing[call.member] != SAMPLE:
-                doing[call.member] = call.doing
+            if doing[call.member] != Doing.SAMPLE.value:
+                doing[call.member] = call.doing.value
         return Counter(doing.values())
 
     def close(self) -> None:
@@ -219,6 +235,12 @@ def start_ray(config: GenerateConfig) -> None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             cores = max(os.cpu_count() or 1, math.ceil(config.num_workers * config.num_cpus))
-            ray.init(num_cpus=cores, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            ray.init(
+                address="local",
+                num_cpus=cores,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=False,
+            )
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         raise UserError(f"ray_address={address}: no Ray cluster could be joined there: {error}") from error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,4 +90,19 @@ def test_a_unit_that_always_kills_is_quarantined_and_takes_no_other_along(
     assert left["problems"][0]["found"] == "6, without 00003, 00005"
     summary = run_with({}, tiny_teacher, tmp_path)
     assert summary["units_missing"] == []
+    assert_nothing_lost_or_twice(tmp_path, undisturbed)
+
+
+def test_nodes_that_die_stand_still_and_join(tiny_teacher: Path, tmp_path: Path, undisturbed: Path) -> None:
+    words = [sys.executable, "-m", "tests.cluster_faults", str(tiny_teacher), str(tmp_path)]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    told = json.loads(next(line for line in ran.stdout.splitlines() if line.startswith("{")))  # Ray prints there too
+    assert (told["units_committed"], told["quarantined"], told["workers_lost"], told["workers_preempted"]) == (
+        8,
+        {},
+        2,
+        2,
+    )
+    assert told["shards"] == [9, 8]  # what came late lost, and took its shard away
     assert_nothing_lost_or_twice(tmp_path, undisturbed)
