@@ -167,7 +167,7 @@ class Driver:
 
     def _see_failure(self, failure: Failed) -> None:
         if isinstance(failure.error, StorageError):
-            raise StorageError(f"{failure.error}; when there is room, the same command goes on")
+            raise StorageError(f"{failure.error}; once that is mended, the same command goes on")
         if failure.unit is None and isinstance(failure.error, UserError):
             raise failure.error
         self.attempts[failure.unit] += 0 if failure.preempted else 1
