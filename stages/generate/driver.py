@@ -207,8 +207,8 @@ class Driver:
         if "sha256" in told and not goes_on:
             key = "class_labels" if self.config.prompts is None else "prompts"
             raise UserError(
-                f"{self.root}: holds a dataset of other {key}: what {key}={new[key]} names does not begin with the {count} "
-                "that it was made of: restore them, or take another output_dir"
+                f"{self.root}: holds a dataset of other {key}: {key}={new[key]} no longer names {'first ' if made else ''}the "
+                f"{count} that it was made of: restore them, or take another output_dir"
             )
 
     def _summary(self, seconds: float) -> dict[str, Any]:

@@ -295,7 +295,10 @@ class Dataset:
             raise self._damage(row["shard"], f"the tensors of {row['key']}", str(error)) from error
 
     def _damage(self, shard: str, expected: str, found: str) -> DamageError:
-        return DamageError(_told(self.root, {"shard": shard, "expected": expected, "found": found}) + SKIPPED)
+        told = _told(self.root, {"shard": shard, "expected": expected, "found": found}) + SKIPPED
+        if self.cache is not None:
+            told += f"; if that finds none, its copy in {self.cache.root} is damaged: remove {self._known[shard][0]}"
+        return DamageError(told)
 
     def timesteps(self, row: dict[str, Any]) -> Tensor:
         """The timesteps `[k]` of one sample, read without the rest of it, and so not checked.

@@ -6,7 +6,7 @@ import io
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -114,8 +114,11 @@ class DiskFolder(Folder):
         return (self.path / name).open("rb")
 
     def list(self, folder: str) -> dict[str, int]:
-        paths = sorted((self.path / folder).glob("*"))
-        return {f"{folder}/{path.name}": path.stat().st_size for path in paths}
+        sizes = {}
+        for path in sorted((self.path / folder).glob("[!.]*")):
+            with suppress(FileNotFoundError):  # an attempt that lost took its shard away meanwhile
+                sizes[f"{folder}/{path.name}"] = path.stat().st_size
+        return sizes
 
     def whole_file(self, name: str) -> AbstractContextManager[BinaryIO]:
         return whole_file(self.path / name)

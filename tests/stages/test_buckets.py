@@ -24,7 +24,7 @@ from stages.records.dataset import Dataset, commit_unit, read_commits
 from stages.records.folder import open_folder
 from stages.records.verification import verify
 from stages.train.trainer import Trainer
-from tests.conftest import generate_config, train_config
+from tests.conftest import generate, generate_config, train_config
 from tests.faulty_s3 import Fault, FaultyS3
 from tests.stages.generate.test_driver import Faulty, assert_same_records
 from tests.stages.records.test_record import trajectory
@@ -165,12 +165,32 @@ def test_damage_in_a_bucket_is_named(s3: FaultyS3, uploaded: str, tmp_path: Path
     assert problems[missing] == "no such file"
     with pytest.raises(UserError, match=f"s3://bucket/{missing}: damaged: expected .* bytes, found no such file"):
         Trainer(train_config(uploaded, tmp_path / "run"))
-    for cache in (None, str(tmp_path / "cache")):
-        dataset = Dataset(uploaded, check_sizes=False, cache=cache and ShardCache(Path(cache), 1 << 30))
-        for row in dataset.manifest.to_pylist():
-            if f"data/tiny/{row['shard']}" == missing:
-                with pytest.raises(DamageError, match="no such file"):
-                    dataset.open(row["shard"])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_damage_in_a_bucket_is_skipped_by_choice(s3: FaultyS3, uploaded: str, tmp_path: Path, cached: bool) -> None:
+    rows = Dataset(uploaded).manifest.to_pylist()
+    s3.bucket.Object(f"data/tiny/{rows[0]['shard']}").delete()
+    last = f"data/tiny/{rows[-1]['shard']}"
+    s3.put(last, s3.get(last)[: rows[-1]["offset"] + 100])
+    changes = {"cache_dir": str(tmp_path / "cache")} if cached else {}
+    summary = Trainer(train_config(uploaded, tmp_path / "run", on_damage="skip", **changes)).run()
+    lost = {f"{row['shard']} {row['key']}" for row in (*rows[:3], rows[-1])}
+    assert set(summary["samples_skipped"]) <= lost
+    assert summary["records_skipped"] == 4 * len(summary["samples_skipped"]) >= 4
+
+
+def test_a_copy_that_was_damaged_is_named(uploaded: str, tmp_path: Path) -> None:
+    dataset = Dataset(uploaded, cache=ShardCache(tmp_path / "cache", 1 << 30))
+    row = dataset.manifest.to_pylist()[0]
+    with dataset.open(row["shard"]) as file:
+        dataset.read(file, row)
+    copy = tmp_path / "cache" / row["shard_sha256"]
+    content = bytearray(copy.read_bytes())
+    content[row["offset"] + 200] ^= 1
+    copy.write_bytes(content)
+    with dataset.open(row["shard"]) as file, pytest.raises(DamageError, match=f"damaged: remove {copy.name}$"):
+        dataset.read(file, row)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -235,3 +255,17 @@ def test_a_folder_that_holds_nothing_is_named(s3: FaultyS3, tmp_path: Path) -> N
     for done in (lambda: Dataset(ADDRESS), lambda: Trainer(train_config(ADDRESS, tmp_path)), lambda: verify(ADDRESS)):
         with pytest.raises(UserError, match=f"{ADDRESS}: holds no dataset"):
             done()
+
+
+def test_a_dataset_in_a_bucket_grows_and_its_snapshots_stay(uploaded: str, tiny_teacher: Path, tmp_path: Path) -> None:
+    old = Dataset(uploaded)
+    config = generate_config(tiny_teacher, uploaded, num_trajectories=20)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(config).run(Faulty(config, {}, die_after=1))
+    assert Dataset(uploaded).fingerprint == old.fingerprint
+    assert verify(uploaded)["trajectories"] == 12
+    Driver(config).run(InProcessFleet(config))
+    assert_same_records(uploaded, generate(generate_config(tiny_teacher, tmp_path, num_trajectories=20)))
+    assert Dataset(uploaded, snapshot=old.fingerprint).manifest.equals(old.manifest)
+    assert verify(uploaded)["trajectories"] == 20
+    assert verify(uploaded)["ok"]
