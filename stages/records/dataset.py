@@ -218,6 +218,7 @@ class Dataset:
         root: its folder.
         info: the content of `dataset.json`, as of the snapshot.
         manifest: the table of samples.
+        newest: whether there is no later snapshot.
 
     Raises:
         UserError: there is no dataset, or no such snapshot of it, it is unfinished, of a newer schema, or a file is missing or of another size.

@@ -47,7 +47,7 @@ class Folder(ABC):
     """Files by name, such as `shards/00000-1a2b3c4d.tar`; each is whole or not there. As a string, its address as it was given.
 
     Raises:
-        StorageError: in every method: the place refused.
+        StorageError: in every method: a bucket refused, or a disk that was to be written to.
     """
 
     def __init__(self, address: str) -> None:
