@@ -116,7 +116,7 @@ def begin_plan(root: Folder, info: dict[str, Any], plan: dict[str, Any]) -> dict
     info = info | {"plans": [*info["plans"], plan]}
     if (number := len(published(info))) == 0:
         info = of_snapshot(info, plan)
-    elif (content := root.read(MANIFEST_FILE)) and hashlib.sha256(content).hexdigest() == info["manifest_sha256"]:
+    elif (content := root.read(MANIFEST_FILE)) and _sha256(content) == info["manifest_sha256"]:
         root.write(manifest_copy(number), content)  # for datasets from before there were copies
     write_info(root, info)
     return info
@@ -135,9 +135,8 @@ def publish(root: Folder, info: dict[str, Any], commits: list[dict[str, Any]]) -
         units += plan["units"]
         table, name = table_of(commits[:units]), manifest_copy(number)
         content = root.read(name) or b""
-        if plan.get("manifest_sha256") != hashlib.sha256(content).hexdigest() or not decode_manifest(content).equals(
-            table
-        ):
+        kept = _sha256(content) == plan.get("manifest_sha256") and decode_manifest(content).equals(table)
+        if not kept:
             content = encode_manifest(table)
             root.write(name, content)
         counts = {
@@ -147,7 +146,7 @@ def publish(root: Folder, info: dict[str, Any], commits: list[dict[str, Any]]) -
             "records": sum(table["records"].to_pylist()),
             "bytes": sum(commit["size"] for commit in commits[:units]),
         }
-        plans.append(plan | {"counts": counts, "manifest_sha256": hashlib.sha256(content).hexdigest()})
+        plans.append(plan | {"counts": counts, "manifest_sha256": _sha256(content)})
     root.write(MANIFEST_FILE, content)
     common = {"complete": True, "plans": plans, "tensors": commits[0]["tensors"]}
     write_info(root, of_snapshot(info | common, plans[-1]))
@@ -326,7 +325,7 @@ def read_manifest(root: Folder, info: dict[str, Any], number: int) -> tuple[byte
     """(the n-th snapshot's manifest, no problem), or (None, why not): it is not the one that was published."""
     name, expected = manifest_name(info, number), published(info)[number - 1]["manifest_sha256"]
     content = root.read(name)
-    found = "no such file" if content is None else hashlib.sha256(content).hexdigest()
+    found = "no such file" if content is None else _sha256(content)
     if found == expected:
         return content, []
     return None, [{"shard": name, "expected": f"SHA-256 {expected}", "found": found}]
@@ -342,6 +341,10 @@ def size_problems(root: Folder, manifest: pa.Table) -> list[dict[str, str]]:
             found = "no such file" if size is None else f"{size} bytes"
             problems.append({"shard": shard["shard"], "expected": f"{shard['shard_size']} bytes", "found": found})
     return problems
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _told(root: Folder, problem: dict[str, str]) -> str:
