@@ -18,6 +18,7 @@ from stages.generate.in_process import InProcessFleet
 from stages.records.dataset import Dataset
 from stages.train.config import TrainConfig
 from stages.train.trainer import Trainer
+from tests.faulty_s3 import FaultyS3
 
 torch.set_num_threads(1)  # these matrices are so small that a second thread only waits
 VARIANTS = [
@@ -84,7 +85,7 @@ def save_pipeline(pipe: DiTPipeline, folder: Path) -> Path:
     return folder
 
 
-def generate_config(teacher: Path, output: Path, **changes: Any) -> GenerateConfig:
+def generate_config(teacher: Path, output: Path | str, **changes: Any) -> GenerateConfig:
     """Twelve trajectories of four steps in four units."""
     defaults = {
         "num_trajectories": 12,
@@ -102,7 +103,7 @@ def generate(config: GenerateConfig) -> Path:
     return Path(config.output_dir)
 
 
-def train_config(data: Path, output: Path, **changes: Any) -> TrainConfig:
+def train_config(data: Path | str, output: Path, **changes: Any) -> TrainConfig:
     defaults = {
         "adapter": small_adapter(),
         "train_batch_size": 8,
@@ -163,6 +164,22 @@ def tiny_adapter(shared_dataset: Path, tmp_path_factory: pytest.TempPathFactory)
     config = train_config(shared_dataset, tmp_path_factory.mktemp("runs") / "tiny")
     Trainer(config).run()
     return Path(config.output_dir)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[FaultyS3]:
+    """One real S3 server for all tests that need it."""
+    server = FaultyS3()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    """The server with an empty bucket of the name `bucket`, told to whoever asks the environment."""
+    with s3_server.empty_bucket(monkeypatch) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

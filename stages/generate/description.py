@@ -43,8 +43,8 @@ def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
     if "sha256" in told and not goes_on:
         key = "class_labels" if plan.config.prompts is None else "prompts"
         raise UserError(
-            f"{root}: holds a dataset of other {key}: what {key}={new[key]} names does not begin with the {count} "
-            "that it was made of: restore them, or take another output_dir"
+            f"{root}: holds a dataset of other {key}: {key}={new[key]} no longer names {'first ' if made else ''}the "
+            f"{count} that it was made of: restore them, or take another output_dir"
         )
 
 

@@ -165,7 +165,7 @@ class Driver:
             # One node's disk is another worker's matter; nobody can write where they all fail.
             self.refusals += 1
             if self.refusals >= MAX_ATTEMPTS:
-                raise StorageError(f"{failure.error}; when there is room, the same command goes on")
+                raise StorageError(f"{failure.error}; once that is mended, the same command goes on")
         elif not failure.preempted:
             self.attempts[unit] += 1
         if self.attempts[unit] < MAX_ATTEMPTS:

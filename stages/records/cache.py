@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +17,7 @@ from stages.errors import StorageError
 from stages.records.folder import READ_SIZE, Folder
 from stages.records.storage import make_folder
 
-LOCK = ".lock"
+LOCK, OURS = ".lock", re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.tmp")
 
 
 class ShardCache:
@@ -37,7 +39,7 @@ class ShardCache:
             StorageError: it cannot be read there, or not be written here.
         """
         path = self.root / sha256
-        while (kept := _open(path, size)) is None:
+        while (kept := self._open(path, size)) is None:
             if not self._fetch(source, name, path, size):
                 return source.open(name)
         return kept
@@ -46,28 +48,31 @@ class ShardCache:
         """False if it cannot be kept; after True, look again."""
         aside = path.with_name(f".{path.name}.tmp")
         with source.open(name) as original, self._refusals(), _locked(aside) as file:
-            if path.exists() or not _is_at(file, aside):
+            if not _is_at(file, aside):
                 return True  # who held the lock has fetched it, or given up
             fetched = False
             try:
+                if path.exists():
+                    return True
                 if original.seek(0, io.SEEK_END) == size and self._make_room(file, size):
                     original.seek(0)
                     shutil.copyfileobj(original, file, READ_SIZE)
                     file.flush()
                     os.fsync(file.fileno())
-                    if file.tell() == size:
-                        aside.replace(path)
-                        fetched = True
+                    fetched = file.tell() == size
             finally:
-                if not fetched:
-                    aside.unlink()
+                with self._counting():
+                    if fetched:
+                        aside.replace(path)
+                    else:
+                        aside.unlink()
         return fetched
 
     def _make_room(self, file: BinaryIO, size: int) -> bool:
         """Give a file its size, which counts from then on; first the files that were read least lately go, if they must."""
         file.truncate(0)
-        with _locked(self.root / LOCK):
-            files = [(path, path.stat()) for path in self.root.iterdir() if path.name != LOCK]
+        with self._counting():
+            files = [(path, path.stat()) for path in self.root.iterdir() if OURS.fullmatch(path.name)]
             total = size + sum(stat.st_size for _, stat in files)
             for path, stat in sorted(files, key=lambda entry: entry[1].st_mtime_ns):
                 if total > self.limit and _removed(path):
@@ -76,28 +81,31 @@ class ShardCache:
                 file.truncate(size)
         return total <= self.limit
 
+    def _open(self, path: Path, size: int) -> BinaryIO | None:
+        """A copy that is whole, marked as read now."""
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            return None
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if os.fstat(file.fileno()).st_size == size and _is_at(file, path):
+            os.utime(file.fileno(), ns=(time.time_ns(), time.time_ns()))
+            return file
+        with file, self._counting():
+            if _is_at(file, path):
+                path.unlink()
+        return None
+
+    def _counting(self) -> AbstractContextManager[BinaryIO]:
+        """Within it, no other process puts a file in place, removes one, or makes room."""
+        return _locked(self.root / LOCK)
+
     @contextmanager
     def _refusals(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise StorageError(f"{self.root}: cannot be written: {error.strerror or error}") from error
-
-
-def _open(path: Path, size: int) -> BinaryIO | None:
-    """A copy that is whole, marked as read now."""
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return None
-    fcntl.flock(file, fcntl.LOCK_SH)
-    if _is_at(file, path):
-        if os.fstat(file.fileno()).st_size == size:
-            os.utime(file.fileno())
-            return file
-        path.unlink()
-    file.close()
-    return None
 
 
 @contextmanager

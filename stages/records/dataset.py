@@ -133,7 +133,7 @@ def begin_plan(root: Folder, info: dict[str, Any], plan: dict[str, Any]) -> dict
     info = info | {"plans": [*info["plans"], plan]}
     if (number := len(published(info))) == 0:
         info = of_snapshot(info, plan)
-    elif (content := root.read(MANIFEST_FILE)) and hashlib.sha256(content).hexdigest() == info["manifest_sha256"]:
+    elif (content := root.read(MANIFEST_FILE)) and _sha256(content) == info["manifest_sha256"]:
         root.write(manifest_copy(number), content)  # for datasets from before there were copies
     write_info(root, info)
     return info
@@ -171,9 +171,8 @@ def publish(root: Folder, info: dict[str, Any], commits: Iterable[dict[str, Any]
         units += plan["units"]
         table, name = whole.slice(0, rows[units]), manifest_copy(number)
         content = root.read(name) or b""
-        if plan.get("manifest_sha256") != hashlib.sha256(content).hexdigest() or not decode_manifest(content).equals(
-            table
-        ):
+        kept = _sha256(content) == plan.get("manifest_sha256") and decode_manifest(content).equals(table)
+        if not kept:
             content = encode_manifest(table)
             root.write(name, content)
         counts = {
@@ -183,7 +182,7 @@ def publish(root: Folder, info: dict[str, Any], commits: Iterable[dict[str, Any]
             "records": pc.sum(table["records"]).as_py(),
             "bytes": size[units],
         }
-        plans.append(plan | {"counts": counts, "manifest_sha256": hashlib.sha256(content).hexdigest()})
+        plans.append(plan | {"counts": counts, "manifest_sha256": _sha256(content)})
     root.write(MANIFEST_FILE, content)
     common = {"complete": True, "plans": plans, "tensors": tensors}
     info = of_snapshot(info | common, plans[-1])
@@ -256,6 +255,7 @@ class Dataset:
         root: its folder.
         info: the content of `dataset.json`, as of the snapshot.
         manifest: the table of samples.
+        newest: whether there is no later snapshot.
 
     Raises:
         UserError: there is no dataset, or no such snapshot of it, it is unfinished, of a newer schema, or a file is missing or of another size.
@@ -333,7 +333,10 @@ class Dataset:
             raise self._damage(row["shard"], f"the tensors of {row['key']}", str(error)) from error
 
     def _damage(self, shard: str, expected: str, found: str) -> DamageError:
-        return DamageError(_told(self.root, {"shard": shard, "expected": expected, "found": found}) + SKIPPED)
+        told = _told(self.root, {"shard": shard, "expected": expected, "found": found}) + SKIPPED
+        if self.cache is not None:
+            told += f"; if that finds none, its copy in {self.cache.root} is damaged: remove {self._known[shard][0]}"
+        return DamageError(told)
 
     def timesteps(self, row: dict[str, Any]) -> Tensor:
         """The timesteps `[k]` of one sample, read without the rest of it, and so not checked.
@@ -360,7 +363,7 @@ def read_manifest(root: Folder, info: dict[str, Any], number: int) -> tuple[byte
     """(the n-th snapshot's manifest, no problem), or (None, why not): it is not the one that was published."""
     name, expected = manifest_name(info, number), published(info)[number - 1]["manifest_sha256"]
     content = root.read(name)
-    found = "no such file" if content is None else hashlib.sha256(content).hexdigest()
+    found = "no such file" if content is None else _sha256(content)
     if found == expected:
         return content, []
     return None, [{"shard": name, "expected": f"SHA-256 {expected}", "found": found}]
@@ -376,6 +379,10 @@ def size_problems(root: Folder, manifest: pa.Table) -> list[dict[str, str]]:
             found = "no such file" if size is None else f"{size} bytes"
             problems.append({"shard": shard["shard"], "expected": f"{shard['shard_size']} bytes", "found": found})
     return problems
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _told(root: Folder, problem: dict[str, str]) -> str:

@@ -6,7 +6,7 @@ import io
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -47,7 +47,7 @@ class Folder(ABC):
     """Files by name, such as `shards/00000-1a2b3c4d.tar`; each is whole or not there. As a string, its address as it was given.
 
     Raises:
-        StorageError: in every method: the place refused.
+        StorageError: in every method: a bucket refused, or a disk that was to be written to.
     """
 
     def __init__(self, address: str) -> None:
@@ -121,8 +121,11 @@ class DiskFolder(Folder):
         return (self.path / name).exists()
 
     def list(self, folder: str) -> dict[str, int]:
-        paths = sorted((self.path / folder).glob("*"))
-        return {f"{folder}/{path.name}": path.stat().st_size for path in paths}
+        sizes = {}
+        for path in sorted((self.path / folder).glob("[!.]*")):
+            with suppress(FileNotFoundError):  # an attempt that lost took its shard away meanwhile
+                sizes[f"{folder}/{path.name}"] = path.stat().st_size
+        return sizes
 
     def whole_file(self, name: str) -> AbstractContextManager[BinaryIO]:
         return whole_file(self.path / name)

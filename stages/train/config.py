@@ -60,10 +60,6 @@ class TrainConfig:
     data_dir: str = option(
         MISSING, "folder of the dataset, on disk or in a bucket: `s3://bucket/prefix`, `gs://`, `az://`"
     )
-    cache_dir: str | None = option(
-        None, "local folder that shards are fetched into, for several runs if you like; by default read where they are"
-    )
-    cache_bytes: int = option(1 << 36, "most that it holds; shards read least lately are removed", at_least=1)
     output_dir: str = option(MISSING, "folder of the adapter, its checkpoints and logs")
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     pretrained_model_name_or_path: str | None = option(
@@ -107,6 +103,10 @@ class TrainConfig:
         None, "train on samples whose row of the manifest passes all of these only, such as [[class_label,in,[1,2]]]"
     )
     shuffle_bytes: int = option(1 << 30, "records are drawn across a window of so many bytes of samples", at_least=1)
+    cache_dir: str | None = option(
+        None, "local folder that shards are fetched into, for several runs if you like; by default read where they are"
+    )
+    cache_bytes: int = option(1 << 36, "most that it holds; shards read least lately are removed", at_least=1)
     on_damage: str = option(
         "stop",
         "at a damaged shard: `stop`, or `skip` its damaged records, which `training.json` counts",

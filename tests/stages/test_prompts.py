@@ -1,17 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from stages.errors import UserError
 from stages.prompts import read_prompts
+from tests.faulty_s3 import FaultyS3
 
 ROWS = [
     {"prompt": "a cat", "negative_prompt": "blurry", "seed": 3, "guidance_scale": 2.5, "class_label": 1},
@@ -60,24 +57,8 @@ def test_what_holds_no_prompts_is_named(tmp_path: Path, name: str, content: str 
     assert "\n" not in str(error.value)
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A real S3 server on this machine, told to whoever asks the usual environment variables."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="captions")
-    yield client
-    server.stop()
-
-
-def test_prompts_are_read_from_a_bucket(bucket: Any) -> None:
-    bucket.put_object(Bucket="captions", Key="coco/train.txt", Body=b"a cat\na dog\n")
-    assert read_prompts("s3://captions/coco/train.txt") == [{"prompt": "a cat"}, {"prompt": "a dog"}]
-    with pytest.raises(UserError, match=r"prompts=s3://captions/missing\.txt: not readable"):
-        read_prompts("s3://captions/missing.txt")
+def test_prompts_are_read_from_a_bucket(s3: FaultyS3) -> None:
+    s3.put("coco/train.txt", b"a cat\na dog\n")
+    assert read_prompts("s3://bucket/coco/train.txt") == [{"prompt": "a cat"}, {"prompt": "a dog"}]
+    with pytest.raises(UserError, match=r"prompts=s3://bucket/missing\.txt: not readable"):
+        read_prompts("s3://bucket/missing.txt")

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from stages.generate.config import GenerateConfig
 from stages.generate.driver import Driver
 from stages.generate.events import Event, Failed
 from stages.generate.in_process import InProcessFleet
-from stages.records.dataset import Dataset, committed_units, read_info, write_info
-from stages.records.folder import open_folder
+from stages.records.dataset import Dataset, committed_units, read_commits, read_info, snapshots, write_info
+from stages.records.folder import DiskFolder, open_folder
+from stages.records.storage import seal, unseal
 from stages.records.verification import verify
 from tests.conftest import generate, generate_config
 
@@ -246,3 +249,203 @@ def test_a_teacher_that_gives_nan_is_named(tiny_teacher: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="trajectory 0, step 1: the teacher's latent is not finite"):
         Driver(config).run(fleet)
     assert generate(config) == tmp_path
+
+
+def test_a_dataset_grows_and_what_was_there_stays(damaged: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    old = Dataset(damaged)
+    times = {path: path.stat().st_mtime_ns for path in damaged.glob("[sc]*s/*")}
+    config = generate_config(tiny_teacher, damaged, num_trajectories=20)
+    driver = Driver(config)
+    assert not driver.finished
+    assert list(driver.todo) == [4, 5, 6]
+    summary = driver.run(InProcessFleet(config))
+    assert (summary["trajectories"], summary["units_planned"], summary["units_committed"]) == (20, 7, 7)
+    assert Driver(config).finished
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert len(list((damaged / "shards").iterdir())) == 7
+    assert_same_records(damaged, generate(generate_config(tiny_teacher, tmp_path / "at_once", num_trajectories=20)))
+    new, again = Dataset(damaged), Dataset(damaged, snapshot=old.fingerprint)
+    assert (new.newest, again.newest, len(new.manifest)) == (True, False, 20)
+    assert again.manifest.equals(old.manifest)
+    assert again.info["counts"] == old.info["counts"]
+    assert new.manifest.slice(0, 12).equals(old.manifest)
+    assert [plan["trajectories"] for plan in new.info["plans"]] == [12, 8]
+    assert snapshots(open_folder(damaged)) == [old.fingerprint, new.fingerprint]
+    assert verify(damaged)["trajectories"] == 20
+    assert verify(damaged)["ok"]
+
+
+def test_a_unit_that_was_not_full_stays_as_it_is(tiny_teacher: Path, tmp_path: Path) -> None:
+    for count in (4, 5, 9):
+        config = generate_config(tiny_teacher, tmp_path / "grown", num_trajectories=count)
+        Driver(config).run(InProcessFleet(config))
+    commits = read_commits(open_folder(tmp_path / "grown"))
+    units = [[row["trajectory"] for row in commit["samples"]] for commit in commits]
+    assert units == [[0, 1, 2], [3], [4], [5, 6, 7], [8]]
+    assert verify(tmp_path / "grown")["ok"]
+
+
+def test_a_growing_dataset_stays_readable_and_goes_on(damaged: Path, tiny_teacher: Path) -> None:
+    old = Dataset(damaged)
+    config = generate_config(tiny_teacher, damaged, num_trajectories=20)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(config).run(Faulty(config, {}, die_after=2))
+    assert len(committed_units(open_folder(damaged))) == 6
+    assert Dataset(damaged).fingerprint == old.fingerprint
+    assert Dataset(damaged).info["config"]["num_trajectories"] == 12
+    found = verify(damaged)
+    assert (found["ok"], found["trajectories"], found["shards"]) == (True, 12, 4)
+    for count in (12, 19, 25):
+        with pytest.raises(UserError, match=f"num_trajectories=20, not {count}"):
+            Driver(generate_config(tiny_teacher, damaged, num_trajectories=count))
+    again = Driver(config)
+    assert list(again.todo) == [6]
+    again.run(InProcessFleet(config))
+    assert len(Dataset(damaged).manifest) == 20
+
+
+def test_a_killed_publication_is_made_up_for(
+    damaged: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before each of the three files: the snapshot's manifest, the newest manifest, the description."""
+    old = Dataset(damaged)
+    config = generate_config(tiny_teacher, damaged, num_trajectories=16)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(config).run(Faulty(config, {}, die_after=1))
+    write = DiskFolder.write
+    for name in ("manifests/2.parquet", "manifest.parquet", "dataset.json"):
+
+        def killed(folder: DiskFolder, written: str, content: bytes, name: str = name) -> None:
+            if written == name:
+                raise KeyboardInterrupt
+            write(folder, written, content)
+
+        monkeypatch.setattr(DiskFolder, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Driver(config).run(InProcessFleet(config))
+        monkeypatch.setattr(DiskFolder, "write", write)
+        assert Dataset(damaged).fingerprint == old.fingerprint
+        assert verify(damaged)["ok"]
+        assert not Driver(config).todo
+        assert not Driver(config).finished
+    Driver(config).run(InProcessFleet(config))
+    assert len(Dataset(damaged).manifest) == 16
+    assert Driver(config).finished
+
+
+def test_growth_that_never_began_is_forgotten(damaged: Path, tiny_teacher: Path) -> None:
+    config = generate_config(tiny_teacher, damaged, num_trajectories=20)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(config).run(Faulty(config, {}, die_after=0))
+    assert Driver(generate_config(tiny_teacher, damaged)).finished
+    other = generate_config(tiny_teacher, damaged, num_trajectories=15)
+    Driver(other).run(InProcessFleet(other))
+    assert len(Dataset(damaged).manifest) == 15
+    assert verify(damaged)["ok"]
+
+
+def test_more_classes_come_after_those_that_are_there(tiny_teacher: Path, tmp_path: Path) -> None:
+    def config(classes: Any, each: int) -> GenerateConfig:
+        options = {"num_trajectories": None, "num_trajectories_per_condition": each, "class_labels": classes}
+        return generate_config(tiny_teacher, tmp_path / "data", **options)
+
+    (tmp_path / "classes.txt").write_text("7\n3\n")
+    generate(config(str(tmp_path / "classes.txt"), 2))
+    old = Dataset(tmp_path / "data")
+    (tmp_path / "classes.txt").write_text("7\n3\n5\n")
+    generate(config(str(tmp_path / "classes.txt"), 2))
+    generate(config([7, 3, 5, 9], 3))
+    new = Dataset(tmp_path / "data")
+    assert new.manifest["class_label"].to_pylist() == [7, 3, 7, 3, 5, 5, 9, 9, 7, 3, 5, 9]
+    assert new.info["conditions"]["class_labels"] == [3, 5, 7, 9]
+    assert Dataset(tmp_path / "data", snapshot=old.fingerprint).info["conditions"]["class_labels"] == [3, 7]
+    assert verify(tmp_path / "data")["ok"]
+    refused = [
+        (config([7, 3, 9, 5], 3), r"class_labels=\[7, 3, 5, 9\], not \[7, 3, 9, 5\]"),
+        (config([7, 3, 5], 3), r"class_labels=\[7, 3, 5, 9\], not \[7, 3, 5\]"),
+        (config([7, 3, 5, 9, 1], 2), "num_trajectories_per_condition=3, not 2"),
+        (replace(config([7, 3, 5, 9, 1], 3), seed=1), "seed=0, not 1"),
+    ]
+    for asked, told in refused:
+        with pytest.raises(UserError, match=f"holds a dataset of another configuration: {told}"):
+            Driver(asked)
+
+
+def test_a_file_of_classes_that_was_changed_is_noticed(tiny_teacher: Path, tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text("7\n3\n")
+    config = generate_config(tiny_teacher, tmp_path / "data", class_labels=str(path), num_trajectories=6)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(config).run(Faulty(config, {}, die_after=1))
+    for content in ("3\n7\n", "7\n3\n5\n"):
+        path.write_text(content)
+        with pytest.raises(UserError, match=f"of other class_labels: class_labels={path} no longer names the 2 that"):
+            Driver(config)
+    (tmp_path / "same.txt").write_text("7 3")
+    generate(replace(config, class_labels=str(tmp_path / "same.txt")))
+    path.write_text("3\n7\n5\n")
+    with pytest.raises(UserError, match=f"class_labels={path} no longer names first the 2 that it was made of"):
+        Driver(replace(config, num_trajectories=9))
+    (tmp_path / "same.txt").write_text("3 7 5")
+    with pytest.raises(UserError, match=f"class_labels={path}, not {tmp_path}/same.txt"):
+        Driver(replace(config, class_labels=str(tmp_path / "same.txt"), num_trajectories=9))
+
+
+def older(root: Path) -> None:
+    """Make a dataset as it was before datasets could grow."""
+    info = unseal((root / "dataset.json").read_bytes())
+    (plan,) = info.pop("plans")
+    info["plan"] = {key: plan[key] for key in ("units", "trajectories")}
+    for key in ("count", "sha256"):
+        del info["conditions"][key]
+    (root / "dataset.json").write_bytes(seal(info))
+    shutil.rmtree(root / "manifests", ignore_errors=True)
+
+
+def test_an_older_dataset_is_read_and_grows(damaged: Path, tiny_teacher: Path) -> None:
+    older(damaged)
+    old = Dataset(damaged)
+    assert verify(damaged)["ok"]
+    assert Driver(generate_config(tiny_teacher, damaged)).finished
+    with pytest.raises(UserError, match=r"class_labels=all, not \[0, 1\]"):
+        Driver(generate_config(tiny_teacher, damaged, class_labels=[0, 1]))
+    config = generate_config(tiny_teacher, damaged, num_trajectories=14)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(config).run(Faulty(config, {}, die_after=0))
+    assert Dataset(damaged).fingerprint == old.fingerprint
+    Driver(config).run(InProcessFleet(config))
+    assert len(Dataset(damaged).manifest) == 14
+    assert Dataset(damaged, snapshot=old.fingerprint).manifest.equals(old.manifest)
+    assert verify(damaged)["ok"]
+
+
+def test_an_older_unfinished_dataset_goes_on(tiny_teacher: Path, tmp_path: Path, shared_dataset: Path) -> None:
+    config = generate_config(tiny_teacher, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(config).run(Faulty(config, {}, die_after=2))
+    older(tmp_path)
+    with pytest.raises(UserError, match="unfinished, 2 of 4 units"):
+        Dataset(tmp_path)
+    Driver(config).run(InProcessFleet(config))
+    assert_same_records(tmp_path, shared_dataset)
+
+
+def test_a_moved_commit_is_made_again_in_every_snapshot(
+    damaged: Path, tiny_teacher: Path, shared_dataset: Path
+) -> None:
+    config = generate_config(tiny_teacher, damaged, num_trajectories=14)
+    Driver(config).run(InProcessFleet(config))
+    commit = json.loads((damaged / "commits" / "00001.json").read_bytes())
+    (damaged / "commits" / "00001.json").unlink()
+    (damaged / commit["shard"]).unlink()
+    driver = Driver(config)
+    assert list(driver.todo) == [1]
+    driver.run(InProcessFleet(config))
+    assert verify(damaged)["ok"]
+    first, second = snapshots(open_folder(damaged))
+    assert Dataset(damaged).fingerprint == second
+    known = records(shared_dataset)
+    dataset = Dataset(damaged, snapshot=first)
+    for row in dataset.manifest.to_pylist():
+        with dataset.open(row["shard"]) as file:
+            assert torch.equal(dataset.read(file, row)["latent"], known[row["key"]]["latent"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stages.errors import UserError
-from stages.records.dataset import Dataset, commit_unit, read_commits, read_info
+from stages.records.dataset import Dataset, commit_unit, read_commits, read_info, snapshots
 from stages.records.folder import open_folder
 from stages.records.shard import encode
 from stages.records.storage import seal, unseal
@@ -147,3 +147,10 @@ def test_an_edited_description_or_commit_is_refused(damaged: Path) -> None:
     (damaged / "commits" / "00002.json").write_bytes((damaged / "commits" / "00001.json").read_bytes())
     with pytest.raises(UserError, match=r"00002\.json: damaged"):
         list(read_commits(open_folder(damaged)))
+
+
+def test_a_snapshot_that_is_not_there_is_refused(dataset: Dataset) -> None:
+    with pytest.raises(UserError, match=f"has no snapshot 000000000000, only {dataset.fingerprint[:12]}"):
+        Dataset(str(dataset.root), snapshot="0" * 64)
+    assert Dataset(str(dataset.root), snapshot=dataset.fingerprint).newest
+    assert snapshots(dataset.root) == [dataset.fingerprint]

@@ -8,6 +8,7 @@ from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.records.storage import seal, unseal
 from stages.records.verification import verify
+from tests.conftest import generate, generate_config
 from tests.stages.records.test_dataset import change_info
 
 
@@ -90,3 +91,12 @@ def test_a_manifest_that_tells_other_than_the_commits_is_a_problem(damaged: Path
     (problem,) = verify(damaged)["problems"]
     assert problem["shard"] == commit["shard"]
     assert "000000005_0000 in the manifest as in its commit" in problem["expected"]
+
+
+def test_the_manifest_of_every_snapshot_is_looked_at(damaged: Path, tiny_teacher: Path) -> None:
+    generate(generate_config(tiny_teacher, damaged, num_trajectories=14))
+    assert verify(damaged)["ok"]
+    (damaged / "manifests" / "1.parquet").write_bytes(b"PAR1")
+    found = verify(damaged)
+    assert [problem["shard"] for problem in found["problems"]] == ["manifests/1.parquet"]
+    assert found["trajectories"] == 14

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+import pipeline.train
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.denoiser import fingerprint
 from stages.errors import UserError
@@ -22,7 +23,7 @@ from stages.train.batch import Batch
 from stages.train.config import LOSSES
 from stages.train.selection import select
 from stages.train.trainer import Trainer
-from tests.conftest import VARIANTS, small_adapter, train_config
+from tests.conftest import VARIANTS, generate, generate_config, small_adapter, train_config
 
 
 def test_a_plain_lora_is_not_trained_on_many_scales(shared_dataset: Path, tmp_path: Path) -> None:
@@ -405,3 +406,39 @@ def test_what_no_run_could_carry_out_is_refused(shared_dataset: Path, tmp_path: 
 def test_the_summary_is_json(shared_dataset: Path, tmp_path: Path) -> None:
     summary = Trainer(train_config(shared_dataset, tmp_path)).run()
     assert json.loads(json.dumps(summary)) == summary
+
+
+def grow(root: Path, teacher: Path, **changes: Any) -> None:
+    """Generate into a dataset that is there, with some options changed."""
+    generate(generate_config(teacher, root, **changes))
+
+
+def test_a_resumed_run_stays_with_the_dataset_that_it_began_with(
+    damaged: Path, tiny_teacher: Path, tiny_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = Dataset(damaged).fingerprint
+    shutil.copytree(tiny_adapter / "checkpoints", tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints" / "step-00000012.pt").unlink()
+    grow(damaged, tiny_teacher, num_trajectories=20)
+    pipeline.train.main(train_config(damaged, tmp_path / "run", resume_from_checkpoint="latest"))
+    told = f"{damaged}: has grown; goes on with the 12 trajectories that this run began with"
+    assert capsys.readouterr().out.count(told) == 1
+    one, other = (load_file(root / "adapter_model.safetensors") for root in (tiny_adapter, tmp_path / "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert GuidanceAdapter.from_pretrained(tmp_path / "run").about["dataset_fingerprint"] == begun
+    fresh = Trainer(train_config(damaged, tmp_path / "fresh"))
+    assert fresh.dataset.newest
+    assert fresh.stream.records_per_epoch == 4 * 16
+
+
+def test_a_run_on_fewer_classes_is_resumed_after_more_were_added(tiny_teacher: Path, tmp_path: Path) -> None:
+    """The adapter's table of classes is as long as it was."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    grow(data, tiny_teacher, class_labels=[0, 1, 2])
+    config = train_config(data, run, resume_from_checkpoint="latest")
+    Trainer(replace(config, max_train_steps=4)).run()
+    whole = weights_after(data, tmp_path / "whole")
+    grow(data, tiny_teacher, class_labels=[0, 1, 2, 9], num_trajectories=18)
+    Trainer(config).run()
+    resumed = load_file(run / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
