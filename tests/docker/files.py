@@ -1,0 +1,71 @@
+"""What the tests of docker/ share: the files, and the project's commands that they hold."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.command import files_and_words, parse
+from stages.config import check_bounds
+from stages.generate.config import GenerateConfig
+from stages.train.config import TrainConfig, check_together
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+PROJECT = "adapter-guidance-distillation"
+CONFIGURATIONS = {"pipeline.generate": GenerateConfig, "pipeline.train": TrainConfig}
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((DOCKER / name).read_text())
+
+
+def pinned(package: str) -> str:
+    """The version that constraints.txt names."""
+    found = re.search(rf"^{package}==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
+    assert found, package
+    return found[1]
+
+
+def stages() -> dict[str, str]:
+    """The instructions of each stage of the Dockerfile, without comments, continued lines joined."""
+    lines = [line for line in (DOCKER / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
+    text = "\n".join(lines).replace("\\\n", " ")
+    parts = re.split(r"^FROM \S+ AS (\w+)$", text, flags=re.M)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def shipped() -> list[str]:
+    """What .dockerignore lets into a build."""
+    return [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+
+
+def commands_in_comments(name: str) -> list[list[str]]:
+    """Commands of the project that a file's comments tell, quoted in a shell's manner or not."""
+    comments = re.findall(r"^# +(.*)$", (DOCKER / name).read_text(), re.M)
+    found = [re.search(r"python -m pipeline[^']*", comment) for comment in comments]
+    return [shlex.split(command[0]) for command in found if command]
+
+
+def understood(words: list[str]) -> GenerateConfig | TrainConfig:
+    """The configuration that a command, up to its end, gives; refused as the command itself would refuse it."""
+    module = words[words.index("-m") + 1]
+    files, rest = files_and_words(words[words.index("-m") + 2 :])
+    config = parse(
+        CONFIGURATIONS[module], [*(word for file in files for word in ("--config", str(ROOT / file))), *rest]
+    )
+    check_bounds(config)
+    if isinstance(config, TrainConfig):
+        check_together(config)
+    return config
+
+
+def start_options(words: list[str]) -> dict[str, Any]:
+    """What `ray start` understands of the words after it."""
+    from ray.scripts.scripts import start
+
+    return start.make_context("start", list(words)).params
