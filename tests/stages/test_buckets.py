@@ -146,7 +146,7 @@ def test_generation_goes_through_an_unsteady_service(s3: FaultyS3, tiny_teacher:
 
 def test_a_service_that_refuses_stops_the_run_with_what_is_there_kept(s3: FaultyS3, tiny_teacher: Path) -> None:
     config = generate_config(tiny_teacher, ADDRESS)
-    s3.faults = [Fault("PUT", "shards/00002", 403, times=3)]
+    s3.faults = [Fault("PUT", "shards/00002", 403, times=4)]
     with pytest.raises(StorageError, match=f"{ADDRESS}/shards/00002-.*cannot be written: .*the same command goes on"):
         Driver(config).run(InProcessFleet(config))
     assert committed_units(open_folder(ADDRESS)) == [0, 1, 3]
