@@ -172,6 +172,6 @@ def ray_cluster() -> Iterator[None]:
 
     from stages.generate import fleet  # noqa: F401  sets what ray reads at import
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

@@ -97,6 +97,12 @@ def start_ray(config: GenerateConfig) -> None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             cores = max(os.cpu_count() or 1, math.ceil(config.num_workers * config.num_cpus))
-            ray.init(num_cpus=cores, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            ray.init(
+                address="local",
+                num_cpus=cores,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=False,
+            )
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         raise UserError(f"ray_address={address}: no Ray cluster could be joined there: {error}") from error
