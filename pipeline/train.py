@@ -1,6 +1,6 @@
 """Stage 2: shards -> adapter. Stream a dataset's records and fit an adapter to the frozen denoiser.
 
-python -m pipeline.train --config configs/train/modulated_low_rank.yaml data_dir=data/mnist_dit output_dir=runs/mnist_dit
+python -m pipeline.train --config configs/train/lora.yaml data_dir=data/mnist_dit output_dir=runs/mnist_dit
 python -m pipeline.train --multirun data_dir=data/mnist_dit output_dir=runs/sweep adapter.variant=offset,lora seed=0,1
 
 `accelerate launch -m pipeline.train ...` trains on several GPUs. With --multirun, every combination of the values between commas is trained, and one table sets them side by side.

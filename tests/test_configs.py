@@ -8,8 +8,11 @@ import diffusers
 import pytest
 
 from pipeline.command import parse
+from pipeline.study import StudyFile
 from stages.adapters import GuidanceAdapter
 from stages.config import check_bounds
+from stages.evaluate.claims import CLAIMS
+from stages.evaluate.config import EvaluateConfig
 from stages.generate.config import GenerateConfig
 from stages.train.config import TrainConfig
 from tests.real_shapes import SHAPES
@@ -36,3 +39,16 @@ def test_a_variants_configuration_is_understood(path: Path) -> None:
     check_bounds(config)
     assert config.adapter.variant == path.stem
     assert path.stem in GuidanceAdapter.variants
+
+
+def test_the_study_of_the_claims_is_understood() -> None:
+    plan = parse(StudyFile, ["--config", str(CONFIGS / "evaluate" / "claims.yaml")])
+    for words in plan.datasets.values():
+        check_bounds(parse(GenerateConfig, [*words, "output_dir=data"]))
+    for adapter in plan.adapters.values():
+        assert adapter.data in plan.datasets
+        check_bounds(parse(TrainConfig, [*adapter.words, "data_dir=data", "output_dir=run"]))
+    for name, evaluation in plan.evaluations.items():
+        assert set(evaluation.adapters) <= set(plan.adapters)
+        check_bounds(parse(EvaluateConfig, [*evaluation.words, "adapter_dir=run"]))
+        assert name in {*CLAIMS, "variants"}

@@ -11,7 +11,7 @@ TIMESTEP, POOLED, TOKENS, NEGATIVE_TOKENS = "timestep", "pooled", "tokens", "neg
 
 @dataclass
 class AdapterConfig:
-    variant: str = option("modulated_low_rank", "kind of adapter")
+    variant: str = option("lora", "kind of adapter")
     sites: list[str] | None = option(
         None,
         "attention, feed_forward, or patterns of module names such as down_blocks.*.attn2; by default the variant's own",

@@ -70,8 +70,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(1, "batches that make one optimizer step", at_least=1)
     max_train_steps: int = option(5000, "optimizer steps", at_least=1)
     loss: str = option(
-        "l2",
-        "`l2`, `l1`; l2 weighed, as `noise_weighted` by the share of noise in the latent, as `guidance_weighted` by how far guidance "
+        "l1",
+        "`l1`, `l2`; l2 weighed, as `noise_weighted` by the share of noise in the latent, as `guidance_weighted` by how far guidance "
         "turns the prediction, as `guidance_delta` by one over the square of what guidance adds",
         one_of=LOSSES,
     )

@@ -163,9 +163,7 @@ def training(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def main(
-    family: str, batch_size: str = "4", steps: str = "20", image_size: str = "", variant: str = "modulated_low_rank"
-) -> None:
+def main(family: str, batch_size: str = "4", steps: str = "20", image_size: str = "", variant: str = "lora") -> None:
     size, side = int(batch_size), int(image_size) if image_size else None
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
