@@ -160,6 +160,10 @@ class RayFleet:
             self._call(call.member, Doing.AGAIN, call.member.actor.place.remote(), call.unit)
             return []
         except RayError as error:
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                return self._lose(
+                    call, RuntimeError(str(error).strip().splitlines()[-1])
+                )  # the rest is Ray's and a traceback
             return self._lose(call, error, self._is_preempted(call, error))
 
     def _go_on(self, call: Call, result: Any) -> list[Event]:
