@@ -141,7 +141,7 @@ class Study:
             told = json.loads((self.root / "evaluations" / evaluation / "evaluation.json").read_bytes())
             for row in told["rows"]:
                 name, seed, folder = made.get(row["adapter"], (None, None, None))
-                row |= {"evaluation": evaluation, "name": name, "seed": seed}
+                row |= {"evaluation": evaluation, "name": name, "seed": seed, "share": None}
                 yield row | (self._cost(name, folder) if name and folder else {})
 
     def _cost(self, name: str, folder: Path) -> dict[str, Any]:

@@ -50,6 +50,7 @@ COLOURS_OF_ADAPTERS = (
 COLUMNS = {
     "method": Column("method", TITLES.__getitem__),
     "adapter": Column("adapter", lambda name: name or ""),
+    "share": Column("of the base", lambda share: "" if share is None else f"{share:.1%}"),
     "guidance_scale": Column("scale", "{:g}".format),
     "frechet_distance": Column("Frechet distance", "{:.1f}".format),
     "kernel_distance": Column("kernel distance", "{:.4g}".format),

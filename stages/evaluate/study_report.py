@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from stages.evaluate.report import (
 )
 from stages.records.storage import whole_file
 
-MEANS = ("frechet_distance", "gap_closed")
 VERDICTS = {True: "holds", False: "does not hold"}
 
 
@@ -32,15 +32,33 @@ def table_of_claims(claims: list[Claim]) -> str:
 
 
 def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], about: dict[str, Any]) -> Path:
-    """Write `claims.html`, one self-contained file, from the rows and from the grids of images that the evaluations left."""
+    """Write `claims.html`, one self-contained file, from the rows and from the grids of images that the evaluations left.
+
+    Its tables stand in `claims.md` too, with what the seeds of an adapter have in the mean.
+    """
     names = dict.fromkeys(row["evaluation"] for row in rows)
     sections = [
         section(name, folder / "evaluations" / name, [r for r in rows if r["evaluation"] == name]) for name in names
     ]
+    with whole_file(folder / "claims.md") as file:
+        file.write("\n\n".join(tables_of(claims, rows)).encode() + b"\n")
     path = folder / "claims.html"
     with whole_file(path) as file:
         file.write(render("study_report.html.j2", claims=claims, verdicts=VERDICTS, sections=sections, about=about))
     return path
+
+
+def tables_of(claims: list[Claim], rows: list[Row]) -> Iterator[str]:
+    """The claims, and each evaluation, as tables in Markdown."""
+    yield markdown([["", "claim", "goal", "found"], *([VERDICTS[c.holds], c.text, c.goal, c.found] for c in claims)])
+    for name in dict.fromkeys(row["evaluation"] for row in rows):
+        yield f"`{name}`\n\n" + markdown(cells_of(over_seeds([row for row in rows if row["evaluation"] == name])))
+
+
+def markdown(cells: list[list[str]]) -> str:
+    """A table, its first line the head."""
+    head, *lines = [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join([head, "| --- " * len(cells[0]) + "|", *lines])
 
 
 def section(name: str, folder: Path, rows: list[Row]) -> dict[str, Any]:
@@ -72,7 +90,11 @@ def over_seeds(rows: list[Row]) -> list[Row]:
     return [
         group[0]
         | {"adapter": name}
-        | {key: statistics.fmean(row[key] for row in group) for key in MEANS}
+        | {
+            key: statistics.fmean(row[key] for row in group)
+            for key, told in group[0].items()
+            if isinstance(told, float)
+        }
         | {"error_by_timestep": mean_curves([row["error_by_timestep"] for row in group])}
         for (_, _, name), group in alike.items()
     ]

@@ -50,6 +50,9 @@ def test_a_study_is_made_judged_and_told(
     rows = [row for row in told["rows"] if row["method"] == "one_pass"]
     assert [(row["name"], row["seed"]) for row in rows] == [("default", 0), ("default", 1), ("full", 0)]
     assert all(row["teacher_evaluations"] == 2 * 48 and row["training_seconds"] > 0 for row in rows)
+    tables = (output / "claims.md").read_text()
+    assert tables.count("| One pass is what two passes are |") == 1
+    assert "| one pass | default |" in tables
     page = (output / "claims.html").read_text()
     assert page.count("data:image/png;base64,") == 4
     assert "http" not in page
