@@ -179,7 +179,7 @@ class Driver:
         committed = [unit for unit in self.committed if unit < len(self.plan)]
         missing = sorted(set(range(len(self.plan))) - self.committed)
         return {
-            "trajectories": sum(len(self.plan.units[unit]) for unit in committed),
+            "trajectories": sum(len(self.plan.trajectories_of(unit)) for unit in committed),
             "records": sum(map(self.plan.records_of, committed)),
             "teacher_evaluations": self.plan.teacher_evaluations,
             "units_planned": len(self.plan),
