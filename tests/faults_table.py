@@ -21,6 +21,8 @@ TESTS = (
     "tests/stages/generate/test_driver.py",
     "tests/stages/generate/test_faults.py",
     "tests/stages/records/test_folder.py",
+    "tests/stages/records/test_repair.py",
+    "tests/stages/records/test_verification.py",
     "tests/stages/test_buckets.py",
     "tests/test_soak.py",
 )
