@@ -35,7 +35,7 @@ from tests.stages.generate.test_driver import assert_same_records
 
 WORKER, DRIVER, BOTH = "worker", "driver", "both"
 SECONDS_BETWEEN = 2.0  # kills, on average
-UNITS_PER_SECOND = 4
+UNITS_PER_SECOND = 10
 MOST_SECONDS = 240.0  # that a run left in peace may take
 
 
