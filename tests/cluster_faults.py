@@ -76,6 +76,7 @@ def run(teacher: Path, folder: Path) -> dict[str, Any]:
 
     until((folder / STOPPED_FILE).exists)
     stopped = json.loads((folder / STOPPED_FILE).read_text())
+    until(lambda: sum(isinstance(event, Loaded) for _, event in fleet.seen) == 2)
     until(lambda: fleet.states()["sampling"] > 0)
     (other,) = [node for node in nodes if node.all_processes["raylet"][0].process.pid not in stopped]
     killed = time.monotonic()

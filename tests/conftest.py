@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,8 +156,6 @@ def dataset(shared_dataset: Path) -> Dataset:
 @pytest.fixture
 def damaged(shared_dataset: Path, tmp_path: Path) -> Path:
     """A copy of the dataset for a test to damage."""
-    import shutil
-
     return Path(shutil.copytree(shared_dataset, tmp_path / "damaged"))
 
 
@@ -180,6 +181,26 @@ def s3(s3_server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS
     """The server with an empty bucket of the name `bucket`, told to whoever asks the environment."""
     with s3_server.empty_bucket(monkeypatch) as server:
         yield server
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one megabyte, as only root can have it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here; where the size of files is limited instead, test_driver.py tells")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path, room: int) -> Path:
+    """Write a file on a small disk, until there is only so much room left."""
+    ballast = disk / "ballast"
+    free = os.statvfs(disk)
+    ballast.write_bytes(bytes(free.f_bavail * free.f_frsize - room))
+    return ballast
 
 
 @pytest.fixture(scope="session")

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from stages.generate.config import GenerateConfig
 from stages.generate.fleet import RayFleet, TeacherWorker
 from stages.records.folder import DiskFolder
+from tests.faults_table import survived
 
 STOPPED_FILE = "stopped.json"
 FAULTS_FILE = "faults.json"  # beside the dataset: {moment: {unit: [what, how often]}}
-LOADING, SAMPLING, BEFORE_WRITE, DURING_WRITE, BEFORE_COMMIT, AFTER_COMMIT = (
-    "loading", "sampling", "before_write", "during_write", "before_commit", "after_commit",
+STARTING, LOADING, SAMPLING, BEFORE_WRITE, DURING_WRITE, BEFORE_COMMIT, AFTER_COMMIT = MOMENTS = (
+    "starting", "loading", "sampling", "before_write", "during_write", "before_commit", "after_commit",
 )  # fmt: skip
-KILL, RAISE, HANG, SLOW, STOP_NODE = "kill", "raise", "hang", "slow", "stop_node"
+KILL, RAISE, HANG, SLOW, STOP_NODE, FILL_MEMORY, JUMP = (
+    "kill", "raise", "hang", "slow", "stop_node", "fill_memory", "jump",
+)  # fmt: skip
 Faults = dict[str, dict[int, tuple[str, int]]]
+DAYS = 86400.0
+WORDS = {
+    KILL: "SIGKILL", RAISE: "an error", HANG: "a hang", FILL_MEMORY: "no memory left", JUMP: "a clock that jumps",
+    STARTING: "in the constructor", LOADING: "while the teacher is loaded", SAMPLING: "while the teacher samples",
+    BEFORE_WRITE: "before the shard is written", DURING_WRITE: "in the middle of the shard",
+    BEFORE_COMMIT: "before the commit", AFTER_COMMIT: "after the commit",
+}  # fmt: skip
 
 
 class InjectedError(RuntimeError):
@@ -56,6 +68,7 @@ class FaultyWorker(TeacherWorker):
         self.place_of_faults = Path(config.output_dir).parent
         self.faults = json.loads((self.place_of_faults / FAULTS_FILE).read_text())
         self.writing: int | None = None
+        self.strike(STARTING, 0)
 
     def load(self) -> dict[str, Any]:
         self.strike(LOADING, 0)
@@ -86,6 +99,10 @@ class FaultyWorker(TeacherWorker):
             time.sleep(1)
         elif what == STOP_NODE:
             self.stop_node()
+        elif what == FILL_MEMORY:
+            fill_memory()
+        elif what == JUMP:
+            time.time = jumping_clock()
         elif what == RAISE:
             raise InjectedError(f"{moment} unit {unit}")
 
@@ -109,11 +126,36 @@ class FaultyFleet(RayFleet):
     worker_class = FaultyWorker
 
 
+def fill_memory() -> None:
+    """Ask for memory until the system refuses it to this process."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20), limits[1]))
+    try:
+        taken = []
+        while True:
+            taken.append(bytearray(16 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def jumping_clock() -> Callable[[], float]:
+    """A `time.time` that jumps by days, forwards and backwards, whenever it is asked."""
+    now, jumps = time.time, cycle([3 * DAYS, -5 * DAYS, 0.0, -400 * DAYS, 400 * DAYS])
+    return lambda: now() + next(jumps)
+
+
 def write_faults(folder: Path, faults: Faults) -> None:
     (folder / FAULTS_FILE).write_text(json.dumps(faults))
 
 
 def happened(folder: Path) -> list[str]:
     """The faults that did happen: `MOMENT-UNIT-NUMBER`."""
-    moments = (LOADING, SAMPLING, BEFORE_WRITE, DURING_WRITE, BEFORE_COMMIT, AFTER_COMMIT)
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith(moments))
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(MOMENTS))
+
+
+def all_survived(faults: Faults, folder: Path) -> None:
+    """Tell the table of each that did happen."""
+    for name in happened(folder):
+        moment, unit, _ = name.split("-")
+        survived(f"{WORDS[faults[moment][int(unit)][0]]} {WORDS[moment]}", "worker")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
+from contextlib import suppress
 from typing import Any
 
 from stages.base import first_line
@@ -72,11 +73,11 @@ class Driver:
         start = time.monotonic()
         try:
             self._drive(fleet)
-        finally:
-            fleet.close()
-            summary = self._summary(time.monotonic() - start)
-            if self.info is not None:
-                self.root.write("generation.json", to_json(summary))
+        except BaseException:
+            with suppress(StorageError):  # what refused the shards refuses this too, and is told already
+                self._end(fleet, start)
+            raise
+        summary = self._end(fleet, start)
         if self.quarantined:
             unit, reason = next(iter(self.quarantined.items()))
             raise UserError(
@@ -86,6 +87,13 @@ class Driver:
         assert self.info is not None
         write_preview_grid(self.root)
         self.info = publish(self.root, self.info, read_commits(self.root))
+        return summary
+
+    def _end(self, fleet: Fleet, start: float) -> dict[str, Any]:
+        fleet.close()
+        summary = self._summary(time.monotonic() - start)
+        if self.info is not None:
+            self.root.write("generation.json", to_json(summary))
         return summary
 
     def _drive(self, fleet: Fleet) -> None:
@@ -179,7 +187,7 @@ class Driver:
         committed = [unit for unit in self.committed if unit < len(self.plan)]
         missing = sorted(set(range(len(self.plan))) - self.committed)
         return {
-            "trajectories": sum(len(self.plan.units[unit]) for unit in committed),
+            "trajectories": sum(len(self.plan.trajectories_of(unit)) for unit in committed),
             "records": sum(map(self.plan.records_of, committed)),
             "teacher_evaluations": self.plan.teacher_evaluations,
             "units_planned": len(self.plan),

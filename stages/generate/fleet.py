@@ -58,6 +58,12 @@ class Member:
     node: str | None = None
     is_loaded: bool = False
     alone: bool = False
+    doing: list[Doing] = field(default_factory=list)
+
+    def is_free(self, alone: bool) -> bool:
+        """Whether it samples nothing and has little left to write; `alone`, nothing at all."""
+        written = 0 if alone or self.alone else UNITS_WRITTEN
+        return self.is_loaded and len(self.doing) <= written and self.doing.count(Doing.COMMIT) == len(self.doing)
 
 
 @dataclass(frozen=True)
@@ -115,21 +121,15 @@ class RayFleet:
 
     def _call(self, member: Member, doing: Doing, reference: Any, unit: int | None = None) -> None:
         self.calls[reference] = Call(member, doing, unit)
+        member.doing.append(doing)
 
     def free(self, alone: bool) -> bool:
         return self._free_member(alone) is not None
 
     def _free_member(self, alone: bool) -> Member | None:
-        """The least busy of those that sample nothing and have little left to write; `alone`, nothing at all."""
-        busy: dict[Member, Counter[Doing]] = {member: Counter() for member in self.members if member.is_loaded}
-        for call in self.calls.values():
-            if call.member in busy:
-                busy[call.member][call.doing] += 1
-        for member, doing in sorted(busy.items(), key=lambda item: item[1].total()):
-            written = 0 if alone or member.alone else UNITS_WRITTEN
-            if doing.total() == doing[Doing.COMMIT] <= written:
-                return member
-        return None
+        """The least busy one."""
+        free = (member for member in self.members if member.is_free(alone))
+        return min(free, key=lambda member: len(member.doing), default=None)
 
     def dispatch(self, unit: int, alone: bool) -> None:
         member = self._free_member(alone)
@@ -148,6 +148,7 @@ class RayFleet:
         call = self.calls.pop(reference, None)
         if call is None:  # of a worker that an earlier event lost
             return []
+        call.member.doing.remove(call.doing)
         try:
             return self._go_on(call, ray.get(reference))
         except RayTaskError as error:
@@ -160,11 +161,7 @@ class RayFleet:
             self._call(call.member, Doing.AGAIN, call.member.actor.place.remote(), call.unit)
             return []
         except RayError as error:
-            if isinstance(error, RayActorError) and error.actor_init_failed:
-                return self._lose(
-                    call, RuntimeError(str(error).strip().splitlines()[-1])
-                )  # the rest is Ray's and a traceback
-            return self._lose(call, error, self._is_preempted(call, error))
+            return self._lose(call, raised_by_constructor(error) or error, self._is_preempted(call, error))
 
     def _go_on(self, call: Call, result: Any) -> list[Event]:
         """The next step of what a worker does, and what is to be told of the last."""
@@ -189,7 +186,7 @@ class RayFleet:
 
     def _is_preempted(self, call: Call, error: RayError) -> bool:
         """Whether nothing that the worker did is the cause."""
-        if isinstance(error, RuntimeEnvSetupError):
+        if isinstance(error, RuntimeEnvSetupError) or raised_by_constructor(error):
             return False
         if call.doing is Doing.PLACE or (isinstance(error, RayActorError) and error.preempted):
             return True
@@ -218,17 +215,23 @@ class RayFleet:
 
     def states(self) -> Counter[str]:
         """A worker that samples and writes counts as sampling."""
-        doing = dict.fromkeys(self.members, "idle")
-        for call in self.calls.values():
-            if doing[call.member] != Doing.SAMPLE.value:
-                doing[call.member] = call.doing.value
-        return Counter(doing.values())
+        return Counter(
+            Doing.SAMPLE.value if Doing.SAMPLE in member.doing else member.doing[0].value if member.doing else "idle"
+            for member in self.members
+        )
 
     def close(self) -> None:
         for member in self.members:
             ray.kill(member.actor)
         if self.started_ray:
             ray.shutdown()
+
+
+def raised_by_constructor(error: RayError) -> RayError | None:
+    """What a worker's constructor, or its import, raised, in the last line of all that Ray tells of it."""
+    if isinstance(error, RayActorError) and error.actor_init_failed:
+        return RayActorError(error_msg=str(error).rstrip().rpartition("\n")[2])
+    return None
 
 
 def start_ray(config: GenerateConfig) -> None:

@@ -57,7 +57,7 @@ class Plan:
         self.config = config
         self.conditions = read_conditions(config)
         self.turns = np.empty((0, 2), dtype=np.int64)
-        self.units: list[range] = []
+        self.bounds = np.zeros(1, dtype=np.int64)  # of the units, in the trajectories
         for plan in earlier:
             self._add(plan["trajectories"], plan["conditions"].get("count"))
         asked = config.num_trajectories or len(self.conditions) * config.num_trajectories_per_condition
@@ -69,10 +69,10 @@ class Plan:
         made = np.bincount(self.turns[:, 1], minlength=len(self.conditions))[:num_conditions]
         self.turns = np.concatenate([self.turns, take_turns(made, count)])
         end = len(self.turns)
-        self.units += [range(i, min(i + size, end)) for i in range(begin, end, size)]
+        self.bounds = np.concatenate([self.bounds, np.append(np.arange(begin + size, end, size), end)[: end - begin]])
 
     def __len__(self) -> int:
-        return len(self.units)
+        return len(self.bounds) - 1
 
     @property
     def num_trajectories(self) -> int:
@@ -86,9 +86,14 @@ class Plan:
     def num_records(self) -> int:
         return self.num_trajectories * self.records_per_trajectory
 
+    def trajectories_of(self, unit: int) -> range:
+        """The trajectories that a unit makes."""
+        begin, end = self.bounds[unit : unit + 2].tolist()
+        return range(begin, end)
+
     def records_of(self, unit: int) -> int:
         """How many records a unit makes."""
-        return len(self.units[unit]) * self.records_per_trajectory
+        return len(self.trajectories_of(unit)) * self.records_per_trajectory
 
     @property
     def teacher_evaluations(self) -> int:
@@ -106,7 +111,7 @@ class Plan:
     def unit(self, index: int) -> Unit:
         # A golden-ratio sequence spreads any number of shifts evenly over the spacing; a random one leaves holes.
         shift = ((index + 0.5) * GOLDEN_RATIO) % 1.0 if self.config.shift_timesteps else 0.0
-        return Unit(index, [self.trajectory(i) for i in self.units[index]], shift)
+        return Unit(index, [self.trajectory(i) for i in self.trajectories_of(index)], shift)
 
     def trajectory(self, index: int) -> PlannedTrajectory:
         sequence = np.random.SeedSequence([self.config.seed, index])
@@ -133,11 +138,12 @@ def take_turns(made: np.ndarray, count: int) -> np.ndarray:
     """
     rounds = [np.empty((0, 2), dtype=np.int64)]
     repetition = int(made.min())
-    while count > 0:
+    while count > 0 and repetition < made.max():
         places = np.flatnonzero(made <= repetition)[:count]
         rounds.append(np.stack([np.full_like(places, repetition), places], axis=1))
         count -= len(places)
         repetition += 1
+    rounds.append(np.stack(np.divmod(np.arange(count) + repetition * len(made), len(made)), axis=1))
     return np.concatenate(rounds)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -122,10 +123,12 @@ class DiskFolder(Folder):
 
     def list(self, folder: str) -> dict[str, int]:
         sizes = {}
-        for path in sorted((self.path / folder).glob("[!.]*")):
-            with suppress(FileNotFoundError):  # an attempt that lost took its shard away meanwhile
-                sizes[f"{folder}/{path.name}"] = path.stat().st_size
-        return sizes
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path / folder) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # an attempt that lost took its shard away meanwhile
+                    if not entry.name.startswith("."):
+                        sizes[f"{folder}/{entry.name}"] = entry.stat().st_size
+        return dict(sorted(sizes.items()))
 
     def whole_file(self, name: str) -> AbstractContextManager[BinaryIO]:
         return whole_file(self.path / name)

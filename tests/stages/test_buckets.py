@@ -26,6 +26,7 @@ from stages.records.shard import encode
 from stages.records.verification import verify
 from stages.train.trainer import Trainer
 from tests.conftest import generate, generate_config, train_config
+from tests.faults_table import survived
 from tests.faulty_s3 import Fault, FaultyS3
 from tests.stages.generate.test_driver import Faulty, assert_same_records
 from tests.stages.records.test_record import trajectory
@@ -93,6 +94,7 @@ def test_an_interrupted_run_goes_on_in_the_bucket(s3: FaultyS3, tiny_teacher: Pa
     again.run(InProcessFleet(config))
     assert set(shards) < set(s3.names("data/tiny/shards/"))
     assert_same_records(ADDRESS, shared_dataset)
+    survived("interrupted over a bucket", "driver")
 
 
 def test_of_two_attempts_at_a_unit_one_wins_and_the_other_takes_its_shard_away(s3: FaultyS3) -> None:
@@ -110,6 +112,7 @@ def test_a_commit_whose_answer_was_lost_is_its_own(s3: FaultyS3, status: int) ->
     commit = commit_unit(root, 0, [encode(trajectory())])
     assert s3.faults[0].times == 0
     assert s3.names("data/tiny/shards") == [f"data/tiny/{commit['shard']}"]
+    survived(f"a commit answered by {status} although it was made", "storage")
 
 
 def test_an_upload_that_breaks_leaves_no_shard_and_no_commit(s3: FaultyS3) -> None:
@@ -121,6 +124,7 @@ def test_an_upload_that_breaks_leaves_no_shard_and_no_commit(s3: FaultyS3) -> No
     assert s3.names() == []
     assert list(s3.bucket.multipart_uploads.all()) == []
     assert commit_unit(open_folder(ADDRESS), 0, [encode(large)])["samples"][0]["records"] == 100_000
+    survived("an upload of a shard that breaks", "storage")
 
 
 def test_trajectories_that_fail_leave_no_shard_and_no_commit(s3: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +146,7 @@ def test_generation_goes_through_an_unsteady_service(s3: FaultyS3, tiny_teacher:
     assert verify(ADDRESS)["ok"]
     assert [fault.times for fault in s3.faults] == [0] * 7
     assert_same_records(ADDRESS, shared_dataset)
+    survived("a service that is unsteady for a whole run", "storage")
 
 
 def test_a_service_that_refuses_stops_the_run_with_what_is_there_kept(s3: FaultyS3, tiny_teacher: Path) -> None:
@@ -152,6 +157,7 @@ def test_a_service_that_refuses_stops_the_run_with_what_is_there_kept(s3: Faulty
     assert committed_units(open_folder(ADDRESS)) == [0, 1, 3]
     Driver(config).run(InProcessFleet(config))
     assert verify(ADDRESS)["ok"]
+    survived("a service that refuses for a while", "storage")
 
 
 def test_damage_in_a_bucket_is_named(s3: FaultyS3, uploaded: str, tmp_path: Path) -> None:
@@ -233,6 +239,7 @@ def test_a_run_from_a_bucket_is_resumed_exactly(
     trainer.run()
     assert [fault.times for fault in s3.faults] == [0, 0]
     assert_same_weights(tmp_path, tiny_adapter)
+    survived("503 and no answer to training", "storage")
 
 
 def test_a_service_that_refuses_is_no_damage_to_be_skipped(s3: FaultyS3, uploaded: str, tmp_path: Path) -> None:
@@ -240,6 +247,7 @@ def test_a_service_that_refuses_is_no_damage_to_be_skipped(s3: FaultyS3, uploade
     s3.faults = [Fault("GET", "shards/", 403, times=99)]
     with pytest.raises(StorageError, match=f"{uploaded}/shards/.*cannot be read"):
         trainer.run()
+    survived("a service that refuses training: told in one line", "storage")
 
 
 def test_a_run_has_its_own_folder_on_disk(uploaded: str, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from stages.records.dataset import Dataset, committed_units, read_commits, read_
 from stages.records.folder import DiskFolder, open_folder
 from stages.records.storage import seal, unseal
 from stages.records.verification import verify
-from tests.conftest import generate, generate_config
+from tests.conftest import fill, generate, generate_config
+from tests.faults_table import survived
 
 
 def records(root: Path | str) -> dict[str, dict[str, torch.Tensor]]:
@@ -141,6 +142,7 @@ def test_a_folder_of_another_configuration_is_refused_and_kept(
     with pytest.raises(UserError, match=told):
         Driver(generate_config(tiny_teacher, shared_dataset, **changes))
     assert verify(shared_dataset)["ok"]
+    survived("another configuration over a dataset: refused", "driver")
 
 
 def test_a_dataset_older_than_an_option_has_its_default(damaged: Path, tiny_teacher: Path) -> None:
@@ -215,6 +217,7 @@ def test_another_teacher_under_the_same_name_is_refused(
     with pytest.raises(UserError, match="begun with another teacher: its denoiser_fingerprint"):
         Driver(config).run(InProcessFleet(generate_config(other_teacher, tmp_path)))
     assert committed_units(open_folder(tmp_path)) == [0]
+    survived("another teacher of the same name: refused", "driver")
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -232,6 +235,26 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tiny_teacher: Path, tmp_pat
     assert len(list((tmp_path / "shards").iterdir())) == 1
     Driver(config).run(InProcessFleet(config))
     assert verify(tmp_path)["ok"]
+    survived("files larger than the system takes", "storage")
+
+
+@pytest.mark.parametrize("during", ["shard", "commit"])
+def test_a_disk_without_room_stops_the_run_and_the_same_command_goes_on(
+    tiny_teacher: Path, small_disk: Path, during: str
+) -> None:
+    config = generate_config(tiny_teacher, small_disk)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(config).run(Faulty(config, {}, die_after=1))
+    (shard,) = (small_disk / "shards").iterdir()
+    ballast = fill(small_disk, room=4096 if during == "shard" else shard.stat().st_blocks * 512)
+    with pytest.raises(StorageError, match="No space left on device.*the same command goes on"):
+        Driver(config).run(InProcessFleet(config))
+    assert committed_units(open_folder(small_disk)) == [0]
+    assert len(list((small_disk / "shards").iterdir())) == (1 if during == "shard" else 2)
+    ballast.unlink()
+    Driver(config).run(InProcessFleet(config))
+    assert verify(small_disk)["ok"]
+    survived(f"a full disk in the middle of a {during}", "storage")
 
 
 def test_a_teacher_that_gives_nan_is_named(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -249,6 +272,7 @@ def test_a_teacher_that_gives_nan_is_named(tiny_teacher: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="trajectory 0, step 1: the teacher's latent is not finite"):
         Driver(config).run(fleet)
     assert generate(config) == tmp_path
+    survived("a teacher that gives NaN: refused", "worker")
 
 
 def test_a_dataset_grows_and_what_was_there_stays(damaged: Path, tiny_teacher: Path, tmp_path: Path) -> None:
@@ -328,6 +352,7 @@ def test_a_killed_publication_is_made_up_for(
         assert verify(damaged)["ok"]
         assert not Driver(config).todo
         assert not Driver(config).finished
+        survived("killed while it publishes", "driver")
     Driver(config).run(InProcessFleet(config))
     assert len(Dataset(damaged).manifest) == 16
     assert Driver(config).finished

@@ -5,31 +5,41 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stages.errors import UserError
+from stages.errors import StorageError, UserError
 from stages.generate.driver import Driver
+from stages.generate.fleet import RayFleet
+from stages.generate.in_process import InProcessFleet
 from stages.records.dataset import Dataset
 from stages.records.verification import verify
-from tests.conftest import generate, generate_config
+from tests.conftest import fill, generate, generate_config
+from tests.faults_table import survived
 from tests.faulty_worker import (
     AFTER_COMMIT,
     BEFORE_COMMIT,
     BEFORE_WRITE,
     DURING_WRITE,
+    FILL_MEMORY,
     HANG,
+    JUMP,
     KILL,
     LOADING,
     RAISE,
     SAMPLING,
+    STARTING,
     Faults,
     FaultyFleet,
+    all_survived,
     happened,
+    jumping_clock,
     write_faults,
 )
+from tests.sleeping_worker import NeverStarts
 from tests.stages.generate.test_driver import assert_same_records
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -59,23 +69,60 @@ def test_a_worker_killed_at_any_moment_of_a_unit_loses_nothing(
 ) -> None:
     moments = (SAMPLING, BEFORE_WRITE, DURING_WRITE, BEFORE_COMMIT, AFTER_COMMIT)
     faults: Faults = {moment: {unit: (KILL, 1)} for unit, moment in enumerate(moments)}
-    summary = run_with(faults | {LOADING: {0: (KILL, 1)}}, tiny_teacher, tmp_path)
+    faults[LOADING] = {0: (KILL, 1)}
+    summary = run_with(faults, tiny_teacher, tmp_path)
     assert len(happened(tmp_path)) == 6
     assert (summary["units_committed"], summary["units_missing"], summary["quarantined"]) == (8, [], {})
     assert summary["workers_lost"] == 5
     assert_nothing_lost_or_twice(tmp_path, undisturbed)
+    all_survived(faults, tmp_path)
 
 
-def test_errors_and_hung_units_are_tried_again(tiny_teacher: Path, tmp_path: Path, undisturbed: Path) -> None:
+def test_what_goes_wrong_in_a_worker_is_tried_again(
+    tiny_teacher: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors, no memory, units without an end; and clocks, the driver's and a worker's, that jump by days."""
     faults: Faults = {
+        STARTING: {0: (RAISE, 1)},
         LOADING: {0: (RAISE, 1)},
-        SAMPLING: {1: (RAISE, 2)},
+        SAMPLING: {0: (JUMP, 1), 1: (RAISE, 2), 4: (FILL_MEMORY, 1)},
         DURING_WRITE: {2: (RAISE, 1), 3: (HANG, 1)},
     }
+    monkeypatch.setattr(time, "time", jumping_clock())
     summary = run_with(faults, tiny_teacher, tmp_path, unit_timeout=15)
-    assert len(happened(tmp_path)) == 5
+    monkeypatch.undo()
+    assert len(happened(tmp_path)) == 8
     assert (summary["units_missing"], summary["workers_lost"]) == ([], 1)
     assert_nothing_lost_or_twice(tmp_path, undisturbed)
+    all_survived(faults, tmp_path)
+    survived("a clock that jumps by days", "driver")
+
+
+class NeverStartingFleet(RayFleet):
+    worker_class = NeverStarts  # type: ignore[assignment]
+
+
+def test_a_worker_that_can_never_be_made_ends_the_run(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = generate_config(tiny_teacher, tmp_path)
+    with pytest.raises(
+        UserError, match="no worker could load the teacher in 3 attempts: RayActorError: ImportError: no such library$"
+    ):
+        Driver(config).run(NeverStartingFleet(config))
+    survived("an error in each constructor: told in one line", "worker")
+
+
+def test_a_disk_that_is_full_for_a_while(tiny_teacher: Path, small_disk: Path, undisturbed: Path) -> None:
+    config = generate_config(tiny_teacher, small_disk / "data", **UNITS | {"num_workers": 1})
+    write_faults(small_disk, {})
+    ballast = fill(small_disk, 1 << 16)  # for some of the shards
+    with pytest.raises(StorageError, match="No space left.*; once that is mended, the same command goes on"):
+        Driver(config).run(FaultyFleet(config))
+    before = Driver(config).committed
+    assert 0 < len(before) < 8
+    ballast.unlink()
+    Driver(config).run(InProcessFleet(config))
+    assert_nothing_lost_or_twice(small_disk, undisturbed)
+    survived("a full disk, under Ray", "storage")
 
 
 def test_a_unit_that_always_kills_is_quarantined_and_takes_no_other_along(
@@ -88,9 +135,11 @@ def test_a_unit_that_always_kills_is_quarantined_and_takes_no_other_along(
     assert [name for name in happened(tmp_path) if name.startswith(SAMPLING)] == [f"{SAMPLING}-3-{i}" for i in range(3)]
     (left := verify(tmp_path / "data"))["ok"]
     assert left["problems"][0]["found"] == "6, without 00003, 00005"
-    summary = run_with({}, tiny_teacher, tmp_path)
-    assert summary["units_missing"] == []
+    config = generate_config(tiny_teacher, tmp_path / "data", **UNITS)
+    assert Driver(config).run(InProcessFleet(config))["units_missing"] == []
     assert_nothing_lost_or_twice(tmp_path, undisturbed)
+    survived("a unit that kills each worker that it is given to", "worker")
+    survived("a unit that fails each time", "worker")
 
 
 def test_nodes_that_die_stand_still_and_join(tiny_teacher: Path, tmp_path: Path, undisturbed: Path) -> None:
@@ -106,3 +155,5 @@ def test_nodes_that_die_stand_still_and_join(tiny_teacher: Path, tmp_path: Path,
     )
     assert told["shards"] == [9, 8]  # what came late lost, and took its shard away
     assert_nothing_lost_or_twice(tmp_path, undisturbed)
+    for fault in ("dies in the middle of a unit", "stands still, and goes on later", "joins when none is left"):
+        survived(f"a node that {fault}", "node")

@@ -139,7 +139,13 @@ def test_more_trajectories_come_after_those_that_are_there_in_units_of_their_own
     new = Plan(
         generate_config(tiny_teacher, Path("nowhere"), num_trajectories=17, trajectories_per_unit=4), [as_made(old)]
     )
-    assert [list(unit) for unit in new.units] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10], [11, 12, 13, 14], [15, 16]]
+    assert [list(new.trajectories_of(unit)) for unit in range(len(new))] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 10],
+        [11, 12, 13, 14],
+        [15, 16],
+    ]
     assert [new.unit(i) for i in range(3)] == [old.unit(i) for i in range(3)]
     at_once = plan(tiny_teacher, num_trajectories=17)
     assert [new.trajectory(i) for i in range(17)] == [at_once.trajectory(i) for i in range(17)]
@@ -169,8 +175,14 @@ def test_a_plan_grows_more_than_once(tiny_teacher: Path) -> None:
         made = Plan(config, earlier)
         earlier.append(as_made(made, *earlier))
     assert labels(made) == [5, 6, 5, 6, 5, 7, 8, 7, 8, 6, 7, 8]
-    assert [list(unit) for unit in made.units] == [[0, 1, 2], [3, 4], [5, 6, 7], [8], [9, 10, 11]]
-    assert Plan(config, earlier).units == made.units
+    assert [list(made.trajectories_of(unit)) for unit in range(len(made))] == [
+        [0, 1, 2],
+        [3, 4],
+        [5, 6, 7],
+        [8],
+        [9, 10, 11],
+    ]
+    assert Plan(config, earlier).bounds.tolist() == made.bounds.tolist()
 
 
 def test_a_seed_that_a_prompt_brings_along_is_used_once_however_a_plan_grew(tmp_path: Path) -> None:

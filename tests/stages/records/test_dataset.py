@@ -154,3 +154,10 @@ def test_a_snapshot_that_is_not_there_is_refused(dataset: Dataset) -> None:
         Dataset(str(dataset.root), snapshot="0" * 64)
     assert Dataset(str(dataset.root), snapshot=dataset.fingerprint).newest
     assert snapshots(dataset.root) == [dataset.fingerprint]
+
+
+def test_units_of_six_digits_come_after_those_of_five(tmp_path: Path) -> None:
+    root = open_folder(tmp_path)
+    for unit in (100_000, 99_999, 10_000, 10_001):
+        commit_unit(root, unit, [encode(trajectory())])
+    assert [commit["unit"] for commit in read_commits(root)] == [10_000, 10_001, 99_999, 100_000]

@@ -11,6 +11,7 @@ import pytest
 from stages.errors import StorageError, UserError
 from stages.records import folder as module
 from stages.records.folder import READ_SIZE, Folder, absolute, open_folder
+from tests.faults_table import survived
 from tests.faulty_s3 import Fault, FaultyS3
 
 MULTIPART = 6 << 20  # more than one part of an upload
@@ -23,6 +24,10 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
         return open_folder(tmp_path / "some" / "where")
     request.getfixturevalue("s3")
     return open_folder("s3://bucket/some/where")
+
+
+def answer(status: int | None) -> str:
+    return "no answer" if status is None else str(status)
 
 
 @pytest.fixture
@@ -119,6 +124,7 @@ def test_what_is_transient_is_tried_again(s3: FaultyS3, status: int | None) -> N
         s3.faults = [Fault(method, "bucket", status, times=2)]
         done()
         assert s3.faults[0].times == 0
+        survived(f"{answer(status)} to a request", "storage")
     assert folder.read("a") == b"content"
 
 
@@ -129,6 +135,7 @@ def test_each_part_of_a_large_upload_is_tried_again(s3: FaultyS3, status: int) -
     open_folder("s3://bucket/data").write("a", content)
     assert [fault.times for fault in s3.faults] == [0, 0]
     assert s3.get("data/a") == content
+    survived(f"{answer(status)} to a part of an upload, and to its end", "storage")
 
 
 @pytest.mark.parametrize("fault", [Fault("PUT", "partNumber=2", 403), Fault("POST", "uploadId", 403)])
@@ -138,6 +145,7 @@ def test_an_upload_refused_in_the_middle_leaves_nothing(s3: FaultyS3, fault: Fau
         open_folder("s3://bucket/data").write("a", bytes(MULTIPART))
     assert s3.names() == []
     assert list(s3.bucket.multipart_uploads.all()) == []
+    survived("an upload refused in the middle", "storage")
 
 
 Refused = Callable[[Folder], object]
@@ -160,6 +168,7 @@ def test_what_does_not_pass_is_told_in_a_line(s3: FaultyS3, method: str, done: R
     s3.faults = [Fault(method, "bucket", 503, times=99)]
     with pytest.raises(StorageError, match=f"^s3://bucket/{told}: .*503.*$"):
         done(open_folder("s3://bucket/data/"))
+    survived("503 to each try of a request: told in one line", "storage")
 
 
 @pytest.mark.usefixtures("impatient")
@@ -169,6 +178,7 @@ def test_an_answer_that_takes_too_long_is_asked_for_again(s3: FaultyS3) -> None:
     folder.write("a", b"content")
     assert folder.read("a") == b"content"
     assert [fault.times for fault in s3.faults] == [0, 0]
+    survived("an answer that takes too long", "storage")
 
 
 # What may come of a conditional write whose answer tells nothing, or the wrong thing.
@@ -190,13 +200,14 @@ AMBIGUOUS = {
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("faults", AMBIGUOUS.values(), ids=AMBIGUOUS)
-def test_who_wrote_first_is_told_by_what_is_there(s3: FaultyS3, faults: list[Fault]) -> None:
-    folder = open_folder("s3://bucket/data")
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_who_wrote_first_is_told_by_what_is_there(s3: FaultyS3, name: str) -> None:
+    folder, faults = open_folder("s3://bucket/data"), AMBIGUOUS[name]
     for content, won in ((b"ours", True), (b"theirs", False)):
         s3.faults = [Fault(**vars(fault)) for fault in faults]
         assert folder.create("commit", content) is won
         assert [fault.times for fault in s3.faults[:1]] == [0]
+        survived(f"a conditional write: {name}", "storage")
     assert s3.get("data/commit") == b"ours"
 
 
@@ -206,6 +217,7 @@ def test_a_write_that_never_arrives_is_not_won(s3: FaultyS3) -> None:
     with pytest.raises(StorageError, match="s3://bucket/data/commit: cannot be written: .*409"):
         open_folder("s3://bucket/data").create("commit", b"ours")
     assert s3.count("PUT", "commit") == module.CREATE_ATTEMPTS
+    survived("a conditional write that never arrives: told in one line", "storage")
 
 
 def test_a_bucket_that_is_not_there_is_named(s3: FaultyS3) -> None:
@@ -214,6 +226,7 @@ def test_a_bucket_that_is_not_there_is_named(s3: FaultyS3) -> None:
     for done in (lambda: folder.write("a", b""), lambda: folder.create("a", b"")):
         with pytest.raises(StorageError, match="s3://nowhere/data/a: cannot be written"):
             done()
+    survived("no such bucket: told in one line", "storage")
 
 
 def test_where_there_is_no_room_to_stage_is_told(s3: FaultyS3) -> None:
@@ -227,6 +240,7 @@ def test_where_there_is_no_room_to_stage_is_told(s3: FaultyS3) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert s3.names() == []
+    survived("no room to stage an upload", "storage")
 
 
 @pytest.mark.parametrize(
