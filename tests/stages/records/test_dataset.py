@@ -9,6 +9,7 @@ import pytest
 from stages.errors import UserError
 from stages.records.dataset import Dataset, commit_unit, read_commits, read_info, snapshots
 from stages.records.folder import open_folder
+from stages.records.manifest import fingerprint
 from stages.records.shard import encode
 from stages.records.storage import seal, unseal
 from tests.stages.records.test_record import trajectory
@@ -48,7 +49,7 @@ def test_the_description_tells_what_the_dataset_is(dataset: Dataset) -> None:
         "scale_range": [1.0, 6.0],
     }
     assert info["tensors"]["latent"] == {"dtype": "float16", "shape": [4, 8, 8]}
-    assert dataset.fingerprint == info["manifest_sha256"]
+    assert dataset.fingerprint == info["plans"][0]["fingerprint"] == fingerprint(dataset.manifest)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

@@ -78,19 +78,24 @@ def test_damaged_and_foreign_commits_are_each_a_problem(damaged: Path) -> None:
     assert [problem["shard"] for problem in found["problems"]] == [
         "commits/00000.json",
         "commits/00007.json",
+        "commits/99999.json",
         "dataset.json",
     ]
-    assert "without 00000, with 99999 beyond the plan" in found["problems"][-1]["found"]
+    assert found["problems"][-2]["expected"] == "one of the 4 planned units"
+    assert found["problems"][-1]["found"] == "3, without 00000"
 
 
 def test_a_manifest_that_tells_other_than_the_commits_is_a_problem(damaged: Path) -> None:
+    """Which of the two is right, the shard tells."""
     path = damaged / "commits" / "00001.json"
     commit = unseal(path.read_bytes())
     commit["samples"][2]["scale"] = 9.0
     path.write_bytes(seal(commit))
-    (problem,) = verify(damaged)["problems"]
+    (problem,) = verify(damaged, deep=False)["problems"]
     assert problem["shard"] == commit["shard"]
     assert "000000005_0000 in the manifest as in its commit" in problem["expected"]
+    (_, problem) = verify(damaged)["problems"]
+    assert (problem["shard"], problem["expected"]) == (commit["shard"], "scale 9.0 of 000000005_0000")
 
 
 def test_the_manifest_of_every_snapshot_is_looked_at(damaged: Path, tiny_teacher: Path) -> None:
