@@ -84,7 +84,7 @@ def main(config: VerifyConfig) -> None:
     problems = found["problems"]
     if problems and all(problem["shard"] == DATASET_FILE for problem in problems):
         expected, there = problems[0]["expected"], problems[0]["found"]
-        raise UserError(f"{root}: unfinished: {expected} planned, {there} there: {finishing(root)}")
+        raise UserError(f"{root}: unfinished: expected {expected}, found {there}: {finishing(root)}")
     if problems:
         raise UserError(
             f"{root}: {len(problems)} problem(s); the first: {problems[0]['shard']}: found {problems[0]['found']}: "
