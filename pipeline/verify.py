@@ -5,23 +5,37 @@ python -m pipeline.verify data_dir=data/mnist_dit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
 from pipeline.command import run
+from stages.config import check_bounds, option
 from stages.errors import UserError
-from stages.records.folder import open_folder
+from stages.records.dataset import DATASET_FILE
+from stages.records.folder import Folder, open_folder
+from stages.records.repair import repair
 from stages.records.storage import to_json, write_json
-from stages.records.verification import verify
+from stages.records.verification import survey
+
+NAMED_ORPHANS = 5
 
 
 @dataclass
 class VerifyConfig:
-    data_dir: str = field(default=MISSING, metadata={"help": "folder of the dataset, on disk or in a bucket"})
-    output: str | None = field(default=None, metadata={"help": "by default `verification.json` in the dataset"})
+    data_dir: str = option(MISSING, "folder of the dataset, on disk or in a bucket")
+    output: str | None = option(None, "by default `verification.json` in the dataset")
+    deep: bool = option(
+        True, "read every shard; else only description, manifests and commit records, and that each shard has its size"
+    )
+    repair: bool = option(
+        False,
+        "move what is damaged to `quarantine/` in the dataset, so that generating again makes it anew; write manifests again "
+        "from whole commits; remove orphans older than `grace`",
+    )
+    grace: float = option(86400.0, "seconds that an orphan must be old to be removed", at_least=0)
 
 
 def bars(counts: dict[str, int]) -> str:
@@ -38,26 +52,61 @@ def told(name: str, histogram: Any) -> str:
     return f"{name}:\n{bars(histogram)}" if histogram else f"{name}: none"
 
 
+def look(root: Folder, config: VerifyConfig) -> dict[str, Any]:
+    """What `verification.json` tells; after a repair, of what is there then."""
+    found = survey(root, config.deep)
+    repaired = repair(found, config.grace) if config.repair else []
+    if repaired:
+        timesteps, found = found.timesteps, survey(root, deep=False)
+        found.deep, found.timesteps = config.deep, {u: t for u, t in timesteps.items() if u in found.commits}
+    return found.summary() | {"repaired": repaired}
+
+
+def finishing(root: Folder) -> str:
+    """How to make what is missing."""
+    if not root.exists("config.yaml"):
+        return "run the command that began it again, which makes the rest"
+    config, copied = root.where("config.yaml"), ""
+    if "://" in config:
+        config, copied = "config.yaml", f", with a copy of {config},"
+    return f"`python -m pipeline.generate --config {config} output_dir={root}`{copied} makes the rest"
+
+
 def main(config: VerifyConfig) -> None:
+    check_bounds(config)
     root = open_folder(config.data_dir)
-    found = verify(config.data_dir)
+    found = look(root, config)
     if config.output is None:
         root.write("verification.json", to_json(found))
     else:
         write_json(Path(config.output), found)
+    tell(root, found)
+    problems = found["problems"]
+    if problems and all(problem["shard"] == DATASET_FILE for problem in problems):
+        expected, there = problems[0]["expected"], problems[0]["found"]
+        raise UserError(f"{root}: unfinished: expected {expected}, found {there}: {finishing(root)}")
+    if problems:
+        raise UserError(
+            f"{root}: {len(problems)} problem(s); the first: {problems[0]['shard']}: found {problems[0]['found']}: "
+            f"`python -m pipeline.verify data_dir={root} repair=true` sets them aside to be made again"
+        )
+    print("whole: nothing is missing or damaged" + ("" if config.deep else "; no shard was read"))
+
+
+def tell(root: Folder, found: dict[str, Any]) -> None:
     for name, histogram in found["histograms"].items():
         print(told(name, histogram))
     print(
         f"{root}: {found['trajectories']:,} trajectories, {found['records']:,} records, {found['shards']:,} shards, "
         f"{found['bytes']:,} bytes"
     )
+    if (orphans := found["orphans"])["count"]:
+        names = ", ".join(orphans["names"][:NAMED_ORPHANS]) + (", ..." if orphans["count"] > NAMED_ORPHANS else "")
+        print(f"orphans of attempts that were ended: {orphans['count']:,}, {orphans['bytes']:,} bytes: {names}")
+    for done in found["repaired"]:
+        print(f"  {done['shard']}: expected {done['expected']}, found {done['found']}: {done['done']}")
     for problem in found["problems"]:
         print(f"  {problem['shard']}: expected {problem['expected']}, found {problem['found']}")
-    if problems := found["problems"]:
-        raise UserError(
-            f"{root}: {len(problems)} problem(s); the first: {problems[0]['shard']}: found {problems[0]['found']}"
-        )
-    print("whole: nothing is missing or damaged")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from stages.records.dataset import (
     published,
     read_commits,
     read_info,
+    withdraw,
 )
 from stages.records.folder import open_folder
 from stages.records.storage import to_json
@@ -66,7 +67,9 @@ class Driver:
     @property
     def finished(self) -> bool:
         """Whether an earlier run left nothing to do."""
-        return not self.todo and self.info is not None and published(self.info) == self.info["plans"]
+        if self.todo or self.info is None or not self.info["complete"]:
+            return False
+        return published(self.info) == self.info["plans"]
 
     def run(self, fleet: Fleet) -> dict[str, Any]:
         """Make what is missing and publish; the content of `generation.json`. Then `info` tells of the whole dataset."""
@@ -147,6 +150,8 @@ class Driver:
                     "give the old teacher, or another output_dir"
                 )
         begun = self.info["plans"]
+        if self.info["complete"] and self.todo and self.todo[0] < sum(plan["units"] for plan in published(self.info)):
+            self.info = withdraw(self.root, self.info)
         if units := len(self.plan) - sum(plan["units"] for plan in begun):
             plan = {
                 "units": units,

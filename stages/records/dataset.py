@@ -23,7 +23,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import safetensors
 import safetensors.torch
@@ -32,7 +31,8 @@ from torch import Tensor
 from stages.errors import DamageError, UserError
 from stages.records.cache import ShardCache
 from stages.records.folder import Folder, open_folder
-from stages.records.manifest import decode_manifest, encode_manifest, table_of
+from stages.records.manifest import decode_manifest, encode_manifest, fingerprint, table_of, unit_of
+from stages.records.record import misfit
 from stages.records.shard import Sample, hash_file, write_shard
 from stages.records.storage import seal, unseal
 
@@ -66,7 +66,8 @@ def commit_unit(root: Folder, unit: int, samples: Iterable[Sample]) -> dict[str,
 
 def commit_names(root: Folder) -> list[str]:
     """The files of all commit records, in the order of the plan, in which five digits come before six."""
-    return sorted((name for name in root.list("commits") if re.fullmatch(r"commits/\d+\.json", name)), key=unit_of)
+    numbered = [name for name in root.list("commits") if re.fullmatch(r"commits/\d+\.json", name)]
+    return sorted((name for name in numbered if name == commit_name(unit_of(name))), key=unit_of)
 
 
 def read_commit(root: Folder, name: str) -> dict[str, Any]:
@@ -77,11 +78,12 @@ def read_commit(root: Folder, name: str) -> dict[str, Any]:
     """
     try:
         commit = unseal(root.read(name) or b"")
-        if commit["unit"] != unit_of(name):
+        if commit["unit"] != unit_of(name) or not re.fullmatch(rf"shards/0*{unit_of(name)}-\w+\.tar", commit["shard"]):
             raise ValueError("of another unit")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamageError(
-            f"{root.where(name)}: damaged: move it away and generate again, which makes its unit anew"
+            f"{root.where(name)}: damaged: `python -m pipeline.verify data_dir={root} repair=true` sets it aside; "
+            "then generate again, which makes its unit anew"
         ) from error
     return commit
 
@@ -99,11 +101,6 @@ def is_committed(root: Folder, unit: int) -> bool:
 def commit_name(unit: int) -> str:
     """The file of a unit's commit record."""
     return f"commits/{unit:05d}.json"
-
-
-def unit_of(name: str) -> int:
-    """The unit that a commit record's file is named after."""
-    return int(name.removeprefix("commits/").removesuffix(".json"))
 
 
 def read_commits(root: Folder) -> Iterator[dict[str, Any]]:
@@ -148,12 +145,22 @@ def begin_plan(root: Folder, info: dict[str, Any], plan: dict[str, Any]) -> dict
     return info
 
 
-def publish(root: Folder, info: dict[str, Any], commits: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def withdraw(root: Folder, info: dict[str, Any]) -> dict[str, Any]:
+    """Say in `dataset.json` that units of what was published are made again, so that nobody opens it before `publish`."""
+    info = info | {"complete": False}
+    write_info(root, info)
+    return info
+
+
+def publish(
+    root: Folder, info: dict[str, Any], commits: Iterable[dict[str, Any]], again: bool = False
+) -> dict[str, Any]:
     """Write the manifests and say in `dataset.json` that the dataset is whole, so that readers open it.
 
     Args:
         info: the description so far, with its `plans`.
         commits: of all their units, in order.
+        again: publish only what was published before; a plan under way stays so.
 
     Returns:
         The new description.
@@ -176,13 +183,14 @@ def publish(root: Folder, info: dict[str, Any], commits: Iterable[dict[str, Any]
     whole = table_of(counted())
     plans: list[dict[str, Any]] = []
     units = 0
-    for number, plan in enumerate(info["plans"], start=1):
+    under_way = info["plans"][len(published(info)) :] if again else []
+    for number, plan in enumerate(info["plans"][: len(info["plans"]) - len(under_way)], start=1):
         units += plan["units"]
         table, name = whole.slice(0, rows[units]), manifest_copy(number)
-        content = root.read(name) or b""
-        kept = _sha256(content) == plan.get("manifest_sha256") and decode_manifest(content).equals(table)
-        if not kept:
-            content = encode_manifest(table)
+        kept = _as_published(root, number, plan)
+        before = None if kept is None else decode_manifest(kept)
+        content = kept if kept is not None and table.equals(before) else encode_manifest(table)
+        if root.read(name) != content:
             root.write(name, content)
         counts = {
             "units": units,
@@ -191,19 +199,34 @@ def publish(root: Folder, info: dict[str, Any], commits: Iterable[dict[str, Any]
             "records": pc.sum(table["records"]).as_py(),
             "bytes": size[units],
         }
-        plans.append(plan | {"counts": counts, "manifest_sha256": _sha256(content)})
+        of_rows = fingerprint(table)
+        if before is not None and "fingerprint" not in plan and fingerprint(before) == of_rows:
+            of_rows = plan["manifest_sha256"]  # as the checkpoints know a dataset from before there were fingerprints
+        plans.append(plan | {"counts": counts, "manifest_sha256": _sha256(content), "fingerprint": of_rows})
     root.write(MANIFEST_FILE, content)
-    common = {"complete": True, "plans": plans, "tensors": tensors}
+    common = {"complete": True, "plans": [*plans, *under_way], "tensors": tensors}
     info = of_snapshot(info | common, plans[-1])
     write_info(root, info)
     return info
 
 
+def _as_published(root: Folder, number: int, plan: dict[str, Any]) -> bytes | None:
+    """The manifest of the n-th plan, if it is there as it was published."""
+    contents = (root.read(name) for name in (manifest_copy(number), MANIFEST_FILE))
+    return next((content for content in contents if content and _sha256(content) == plan.get("manifest_sha256")), None)
+
+
 def published(info: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The plans that were made to their end, oldest first; each is a snapshot, and at most one more is under way."""
-    if info is None or not info["complete"]:
-        return []
-    return [plan for plan in info["plans"] if "manifest_sha256" in plan]
+    """The plans that were made to their end, oldest first; each is a snapshot, and at most one more is under way.
+
+    Where `info` is not `complete`, units of theirs are made again.
+    """
+    return [] if info is None else [plan for plan in info["plans"] if "manifest_sha256" in plan]
+
+
+def fingerprint_of(plan: dict[str, Any]) -> str:
+    """What tells a snapshot from any other; datasets from before there were fingerprints have their manifest's SHA-256."""
+    return plan.get("fingerprint", plan["manifest_sha256"])
 
 
 def of_snapshot(info: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
@@ -248,7 +271,7 @@ def read_info(root: Folder) -> dict[str, Any] | None:
 
 def snapshots(root: Folder) -> list[str]:
     """The fingerprints of all snapshots, oldest first."""
-    return [plan["manifest_sha256"] for plan in published(read_info(root))]
+    return [fingerprint_of(plan) for plan in published(read_info(root))]
 
 
 class Dataset:
@@ -257,7 +280,8 @@ class Dataset:
     Args:
         root: its folder, on disk or in a bucket (`s3://bucket/prefix`, `gs://...`, `az://...`).
         snapshot: the fingerprint of the one to open; by default the newest.
-        check_sizes: refuse a dataset with missing or wrongly sized shards; else they are found when they are read.
+        check_sizes: refuse a dataset with missing units, or missing or wrongly sized shards; else they are found when they
+            are read.
         cache: where shards are kept once they are fetched.
 
     Attributes:
@@ -265,6 +289,7 @@ class Dataset:
         info: the content of `dataset.json`, as of the snapshot.
         manifest: the table of samples.
         newest: whether there is no later snapshot.
+        fingerprint: tells what this snapshot holds from what any other does.
 
     Raises:
         UserError: there is no dataset, or no such snapshot of it, it is unfinished, of a newer schema, or a file is missing or of another size.
@@ -284,31 +309,37 @@ class Dataset:
                 f"{self.root}: holds no dataset: make one with `python -m pipeline.generate output_dir={self.root}`"
             )
         whole = published(info)
-        if not whole:
-            done, planned = len(committed_units(self.root)), info["plans"][0]["units"]
-            raise UserError(
-                f"{self.root}: unfinished, {done} of {planned} units are there: run the command that began it again"
-            )
-        known = [plan["manifest_sha256"] for plan in whole]
+        if not whole or not info["complete"]:
+            raise self._unfinished(sum(plan["units"] for plan in whole or info["plans"]))
+        known = [fingerprint_of(plan) for plan in whole]
         if snapshot is not None and snapshot not in known:
             told = ", ".join(fingerprint[:12] for fingerprint in known)
             raise UserError(f"{self.root}: has no snapshot {snapshot[:12]}, only {told}")
         number = len(known) if snapshot is None else 1 + known.index(snapshot)
-        self.newest = number == len(known)
+        self.newest, self.fingerprint = number == len(known), known[number - 1]
         self.info = of_snapshot(info, whole[number - 1])
-        content, problems = read_manifest(self.root, info, number)
+        content, problem = read_manifest(self.root, whole[number - 1], manifest_name(info, number))
         if content is None:
-            raise DamageError(_told(self.root, problems[0]))
+            raise DamageError(_told(self.root, problem))
         self.manifest = decode_manifest(content)
-        if check_sizes and (problems := size_problems(self.root, self.manifest)):
-            raise DamageError(_told(self.root, problems[0]) + SKIPPED)
         shards = self.manifest.group_by(["shard", "shard_sha256", "shard_size"]).aggregate([]).to_pylist()
         self._known = {shard["shard"]: (shard["shard_sha256"], shard["shard_size"]) for shard in shards}
+        if check_sizes:
+            self._check_sizes()
 
-    @property
-    def fingerprint(self) -> str:
-        """Tells this snapshot from any other: the manifest holds the checksum of everything."""
-        return self.info["manifest_sha256"]
+    def _check_sizes(self) -> None:
+        committed = set(committed_units(self.root))
+        if any(unit_of(shard) not in committed for shard in self._known):
+            raise self._unfinished(len(self._known), sum(unit_of(shard) in committed for shard in self._known))
+        sizes = {shard: size for shard, (_, size) in self._known.items()}
+        if problems := size_problems(sizes, self.root.list("shards")):
+            raise DamageError(_told(self.root, problems[0]) + SKIPPED)
+
+    def _unfinished(self, planned: int, done: int | None = None) -> UserError:
+        done = len(committed_units(self.root)) if done is None else done
+        return UserError(
+            f"{self.root}: unfinished, {done} of {planned} units are there: run the command that began it again"
+        )
 
     def open(self, shard: str) -> BinaryIO:
         """A shard, to read samples from.
@@ -329,17 +360,26 @@ class Dataset:
         """The tensors of one sample, checked, from its open shard: those of `PER_RECORD` `[k, ...]`, and `cond.*`.
 
         Raises:
-            UserError: the bytes are not those that were written, or not those of tensors.
+            UserError: the bytes are not those that were written, or not those of the tensors that `dataset.json` tells of.
         """
-        file.seek(row["offset"])
-        content = file.read(row["size"])
+        try:
+            file.seek(row["offset"])
+            content = file.read(row["size"])
+        except OSError as error:
+            raise self._damage(row["shard"], f"the bytes of {row['key']}", str(error.strerror)) from error
         checksum = zlib.crc32(content)
         if checksum != row["checksum"]:
             raise self._damage(row["shard"], f"CRC-32 {row['checksum']:08x} of {row['key']}", f"{checksum:08x}")
         try:
-            return safetensors.torch.load(content)
+            sample = safetensors.torch.load(content)
         except safetensors.SafetensorError as error:
             raise self._damage(row["shard"], f"the tensors of {row['key']}", str(error)) from error
+        if found := misfit(sample, self.info["tensors"]):
+            raise self._damage(row["shard"], f"the tensors of {row['key']}", found)
+        count = len(sample["timestep"])
+        if count < row["records"] if "chosen" in row else count != row["records"]:
+            raise self._damage(row["shard"], f"{row['records']} records in {row['key']}", str(count))
+        return sample
 
     def _damage(self, shard: str, expected: str, found: str) -> DamageError:
         told = _told(self.root, {"shard": shard, "expected": expected, "found": found}) + SKIPPED
@@ -359,34 +399,33 @@ class Dataset:
                 length = int.from_bytes(file.read(8), "little")  # of the header (safetensors' format)
                 header = json.loads(file.read(min(length, row["size"])))
                 begin, end = header["timestep"]["data_offsets"]
+                if not 0 <= begin <= end <= row["size"]:
+                    raise ValueError("beyond the sample")
                 file.seek(row["offset"] + 8 + length + begin)
                 alone = {"timestep": header["timestep"] | {"data_offsets": [0, end - begin]}}
                 told = json.dumps(alone).encode()
                 content = len(told).to_bytes(8, "little") + told + file.read(end - begin)
                 return safetensors.torch.load(content)["timestep"]
-            except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
                 raise self._damage(row["shard"], f"the timesteps of {row['key']}", "other bytes") from error
 
 
-def read_manifest(root: Folder, info: dict[str, Any], number: int) -> tuple[bytes | None, list[dict[str, str]]]:
-    """(the n-th snapshot's manifest, no problem), or (None, why not): it is not the one that was published."""
-    name, expected = manifest_name(info, number), published(info)[number - 1]["manifest_sha256"]
-    content = root.read(name)
+def read_manifest(root: Folder, plan: dict[str, Any], name: str) -> tuple[bytes | None, dict[str, str]]:
+    """(a snapshot's manifest from the file of that name, no problem), or (None, why not): it is not the one that was published."""
+    content, expected = root.read(name), plan["manifest_sha256"]
     found = "no such file" if content is None else _sha256(content)
     if found == expected:
-        return content, []
-    return None, [{"shard": name, "expected": f"SHA-256 {expected}", "found": found}]
+        return content, {}
+    return None, {"shard": name, "expected": f"SHA-256 {expected}", "found": found}
 
 
-def size_problems(root: Folder, manifest: pa.Table) -> list[dict[str, str]]:
+def size_problems(committed: dict[str, int], there: dict[str, int]) -> list[dict[str, str]]:
     """The shards that are missing or not of the size that was committed."""
     problems = []
-    sizes = root.list("shards")
-    for shard in manifest.group_by(["shard", "shard_size"]).aggregate([]).to_pylist():
-        size = sizes.get(shard["shard"])
-        if size != shard["shard_size"]:
-            found = "no such file" if size is None else f"{size} bytes"
-            problems.append({"shard": shard["shard"], "expected": f"{shard['shard_size']} bytes", "found": found})
+    for shard, size in committed.items():
+        if (found := there.get(shard)) != size:
+            told = "no such file" if found is None else f"{found} bytes"
+            problems.append({"shard": shard, "expected": f"{size} bytes", "found": told})
     return problems
 
 

@@ -16,10 +16,11 @@ from obstore.exceptions import BaseError
 
 from stages.buckets import SCHEMES, open_store
 from stages.errors import StorageError, UserError
-from stages.records.storage import create, whole_file
+from stages.records.storage import ASIDE, create, move, whole_file
 
 READ_SIZE = 1 << 22
 CREATE_ATTEMPTS = 3
+CLOCK = ".now"
 
 
 def open_folder(address: str | Path) -> Folder:
@@ -96,7 +97,35 @@ class Folder(ABC):
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Remove a file that is there."""
+        """Remove a file, if it is there."""
+
+    @abstractmethod
+    def move(self, name: str, to: str) -> bool:
+        """Give a file another name; False if that is taken. Killed half way, it is there under both.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+
+    @abstractmethod
+    def leftovers(self, folder: str) -> dict[str, int]:
+        """The files directly in a folder that were written aside and are not in place: their names and sizes."""
+
+    @abstractmethod
+    def modified(self, name: str) -> float:
+        """When a file was last written, in seconds by the clock of the place.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+
+    def now(self) -> float:
+        """The time by the same clock, which need not be this machine's."""
+        self.write(CLOCK, b"")
+        try:
+            return self.modified(CLOCK)
+        finally:
+            self.delete(CLOCK)
 
 
 class DiskFolder(Folder):
@@ -137,7 +166,20 @@ class DiskFolder(Folder):
         return create(self.path / name, content)
 
     def delete(self, name: str) -> None:
-        (self.path / name).unlink()
+        (self.path / name).unlink(missing_ok=True)
+
+    def move(self, name: str, to: str) -> bool:
+        return move(self.path / name, self.path / to)
+
+    def leftovers(self, folder: str) -> dict[str, int]:
+        sizes = {}
+        for path in sorted((self.path / folder).glob(ASIDE)):
+            with suppress(FileNotFoundError):  # put in place meanwhile
+                sizes[path.relative_to(self.path).as_posix()] = path.stat().st_size
+        return sizes
+
+    def modified(self, name: str) -> float:
+        return (self.path / name).stat().st_mtime
 
 
 class BucketFolder(Folder):
@@ -203,8 +245,23 @@ class BucketFolder(Folder):
         raise self._refused(name, "written", failure) from failure
 
     def delete(self, name: str) -> None:
-        with self._told(name, "removed"):
+        with suppress(FileNotFoundError), self._told(name, "removed"):
             obstore.delete(self.store, name)
+
+    def move(self, name: str, to: str) -> bool:
+        if self.exists(to):
+            return False
+        with self._told(name, "moved"):
+            obstore.copy(self.store, name, to)
+        self.delete(name)
+        return True
+
+    def leftovers(self, folder: str) -> dict[str, int]:
+        return {}  # an upload that was not ended is no object
+
+    def modified(self, name: str) -> float:
+        with self._told(name, "read"):
+            return obstore.head(self.store, name)["last_modified"].timestamp()
 
     @contextmanager
     def _told(self, name: str, done: str) -> Iterator[None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,6 +32,18 @@ SCHEMA = pa.schema(
     ]
 )
 
+PLACE = (
+    "shard",
+    "shard_size",
+    "shard_sha256",
+    "offset",
+)  # where a sample is, which another attempt at its unit changes
+
+
+def unit_of(name: str) -> int:
+    """The unit that a commit record's file, or a shard's, is named after."""
+    return int(name.rpartition("/")[2].partition(".")[0].partition("-")[0])
+
 
 def table_of(commits: Iterable[dict[str, Any]]) -> pa.Table:
     """The rows of all commits, in the order of the plan."""
@@ -54,3 +68,13 @@ def encode_manifest(table: pa.Table) -> bytes:
 def decode_manifest(content: bytes) -> pa.Table:
     """The whole table; its columns are those of `SCHEMA`."""
     return pq.read_table(io.BytesIO(content), schema=SCHEMA)
+
+
+def fingerprint(table: pa.Table) -> str:
+    """SHA-256 of what the samples hold, unit by unit: the same for a dataset of which units were made again, bit for bit."""
+    digest = hashlib.sha256()
+    for batch in table.to_batches(max_chunksize=ROWS_OF_A_BATCH):
+        for row in batch.to_pylist():
+            content = {name: value for name, value in row.items() if name not in PLACE}
+            digest.update(json.dumps([unit_of(row["shard"]), content], sort_keys=True).encode())
+    return digest.hexdigest()

@@ -102,7 +102,7 @@ def from_members(tensors: bytes, about: bytes) -> Trajectory:
             guidance_delta=named.pop("guidance_delta", None),
             cond={name.removeprefix(CONDITION_PREFIX): value for name, value in named.items()},
         )
-    except (KeyError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError, safetensors.SafetensorError) as error:
         raise ValueError(f"not a sample of records: {error}") from error
 
 
@@ -116,6 +116,25 @@ def describe(trajectory: Trajectory) -> dict[str, dict[str, Any]]:
     tensors = {name: value[0] for name, value in trajectory.per_record().items()}
     tensors |= {CONDITION_PREFIX + name: value for name, value in trajectory.cond.items()}
     return {name: {"dtype": dtype_name(value.dtype), "shape": list(value.shape)} for name, value in tensors.items()}
+
+
+def misfit(tensors: dict[str, Tensor], told: dict[str, dict[str, Any]]) -> str | None:
+    """What keeps the tensors of a sample from being those that `dataset.json` tells of; None where nothing does.
+
+    Conditions may differ in length from sample to sample.
+    """
+    count = list(tensors["timestep"].shape[:1]) if "timestep" in tensors else []
+    for name, about in told.items():
+        if name not in tensors:
+            return f"no {name}"
+        found, shape = tensors[name], list(about["shape"])
+        if name in PER_RECORD:
+            shape = count + shape
+        elif shape and found.ndim:
+            shape[0] = found.shape[0]
+        if (dtype_name(found.dtype), list(found.shape)) != (about["dtype"], shape) or 0 in count:
+            return f"{name} {dtype_name(found.dtype)} {list(found.shape)}, not {about['dtype']} {shape}"
+    return None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

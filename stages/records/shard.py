@@ -6,7 +6,7 @@ import hashlib
 import io
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -33,7 +33,7 @@ class Sample:
 def encode(trajectory: Trajectory) -> Sample:
     """The bytes that a shard will hold of it."""
     members = dict(sorted(trajectory.to_members().items()))
-    return Sample(trajectory.key, members, _row(trajectory, members["safetensors"]), describe(trajectory))
+    return Sample(trajectory.key, members, row_of(trajectory, members["safetensors"]), describe(trajectory))
 
 
 def write_shard(file: BinaryIO, samples: Iterable[Sample]) -> list[dict[str, Any]]:
@@ -58,7 +58,32 @@ def _padded(size: int) -> int:
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def _row(trajectory: Trajectory, tensors: bytes) -> dict[str, Any]:
+def read_members(file: BinaryIO, size: int) -> Iterator[tuple[str, int, bytes]]:
+    """(name, offset, content) of each member of a shard of so many bytes, from its first on; their names lead nowhere.
+
+    Raises:
+        ValueError: it is no shard from here on.
+    """
+    place = 0
+    while (block := file.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
+        try:
+            member = tarfile.TarInfo.frombuf(block, "ascii", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError) as error:
+            raise ValueError(f"no member at byte {place}: {error}") from error
+        place += tarfile.BLOCKSIZE
+        if member.type != tarfile.REGTYPE:
+            raise ValueError(f"{member.name!r}, which is no file")
+        if not 0 <= _padded(member.size) <= size - place:  # before memory is taken for it
+            raise ValueError(f"{member.name!r} of {member.size} bytes")
+        yield member.name, place, file.read(_padded(member.size))[: member.size]
+        place += _padded(member.size)
+    while piece := file.read(READ_SIZE):
+        if piece.strip(b"\0"):
+            raise ValueError("bytes after its end")
+
+
+def row_of(trajectory: Trajectory, tensors: bytes) -> dict[str, Any]:
+    """A sample's row of the manifest, but for its key and the place in it."""
     return {
         "size": len(tensors),
         "checksum": zlib.crc32(tensors),

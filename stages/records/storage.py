@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from stages.errors import StorageError
 
 SEAL = "checksum"
+ASIDE = ".*.????????.tmp"  # the files of `_written_aside`
 
 
 def whole_file(path: Path) -> AbstractContextManager[BinaryIO]:
@@ -42,6 +43,28 @@ def create(path: Path, content: bytes) -> bool:
     with _written_aside(path, link) as file:
         file.write(content)
     return won
+
+
+def move(path: Path, to: Path) -> bool:
+    """Give a file another name in the same file system; False if that is taken.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StorageError: the disk refused.
+    """
+    make_folder(to.parent)
+    try:
+        os.link(path, to)  # a rename would replace what is there
+        _sync_folder(to.parent)
+        path.unlink()
+        _sync_folder(path.parent)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be moved to {to}: {error.strerror or error}") from error
+    return True
 
 
 @contextmanager

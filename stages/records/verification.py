@@ -1,158 +1,277 @@
-"""Read a whole dataset once: what is in it, and is every byte as it was written."""
+"""A whole dataset, looked through: what is in it, and is it as it was written. Nothing is changed here; repair.py mends."""
 
 from __future__ import annotations
 
-import hashlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import safetensors
-import safetensors.torch
 
 from stages.errors import DamageError, UserError
 from stages.progress import progress
 from stages.records.dataset import (
     DATASET_FILE,
+    MANIFEST_FILE,
     READERS,
+    commit_name,
     commit_names,
+    manifest_copy,
+    manifest_name,
     published,
     read_commit,
     read_info,
     read_manifest,
     size_problems,
-    unit_of,
 )
-from stages.records.folder import READ_SIZE, Folder, open_folder
-from stages.records.manifest import SCHEMA, decode_manifest, table_of
+from stages.records.folder import Folder, open_folder
+from stages.records.inspection import BrokenError, inspect_shard
+from stages.records.manifest import SCHEMA, decode_manifest, table_of, unit_of
 
 SCALE_BINS = 10
 TIMESTEP_BINS = 10
+FOLDERS = ("", "shards", "commits", "manifests", "preview")
+
+Problem = dict[str, str]  # `shard`, `expected`, `found`
 
 
-def verify(address: str | Path) -> dict[str, Any]:
-    """Counts, histograms and problems of the newest snapshot; `ok` is true only if there is one and nothing in it is damaged.
+@dataclass
+class Survey:
+    """A dataset as it was found.
+
+    Attributes:
+        deep: whether the shards were read.
+        sizes: of all files in `shards/`, by name.
+        commits: the records that are as they were written, by unit; of all plans.
+        of_commits: the problem of each file in `commits/` that is damaged or of no plan, by its name.
+        of_shards: the problem of each committed shard that has one, by unit.
+        of_manifests: problems of the manifests' files, by name.
+        differences: samples of which the published manifests tell other than the commits.
+        unfinished: at most one problem: units are missing, or not published.
+        orphans: sizes of the files that belong to no commit, by name.
+        timesteps: of the samples of a unit, if it was read and is whole.
+    """
+
+    root: Folder
+    info: dict[str, Any]
+    deep: bool
+    sizes: dict[str, int] = field(default_factory=dict)
+    commits: dict[int, dict[str, Any]] = field(default_factory=dict)
+    of_commits: dict[str, Problem] = field(default_factory=dict)
+    of_shards: dict[int, Problem] = field(default_factory=dict)
+    of_manifests: list[Problem] = field(default_factory=list)
+    differences: list[Problem] = field(default_factory=list)
+    unfinished: list[Problem] = field(default_factory=list)
+    orphans: dict[str, int] = field(default_factory=dict)
+    timesteps: dict[int, list[np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def units(self) -> range:
+        """Those of the newest snapshot; before there is one, those that it will have."""
+        return range(sum(plan["units"] for plan in published(self.info) or self.info["plans"]))
+
+    @property
+    def problems(self) -> list[Problem]:
+        found = [*self.of_commits.values(), *self.unfinished, *self.of_manifests, *self.differences]
+        return found + [self.of_shards[unit] for unit in sorted(self.of_shards)]
+
+    def summary(self) -> dict[str, Any]:
+        """The content of `verification.json`."""
+        commits = [commit for unit, commit in self.commits.items() if unit in self.units]
+        rows = [row for commit in commits for row in commit["samples"]]
+        return {
+            "ok": not self.problems,
+            "deep": self.deep,
+            "trajectories": len({row["trajectory"] for row in rows}),
+            "records": sum(row["records"] for row in rows),
+            "bytes": sum(commit["size"] for commit in commits),
+            "shards": len(commits),
+            "histograms": self._histograms(rows),
+            "problems": self.problems,
+            "orphans": {
+                "count": len(self.orphans),
+                "bytes": sum(self.orphans.values()),
+                "names": list(self.orphans),
+            },
+        }
+
+    def _histograms(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        classes = np.array([row["class_label"] for row in rows if row["class_label"] is not None], dtype=int)
+        labels, counts = np.unique(classes, return_counts=True)
+        told = {
+            "scale": _histogram(np.array([row["scale"] for row in rows]), SCALE_BINS),
+            "class_label": {str(label): int(count) for label, count in zip(labels, counts, strict=True)},
+        }
+        if self.deep:
+            timesteps = [values for unit in self.units for values in self.timesteps.get(unit, [])]
+            told["timestep"] = _histogram(np.concatenate([np.empty(0), *timesteps]), TIMESTEP_BINS)
+        return told
+
+
+def verify(address: str | Path, deep: bool = True) -> dict[str, Any]:
+    """What a survey tells; `ok` is true only if there is a snapshot and nothing in the dataset is missing or damaged.
 
     Raises:
         UserError: there is no dataset at `address`.
     """
-    root = open_folder(address)
+    return survey(open_folder(address), deep).summary()
+
+
+def survey(root: Folder, deep: bool) -> Survey:
+    """Look a dataset through; `deep`, every shard is read.
+
+    Raises:
+        UserError: there is no dataset, or its description is damaged.
+    """
+    found = Survey(root, _read_info(root), deep)
+    _look_at_commits(found)
+    _look_at_units(found)
+    if found.info["complete"]:  # else they are of before what is missing was made again
+        _look_at_manifests(found)
+    _look_at_shards(found)
+    found.orphans = _orphans(found)
+    return found
+
+
+def _read_info(root: Folder) -> dict[str, Any]:
     info = read_info(root)
     if info is None:
         raise UserError(f"{root}: holds no dataset: there is no {DATASET_FILE} in it")
-    snapshots = published(info)
-    commits, problems = _read_commits(root)
-    problems += _unfinished(info, commits)
-    end = sum(plan["units"] for plan in snapshots or info["plans"])
-    commits = {unit: commit for unit, commit in commits.items() if unit < end}
-    if not problems:
-        manifests = [read_manifest(root, info, number) for number in range(1, len(snapshots) + 1)]
-        problems = [problem for _, found in manifests for problem in found]
-        if (content := manifests[-1][0]) is not None:
-            manifest = decode_manifest(content)
-            problems += _differences(commits, manifest) + size_problems(root, manifest)
-    known_bad = {problem["shard"] for problem in problems}
-    timesteps: list[np.ndarray] = []
-    with progress(len(commits), "verify", "shards") as bar:
-        for commit in commits.values():
-            if commit["shard"] not in known_bad:
-                problems += _read_shard(root, commit, timesteps)
-            bar.update()
-    rows = [row for commit in commits.values() for row in commit["samples"]]
-    return {
-        "ok": not problems,
-        "trajectories": len({row["trajectory"] for row in rows}),
-        "records": sum(row["records"] for row in rows),
-        "bytes": sum(commit["size"] for commit in commits.values()),
-        "shards": len(commits),
-        "histograms": _histograms(rows, timesteps),
-        "problems": problems,
-    }
+    return info
 
 
-def _read_commits(root: Folder) -> tuple[dict[int, Any], list[dict[str, str]]]:
-    """The commit records that are as they were written, and a problem for each of the others."""
-
+def _look_at_commits(found: Survey) -> None:
     def read(name: str) -> dict[str, Any] | None:
         try:
-            return read_commit(root, name)
+            return read_commit(found.root, name)
         except DamageError:
             return None
 
-    names = commit_names(root)
+    names = commit_names(found.root)
     with ThreadPoolExecutor(READERS) as threads:
-        found = list(zip(names, threads.map(read, names), strict=True))
-    commits = {unit_of(name): commit for name, commit in found if commit is not None}
-    damaged = [name for name, commit in found if commit is None]
-    return commits, [{"shard": name, "expected": "a commit record", "found": "damage"} for name in damaged]
+        for name, commit in zip(names, threads.map(read, names), strict=True):
+            if commit is None:
+                found.of_commits[name] = {"shard": name, "expected": "a commit record", "found": "damage"}
+            else:
+                found.commits[commit["unit"]] = commit
+    # Read again, because another run may have planned more since, and committed that.
+    known = sum(plan["units"] for plan in _read_info(found.root)["plans"])
+    for unit in [unit for unit in found.commits if unit >= known]:
+        name = commit_name(unit)
+        told = {"expected": f"one of the {known} planned units", "found": f"{unit:05d}, beyond the plan"}
+        found.of_commits[name] = {"shard": name} | told
+        del found.commits[unit]
 
 
-def _unfinished(info: dict[str, Any], commits: dict[int, Any]) -> list[dict[str, str]]:
-    """Units that miss in the newest snapshot, and those that no plan knows, one under way among them."""
-    planned = set(range(sum(plan["units"] for plan in published(info) or info["plans"])))
-    known = set(range(sum(plan["units"] for plan in info["plans"])))
-    missing, beyond = sorted(planned - set(commits)), sorted(set(commits) - known)
-    if info["complete"] and not missing and not beyond:
-        return []
-    told = [f"without {_named(missing)}" if missing else "", f"with {_named(beyond)} beyond the plan" if beyond else ""]
-    found = ", ".join(part for part in (str(len(commits)), *told) if part)
-    if not missing and not beyond:
-        found += ", not yet published"
-    return [{"shard": DATASET_FILE, "expected": f"{len(planned)} units", "found": found}]
+def _look_at_units(found: Survey) -> None:
+    """Are all units there that are to be in the newest snapshot?"""
+    missing = [f"{unit:05d}" for unit in found.units if unit not in found.commits]
+    if missing:
+        more = ", ..." if len(missing) > 5 else ""
+        told = f"{len(found.units) - len(missing)}, without {', '.join(missing[:5])}{more}"
+    elif not found.info["complete"]:
+        told = f"{len(found.units)}, not yet published"
+    else:
+        return
+    found.unfinished.append({"shard": DATASET_FILE, "expected": f"{len(found.units)} units", "found": told})
 
 
-def _named(units: list[int]) -> str:
-    return ", ".join(f"{unit:05d}" for unit in units[:5]) + (", ..." if len(units) > 5 else "")
+def _look_at_manifests(found: Survey) -> None:
+    end = 0
+    for number, plan in enumerate(published(found.info), start=1):
+        end += plan["units"]
+        name, copy = manifest_name(found.info, number), manifest_copy(number)
+        content, problem = read_manifest(found.root, plan, name)
+        if content is None:
+            found.of_manifests.append(problem)
+        else:
+            found.differences += _differences(found, range(end), decode_manifest(content))
+        if name == MANIFEST_FILE and found.root.exists(copy):  # datasets from before there were copies have none
+            content, problem = read_manifest(found.root, plan, copy)
+            if content is None:
+                found.of_manifests.append(problem)
 
 
-def _differences(commits: dict[int, Any], manifest: pa.Table) -> list[dict[str, str]]:
-    """The samples of which the manifest tells other than their commit does."""
-    committed = {tuple(row.values()) for row in table_of(commits.values()).to_pylist()}
-    listed = {tuple(row.values()) for row in manifest.to_pylist()}
-    place = [SCHEMA.get_field_index(name) for name in ("shard", "key")]
-    differing = sorted({tuple(row[i] for i in place) for row in committed ^ listed})
+def _differences(found: Survey, units: range, manifest: pa.Table) -> list[Problem]:
+    """The samples of which a manifest tells other than their commit does, where there is that commit."""
+    committed = table_of(found.commits[unit] for unit in units if unit in found.commits)
+    unread = {unit for unit in units if unit not in found.commits}
+    rows = (tuple(row.values()) for row in manifest.to_pylist() if unit_of(row["shard"]) not in unread)
+    differing = Counter(rows)
+    differing.subtract(tuple(row.values()) for row in committed.to_pylist())
+    shard, key = (SCHEMA.get_field_index(name) for name in ("shard", "key"))
     return [
-        {"shard": shard, "expected": f"{key} in the manifest as in its commit", "found": "a difference"}
-        for shard, key in differing
+        {"shard": name, "expected": f"{sample} in the manifest as in its commit", "found": "a difference"}
+        for name, sample in sorted({(row[shard], row[key]) for row, count in differing.items() if count})
     ]
 
 
-def _read_shard(root: Folder, commit: dict[str, Any], timesteps: list[np.ndarray]) -> list[dict[str, str]]:
-    """Hash a shard and take the timesteps of its samples, all in one pass; the problems found."""
-    digest = hashlib.sha256()
-    taken, problems = [], []
-    try:
-        with root.open(commit["shard"]) as file:
-            for row in commit["samples"]:
-                digest.update(file.read(row["offset"] - file.tell()))
-                content = file.read(row["size"])
-                digest.update(content)
+def _look_at_shards(found: Survey) -> None:
+    found.sizes = found.root.list("shards")
+    by_shard = {commit["shard"]: unit for unit, commit in found.commits.items()}
+    committed = {commit["shard"]: commit["size"] for commit in found.commits.values()}
+    for problem in size_problems(committed, found.sizes):
+        found.of_shards[by_shard[problem["shard"]]] = problem
+    _look_for_duplicates(found)
+    if not found.deep:
+        return
+    with progress(len(found.commits), "verify", "shards") as bar:
+        for unit, commit in sorted(found.commits.items()):
+            if unit not in found.of_shards:
                 try:
-                    taken.append(safetensors.torch.load(content)["timestep"].double().numpy())
-                except (safetensors.SafetensorError, KeyError) as error:
-                    problem = {"expected": f"the tensors of {row['key']}", "found": str(error)}
-                    problems.append({"shard": commit["shard"]} | problem)
-            while piece := file.read(READ_SIZE):
-                digest.update(piece)
-        found = digest.hexdigest()
-    except FileNotFoundError:
-        found = "no such file"
-    if found != commit["sha256"]:
-        return [{"shard": commit["shard"], "expected": f"SHA-256 {commit['sha256']}", "found": found}]
-    timesteps += taken
-    return problems[:1]
+                    tensors = found.info.get("tensors") or commit["tensors"]
+                    found.timesteps[unit] = inspect_shard(found.root, commit, tensors)
+                except BrokenError as broken:
+                    expected, what = broken.args
+                    found.of_shards[unit] = {"shard": commit["shard"], "expected": expected, "found": what}
+            bar.update()
 
 
-def _histograms(rows: list[dict[str, Any]], timesteps: list[np.ndarray]) -> dict[str, Any]:
-    classes = np.array([row["class_label"] for row in rows if row["class_label"] is not None], dtype=int)
-    labels, counts = np.unique(classes, return_counts=True)
-    return {
-        "scale": _histogram(np.array([row["scale"] for row in rows]), SCALE_BINS),
-        "timestep": _histogram(np.concatenate([np.empty(0), *timesteps]), TIMESTEP_BINS),
-        "class_label": {str(label): int(count) for label, count in zip(labels, counts, strict=True)},
+def _look_for_duplicates(found: Survey) -> None:
+    """A key that two samples have says nothing of which of them is right."""
+    counts = Counter(row["key"] for commit in found.commits.values() for row in commit["samples"])
+    if counts.total() == len(counts):
+        return
+    for unit, commit in found.commits.items():
+        for key in (row["key"] for row in commit["samples"] if counts[row["key"]] > 1):
+            told = {"expected": f"one sample {key} in the dataset", "found": str(counts[key])}
+            found.of_shards.setdefault(unit, {"shard": commit["shard"]} | told)
+
+
+def _orphans(found: Survey) -> dict[str, int]:
+    """Shards that no commit names, and files written aside that were never put in place."""
+    named = {commit["shard"] for commit in found.commits.values()}
+    unknown = {unit_of(name) for name in found.of_commits}  # which shard a damaged commit names
+    orphans = {
+        name: size
+        for name, size in found.sizes.items()
+        if name not in named and unit_of_file(name) not in unknown and not is_named(found.root, name)
     }
+    for folder in FOLDERS:
+        orphans |= found.root.leftovers(folder)
+    return orphans
+
+
+def unit_of_file(name: str) -> int | None:
+    """The unit that a file in `shards/` or `commits/`, or one written aside there, was made for."""
+    if not name.startswith(("shards/", "commits/")):
+        return None
+    number = Path(name).name.lstrip(".").partition("-")[0].partition(".")[0]
+    return int(number) if number.isascii() and number.isdigit() else None
+
+
+def is_named(root: Folder, shard: str) -> bool:
+    """Whether by now a commit record names that shard, or may: a damaged one names any of its unit's."""
+    unit = unit_of_file(shard)
+    if unit is None or not root.exists(name := commit_name(unit)):
+        return False
+    try:
+        return read_commit(root, name)["shard"] == shard
+    except DamageError:
+        return True
 
 
 def _histogram(values: np.ndarray, bins: int) -> list[dict[str, float]]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import resource
 import zlib
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,10 @@ import pytest
 from stages.errors import UserError
 from stages.records.dataset import Dataset, commit_unit, read_commits, read_info, snapshots
 from stages.records.folder import open_folder
+from stages.records.manifest import fingerprint
 from stages.records.shard import encode
 from stages.records.storage import seal, unseal
+from tests.damages import SEALED
 from tests.stages.records.test_record import trajectory
 
 
@@ -48,7 +52,7 @@ def test_the_description_tells_what_the_dataset_is(dataset: Dataset) -> None:
         "scale_range": [1.0, 6.0],
     }
     assert info["tensors"]["latent"] == {"dtype": "float16", "shape": [4, 8, 8]}
-    assert dataset.fingerprint == info["manifest_sha256"]
+    assert dataset.fingerprint == info["plans"][0]["fingerprint"] == fingerprint(dataset.manifest)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
@@ -161,3 +165,37 @@ def test_units_of_six_digits_come_after_those_of_five(tmp_path: Path) -> None:
     for unit in (100_000, 99_999, 10_000, 10_001):
         commit_unit(root, unit, [encode(trajectory())])
     assert [commit["unit"] for commit in read_commits(root)] == [10_000, 10_001, 99_999, 100_000]
+
+
+@pytest.mark.parametrize("place", [[-8, 8], [0, 1 << 62], [1 << 62, 1 << 63], ["a", "b"], [16, 8]])
+def test_timesteps_that_are_said_to_be_elsewhere_are_not_looked_for(damaged: Path, place: list[Any]) -> None:
+    dataset = Dataset(damaged)
+    row = dataset.manifest.to_pylist()[0]
+    header = json.dumps({"timestep": {"dtype": "I64", "shape": [1], "data_offsets": place}}).encode()
+    content = bytearray((damaged / row["shard"]).read_bytes())
+    told = len(header).to_bytes(8, "little") + header
+    content[row["offset"] : row["offset"] + len(told)] = told
+    (damaged / row["shard"]).write_bytes(content)
+    with pytest.raises(UserError, match=f"expected the timesteps of {row['key']}"):
+        dataset.timesteps(row)
+
+
+def test_a_header_of_2_to_63_bytes_takes_no_memory(damaged: Path) -> None:
+    SEALED["a header of 2^63 bytes, sealed"](damaged)
+    dataset = Dataset(damaged)
+    row = dataset.manifest.to_pylist()[3]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with dataset.open(row["shard"]) as file, pytest.raises(UserError, match=rf"^\S*{row['shard']}: damaged: [^\n]*$"):
+        dataset.read(file, row)
+    with pytest.raises(UserError, match=rf"^\S*{row['shard']}: damaged: [^\n]*$"):
+        dataset.timesteps(row)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 15  # KiB
+
+
+def test_another_number_of_records_than_is_told_is_refused(dataset: Dataset) -> None:
+    row = dataset.manifest.to_pylist()[0]
+    with dataset.open(row["shard"]) as file:
+        assert len(dataset.read(file, row | {"chosen": [1], "records": 1})["timestep"]) == 4
+        for count in (1, 3, 5):
+            with pytest.raises(UserError, match=f"expected {count} records in {row['key']}, found 4"):
+                dataset.read(file, row | {"records": count})

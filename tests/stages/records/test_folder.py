@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,6 +57,35 @@ def test_what_was_written_is_read(folder: Folder) -> None:
     folder.delete("shards/a.tar")
     assert list(folder.list("shards")) == ["shards/b.tar"]
     assert folder.where("a.json") == f"{folder}/a.json"
+
+
+def test_a_file_is_moved_unless_the_name_is_taken(folder: Folder) -> None:
+    folder.write("a", b"one")
+    assert folder.move("a", "aside/a")
+    folder.write("a", b"two")
+    assert not folder.move("a", "aside/a")
+    assert (folder.read("a"), folder.read("aside/a")) == (b"two", b"one")
+    for done in (lambda: folder.move("b", "aside/b"), lambda: folder.modified("b")):
+        with pytest.raises(FileNotFoundError):
+            done()
+    folder.delete("b")
+    assert list(folder.list("aside")) == ["aside/a"]
+
+
+def test_what_is_written_aside_is_told_by_itself(folder: Folder) -> None:
+    folder.write("shards/a.tar", b"whole")
+    with folder.whole_file("shards/b.tar"):
+        aside = folder.leftovers("shards")
+    assert [name.rpartition(".b.tar.")[0] for name in aside] == (["shards/"] if "://" not in str(folder) else [])
+    assert folder.leftovers("shards") == {}
+
+
+def test_the_place_has_its_own_clock(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.write("a", b"")
+    real = time.time()
+    monkeypatch.setattr(time, "time", lambda: real + 1e6)
+    assert 0 <= folder.now() - folder.modified("a") < 60
+    assert not folder.exists(".now")
 
 
 @pytest.mark.parametrize("size", [0, 100, MULTIPART])

@@ -6,13 +6,14 @@ import tarfile
 import zlib
 from pathlib import Path
 
+import pytest
 import safetensors.torch
 import torch
 import webdataset
 
 from stages.records.dataset import Dataset
 from stages.records.record import Trajectory, decode
-from stages.records.shard import encode, hash_file, write_shard
+from stages.records.shard import encode, hash_file, read_members, write_shard
 
 
 def test_the_stock_reader_reads_the_shards(dataset: Dataset) -> None:
@@ -56,3 +57,29 @@ def test_equal_records_make_equal_bytes(dataset: Dataset) -> None:
 def test_a_file_is_hashed_whole() -> None:
     content = bytes(range(256)) * 40_000
     assert hash_file(io.BytesIO(content)) == hashlib.sha256(content).hexdigest()
+
+
+def test_members_are_read_without_a_place_to_put_them(dataset: Dataset) -> None:
+    row = dataset.manifest.to_pylist()[0]
+    content = Path(dataset.root.where(row["shard"])).read_bytes()
+    found = list(read_members(io.BytesIO(content), len(content)))
+    assert len(found) == 6
+    assert found[1][:2] == (f"{row['key']}.safetensors", row["offset"])
+    for other, told in (
+        (b"", "no member at byte 0"),
+        (b"x" * 2048, "no member at byte 0"),
+        (content[:1000], "of .* bytes"),
+        (content[: found[1][1]], "of .* bytes"),
+        (content + b"x", "bytes after its end"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            list(read_members(io.BytesIO(other), len(other)))
+
+
+@pytest.mark.parametrize("size", [1 << 62, -1, (8 << 30) - 1])
+def test_a_member_larger_than_its_shard_takes_no_memory(size: int) -> None:
+    member = tarfile.TarInfo("a.json")
+    member.size = size
+    content = member.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+    with pytest.raises(ValueError, match=f"'a.json' of {size} bytes"):
+        list(read_members(io.BytesIO(content), len(content)))

@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 
 from stages.errors import UserError
+from stages.generate.driver import Driver
 from stages.records.dataset import Dataset
+from stages.records.folder import DiskFolder
 from stages.records.storage import seal, unseal
 from stages.records.verification import verify
 from tests.conftest import generate, generate_config
+from tests.stages.generate.test_driver import Faulty
 from tests.stages.records.test_dataset import change_info
 
 
@@ -73,24 +76,30 @@ def test_damaged_and_foreign_commits_are_each_a_problem(damaged: Path) -> None:
     commits = sorted((damaged / "commits").iterdir())
     commits[0].write_text(commits[0].read_text().replace('"class_label": 0', '"class_label": 7'))
     (damaged / "commits" / "00007.json").write_bytes(commits[1].read_bytes())
-    (damaged / "commits" / "99999.json").write_bytes(seal({**unseal(commits[1].read_bytes()), "unit": 99999}))
+    beyond = {**unseal(commits[1].read_bytes()), "unit": 99999, "shard": "shards/99999-1a2b3c4d.tar"}
+    (damaged / "commits" / "99999.json").write_bytes(seal(beyond))
     found = verify(damaged)
     assert [problem["shard"] for problem in found["problems"]] == [
         "commits/00000.json",
         "commits/00007.json",
+        "commits/99999.json",
         "dataset.json",
     ]
-    assert "without 00000, with 99999 beyond the plan" in found["problems"][-1]["found"]
+    assert found["problems"][-2]["expected"] == "one of the 4 planned units"
+    assert found["problems"][-1]["found"] == "3, without 00000"
 
 
 def test_a_manifest_that_tells_other_than_the_commits_is_a_problem(damaged: Path) -> None:
+    """Which of the two is right, the shard tells."""
     path = damaged / "commits" / "00001.json"
     commit = unseal(path.read_bytes())
     commit["samples"][2]["scale"] = 9.0
     path.write_bytes(seal(commit))
-    (problem,) = verify(damaged)["problems"]
+    (problem,) = verify(damaged, deep=False)["problems"]
     assert problem["shard"] == commit["shard"]
     assert "000000005_0000 in the manifest as in its commit" in problem["expected"]
+    (_, problem) = verify(damaged)["problems"]
+    assert (problem["shard"], problem["expected"]) == (commit["shard"], "scale 9.0 of 000000005_0000")
 
 
 def test_the_manifest_of_every_snapshot_is_looked_at(damaged: Path, tiny_teacher: Path) -> None:
@@ -100,3 +109,29 @@ def test_the_manifest_of_every_snapshot_is_looked_at(damaged: Path, tiny_teacher
     found = verify(damaged)
     assert [problem["shard"] for problem in found["problems"]] == ["manifests/1.parquet"]
     assert found["trajectories"] == 14
+
+
+def test_without_depth_no_shard_is_read(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing, short, flipped, _ = shards(damaged)
+    (damaged / missing).unlink()
+    (damaged / short).write_bytes((damaged / short).read_bytes()[:-512])
+    content = bytearray((damaged / flipped).read_bytes())
+    content[700] ^= 1
+    (damaged / flipped).write_bytes(content)
+    assert [problem["shard"] for problem in verify(damaged)["problems"]] == [missing, short, flipped]
+    monkeypatch.setattr(DiskFolder, "open", None)
+    found = verify(damaged, deep=False)
+    assert [problem["shard"] for problem in found["problems"]] == [missing, short]
+    assert found["histograms"].keys() == {"scale", "class_label"}
+    assert not found["deep"]
+
+
+def test_units_of_a_plan_under_way_are_looked_at_too(damaged: Path, tiny_teacher: Path) -> None:
+    config = generate_config(tiny_teacher, damaged, num_trajectories=20)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(config).run(Faulty(config, {}, die_after=1))
+    found = verify(damaged)
+    assert (found["ok"], found["shards"], found["orphans"]["count"]) == (True, 4, 0)
+    (shard,) = damaged.glob("shards/00004-*.tar")
+    shard.write_bytes(b"")
+    assert [problem["shard"] for problem in verify(damaged)["problems"]] == [f"shards/{shard.name}"]

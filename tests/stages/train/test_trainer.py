@@ -19,11 +19,16 @@ from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.denoiser import fingerprint
 from stages.errors import UserError
 from stages.records.dataset import Dataset
+from stages.records.folder import open_folder
+from stages.records.repair import repair
+from stages.records.verification import survey
 from stages.train.batch import Batch
 from stages.train.config import LOSSES
 from stages.train.selection import select
 from stages.train.trainer import Trainer
 from tests.conftest import VARIANTS, generate, generate_config, small_adapter, train_config
+from tests.damages import DAMAGES
+from tests.stages.generate.test_driver import older
 
 
 def test_a_plain_lora_is_not_trained_on_many_scales(shared_dataset: Path, tmp_path: Path) -> None:
@@ -429,6 +434,27 @@ def test_a_resumed_run_stays_with_the_dataset_that_it_began_with(
     fresh = Trainer(train_config(damaged, tmp_path / "fresh"))
     assert fresh.dataset.newest
     assert fresh.stream.records_per_epoch == 4 * 16
+
+
+@pytest.mark.parametrize("from_before_fingerprints", [False, True])
+def test_a_run_is_resumed_exactly_after_a_repair(
+    damaged: Path, tiny_teacher: Path, tiny_adapter: Path, tmp_path: Path, from_before_fingerprints: bool
+) -> None:
+    shutil.copytree(tiny_adapter / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "step-00000012.pt").unlink()
+    if from_before_fingerprints:
+        older(damaged)
+        manifest = Dataset(damaged).info["manifest_sha256"]
+        path = tmp_path / "checkpoints" / "step-00000008.pt"
+        torch.save(torch.load(path, weights_only=True) | {"dataset_fingerprint": manifest}, path)
+    names = set(Dataset(damaged).manifest["shard"].to_pylist())
+    DAMAGES["two shards swapped"](damaged)
+    repair(survey(open_folder(damaged), deep=True), grace=0)
+    grow(damaged, tiny_teacher)
+    assert len(names & set(Dataset(damaged).manifest["shard"].to_pylist())) == 2
+    Trainer(train_config(damaged, tmp_path, resume_from_checkpoint="latest")).run()
+    one, other = (load_file(root / "adapter_model.safetensors") for root in (tiny_adapter, tmp_path))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_run_on_fewer_classes_is_resumed_after_more_were_added(tiny_teacher: Path, tmp_path: Path) -> None:

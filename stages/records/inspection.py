@@ -1,0 +1,97 @@
+"""One shard, read from its first byte to its last: is it as it was written, and does it keep the contract of samples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from stages.records.folder import READ_SIZE, Folder
+from stages.records.record import from_members, misfit
+from stages.records.shard import read_members, row_of
+
+Member = tuple[str, int, bytes]
+
+
+class BrokenError(Exception):
+    """What was expected, and what was found instead."""
+
+
+class _Hashed:
+    """A file that is read once, forward, and the SHA-256 of what was read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        content = self.file.read(size)
+        self.digest.update(content)
+        return content
+
+
+def inspect_shard(root: Folder, commit: dict[str, Any], told: dict[str, Any]) -> list[np.ndarray]:
+    """The timesteps of a shard's samples.
+
+    Args:
+        told: dtype and shape of one record's tensors by name.
+
+    Raises:
+        BrokenError: its bytes are not those that were committed; or they are, and not those of the samples that the commit names.
+    """
+    wrong, timesteps = None, []
+    try:
+        with root.open(commit["shard"]) as opened:
+            file = _Hashed(opened)
+            try:
+                timesteps = list(_samples(file, commit, told))  # type: ignore[arg-type]
+            except BrokenError as broken:
+                wrong = broken
+            while file.read(READ_SIZE):
+                pass
+    except FileNotFoundError as error:
+        raise BrokenError("a shard", "no such file") from error
+    except OSError as error:
+        raise BrokenError("a shard", f"what cannot be read: {error.strerror or error}") from error
+    if (found := file.digest.hexdigest()) != commit["sha256"]:
+        raise BrokenError(f"SHA-256 {commit['sha256']}", found)
+    if wrong is not None:
+        raise wrong
+    return timesteps
+
+
+def _samples(file: BinaryIO, commit: dict[str, Any], told: dict[str, Any]) -> Iterator[np.ndarray]:
+    members = read_members(file, commit["size"])
+    for row in commit["samples"]:
+        about, tensors = (_next(members, f"{row['key']}.{suffix}") for suffix in ("json", "safetensors"))
+        yield _timesteps(row, about, tensors, told)
+    _next(members, None)
+
+
+def _next(members: Iterator[Member], name: str | None) -> Member:
+    """The next member, which is to be of that name, or none at all."""
+    expected = "the end of the shard" if name is None else name
+    try:
+        member = next(members, ("", 0, b""))
+    except ValueError as error:
+        raise BrokenError(expected, str(error)) from error
+    if member[0] != (name or ""):
+        raise BrokenError(expected, repr(member[0]) if member[0] else "the end of the shard")
+    return member
+
+
+def _timesteps(row: dict[str, Any], about: Member, tensors: Member, told: dict[str, Any]) -> np.ndarray:
+    key, (_, offset, content) = row["key"], tensors
+    try:
+        trajectory = from_members(content, about[2])
+        named = trajectory.per_record() | {f"cond.{name}": value for name, value in trajectory.cond.items()}
+        if found := misfit(named, told):
+            raise BrokenError(f"the tensors of {key}", found)
+        here = {"key": trajectory.key, "offset": offset} | row_of(trajectory, content)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BrokenError(f"the sample {key}", " ".join(str(error).split())) from error
+    for name, value in row.items():
+        if here.get(name) != value:
+            raise BrokenError(f"{name} {value} of {key}", str(here.get(name)))
+    return trajectory.timestep.double().numpy()
