@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -298,14 +299,13 @@ def test_damage_in_a_bucket_is_repaired_and_made_again(
     named = DAMAGES[name](damaged)
     upload(s3, damaged)
     assert sorted(problem["shard"] for problem in verify(ADDRESS)["problems"]) == sorted(named)
-    try:
+    with suppress(UserError):
         pipeline.verify.main(VerifyConfig(ADDRESS, repair=True, grace=0))
-    except UserError as error:
-        assert "unfinished" in str(error)
+    told = json.loads(s3.get("data/tiny/verification.json"))
+    if not told["ok"]:
         with pytest.raises(UserError, match="unfinished"):
             Dataset(ADDRESS)
-    repaired = json.loads(s3.get("data/tiny/verification.json"))["repaired"]
-    for line in repaired:
+    for line in told["repaired"]:
         if line["done"].startswith("moved to "):
             to = line["done"].removeprefix("moved to ")
             assert s3.get(f"data/tiny/{to}") == (damaged / line["shard"]).read_bytes()
