@@ -23,6 +23,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import safetensors
 import safetensors.torch
@@ -186,28 +187,32 @@ def publish(
     under_way = info["plans"][len(published(info)) :] if again else []
     for number, plan in enumerate(info["plans"][: len(info["plans"]) - len(under_way)], start=1):
         units += plan["units"]
-        table, name = whole.slice(0, rows[units]), manifest_copy(number)
-        kept = _as_published(root, number, plan)
-        before = None if kept is None else decode_manifest(kept)
-        content = kept if kept is not None and table.equals(before) else encode_manifest(table)
-        if root.read(name) != content:
-            root.write(name, content)
-        counts = {
-            "units": units,
-            "trajectories": pc.count_distinct(table["trajectory"]).as_py(),
-            "samples": len(table),
-            "records": pc.sum(table["records"]).as_py(),
-            "bytes": size[units],
-        }
-        of_rows = fingerprint(table)
-        if before is not None and "fingerprint" not in plan and fingerprint(before) == of_rows:
-            of_rows = plan["manifest_sha256"]  # as the checkpoints know a dataset from before there were fingerprints
-        plans.append(plan | {"counts": counts, "manifest_sha256": _sha256(content), "fingerprint": of_rows})
+        content, of_it = _publish_plan(root, number, plan, whole.slice(0, rows[units]))
+        of_it["counts"] |= {"units": units, "bytes": size[units]}
+        plans.append(plan | of_it)
     root.write(MANIFEST_FILE, content)
     common = {"complete": True, "plans": [*plans, *under_way], "tensors": tensors}
     info = of_snapshot(info | common, plans[-1])
     write_info(root, info)
     return info
+
+
+def _publish_plan(root: Folder, number: int, plan: dict[str, Any], table: pa.Table) -> tuple[bytes, dict[str, Any]]:
+    """Write the n-th plan's manifest, if it is not there; its bytes, and what `dataset.json` tells of it."""
+    kept = _as_published(root, number, plan)
+    before = None if kept is None else decode_manifest(kept)
+    content = kept if kept is not None and table.equals(before) else encode_manifest(table)
+    if root.read(name := manifest_copy(number)) != content:
+        root.write(name, content)
+    of_rows = fingerprint(table)
+    if before is not None and "fingerprint" not in plan and fingerprint(before) == of_rows:
+        of_rows = plan["manifest_sha256"]  # as the checkpoints know a dataset from before there were fingerprints
+    counts = {
+        "trajectories": pc.count_distinct(table["trajectory"]).as_py(),
+        "samples": len(table),
+        "records": pc.sum(table["records"]).as_py(),
+    }
+    return content, {"counts": counts, "manifest_sha256": _sha256(content), "fingerprint": of_rows}
 
 
 def _as_published(root: Folder, number: int, plan: dict[str, Any]) -> bytes | None:

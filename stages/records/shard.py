@@ -73,7 +73,7 @@ def read_members(file: BinaryIO, size: int) -> Iterator[tuple[str, int, bytes]]:
         place += tarfile.BLOCKSIZE
         if member.type != tarfile.REGTYPE:
             raise ValueError(f"{member.name!r}, which is no file")
-        if not 0 <= _padded(member.size) <= size - place:  # before memory is taken for it
+        if member.size < 0 or _padded(member.size) > size - place:  # before memory is taken for it
             raise ValueError(f"{member.name!r} of {member.size} bytes")
         yield member.name, place, file.read(_padded(member.size))[: member.size]
         place += _padded(member.size)

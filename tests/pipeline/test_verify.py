@@ -50,13 +50,14 @@ def test_what_a_repair_tells_last_finishes_the_dataset(
     monkeypatch.setattr("stages.generate.fleet.RayFleet", InProcessFleet)
     shard = commit_of(damaged)["shard"]
     DAMAGES["a flipped bit in a payload"](damaged)
+    DAMAGES["a missing manifest"](damaged)
     with pytest.raises(UserError, match="unfinished: expected 4 units, found 3, without 00001: run the command that"):
         main(VerifyConfig(str(damaged), repair=True))
     told = capsys.readouterr().out
     assert re.search(rf"  {shard}: expected SHA-256 \w+, found \w+: moved to quarantine/{shard}\n", told)
     found = json.loads((damaged / "verification.json").read_text())
     assert [line["shard"] for line in found["repaired"]] == ["commits/00001.json", shard]
-    assert (found["ok"], found["trajectories"], len(found["problems"])) == (False, 9, 1)
+    assert (found["ok"], found["trajectories"], len(found["problems"])) == (False, 9, 2)
     (damaged / "config.yaml").write_text(pipeline.generate.to_yaml(generate_config(tiny_teacher, "elsewhere")))
     with pytest.raises(UserError, match="makes the rest$") as caught:
         main(VerifyConfig(str(damaged)))
