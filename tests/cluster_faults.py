@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,12 @@ from tests.faulty_worker import (
     FaultyFleet,
     write_faults,
 )
+from tests.soak import until
 
 UNITS = 8
-QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+QUICK = {f"health_check_{name}": value for name, value in {
+    "initial_delay_ms": 0, "period_ms": 1000, "timeout_ms": 1000, "failure_threshold": 3,
+}.items()}  # fmt: skip
 
 
 class WatchedFleet(FaultyFleet):
@@ -50,13 +52,6 @@ class WatchedFleet(FaultyFleet):
     def first(self, kind: type, since: float) -> float:
         """Seconds from a moment to the first event of a kind after it."""
         return next(moment for moment, event in self.seen if isinstance(event, kind) and moment >= since) - since
-
-
-def until(reached: Callable[[], bool], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < end, "not reached"
-        time.sleep(0.05)
 
 
 def run(teacher: Path, folder: Path) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 python -m tests.soak 120 [FOLDER]
 
-A real Ray on this machine, the real command with a tiny teacher and many small units. Whenever the command has not come to its
-end, it is given again. So many seconds after the first worker is there, or once all is made, it is left in peace; then everything
-is hashed, and compared with what an undisturbed run makes. Prints one JSON line.
+A real Ray on this machine, the real command with a tiny teacher and many small units. Whenever the command was killed, it is
+given again; whenever all is made, it is told to make more. So many seconds after the first worker is there, it is left in peace;
+then everything is hashed, and compared with what an undisturbed run makes. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.stages.generate.test_driver import assert_same_records
 
 WORKER, DRIVER, BOTH = "worker", "driver", "both"
 SECONDS_BETWEEN = 2.0  # kills, on average
-UNITS_PER_SECOND = 10
+TRAJECTORIES_AT_ONCE = 400  # more of them each time, in units of two
 MOST_SECONDS = 240.0  # that a run left in peace may take
 
 
@@ -73,15 +73,19 @@ def worker_processes() -> list[psutil.Process]:
 
 
 def soak(config: GenerateConfig, folder: Path, seconds: float, seed: int = 0) -> dict[str, Any]:
-    """Kill for so many seconds, then let the command come to its end; how often what was killed."""
+    """Kill for so many seconds, then let the command come to its end; how often what was killed.
+
+    `config` tells at the end how much there is.
+    """
     chance, log = random.Random(seed), folder / "log"
     kills, commands = Counter({WORKER: 0, DRIVER: 0, BOTH: 0}), 1
     process = start_command(config, log)
     try:
         until(lambda: worker_processes() != [])
         end = time.monotonic() + seconds
-        while process.poll() != 0 and time.monotonic() < end:
-            if process.poll() is not None:  # killed, or ended by what was killed three times in a row
+        while time.monotonic() < end:
+            if (status := process.poll()) is not None:
+                config.num_trajectories += 0 if status else TRAJECTORIES_AT_ONCE
                 process, commands = start_command(config, log), commands + 1
             time.sleep(chance.expovariate(1 / SECONDS_BETWEEN))
             if workers := worker_processes():
@@ -106,12 +110,11 @@ def check(dataset: Path, undisturbed: Path) -> None:
     assert len(keys) == len(set(keys))
 
 
-def soak_config(teacher: Path, folder: Path, seconds: float) -> GenerateConfig:
-    units = int(UNITS_PER_SECOND * seconds)
+def soak_config(teacher: Path, folder: Path) -> GenerateConfig:
     return generate_config(
         teacher,
         folder / "data",
-        num_trajectories=2 * units,
+        num_trajectories=TRAJECTORIES_AT_ONCE,
         trajectories_per_unit=2,
         num_inference_steps=20,
         num_workers=2,
@@ -124,13 +127,12 @@ def main(seconds: str, folder: str | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(folder or temporary)
         root.mkdir(parents=True, exist_ok=True)
-        config = soak_config(save_pipeline(tiny_dit(), root / "teacher"), root, float(seconds))
-        undisturbed = generate(replace(config, output_dir=str(root / "undisturbed")))
+        config = soak_config(save_pipeline(tiny_dit(), root / "teacher"), root)
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         config.ray_address = ray.get_runtime_context().gcs_address
         told = soak(config, root, float(seconds), seed=time.time_ns())
         ray.shutdown()
-        check(root / "data", undisturbed)
+        check(root / "data", generate(replace(config, output_dir=str(root / "undisturbed"))))
         units = len(list((root / "data" / "commits").iterdir()))
         print(json.dumps({"seconds": float(seconds), "units": units} | told | {"ok": True}))
 

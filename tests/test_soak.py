@@ -13,7 +13,7 @@ from tests.soak import BOTH, WORKER, check, soak, soak_config
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_kills_at_random_moments_lose_nothing(tiny_teacher: Path, tmp_path: Path) -> None:
-    config = soak_config(tiny_teacher, tmp_path, seconds=20)
+    config = soak_config(tiny_teacher, tmp_path)
     config.ray_address = ray.get_runtime_context().gcs_address
     told = soak(config, tmp_path, seconds=20)
     check(tmp_path / "data", generate(replace(config, output_dir=str(tmp_path / "undisturbed"))))
