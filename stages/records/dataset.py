@@ -172,10 +172,13 @@ def publish(
     rows, size = array("q", [0]), array("q", [0])  # up to each unit
     tensors: dict[str, Any] = {}
 
+    def gone(unit: int) -> UserError:
+        return UserError(f"{root.where(commit_name(unit))}: gone: generate again, which makes its unit anew")
+
     def counted() -> Iterator[dict[str, Any]]:
         for unit, commit in enumerate(commits):
             if commit["unit"] != unit:
-                raise UserError(f"{root.where(commit_name(unit))}: gone: generate again, which makes its unit anew")
+                raise gone(unit)
             rows.append(rows[-1] + len(commit["samples"]))
             size.append(size[-1] + commit["size"])
             tensors.update({} if tensors else commit["tensors"])
@@ -185,7 +188,10 @@ def publish(
     plans: list[dict[str, Any]] = []
     units = 0
     under_way = info["plans"][len(published(info)) :] if again else []
-    for number, plan in enumerate(info["plans"][: len(info["plans"]) - len(under_way)], start=1):
+    made = info["plans"][: len(info["plans"]) - len(under_way)]
+    if len(rows) <= sum(plan["units"] for plan in made):
+        raise gone(len(rows) - 1)
+    for number, plan in enumerate(made, start=1):
         units += plan["units"]
         content, of_it = _publish_plan(root, number, plan, whole.slice(0, rows[units]))
         of_it["counts"] |= {"units": units, "bytes": size[units]}
