@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter, deque
 from contextlib import suppress
@@ -56,7 +57,9 @@ class Driver:
             )
         if self.info is not None:
             check_same_config(self.root, self.info["plans"][-1], self.plan)
-        self.todo = deque(unit for unit in range(len(self.plan)) if unit not in self.committed)
+        todo = [unit for unit in range(len(self.plan)) if unit not in self.committed]
+        random.Random().shuffle(todo)  # drivers beside each other seldom come to a unit at the same time
+        self.todo = deque(todo)
         self.in_flight: set[int] = set()
         self.attempts: Counter[int | None] = Counter()
         self.quarantined: dict[int, str] = {}
@@ -93,8 +96,8 @@ class Driver:
         return summary
 
     def _end(self, fleet: Fleet, start: float) -> dict[str, Any]:
-        fleet.close()
         summary = self._summary(time.monotonic() - start)
+        fleet.close()
         if self.info is not None:
             self.root.write("generation.json", to_json(summary))
         return summary
@@ -150,7 +153,7 @@ class Driver:
                     "give the old teacher, or another output_dir"
                 )
         begun = self.info["plans"]
-        if self.info["complete"] and self.todo and self.todo[0] < sum(plan["units"] for plan in published(self.info)):
+        if self.info["complete"] and self.todo and min(self.todo) < sum(plan["units"] for plan in published(self.info)):
             self.info = withdraw(self.root, self.info)
         if units := len(self.plan) - sum(plan["units"] for plan in begun):
             plan = {

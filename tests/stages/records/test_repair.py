@@ -73,7 +73,9 @@ def test_an_orphan_that_may_be_in_flight_is_kept_whatever_the_clock_says(damaged
     config = generate_config(tiny_teacher, damaged, num_trajectories=20)
     with pytest.raises(KeyboardInterrupt):
         Driver(config).run(Faulty(config, {}, die_after=1))
-    kept = [put(damaged, name, 999 * DAY) for name in ("shards/00005-0badcafe.tar", "commits/.00006.json.0a1b2c3d.tmp")]
+    one, other = Driver(config).todo
+    names = f"shards/{one:05d}-0badcafe.tar", f"commits/.{other:05d}.json.0a1b2c3d.tmp"
+    kept = [put(damaged, name, 999 * DAY) for name in names]
     assert mend(damaged, grace=0) == []
     assert sorted(verify(damaged)["orphans"]["names"]) == sorted(kept)
     Driver(config).run(InProcessFleet(config))
