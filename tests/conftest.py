@@ -205,11 +205,13 @@ def fill(disk: Path, room: int) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One real Ray for all tests that need it."""
+    """One real Ray for all tests that need it; its GPU is made up, so that what is asked of one can be looked at."""
     import ray
 
     from stages.generate import fleet  # noqa: F401  sets what ray reads at import
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local", num_cpus=4, num_gpus=1, resources={"teachers": 1}, include_dashboard=False, log_to_driver=False
+    )
     yield
     ray.shutdown()

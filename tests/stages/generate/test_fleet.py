@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
 from stages.errors import UserError
 from stages.generate.driver import Driver
-from stages.generate.events import Event, Failed
+from stages.generate.events import Event, Failed, Loaded
 from stages.generate.fleet import RayFleet
 from stages.records.verification import verify
 from tests.conftest import generate_config
+from tests.sleeping_worker import SleepingWorker, sleeping_config
 from tests.stages.generate.test_driver import assert_same_records
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -35,3 +40,42 @@ def test_an_error_of_a_worker_keeps_its_line(tmp_path: Path) -> None:
     assert isinstance(events[0], Failed)
     assert isinstance(events[0].error, UserError)
     assert "missing" in str(events[0].error)
+
+
+class PlacedWorker(SleepingWorker):
+    """Tells where Ray has put it, and with what."""
+
+    def load(self) -> dict[str, Any]:
+        return {
+            "gpus": os.environ["CUDA_VISIBLE_DEVICES"],
+            "kept": ray.get_runtime_context().get_assigned_resources(),
+            "word": os.environ["A_WORD"],
+        }
+
+
+class PlacedFleet(RayFleet):
+    worker_class = PlacedWorker  # type: ignore[assignment]
+
+
+def test_two_halves_of_a_gpu_and_whatever_else_is_asked_of_ray(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = replace(
+        sleeping_config(tiny_teacher, tmp_path, 0, units=2, workers=2),
+        num_gpus=0.5,
+        resources={"teachers": 0.5},
+        runtime_env={"env_vars": {"A_WORD": "passed on"}},
+    )
+    fleet = PlacedFleet(config)
+    events: list[Event] = []
+    while len(events) < 2:
+        events += fleet.poll(1)
+    names = ray.util.list_named_actors()
+    fleet.close()
+    told = [event.facts for event in events if isinstance(event, Loaded)]
+    assert told == 2 * [{"gpus": "0", "kept": {"CPU": 1.0, "GPU": 0.5, "teachers": 0.5}, "word": "passed on"}]
+    assert sorted(names) == [f"teacher-{number}-of-run-{fleet.run}" for number in (1, 2)]
+
+
+def test_what_ray_cannot_keep_for_a_worker_is_named(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = replace(generate_config(tiny_teacher, tmp_path), num_gpus=1.5)
+    with pytest.raises(UserError, match="num_cpus=1 num_gpus=1.5: Ray cannot keep that for a worker: .*1.5"):
+        RayFleet(config)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from stages.generate import profile
+from stages.generate.events import Failed, Loaded, Made
+from stages.generate.profile import Clock, Profile
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the clock tells: to be set."""
+    now = [0.0]
+    monkeypatch.setattr(profile.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_clock_adds_up_what_is_spent_even_where_it_ends_in_an_error() -> None:
+    clock = Clock()
+    for _ in range(2):
+        with pytest.raises(RuntimeError), clock.spent_on("teacher"):
+            time.sleep(0.01)
+            raise RuntimeError
+    assert clock["teacher"] >= 0.02
+    assert clock["writing"] == 0
+
+
+def test_the_teachers_share_is_of_the_time_that_workers_were_there(at: list[float]) -> None:
+    told = Profile()
+    told.see(Loaded({}, "one"))
+    at[0] = 10
+    told.see(Loaded({}, "two"))
+    spent = {"teacher": 8.0, "recording": 1.0, "encoding": 2.0, "writing": 3.0}
+    told.see(Made(0, 5, "one", spent))
+    told.see(Made(1, 5, "one", spent))
+    told.see(Made(2, 7, "two", spent))
+    at[0] = 20
+    summary = told.summary()
+    assert summary["profile"] == {
+        "teacher": 24.0, "recording": 3.0, "encoding": 6.0, "writing": 9.0,
+        "waiting": 20 + 10 - 24 - 3, "teacher_share": 24 / 30,
+    }  # fmt: skip
+    assert summary["workers"] == {"one": {"units": 2, "records": 10}, "two": {"units": 1, "records": 7}}
+
+
+def test_a_worker_that_is_lost_is_there_until_then_and_counts_once(at: list[float]) -> None:
+    told = Profile()
+    told.see(Loaded({}, "one"))
+    at[0] = 4
+    for unit in (0, 1):  # one sampled, one written
+        told.see(Failed(unit, ConnectionError(), preempted=True, worker="one", lost=True))
+    told.see(Failed(2, ValueError(), worker="two"))
+    at[0] = 100
+    summary = told.summary()
+    assert (summary["workers_lost"], summary["workers_preempted"], told.present) == (1, 1, 4)
+
+
+def test_a_run_without_a_worker_has_a_profile_too() -> None:
+    assert Profile().summary()["profile"]["teacher_share"] == 0

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from stages.generate.events import Event, Failed, Loaded, Made
+from stages.generate.plan import Plan
+from stages.generate.telling import Telling, in_words
+from tests.conftest import generate_config
+
+EVENTS: list[Event] = [
+    Loaded({}, "teacher-1"),
+    Made(2, 12, "teacher-1", {"teacher": 1.5, "writing": 0.5}),
+    Failed(3, MemoryError("too much\nof it"), worker="teacher-1"),
+    Failed(1, ConnectionError(), preempted=True, worker="teacher-2", lost=True),
+    Failed(None, ImportError("no driver"), worker="teacher-3", lost=True),
+]
+STATES = Counter({"sampling": 1, "loading": 2, "idle": 0})
+
+
+def told(teacher: Path) -> None:
+    """Four units, of which one was there before."""
+    telling = Telling(Plan(generate_config(teacher, "nowhere")), (1, 12))
+    for event in EVENTS:
+        telling.see(event, STATES)
+    telling.close()
+
+
+def test_a_log_has_a_line_for_each_unit(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told(tiny_teacher)
+    loaded, made, *failed = capsys.readouterr().err.splitlines()
+    assert loaded == "teacher-1: loaded"
+    assert made.startswith("unit 00002: 12 records in 2.0 s by teacher-1; 2 of 4 units, ")
+    assert made.endswith(" left; 1 sampling, 2 loading")
+    assert failed == [
+        "unit 00003: failed at teacher-1: MemoryError: too much",
+        "unit 00001: failed at teacher-2: its node went away",
+        "loading: failed at teacher-3: ImportError: no driver",
+    ]
+
+
+def test_a_terminal_has_one_bar_and_what_failed(
+    tiny_teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    told(tiny_teacher)
+    shown = capsys.readouterr().err
+    assert "24/48" in shown
+    assert "2 of 4 units, 1 sampling, 2 loading" in shown
+    assert "unit 00002" not in shown
+    assert "unit 00003: failed at teacher-1: MemoryError: too much" in shown
+
+
+def test_states_without_a_worker_are_left_out() -> None:
+    assert in_words(Counter({"sampling": 3, "loading": 0})) == "3 sampling"
