@@ -14,7 +14,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from stages.base import first_line, resolve
-from stages.buckets import open_store
+from stages.buckets import read_object
 from stages.errors import UserError
 from stages.sampling import Condition
 
@@ -77,7 +77,4 @@ def read_bytes(path: str) -> bytes:
 
     Endpoint and credentials come from the usual environment variables.
     """
-    if "://" not in path:
-        return Path(resolve(path)).read_bytes()
-    folder, _, name = path.rpartition("/")
-    return bytes(obstore.get(open_store(folder), name).bytes())
+    return read_object(path) if "://" in path else Path(resolve(path)).read_bytes()

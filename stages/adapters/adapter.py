@@ -395,7 +395,7 @@ class GuidanceAdapter(nn.Module, ABC):
 
     @staticmethod
     def from_pretrained(name_or_path: str | Path, **source: Any) -> GuidanceAdapter:
-        """The adapter of a folder or a hub id; nothing in it can run code.
+        """The adapter of a folder, on disk or in a bucket (`s3://bucket/prefix`), or of a hub id; nothing in it can run code.
 
         Args:
             source: `revision`, `token` and what else `huggingface_hub.snapshot_download` takes.

@@ -1,4 +1,4 @@
-"""An adapter's folder: JSON and safetensors, here or on a model hub; nothing in it can run code."""
+"""An adapter's folder: JSON and safetensors, here, in a bucket or on a model hub; nothing in it can run code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 import safetensors.torch
 from huggingface_hub import HfApi, snapshot_download
+from obstore.exceptions import BaseError
 from safetensors.torch import load_file
 
 from stages.adapters.card import model_card
 from stages.base import first_line
+from stages.buckets import SCHEMES, read_object
 from stages.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,10 +84,7 @@ def load(
     Raises:
         UserError: there is no adapter of this version.
     """
-    with named(name_or_path):
-        path = Path(name_or_path)
-        if not path.is_dir():
-            path = _from_hub(str(name_or_path), **source)
+    with named(name_or_path), _at_hand(str(name_or_path), **source) as path:
         about = json.loads((path / CONFIG_FILE).read_bytes())
         version = about.pop("format_version")
         if version != FORMAT_VERSION:
@@ -94,6 +93,27 @@ def load(
                 f"{name_or_path}: written in version {version} of the format, not {FORMAT_VERSION}: {way_out}"
             )
         return about.pop("adapter"), about.pop("sites"), about, load_file(path / WEIGHTS_FILE)
+
+
+@contextmanager
+def _at_hand(name_or_path: str, **source: Any) -> Iterator[Path]:
+    """A folder on disk that holds what is read of an adapter."""
+    if Path(name_or_path).is_dir():
+        yield Path(name_or_path)
+    elif name_or_path.startswith(SCHEMES):
+        with tempfile.TemporaryDirectory() as copy:
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                (Path(copy) / name).write_bytes(_from_bucket(f"{name_or_path.rstrip('/')}/{name}"))
+            yield Path(copy)
+    else:
+        yield _from_hub(name_or_path, **source)
+
+
+def _from_bucket(address: str) -> bytes:
+    try:
+        return read_object(address)
+    except (BaseError, OSError, ValueError) as error:
+        raise UserError(f"{address}: no file of an adapter that can be read: {first_line(error)}") from error
 
 
 def _from_hub(repo_id: str, **source: Any) -> Path:

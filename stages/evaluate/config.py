@@ -17,7 +17,8 @@ MOST = 2**31 - 1
 @dataclass
 class EvaluateConfig:
     adapter_dir: Any = option(
-        MISSING, "folder of the adapter, or a list of folders: adapters of one base, compared in one run"
+        MISSING,
+        "folder of the adapter, on disk or in a bucket, or its hub id; or a list of them: adapters of one base, compared in one run",
     )
     guidance_scale: list[float] = option(lambda: [1.5, 2.0, 3.0], "scales to compare at")
     methods: list[str] = option(
@@ -57,7 +58,7 @@ class EvaluateConfig:
 
 @dataclass
 class SampleConfig:
-    adapter_dir: str = option(MISSING, "folder of the adapter")
+    adapter_dir: str = option(MISSING, "folder of the adapter, on disk or in a bucket, or its hub id")
     class_labels: list[int] | None = option(
         None, "one image each; by default all classes that the adapter was trained on"
     )

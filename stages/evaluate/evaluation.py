@@ -59,6 +59,8 @@ class Evaluation:
         if config.output_dir is None and len(self.adapters) > 1:
             raise UserError("output_dir: not given: with several adapters say where the evaluation goes")
         folder = next(iter(self.adapters.values()))
+        if config.output_dir is None and "://" in folder:
+            raise UserError(f"output_dir: not given: {folder} is in a bucket, so say where the evaluation goes")
         self.folder = Path(config.output_dir or Path(folder) / "evaluation")
         self.settings = settings(config.guidance_scale, config.methods, list(self.adapters))
         self.reference: Reference | None = None

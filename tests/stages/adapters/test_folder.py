@@ -14,6 +14,7 @@ from stages.adapters import GuidanceAdapter
 from stages.adapters.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from stages.errors import UserError
 from tests.conftest import tiny_dit
+from tests.faulty_s3 import FaultyS3
 from tests.hub import hub
 from tests.stages.adapters.test_contract import new_adapter
 
@@ -107,3 +108,14 @@ def test_to_a_hub_and_back(adapter: GuidanceAdapter, tmp_path: Path, monkeypatch
     assert again.about == adapter.about
     for one, other in zip(adapter.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_it_is_read_from_a_bucket(adapter: GuidanceAdapter, tmp_path: Path, s3: FaultyS3) -> None:
+    adapter.save_pretrained(tmp_path)
+    s3.put(f"runs/offset/{CONFIG_FILE}", (tmp_path / CONFIG_FILE).read_bytes())
+    with pytest.raises(UserError, match=f"s3://bucket/runs/offset/{WEIGHTS_FILE}: no file of an adapter"):
+        GuidanceAdapter.from_pretrained("s3://bucket/runs/offset")
+    s3.put(f"runs/offset/{WEIGHTS_FILE}", (tmp_path / WEIGHTS_FILE).read_bytes())
+    read = GuidanceAdapter.from_pretrained("s3://bucket/runs/offset/").state_dict()
+    assert read.keys() == adapter.state_dict().keys()
+    assert all(torch.equal(value, read[name]) for name, value in adapter.state_dict().items())

@@ -209,6 +209,7 @@ def test_what_cannot_be_is_refused(tiny_adapter: Path, tmp_path: Path) -> None:
         ({"methods": ["cfg_first_70"]}, "methods=cfg_first_70: some of one_pass, cfg_first_50, cfg_first_60"),
         ({"features": "dino"}, "features=dino: one of classifier, inception"),
         ({"output_dir": None, "adapter_dir": [str(tiny_adapter), "other"]}, "output_dir: not given"),
+        ({"output_dir": None, "adapter_dir": "s3://bucket/a"}, "output_dir: not given: s3://bucket/a is in a bucket"),
         ({"adapter_dir": [str(tiny_adapter)] * 2}, "is given twice"),
         ({"adapter_dir": 3}, "adapter_dir=3: name the folder"),
     ):
