@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from stages.adapters.folder import CONFIG_FILE
@@ -104,10 +105,14 @@ class Trainer:
         return None
 
     def _open_dataset(self, fingerprint: str | None) -> Dataset:
-        """The snapshot of that fingerprint if the dataset has it, because records that came later are none of a resumed run's; else the newest."""
+        """The snapshot of that fingerprint if the dataset has it, because records that came later are none of a resumed run's; else the newest.
+
+        Of several processes the first decides: another may look when the dataset has grown.
+        """
         config = self.config
         cache = None if config.cache_dir is None else ShardCache(Path(config.cache_dir), config.cache_bytes)
-        snapshot = fingerprint if fingerprint in snapshots(open_folder(config.data_dir)) else None
+        known = snapshots(open_folder(config.data_dir))
+        (snapshot,) = broadcast_object_list([fingerprint if fingerprint in known else next(reversed(known), None)])
         return Dataset(config.data_dir, snapshot, check_sizes=config.on_damage != "skip", cache=cache)
 
     @contextmanager

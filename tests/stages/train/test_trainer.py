@@ -22,6 +22,7 @@ from stages.records.dataset import Dataset
 from stages.records.folder import open_folder
 from stages.records.repair import repair
 from stages.records.verification import survey
+from stages.train import trainer
 from stages.train.batch import Batch
 from stages.train.config import LOSSES
 from stages.train.selection import select
@@ -434,6 +435,16 @@ def test_a_resumed_run_stays_with_the_dataset_that_it_began_with(
     fresh = Trainer(train_config(damaged, tmp_path / "fresh"))
     assert fresh.dataset.newest
     assert fresh.stream.records_per_epoch == 4 * 16
+
+
+def test_the_first_process_tells_the_others_what_to_read(
+    damaged: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked before the dataset had grown."""
+    first = Dataset(damaged).fingerprint
+    grow(damaged, tiny_teacher, num_trajectories=20)
+    monkeypatch.setattr(trainer, "broadcast_object_list", lambda own: [first])
+    assert Trainer(train_config(damaged, tmp_path)).dataset.fingerprint == first
 
 
 @pytest.mark.parametrize("from_before_fingerprints", [False, True])
