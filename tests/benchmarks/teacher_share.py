@@ -1,0 +1,39 @@
+"""How much of the time of a worker is its teacher's: encoding and writing go on beside it, so that the rest should be next to nothing.
+
+python -m tests.benchmarks.teacher_share [trajectories: 2000] [workers: 1] [output_dir]
+
+The digits' teacher under real Ray, from its loading to the last commit. Prints one JSON object: the profile of `generation.json`, and
+how many units there were; fails if more than 3% is not the teacher's. Give the workers no more cores than there are to spare: one writes while it samples.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from typing import Any
+
+from stages.generate.config import GenerateConfig, TeacherConfig
+from stages.generate.driver import Driver
+from stages.generate.fleet import RayFleet
+
+TEACHER = "stages/embedded/mnist_dit"
+LEAST_SHARE = 0.97
+
+
+def measure(trajectories: int, workers: int, output: str) -> dict[str, Any]:
+    config = GenerateConfig(TeacherConfig(TEACHER), output, num_trajectories=trajectories, num_workers=workers)
+    summary = Driver(config).run(RayFleet(config))
+    return {"workers": workers, "units": summary["units_committed"]} | summary["profile"]
+
+
+def main(trajectories: str = "2000", workers: str = "1", output: str | None = None) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        told = measure(int(trajectories), int(workers), output or f"{folder}/data")
+    print(json.dumps(told, indent=2))
+    if told["teacher_share"] < LEAST_SHARE:
+        sys.exit(f"error: the teacher has {told['teacher_share']:.3f} of the time, not {LEAST_SHARE}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
