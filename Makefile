@@ -34,7 +34,7 @@ $(QUANTIZATION): constraints.txt | install
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt --target $@ torchao
 
 test: check $(QUANTIZATION)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=$(QUANTIZATION) $(PYTHON) -m pytest -k 'quantised or int8' tests/stages/train tests/stages/adapters/test_compositions.py tests/benchmarks/test_training_memory.py
 
 clean:
