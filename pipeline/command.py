@@ -17,17 +17,13 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stages.errors import UserError
+from stages.errors import UsageError, UserError
 
 Config = TypeVar("Config")
 FAILURE, WRONG_USAGE = 1, 2
 MULTIRUN = "--multirun"
 # A disk's, not a defect of ours.
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG}
-
-
-class UsageError(UserError):
-    """The command line or the configuration file is wrong."""
 
 
 def run(

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipeline.child import run_child
-from pipeline.command import MULTIRUN, UsageError, files_and_words, parse
+from pipeline.command import MULTIRUN, files_and_words, parse
 from stages.config import check_bounds
-from stages.errors import UserError
+from stages.errors import UsageError, UserError
 from stages.records.storage import make_folder, write_json
 
 SECONDS_TO_END = 30.0
@@ -58,8 +58,8 @@ def multirun(words: list[str]) -> None:
     The same words again go on where the runs were: finished ones have nothing to do, unfinished ones resume.
 
     Raises:
-        UsageError: nothing is compared, or a combination is not understood; then none is begun.
-        UserError: a value is out of bounds, then none is begun; or a run failed, which stops no other.
+        UsageError: nothing is compared, or a combination is not understood or out of bounds; then none is begun.
+        UserError: a run failed, which stops no other.
     """
     root, runs = combinations(words)
     make_folder(root)

@@ -20,9 +20,9 @@ from typing import Any
 from omegaconf import MISSING
 
 from pipeline.child import run_child
-from pipeline.command import UsageError, parse
+from pipeline.command import parse
 from stages.config import check_bounds, option
-from stages.errors import UserError
+from stages.errors import UsageError, UserError
 from stages.evaluate.claims import Claim, judge
 from stages.evaluate.study_report import table_of_claims, write_study_report
 from stages.records.storage import make_folder, write_json

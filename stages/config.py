@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field, fields, is_dataclass
 from typing import Any
 
-from stages.errors import UserError
+from stages.errors import UsageError
 
 
 def option(
@@ -28,13 +28,13 @@ def check_bounds(config: Any) -> None:
     """Refuse a value out of its option's bounds; not-a-number is out of any.
 
     Raises:
-        UserError: names the key, the value and the bound.
+        UsageError: names the key, the value and the bound.
     """
     for key, value, bounds in _bounded(config):
         for name, told, keeps in _BOUNDS:
             bound = bounds.get(name)
             if bound is not None and value is not None and not keeps(value, bound):
-                raise UserError(f"{key}={value}: {told} {', '.join(bound) if name == 'one_of' else f'{bound:g}'}")
+                raise UsageError(f"{key}={value}: {told} {', '.join(bound) if name == 'one_of' else f'{bound:g}'}")
 
 
 _BOUNDS: list[tuple[str, str, Callable[[Any, Any], bool]]] = [

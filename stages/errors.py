@@ -7,6 +7,10 @@ class UserError(Exception):
     """Something that the user can mend: its text is one line that names the thing and the way out."""
 
 
+class UsageError(UserError):
+    """The command line or the configuration file is wrong, whatever the state of the world."""
+
+
 class StorageError(UserError):
     """The place that is written to or read from refused, e.g. a full disk: no further attempt would do better."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from stages.config import check_bounds
-from stages.errors import UserError
+from stages.errors import UsageError
 from stages.generate.conditions import count_timesteps, read_conditions
 from stages.generate.config import GenerateConfig
 from stages.sampling import Condition
@@ -49,7 +49,7 @@ class Plan:
         earlier: the plans that `dataset.json` tells of as made, oldest first; their conditions are the first of this one's.
 
     Raises:
-        UserError: the configuration asks for something impossible.
+        UsageError: the configuration asks for something impossible.
     """
 
     def __init__(self, config: GenerateConfig, earlier: Sequence[dict[str, Any]] = ()) -> None:
@@ -165,21 +165,21 @@ def check(config: GenerateConfig) -> None:
     told = f"guidance_scale={list(scale)}"
     if config.guidance_scale_distribution == "list":
         if not scale:
-            raise UserError(f"{told}: empty: name the scales to draw from")
+            raise UsageError(f"{told}: empty: name the scales to draw from")
     elif len(scale) != 2:
-        raise UserError(f"{told}: give the lowest and the highest scale, e.g. [1, 6]")
+        raise UsageError(f"{told}: give the lowest and the highest scale, e.g. [1, 6]")
     elif scale[0] > scale[1]:
-        raise UserError(f"{told}: the range is upside down: lowest scale first")
+        raise UsageError(f"{told}: the range is upside down: lowest scale first")
     if not all(value >= 1 for value in scale):
-        raise UserError(f"{told}: scales below 1 are not guidance: begin at 1 or above")
+        raise UsageError(f"{told}: scales below 1 are not guidance: begin at 1 or above")
     if not all(value < float("inf") for value in scale):
-        raise UserError(f"{told}: endless: give finite scales")
+        raise UsageError(f"{told}: endless: give finite scales")
     if config.num_trajectories is not None and config.num_trajectories_per_condition != 1:
-        raise UserError(
+        raise UsageError(
             f"num_trajectories={config.num_trajectories}: tells the same as num_trajectories_per_condition: give one of them"
         )
     steps = config.num_inference_steps
     if config.num_recorded_steps is not None and config.num_recorded_steps > steps:
-        raise UserError(f"num_recorded_steps={config.num_recorded_steps}: at most num_inference_steps={steps}")
+        raise UsageError(f"num_recorded_steps={config.num_recorded_steps}: at most num_inference_steps={steps}")
     if steps > (most := count_timesteps(config.teacher)):
-        raise UserError(f"num_inference_steps={steps}: at most {most}, the timesteps of the teacher's scheduler")
+        raise UsageError(f"num_inference_steps={steps}: at most {most}, the timesteps of the teacher's scheduler")

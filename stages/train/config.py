@@ -10,7 +10,7 @@ from omegaconf import MISSING
 
 from stages.adapters import AdapterConfig
 from stages.config import option
-from stages.errors import UserError
+from stages.errors import UsageError
 
 LOSSES = ("l2", "l1", "noise_weighted", "guidance_weighted", "guidance_delta")
 ON_DAMAGE = ("stop", "skip")
@@ -137,24 +137,24 @@ def effective(config: TrainConfig) -> dict[str, Any]:
 def check_together(config: TrainConfig) -> None:
     """
     Raises:
-        UserError: two options are at odds.
+        UsageError: two options are at odds.
     """
     for name in ("output_dir", "cache_dir"):
         if "://" in str(getattr(config, name)):
-            raise UserError(
+            raise UsageError(
                 f"{name}={getattr(config, name)}: a local folder is needed; only data_dir can be in a bucket"
             )
     if Path(config.output_dir).resolve() == Path(config.data_dir).resolve():
-        raise UserError(f"output_dir={config.output_dir}: is the dataset: take another folder")
+        raise UsageError(f"output_dir={config.output_dir}: is the dataset: take another folder")
     if config.adapter.variant == "full":
         if config.gradient_checkpointing:
-            raise UserError(
+            raise UsageError(
                 "gradient_checkpointing=true: `full` lends its weights to the forward pass only: leave it out"
             )
         if config.quantization != "none":
-            raise UserError(f"quantization={config.quantization}: `full` trains the base's own weights: leave it out")
+            raise UsageError(f"quantization={config.quantization}: `full` trains the base's own weights: leave it out")
     if config.quantization != "none" and not config.gradient_checkpointing:
-        raise UserError(
+        raise UsageError(
             f"quantization={config.quantization}: every layer's whole weight would be kept for the backward pass, more than is "
             "saved: add gradient_checkpointing=true"
         )

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.command import UsageError, help_text, parse
+from pipeline.command import help_text, parse
 from pipeline.multirun import alternatives, combinations, multirun, one_by_one, over_ray, table
-from stages.errors import UserError
+from stages.errors import UsageError, UserError
 from stages.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def test_a_combination_that_is_refused_costs_nothing(words: list[str], told: str
     with pytest.raises(UserError) as error:
         multirun(words)
     assert str(error.value).startswith(told)
-    assert isinstance(error.value, UsageError) or "seed=-1" in told or "lorra" in told
+    assert isinstance(error.value, UsageError)
     assert not Path("runs/sweep").exists()
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from stages.config import check_bounds, option
-from stages.errors import UserError
+from stages.errors import UsageError
 
 
 @dataclass
@@ -37,5 +37,5 @@ def test_defaults_keep_their_bounds_and_lists_are_not_shared() -> None:
     ],
 )
 def test_a_value_out_of_bounds_names_key_value_and_bound(config: Outer, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UsageError, match=told):
         check_bounds(config)
