@@ -324,7 +324,7 @@ def test_damage_in_a_bucket_is_repaired_and_made_again(
     assert_same_records(ADDRESS, shared_dataset)
     assert Dataset(ADDRESS).fingerprint == Dataset(shared_dataset).fingerprint
     assert ".now" not in " ".join(s3.names())
-    survived(f"{name}, in a bucket", "damage")
+    survived(f"{name}, in a bucket", "dataset")
 
 
 def test_orphans_in_a_bucket_go_when_they_are_old(s3: FaultyS3, uploaded: str) -> None:

@@ -119,7 +119,7 @@ def test_repaired_and_generated_again_it_is_the_dataset_that_was_there(
     assert_same_records(damaged, shared_dataset)
     assert Dataset(damaged).fingerprint == before
     assert set_aside == {path.name for path in damaged.glob("quarantine/*/*")}
-    survived(name, "damage")
+    survived(name, "dataset")
 
 
 def test_a_shard_of_hostile_names_is_read_by_the_stock_reader_without_a_trace(damaged: Path) -> None:
