@@ -21,6 +21,6 @@ def test_kills_at_random_moments_lose_nothing(tiny_teacher: Path, tmp_path: Path
     for what, times in told["kills"].items():
         for _ in range(times):
             survived(
-                f"SIGKILL of {'worker and driver' if what == BOTH else what} at a random moment",
+                f"SIGKILL of {'worker and driver' if what == BOTH else f'a {what}'} at a random moment",
                 "worker" if what == WORKER else "driver",
             )

@@ -50,6 +50,8 @@ def test_a_killed_driver_is_followed_by_two_at_once(tiny_teacher: Path, tmp_path
     assert len(committed) == UNITS
     assert made < committed
     assert {f"shards/{path.name}" for path in shards.glob("[0-9]*")} - left == committed
+    told = "".join((tmp_path / name).read_text() for name in ("second", "third"))
+    assert UNITS - len(made) <= told.count(" records in ") < 1.5 * (UNITS - len(made)), "most units were made twice"
     check(tmp_path / "data", generate(replace(config, output_dir=str(tmp_path / "undisturbed"))))
     survived("SIGKILL of the driver in the middle", "driver")
     survived("two drivers at once on one dataset", "driver")
