@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stages.errors import UsageError, UserError
+from stages.signals import end_on_sigterm
 
 Config = TypeVar("Config")
 FAILURE, WRONG_USAGE = 1, 2
@@ -36,6 +37,7 @@ def run(
 
     Where a command has a `multirun`, `--multirun` calls that instead, with the other words as they are.
     """
+    end_on_sigterm()
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):
         print(help_text(config_class, description))

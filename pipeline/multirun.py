@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import signal
 from collections import Counter
 from collections.abc import Generator
 from contextlib import closing
@@ -24,6 +23,7 @@ from pipeline.command import MULTIRUN, files_and_words, parse
 from stages.config import check_bounds
 from stages.errors import UsageError, UserError
 from stages.records.storage import make_folder, write_json
+from stages.signals import end_on_sigterm
 
 SECONDS_TO_END = 30.0
 UNSAFE_IN_A_NAME = re.compile(r"[^\w.,+-]+")
@@ -64,7 +64,6 @@ def multirun(words: list[str]) -> None:
     root, runs = combinations(words)
     make_folder(root)
     print(f"{root}: {len(runs)} runs; what each says is in {root}/NAME.log", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else a run would outlive us
     rows: dict[Path, dict[str, Any]] = {}
     with closing(over_ray(runs) if has_several_gpus() else one_by_one(runs)) as outcomes:
         for run, done, line in outcomes:
@@ -187,6 +186,7 @@ def join_ray() -> tuple[Any, bool]:
     address = os.environ.get("RAY_ADDRESS") or "local"
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        end_on_sigterm()
     except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
         raise UserError(f"RAY_ADDRESS={address}: no Ray cluster could be joined there: {error}") from error
     return ray, True

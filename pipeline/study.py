@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -159,5 +158,4 @@ class Study:
 
 
 def main(config: StudyConfig) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the commands would outlive us
     Study(config).run()

@@ -5,6 +5,7 @@ python -m pipeline.verify data_dir=data/mnist_dit
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ def finishing(root: Folder) -> str:
     config, copied = root.where("config.yaml"), ""
     if "://" in config:
         config, copied = "config.yaml", f", with a copy of {config},"
-    return f"`python -m pipeline.generate --config {config} output_dir={root}`{copied} makes the rest"
+    return (
+        f"`python -m pipeline.generate --config {shlex.quote(config)} {root.word('output_dir')}`{copied} makes the rest"
+    )
 
 
 def main(config: VerifyConfig) -> None:
@@ -90,7 +93,7 @@ def main(config: VerifyConfig) -> None:
     if problems:
         raise UserError(
             f"{root}: {len(problems)} problem(s); the first: {problems[0]['shard']}: found {problems[0]['found']}: "
-            f"`python -m pipeline.verify data_dir={root} repair=true` sets them aside to be made again"
+            f"`python -m pipeline.verify {root.word('data_dir')} repair=true` sets them aside to be made again"
         )
     print("whole: nothing is missing or damaged" + ("" if config.deep else "; no shard was read"))
 
@@ -105,6 +108,9 @@ def tell(root: Folder, found: dict[str, Any]) -> None:
     if (orphans := found["orphans"])["count"]:
         names = ", ".join(orphans["names"][:NAMED_ORPHANS]) + (", ..." if orphans["count"] > NAMED_ORPHANS else "")
         print(f"orphans of attempts that were ended: {orphans['count']:,}, {orphans['bytes']:,} bytes: {names}")
+    if (growth := found["growth"])["units_planned"]:
+        made = f"{growth['units_committed']:,} of {growth['units_planned']:,} further units are made"
+        print(f"it grows: {made}; the command that began that makes the rest")
     for done in found["repaired"]:
         print(f"  {done['shard']}: expected {done['expected']}, found {done['found']}: {done['done']}")
     for problem in found["problems"]:

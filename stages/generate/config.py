@@ -104,3 +104,9 @@ class GenerateConfig:
         3600.0, "seconds after which a unit, or loading the teacher, counts as hung: its worker is replaced", above=0
     )
     ray_address: str | None = option(None, "a Ray cluster, or `auto`; by default RAY_ADDRESS, else this machine")
+
+
+def place_of(config: GenerateConfig) -> str:
+    """What each worker takes of the cluster, in the words of the options."""
+    resources = [f"resources.{name}={amount:g}" for name, amount in config.resources.items()]
+    return " ".join([f"num_cpus={config.num_cpus:g}", f"num_gpus={config.num_gpus:g}", *resources])

@@ -36,9 +36,10 @@ def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
         if key in COUNTS and made and None not in (old[key], new[key]) and old[key] < new[key]:
             continue
         if old.get(key) != new.get(key) and not (key in CONDITIONS and goes_on):
+            way_out = "finish that first" if key in COUNTS and not made else "take the old value"
             raise UserError(
                 f"{root}: holds a dataset of another configuration: {key}={old.get(key)}, not {new.get(key)}: "
-                "take the old value, or another output_dir"
+                f"{way_out}, or take another output_dir"
             )
     if "sha256" in told and not goes_on:
         key = "class_labels" if plan.config.prompts is None else "prompts"

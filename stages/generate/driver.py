@@ -111,6 +111,7 @@ class Driver:
                     telling.see(event, fleet.states())
                     self.profile.see(event)
                     self._see(event)
+                telling.tick(fleet.states())
         finally:
             telling.close()
 
@@ -194,10 +195,11 @@ class Driver:
     def _summary(self, seconds: float) -> dict[str, Any]:
         committed = [unit for unit in self.committed if unit < len(self.plan)]
         missing = sorted(set(range(len(self.plan))) - self.committed)
+        trajectories = sum(len(self.plan.trajectories_of(unit)) for unit in committed)
         return {
-            "trajectories": sum(len(self.plan.trajectories_of(unit)) for unit in committed),
-            "records": sum(map(self.plan.records_of, committed)),
-            "teacher_evaluations": self.plan.teacher_evaluations,
+            "trajectories": trajectories,
+            "records": trajectories * self.plan.records_per_trajectory,
+            "teacher_evaluations": trajectories * self.plan.evaluations_per_trajectory,
             "units_planned": len(self.plan),
             "units_committed": len(committed),
             "units_missing": missing,

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+WAITING = "waiting for a place"  # the state of a worker for which the cluster has no room yet
+
 
 @dataclass(frozen=True)
 class Loaded:

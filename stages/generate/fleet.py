@@ -23,10 +23,11 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 
 from stages.base import resolve
 from stages.errors import UserError
-from stages.generate.config import GenerateConfig
-from stages.generate.events import Event, Failed, Loaded, Made
+from stages.generate.config import GenerateConfig, place_of
+from stages.generate.events import WAITING, Event, Failed, Loaded, Made
 from stages.generate.unit import UnitWorker
 from stages.records.folder import absolute
+from stages.signals import end_on_sigterm
 
 UNITS_WRITTEN = 1  # beside the one that is sampled; more would only fill the memory
 
@@ -34,7 +35,7 @@ UNITS_WRITTEN = 1  # beside the one that is sampled; more would only fill the me
 class Doing(str, Enum):
     """What a worker is asked for."""
 
-    PLACE = "waiting for a place"
+    PLACE = WAITING
     LOAD = "loading"
     SAMPLE = "sampling"
     COMMIT = "writing"
@@ -113,8 +114,9 @@ class RayFleet:
         try:
             actor = self.actor_class.options(name=f"{name}-of-run-{self.run}").remote(self.config)
         except ValueError as error:
-            asked = f"num_cpus={self.config.num_cpus:g} num_gpus={self.config.num_gpus:g}"
-            raise UserError(f"{asked}: Ray cannot keep that for a worker: {' '.join(map(str, error.args))}") from error
+            raise UserError(
+                f"{place_of(self.config)}: Ray cannot keep that for a worker: {' '.join(map(str, error.args))}"
+            ) from error
         member = Member(actor, name)
         self.members.append(member)
         self._call(member, Doing.PLACE, actor.place.remote())
@@ -249,5 +251,6 @@ def start_ray(config: GenerateConfig) -> None:
                 logging_level=logging.ERROR,
                 include_dashboard=False,
             )
+        end_on_sigterm()
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         raise UserError(f"ray_address={address}: no Ray cluster could be joined there: {error}") from error

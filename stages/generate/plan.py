@@ -96,10 +96,10 @@ class Plan:
         return len(self.trajectories_of(unit)) * self.records_per_trajectory
 
     @property
-    def teacher_evaluations(self) -> int:
-        """Of the denoiser, for all of it: two for each guided step; diffusion trajectories run the pipeline twice."""
+    def evaluations_per_trajectory(self) -> int:
+        """Of the teacher's denoiser: two for each guided step; diffusion trajectories run the pipeline twice."""
         runs = 2 if self.config.trajectory == "diffusion" else 1
-        return 2 * self.config.num_inference_steps * runs * self.num_trajectories
+        return 2 * self.config.num_inference_steps * runs
 
     @property
     def scale_range(self) -> list[float]:

@@ -9,9 +9,12 @@ from collections import Counter
 from tqdm import tqdm
 
 from stages.base import first_line
-from stages.generate.events import Event, Failed, Loaded, Made
+from stages.generate.config import place_of
+from stages.generate.events import WAITING, Event, Failed, Loaded, Made
 from stages.generate.plan import Plan
 from stages.progress import progress
+
+QUIET_SECONDS = 30.0  # after which a log tells the states again
 
 
 class Telling:
@@ -26,9 +29,11 @@ class Telling:
         self.planned_units, self.planned_records = len(plan), plan.num_records
         self.before, self.start = self.records, time.monotonic()
         self.terminal = sys.stderr.isatty()
+        self.last, self.place = self.start, place_of(plan.config)
         self.bar = progress(self.planned_records, "generate", "records", initial=self.records, shown=self.terminal)
 
     def see(self, event: Event, states: Counter[str]) -> None:
+        self.last = time.monotonic()
         match event:
             case Loaded():
                 self._line(f"{event.worker}: loaded")
@@ -36,9 +41,6 @@ class Telling:
                 self.units += 1
                 self.records += event.records
                 self.bar.update(event.records)
-                self.bar.set_postfix_str(
-                    f"{self.units} of {self.planned_units} units, {in_words(states)}", refresh=False
-                )
                 took = sum(event.seconds.values())
                 self._line(
                     f"unit {event.unit:05d}: {event.records:,} records in {took:.1f} s by {event.worker}; {self._rest(states)}"
@@ -51,6 +53,14 @@ class Telling:
                     else f"{type(event.error).__name__}: {first_line(event.error)}"
                 )
                 self.say(f"{what}: failed at {event.worker}: {how}")
+
+    def tick(self, states: Counter[str]) -> None:
+        """Tell the states where nothing has happened for a while: a user waits, and may wait in vain."""
+        self.bar.set_postfix_str(f"{self.units} of {self.planned_units} units, {in_words(states)}", refresh=False)
+        if time.monotonic() - self.last >= QUIET_SECONDS:
+            self.last = time.monotonic()
+            waits = f": the cluster has no room yet for {self.place}" if states[WAITING] else ""
+            self.say(f"{self.units} of {self.planned_units} units; {in_words(states)}{waits}")
 
     def _rest(self, states: Counter[str]) -> str:
         rate = (self.records - self.before) / max(time.monotonic() - self.start, 1e-9)

@@ -83,7 +83,7 @@ def read_commit(root: Folder, name: str) -> dict[str, Any]:
             raise ValueError("of another unit")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamageError(
-            f"{root.where(name)}: damaged: `python -m pipeline.verify data_dir={root} repair=true` sets it aside; "
+            f"{root.where(name)}: damaged: `python -m pipeline.verify {root.word('data_dir')} repair=true` sets it aside; "
             "then generate again, which makes its unit anew"
         ) from error
     return commit
@@ -317,7 +317,7 @@ class Dataset:
         info = read_info(self.root)
         if info is None:
             raise UserError(
-                f"{self.root}: holds no dataset: make one with `python -m pipeline.generate output_dir={self.root}`"
+                f"{self.root}: holds no dataset: make one with `python -m pipeline.generate {self.root.word('output_dir')}`"
             )
         whole = published(info)
         if not whole or not info["complete"]:
@@ -447,5 +447,5 @@ def _sha256(content: bytes) -> str:
 def _told(root: Folder, problem: dict[str, str]) -> str:
     return (
         f"{root.where(problem['shard'])}: damaged: expected {problem['expected']}, found {problem['found']}: "
-        f"`python -m pipeline.verify data_dir={root}` lists all damage"
+        f"`python -m pipeline.verify {root.word('data_dir')}` lists all damage"
     )

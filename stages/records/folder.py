@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -57,6 +58,10 @@ class Folder(ABC):
 
     def __str__(self) -> str:
         return self.address
+
+    def word(self, key: str) -> str:
+        """`KEY=ADDRESS` for a command line."""
+        return shlex.quote(f"{key}={self}")
 
     @abstractmethod
     def where(self, name: str) -> str:

@@ -89,6 +89,7 @@ class Survey:
             "records": sum(row["records"] for row in rows),
             "bytes": sum(commit["size"] for commit in commits),
             "shards": len(commits),
+            "growth": self._growth(),
             "histograms": self._histograms(rows),
             "problems": self.problems,
             "orphans": {
@@ -97,6 +98,11 @@ class Survey:
                 "names": list(self.orphans),
             },
         }
+
+    def _growth(self) -> dict[str, int]:
+        """Units beyond the newest snapshot."""
+        planned = range(self.units.stop, sum(plan["units"] for plan in self.info["plans"]))
+        return {"units_planned": len(planned), "units_committed": sum(unit in self.commits for unit in planned)}
 
     def _histograms(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         classes = np.array([row["class_label"] for row in rows if row["class_label"] is not None], dtype=int)

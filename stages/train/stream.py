@@ -109,7 +109,7 @@ class RecordStream:
         if sum(self.skipped.values()) == self.records_per_epoch:
             raise UserError(
                 f"{self.dataset.root}: every record to train on is damaged: "
-                f"`python -m pipeline.verify data_dir={self.dataset.root}` tells how"
+                f"`python -m pipeline.verify {self.dataset.root.word('data_dir')}` tells how"
             )
 
     def _windows_ahead(self) -> Iterator[tuple[Window, Draw]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,3 +56,24 @@ def test_a_killed_driver_is_followed_by_two_at_once(tiny_teacher: Path, tmp_path
     check(tmp_path / "data", generate(replace(config, output_dir=str(tmp_path / "undisturbed"))))
     survived("SIGKILL of the driver in the middle", "driver")
     survived("two drivers at once on one dataset", "driver")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_driver_that_is_told_to_end_says_so_and_what_there_is(tiny_teacher: Path, tmp_path: Path) -> None:
+    """By SIGTERM, as schedulers do; Ray's own answer to it would be a dump."""
+    config = generate_config(
+        tiny_teacher, tmp_path / "data", num_trajectories=9999, trajectories_per_unit=1, num_inference_steps=20,
+        ray_address=ray.get_runtime_context().gcs_address,
+    )  # fmt: skip
+    process = start_command(config, tmp_path / "log")
+    try:
+        until(lambda: len(list((tmp_path / "data" / "commits").glob("[0-9]*.json"))) >= 3)
+        process.terminate()
+        assert process.wait(60) == 1
+    finally:
+        kill_command(process)
+    assert (tmp_path / "log").read_text().splitlines()[-1] == "error: interrupted; what was written before is kept"
+    told = json.loads((tmp_path / "data" / "generation.json").read_text())
+    assert told["units_committed"] >= 3
+    assert told["teacher_evaluations"] == 2 * told["records"]
+    survived("SIGTERM of the driver", "driver")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def test_what_a_repair_tells_last_finishes_the_dataset(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("stages.generate.fleet.RayFleet", InProcessFleet)
+    damaged = damaged.rename(damaged.with_name("two words"))
     shard = commit_of(damaged)["shard"]
     DAMAGES["a flipped bit in a payload"](damaged)
     DAMAGES["a missing manifest"](damaged)
@@ -61,7 +63,7 @@ def test_what_a_repair_tells_last_finishes_the_dataset(
     (damaged / "config.yaml").write_text(pipeline.generate.to_yaml(generate_config(tiny_teacher, "elsewhere")))
     with pytest.raises(UserError, match="makes the rest$") as caught:
         main(VerifyConfig(str(damaged)))
-    words = re.search("`python -m pipeline.generate (.*)`", str(caught.value))[1].split()  # type: ignore[index]
+    words = shlex.split(re.search("`python -m pipeline.generate (.*)`", str(caught.value))[1])  # type: ignore[index]
     pipeline.generate.main(parse(GenerateConfig, words))
     main(VerifyConfig(str(damaged)))
     assert_same_records(damaged, shared_dataset)

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from stages.generate.events import Event, Failed, Loaded, Made
+from stages.generate.events import WAITING, Event, Failed, Loaded, Made
 from stages.generate.plan import Plan
-from stages.generate.telling import Telling, in_words
+from stages.generate.telling import QUIET_SECONDS, Telling, in_words
 from tests.conftest import generate_config
 
 EVENTS: list[Event] = [
@@ -26,6 +27,7 @@ def told(teacher: Path) -> None:
     telling = Telling(Plan(generate_config(teacher, "nowhere")), (1, 12))
     for event in EVENTS:
         telling.see(event, STATES)
+        telling.tick(STATES)
     telling.close()
 
 
@@ -56,3 +58,20 @@ def test_a_terminal_has_one_bar_and_what_failed(
 
 def test_states_without_a_worker_are_left_out() -> None:
     assert in_words(Counter({"sampling": 3, "loading": 0})) == "3 sampling"
+
+
+def test_a_user_who_waits_in_vain_is_told(
+    tiny_teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = generate_config(tiny_teacher, "nowhere", num_gpus=0.5, resources={"fast": 1})
+    telling, states = Telling(Plan(config), (0, 0)), Counter({WAITING: 2})
+    telling.tick(states)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(telling, "last", time.monotonic() - QUIET_SECONDS)
+    telling.tick(states)
+    telling.tick(states)
+    told = "the cluster has no room yet for num_cpus=1 num_gpus=0.5 resources.fast=1"
+    assert capsys.readouterr().err == f"0 of 4 units; 2 waiting for a place: {told}\n"
+    monkeypatch.setattr(telling, "last", time.monotonic() - QUIET_SECONDS)
+    telling.tick(Counter({"sampling": 2}))
+    assert capsys.readouterr().err == "0 of 4 units; 2 sampling\n"

@@ -132,6 +132,7 @@ def test_units_of_a_plan_under_way_are_looked_at_too(damaged: Path, tiny_teacher
         Driver(config).run(Faulty(config, {}, die_after=1))
     found = verify(damaged)
     assert (found["ok"], found["shards"], found["orphans"]["count"]) == (True, 4, 0)
+    assert found["growth"] == {"units_planned": 3, "units_committed": 1}
     (shard,) = damaged.glob("shards/0000[456]-*.tar")
     shard.write_bytes(b"")
     assert [problem["shard"] for problem in verify(damaged)["problems"]] == [f"shards/{shard.name}"]
