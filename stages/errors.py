@@ -15,5 +15,9 @@ class StorageError(UserError):
     """The place that is written to or read from refused, e.g. a full disk: no further attempt would do better."""
 
 
+class ChangedError(UserError):
+    """A dataset is no longer the one that a run began with: to go on would mix two."""
+
+
 class DamageError(UserError):
     """A part of a dataset is missing, or not as it was written."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from stages.errors import UserError
+from stages.errors import ChangedError, UserError
 from stages.generate.config import EXECUTION_KEYS, GenerateConfig
 from stages.generate.plan import Plan
 from stages.sampling import Condition
@@ -47,6 +47,42 @@ def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
             f"{root}: holds a dataset of other {key}: {key}={new[key]} no longer names {'first ' if made else ''}the "
             f"{count} that it was made of: restore them, or take another output_dir"
         )
+
+
+def check_still_same(root: Any, info: dict[str, Any] | None, plan: Plan, facts: dict[str, Any]) -> None:
+    """Refuse to go on where `dataset.json` no longer tells of what a worker makes, because another run described something else.
+
+    Args:
+        info: as it is now; plan, facts: the worker's own, of which the place of the teacher is its own matter.
+
+    Raises:
+        ChangedError: names what differs.
+    """
+    if info is None:
+        raise ChangedError(f"{root}: dataset.json is gone: give the same command again")
+    try:
+        check_same_config(root, info["plans"][-1], plan)
+    except UserError as error:
+        raise ChangedError(str(error)) from error
+    planned = [sum(told[key] for told in info["plans"]) for key in ("units", "trajectories")]
+    if planned != [len(plan), plan.num_trajectories]:
+        raise ChangedError(f"{root}: has grown since this run began: give the command again")
+    for key, value in facts.items():
+        if key != "pretrained_model_name_or_path" and info["teacher"].get(key) != value:
+            raise ChangedError(
+                f"{root}: was begun anew with another teacher: its {key} is {info['teacher'].get(key)}, not {value}"
+            )
+
+
+def describe_plan(plan: Plan, begun: list[dict[str, Any]], rule: str) -> dict[str, Any]:
+    """What `dataset.json` tells of what a plan adds to those before it."""
+    return {
+        "units": len(plan) - sum(told["units"] for told in begun),
+        "trajectories": plan.num_trajectories - sum(told["trajectories"] for told in begun),
+        "guidance": {"rule": rule, "scale_range": plan.scale_range},
+        "conditions": describe_conditions(plan.conditions),
+        "config": defining(plan.config),
+    }
 
 
 def describe_conditions(conditions: list[Condition]) -> dict[str, Any]:

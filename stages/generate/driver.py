@@ -9,9 +9,9 @@ from contextlib import suppress
 from typing import Any
 
 from stages.base import first_line
-from stages.errors import StorageError, UserError
+from stages.errors import ChangedError, StorageError, UserError
 from stages.generate.config import GenerateConfig
-from stages.generate.description import check_same_config, defining, describe_conditions
+from stages.generate.description import check_same_config, describe_plan
 from stages.generate.events import Event, Failed, Fleet, Loaded, Made
 from stages.generate.plan import Plan
 from stages.generate.preview import write_preview_grid
@@ -21,6 +21,7 @@ from stages.records.dataset import (
     begin_plan,
     committed_units,
     is_committed,
+    plan_digests,
     publish,
     published,
     read_commits,
@@ -44,13 +45,8 @@ class Driver:
     def __init__(self, config: GenerateConfig) -> None:
         self.config = config
         self.root = open_folder(config.output_dir)
-        self.info = read_info(self.root)
-        earlier = published(self.info)
-        self.plan = Plan(config, earlier)
-        self.committed = set(committed_units(self.root))
-        if self.info is not None and max(self.committed, default=-1) < sum(plan["units"] for plan in earlier):
-            # What an earlier run described and never began.
-            self.info = self.info | {"plans": earlier} if earlier else None
+        self.info, self.committed = self._look()
+        self.plan = Plan(config, published(self.info))
         if self.committed and self.info is None:
             raise UserError(
                 f"{self.root}: holds commits but no dataset.json to say of what: restore it, or take another output_dir"
@@ -61,11 +57,20 @@ class Driver:
         random.Random().shuffle(todo)  # drivers beside each other seldom come to a unit at the same time
         self.todo = deque(todo)
         self.in_flight: set[int] = set()
+        self.begun = False
         self.attempts: Counter[int | None] = Counter()
         self.quarantined: dict[int, str] = {}
         self.refusals = 0
         self.records_made = 0
         self.profile = Profile()
+
+    def _look(self) -> tuple[dict[str, Any] | None, set[int]]:
+        """What there is by now, in words and in units; without a plan that was described and never begun."""
+        info, committed = read_info(self.root), set(committed_units(self.root))
+        earlier = published(info)
+        if info is not None and max(committed, default=-1) < units_of(earlier):
+            info = info | {"plans": earlier} if earlier else None
+        return info, committed
 
     @property
     def finished(self) -> bool:
@@ -90,10 +95,20 @@ class Driver:
                 f"{self.root}: {len(self.quarantined)} of {len(self.plan)} units are missing after {MAX_ATTEMPTS} attempts each; "
                 f"unit {unit}: {reason}; the same command tries them again"
             )
-        assert self.info is not None
+        self._publish()
         write_preview_grid(self.root)
-        self.info = publish(self.root, self.info, read_commits(self.root))
         return summary
+
+    def _publish(self) -> None:
+        """Unless another driver has, and has made more since."""
+        there = read_info(self.root)
+        assert self.info is not None
+        ours, theirs = (plan_digests(info) if info else [] for info in (self.info, there))
+        if there is None or theirs[: len(ours)] != ours:
+            raise ChangedError(
+                f"{self.root}: was begun anew by another run with another configuration: nothing of that is lost"
+            )
+        self.info = publish(self.root, there, read_commits(self.root)) if theirs == ours else there
 
     def _end(self, fleet: Fleet, start: float) -> dict[str, Any]:
         summary = self._summary(time.monotonic() - start)
@@ -145,26 +160,37 @@ class Driver:
 
     def _see_facts(self, facts: dict[str, Any]) -> None:
         facts = facts | {"pretrained_model_name_or_path": self.config.teacher.pretrained_model_name_or_path}
-        if self.info is None:
-            self.info = {"complete": False, "teacher": facts, "plans": []}
+        if not self.begun:
+            self._look_again()
+        info = self.info or {"complete": False, "teacher": facts, "plans": []}
         for key, value in facts.items():
-            if self.info["teacher"][key] != value:
+            if info["teacher"][key] != value:
                 raise UserError(
-                    f"{self.root}: begun with another teacher: its {key} was {self.info['teacher'][key]}, not {value}: "
+                    f"{self.root}: begun with another teacher: its {key} was {info['teacher'][key]}, not {value}: "
                     "give the old teacher, or another output_dir"
                 )
-        begun = self.info["plans"]
-        if self.info["complete"] and self.todo and min(self.todo) < sum(plan["units"] for plan in published(self.info)):
-            self.info = withdraw(self.root, self.info)
-        if units := len(self.plan) - sum(plan["units"] for plan in begun):
-            plan = {
-                "units": units,
-                "trajectories": self.plan.num_trajectories - sum(plan["trajectories"] for plan in begun),
-                "guidance": {"rule": facts["guidance_rule"], "scale_range": self.plan.scale_range},
-                "conditions": describe_conditions(self.plan.conditions),
-                "config": defining(self.config),
-            }
-            self.info = begin_plan(self.root, self.info, plan)
+        if not self.begun:
+            self._begin(info)
+
+    def _look_again(self) -> None:
+        """What another driver described or made while the teacher was loaded."""
+        known = published(self.info)
+        self.info, self.committed = self._look()
+        self.todo = deque(unit for unit in self.todo if unit not in self.committed)
+        if self.info is not None:
+            check_same_config(self.root, self.info["plans"][-1], self.plan)
+        if len(published(self.info)) > len(known) and units_of(published(self.info)) != len(self.plan):
+            raise ChangedError(f"{self.root}: has grown since this run began: give the command again")
+
+    def _begin(self, info: dict[str, Any]) -> None:
+        """Describe what is to be made, unless an earlier run has, or another driver."""
+        if info["complete"] and self.todo and min(self.todo) < units_of(published(info)):
+            info = withdraw(self.root, info)
+        if units_of(info["plans"]) < len(self.plan):
+            info = begin_plan(
+                self.root, info, describe_plan(self.plan, info["plans"], info["teacher"]["guidance_rule"])
+            )
+        self.info, self.begun = info, True
 
     def _see_no_worker(self, failure: Failed) -> None:
         if isinstance(failure.error, UserError):
@@ -174,6 +200,8 @@ class Driver:
             raise UserError(f"no worker could load the teacher in {MAX_ATTEMPTS} attempts: {reason_of(failure.error)}")
 
     def _see_failure(self, failure: Failed, unit: int) -> None:
+        if isinstance(failure.error, ChangedError):
+            raise failure.error
         if is_committed(self.root, unit):  # the worker was lost after its commit, or another driver's was first
             self._see_made(unit)
             return
@@ -208,6 +236,10 @@ class Driver:
             "seconds": seconds,
             "records_per_second": self.records_made / seconds,
         } | self.profile.summary()
+
+
+def units_of(plans: list[dict[str, Any]]) -> int:
+    return sum(plan["units"] for plan in plans)
 
 
 def reason_of(error: BaseException) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from io import BytesIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from stages.pictures import grid, to_picture
@@ -20,9 +21,11 @@ def write_preview(root: Folder, index: int, image: Tensor) -> None:
 
 
 def write_preview_grid(root: Folder) -> None:
-    """Put all previews of a dataset into `preview.png`, in their order."""
-    contents = [root.read(name) for name in root.list("preview") if name.endswith(".png")]
-    pictures = [Image.open(BytesIO(content)) for content in contents if content is not None]
+    """Put all previews of a dataset into `preview.png`, in their order; what is no picture any more is left out."""
+    pictures = []
+    for name in root.list("preview"):
+        with suppress(UnidentifiedImageError):
+            pictures.append(Image.open(BytesIO(root.read(name) or b"")))
     if pictures:
         with root.whole_file("preview.png") as file:
             grid([pictures[i : i + PER_ROW] for i in range(0, len(pictures), PER_ROW)]).save(file, format="png")

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from stages.generate.config import GenerateConfig
+from stages.generate.description import check_still_same
 from stages.generate.plan import Plan
 from stages.generate.preview import write_preview
 from stages.generate.profile import ENCODING, WRITING, Clock
 from stages.generate.teacher import Teacher
-from stages.records.dataset import commit_unit, published, read_info
+from stages.records.dataset import commit_unit, plan_digests, published, read_info
 from stages.records.folder import open_folder
 from stages.records.record import Trajectory
 from stages.records.shard import encode
@@ -36,13 +37,15 @@ class UnitWorker:
     def __init__(self, config: GenerateConfig) -> None:
         self.config = config
         self.sampled: dict[int, Sampled] = {}
+        self.checked: list[tuple[int, str]] | None = None
 
     def load(self) -> dict[str, Any]:
         """Load the teacher and tell its facts."""
         self.root = open_folder(self.config.output_dir)
         self.plan = Plan(self.config, published(read_info(self.root)))
         self.teacher = Teacher(self.config, self.plan.conditions[0])
-        return self.teacher.facts()
+        self.facts = self.teacher.facts()
+        return self.facts
 
     def sample(self, index: int) -> None:
         """Run the teacher for one unit, and keep what it gave until `commit`."""
@@ -52,7 +55,11 @@ class UnitWorker:
         self.sampled[index] = Sampled(trajectories, previews, clock)
 
     def commit(self, index: int) -> tuple[int, dict[str, float]]:
-        """Write a sampled unit's shard and commit it; how many records it holds, and the seconds spent on what."""
+        """Write a sampled unit's shard and commit it; how many records it holds, and the seconds spent on what.
+
+        Raises:
+            ChangedError: `dataset.json` tells of something else by now.
+        """
         sampled = self.sampled.pop(index)
         clock = sampled.clock
         with clock.spent_on(ENCODING):
@@ -60,7 +67,17 @@ class UnitWorker:
             samples = [encode(part) for trajectory in sampled.trajectories for part in trajectory.parts(size)]
             sampled.trajectories.clear()
         with clock.spent_on(WRITING):
+            digest = self._digest_of_plan(index)
             for item in sampled.previews.items():
                 write_preview(self.root, *item)
-            commit = commit_unit(self.root, index, samples)
+            commit = commit_unit(self.root, index, samples, digest)
         return sum(row["records"] for row in commit["samples"]), dict(clock)
+
+    def _digest_of_plan(self, unit: int) -> str:
+        """Of the plan that a unit belongs to, once that is known to be what this worker goes by."""
+        info = read_info(self.root)
+        digests = [] if info is None else plan_digests(info)
+        if digests != self.checked:
+            check_still_same(self.root, info, self.plan, self.facts)
+            self.checked = digests
+        return next(digest for end, digest in digests if unit < end)

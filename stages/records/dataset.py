@@ -43,13 +43,19 @@ MANIFEST_FILE = "manifest.parquet"
 SKIPPED = "; training leaves it out with on_damage=skip"
 # What `dataset.json` tells of each snapshot, and of the newest one again beside what all have in common.
 OF_A_SNAPSHOT = ("config", "conditions", "guidance", "counts", "manifest_sha256")
+DEFINING = ("units", "trajectories", "guidance", "conditions", "config")  # of a plan: what decides what it makes
+OF_THE_PLAN = "a unit of the plan in dataset.json"
 COMMITS_AT_ONCE = 1024
 READERS = 16  # a request to a bucket mostly waits
 COMMITS_OF_A_READER = COMMITS_AT_ONCE // READERS  # to pass them on one by one takes longer than to read them
 
 
-def commit_unit(root: Folder, unit: int, samples: Iterable[Sample]) -> dict[str, Any]:
-    """Write a unit's shard and commit it; returns the commit record that won, be it this attempt's or an earlier one's."""
+def commit_unit(root: Folder, unit: int, samples: Iterable[Sample], plan: str | None = None) -> dict[str, Any]:
+    """Write a unit's shard and commit it; returns the commit record that won, be it this attempt's or an earlier one's.
+
+    Args:
+        plan: the digest of the unit's plan, as `plan_digests` has it.
+    """
     shard = f"shards/{unit:05d}-{uuid.uuid4().hex[:8]}.tar"
     record = commit_name(unit)
     samples = list(samples)
@@ -59,7 +65,9 @@ def commit_unit(root: Folder, unit: int, samples: Iterable[Sample]) -> dict[str,
         file.seek(0)
         sha256 = hash_file(file)
     tensors = samples[0].tensors
-    commit = {"unit": unit, "shard": shard, "size": size, "sha256": sha256, "tensors": tensors, "samples": rows}
+    commit = {
+        "unit": unit, "plan": plan, "shard": shard, "size": size, "sha256": sha256, "tensors": tensors, "samples": rows,
+    }  # fmt: skip
     if not root.create(record, seal(commit)):
         root.delete(shard)
     return read_commit(root, record)
@@ -167,8 +175,9 @@ def publish(
         The new description.
 
     Raises:
-        UserError: a commit is missing.
+        UserError: a commit is missing, or of another plan.
     """
+    digests = plan_digests(info)
     rows, size = array("q", [0]), array("q", [0])  # up to each unit
     tensors: dict[str, Any] = {}
 
@@ -179,6 +188,9 @@ def publish(
         for unit, commit in enumerate(commits):
             if commit["unit"] != unit:
                 raise gone(unit)
+            if not is_of_plan(commit, digests):
+                told = {"shard": commit_name(unit), "expected": OF_THE_PLAN, "found": "one of another"}
+                raise DamageError(_told(root, told))
             rows.append(rows[-1] + len(commit["samples"]))
             size.append(size[-1] + commit["size"])
             tensors.update({} if tensors else commit["tensors"])
@@ -233,6 +245,23 @@ def published(info: dict[str, Any] | None) -> list[dict[str, Any]]:
     Where `info` is not `complete`, units of theirs are made again.
     """
     return [] if info is None else [plan for plan in info["plans"] if "manifest_sha256" in plan]
+
+
+def plan_digests(info: dict[str, Any]) -> list[tuple[int, str]]:
+    """For each plan the unit after its last, and the SHA-256 of all that decides what its units hold."""
+    told: list[Any] = [info.get("teacher")]
+    digests, end = [], 0
+    for plan in info["plans"]:
+        told.append({key: plan.get(key) for key in DEFINING})
+        end += plan["units"]
+        digests.append((end, _sha256(json.dumps(told, sort_keys=True).encode())))
+    return digests
+
+
+def is_of_plan(commit: dict[str, Any], digests: list[tuple[int, str]]) -> bool:
+    """Whether a commit's unit was made by the plan that it belongs to; older commits do not tell, and no plan has those beyond all."""
+    digest = next((digest for end, digest in digests if commit["unit"] < end), None)
+    return commit.get("plan") is None or digest is None or commit["plan"] == digest
 
 
 def fingerprint_of(plan: dict[str, Any]) -> str:

@@ -16,11 +16,14 @@ from stages.progress import progress
 from stages.records.dataset import (
     DATASET_FILE,
     MANIFEST_FILE,
+    OF_THE_PLAN,
     READERS,
     commit_name,
     commit_names,
+    is_of_plan,
     manifest_copy,
     manifest_name,
+    plan_digests,
     published,
     read_commit,
     read_info,
@@ -164,10 +167,16 @@ def _look_at_commits(found: Survey) -> None:
             else:
                 found.commits[commit["unit"]] = commit
     # Read again, because another run may have planned more since, and committed that.
-    known = sum(plan["units"] for plan in _read_info(found.root)["plans"])
-    for unit in [unit for unit in found.commits if unit >= known]:
+    digests = plan_digests(_read_info(found.root))
+    known = digests[-1][0]
+    for unit, commit in list(found.commits.items()):
+        if unit >= known:
+            told = {"expected": f"one of the {known} planned units", "found": f"{unit:05d}, beyond the plan"}
+        elif not is_of_plan(commit, digests):
+            told = {"expected": OF_THE_PLAN, "found": "one of another"}
+        else:
+            continue
         name = commit_name(unit)
-        told = {"expected": f"one of the {known} planned units", "found": f"{unit:05d}, beyond the plan"}
         found.of_commits[name] = {"shard": name} | told
         del found.commits[unit]
 

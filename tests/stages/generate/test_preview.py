@@ -25,3 +25,7 @@ def test_nothing_is_decoded_where_nobody_looks(tiny_teacher: Path, tmp_path: Pat
     assert len(list((shown / "preview").iterdir())) == 4
     with Image.open(shown / "preview.png") as sheet:
         assert sheet.size == (4 * 32 * 2, 32 * 2)
+    (shown / "preview" / "00001.png").write_bytes(b"")
+    write_preview_grid(open_folder(shown))
+    with Image.open(shown / "preview.png") as sheet:
+        assert sheet.size == (3 * 32 * 2, 32 * 2)

@@ -1,0 +1,136 @@
+"""Several drivers on one folder, in step by step: whatever they ask for, none mixes what it makes with another's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.errors import DamageError, UserError
+from stages.generate.config import GenerateConfig
+from stages.generate.driver import Driver
+from stages.generate.events import Event
+from stages.generate.in_process import InProcessFleet
+from stages.records.dataset import Dataset, commit_unit, committed_units, snapshots
+from stages.records.folder import open_folder
+from stages.records.repair import repair
+from stages.records.verification import survey, verify
+from tests.conftest import generate, generate_config
+from tests.faults_table import survived
+from tests.stages.generate.test_driver import Faulty, assert_same_records
+from tests.stages.records.test_repair import samples_of
+
+
+class Interrupted(InProcessFleet):
+    """Lets something happen before one of its polls: the first loads the teacher, each other makes a unit."""
+
+    def __init__(self, config: GenerateConfig, poll: int, happens: Callable[[], Any]) -> None:
+        super().__init__(config)
+        self.poll_of_it, self.happens = poll, happens
+
+    def poll(self, timeout: float) -> list[Event]:
+        if self.poll_of_it == 0:
+            self.happens()
+        self.poll_of_it -= 1
+        return super().poll(timeout)
+
+
+@pytest.mark.parametrize("poll", [0, 1])
+def test_of_two_configurations_one_is_refused_before_it_commits(
+    tiny_teacher: Path, tmp_path: Path, shared_dataset: Path, poll: int
+) -> None:
+    """The other begins while the teacher is loaded, or while the first unit is sampled, and makes everything."""
+    config, other = (generate_config(tiny_teacher, tmp_path / "data", seed=seed) for seed in (1, 0))
+    with pytest.raises(UserError, match="another configuration: seed=0, not 1"):
+        Driver(config).run(Interrupted(config, poll, lambda: generate(other)))
+    assert verify(tmp_path / "data")["ok"]
+    assert_same_records(tmp_path / "data", shared_dataset)
+    survived("two drivers of unlike configurations: one refused", "driver")
+
+
+def test_a_commit_of_another_plan_is_never_published(tiny_teacher: Path, tmp_path: Path, shared_dataset: Path) -> None:
+    """As where a worker committed just after another driver described something else."""
+    config = generate_config(tiny_teacher, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(config).run(Faulty(config, {}, die_after=1))
+    unit = Driver(config).todo[0]
+    other = generate_config(tiny_teacher, tmp_path, seed=1)
+    foreign = commit_unit(open_folder(tmp_path), unit, samples_of(other, unit), "0" * 64)
+    with pytest.raises(
+        DamageError, match=f"commits/0000{unit}.json: damaged: expected a unit of the plan in dataset.json"
+    ):
+        Driver(config).run(InProcessFleet(config))
+    assert f"commits/0000{unit}.json" in {problem["shard"] for problem in verify(tmp_path)["problems"]}
+    done = repair(survey(open_folder(tmp_path), deep=True), grace=0)
+    assert [each["shard"] for each in done] == [f"commits/0000{unit}.json", foreign["shard"]]
+    Driver(config).run(InProcessFleet(config))
+    assert verify(tmp_path)["ok"]
+    assert_same_records(tmp_path, shared_dataset)
+    survived("a commit of another plan", "dataset")
+
+
+def test_growth_to_another_size_waits_for_what_is_under_way(damaged: Path, tiny_teacher: Path) -> None:
+    one, other = (generate_config(tiny_teacher, damaged, num_trajectories=count) for count in (18, 20))
+    late = Driver(other)
+
+    def begin() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            Driver(one).run(Faulty(one, {}, die_after=1))
+
+    with pytest.raises(UserError, match="num_trajectories=18, not 20: finish that first"):
+        late.run(Interrupted(other, 0, begin))
+    generate(one)
+    generate(other)
+    assert (len(Dataset(damaged).manifest), len(snapshots(open_folder(damaged)))) == (20, 3)
+    survived("two drivers that grow a dataset to unlike sizes: one refused", "driver")
+
+
+def test_growth_planned_over_an_older_snapshot_is_refused(damaged: Path, tiny_teacher: Path) -> None:
+    one, other = (generate_config(tiny_teacher, damaged, num_trajectories=count) for count in (15, 20))
+    with pytest.raises(UserError, match="has grown since this run began: give the command again"):
+        Driver(other).run(Interrupted(other, 0, lambda: generate(one)))
+    grown = Dataset(damaged).fingerprint
+    generate(other)
+    assert len(Dataset(damaged, snapshot=grown).manifest) == 15
+    assert verify(damaged)["trajectories"] == 20
+
+
+@pytest.mark.parametrize("poll", [0, 1, 3])
+def test_what_another_made_and_grew_meanwhile_is_taken_as_it_is(tiny_teacher: Path, tmp_path: Path, poll: int) -> None:
+    config, larger = (generate_config(tiny_teacher, tmp_path, num_trajectories=count) for count in (12, 15))
+    assert Driver(config).run(Interrupted(config, poll, lambda: generate(config)))["units_missing"] == []
+    assert Driver(config).finished
+    generate(larger)
+    assert verify(tmp_path)["ok"]
+    assert len(committed_units(open_folder(tmp_path))) == 5
+
+
+def test_what_has_grown_before_it_is_published_is_left(damaged: Path, tiny_teacher: Path) -> None:
+    one, other = (generate_config(tiny_teacher, damaged, num_trajectories=count) for count in (15, 20))
+
+    def grow() -> None:
+        generate(one)
+        generate(other)
+
+    class Last(InProcessFleet):
+        def close(self) -> None:
+            grow()
+
+    driver = Driver(one)
+    driver.run(Last(one))
+    assert driver.info is not None
+    assert [plan["trajectories"] for plan in driver.info["plans"]] == [12, 3, 5]
+    assert verify(damaged)["trajectories"] == 20
+
+
+def test_a_file_of_classes_that_changes_under_way_is_named(tiny_teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes").write_text("0 1 2")
+    config = generate_config(tiny_teacher, tmp_path / "data", class_labels=str(tmp_path / "classes"))
+    driver = Driver(config)
+    (tmp_path / "classes").write_text("7 8 9")
+    with pytest.raises(UserError, match="classes no longer names the 3 that it was made of"):
+        driver.run(InProcessFleet(config))
+    assert committed_units(open_folder(tmp_path / "data")) == []
+    survived("a file of classes that changes under way: refused", "driver")
