@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
 import re
 from collections import Counter
@@ -20,10 +19,10 @@ import yaml
 
 from pipeline.child import run_child
 from pipeline.command import MULTIRUN, files_and_words, parse
+from stages.cluster import join
 from stages.config import check_bounds
 from stages.errors import UsageError, UserError
 from stages.records.storage import make_folder, write_json
-from stages.signals import end_on_sigterm
 
 SECONDS_TO_END = 30.0
 UNSAFE_IN_A_NAME = re.compile(r"[^\w.,+-]+")
@@ -183,12 +182,7 @@ def join_ray() -> tuple[Any, bool]:
         raise UserError(f"ray: runs are spread over GPUs by it, and it is not installed: {way_out}") from error
     if ray.is_initialized():
         return ray, False
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        end_on_sigterm()
-    except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
-        raise UserError(f"RAY_ADDRESS={address}: no Ray cluster could be joined there: {error}") from error
+    join(ray, os.environ.get("RAY_ADDRESS"))
     return ray, True
 
 

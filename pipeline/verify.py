@@ -80,11 +80,11 @@ def main(config: VerifyConfig) -> None:
     check_bounds(config)
     root = open_folder(config.data_dir)
     found = look(root, config)
+    tell(root, found)
     if config.output is None:
         root.write("verification.json", to_json(found))
     else:
         write_json(Path(config.output), found)
-    tell(root, found)
     problems = found["problems"]
     unfinished = [problem for problem in problems if problem["shard"] == DATASET_FILE]
     if unfinished and (config.repair or all(problem["shard"] in GENERATED for problem in problems)):
@@ -93,7 +93,7 @@ def main(config: VerifyConfig) -> None:
     if problems:
         raise UserError(
             f"{root}: {len(problems)} problem(s); the first: {problems[0]['shard']}: found {problems[0]['found']}: "
-            f"`python -m pipeline.verify {root.word('data_dir')} repair=true` sets them aside to be made again"
+            f"`python -m pipeline.verify {root.word('data_dir')} repair=true` mends that, or sets aside what is to be made again"
         )
     print("whole: nothing is missing or damaged" + ("" if config.deep else "; no shard was read"))
 

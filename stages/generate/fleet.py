@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -22,13 +21,14 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from stages.base import resolve
+from stages.cluster import join
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, place_of
 from stages.generate.events import WAITING, Event, Failed, Loaded, Made
 from stages.generate.unit import UnitWorker
 from stages.records.folder import absolute
-from stages.signals import end_on_sigterm
 
+MOST_TOLD = 1000  # characters of what pip says
 UNITS_WRITTEN = 1  # beside the one that is sampled; more would only fill the memory
 
 
@@ -163,7 +163,7 @@ class RayFleet:
             self._call(call.member, Doing.AGAIN, call.member.actor.place.remote(), call.unit)
             return []
         except RayError as error:
-            return self._lose(call, raised_by_constructor(error) or error, self._is_preempted(call, error))
+            return self._lose(call, told_of(error), self._is_preempted(call, error))
 
     def _go_on(self, call: Call, result: Any) -> list[Event]:
         """The next step of what a worker does, and what is to be told of the last."""
@@ -188,7 +188,7 @@ class RayFleet:
 
     def _is_preempted(self, call: Call, error: RayError) -> bool:
         """Whether nothing that the worker did is the cause."""
-        if isinstance(error, RuntimeEnvSetupError) or raised_by_constructor(error):
+        if isinstance(error, RuntimeEnvSetupError) or (isinstance(error, RayActorError) and error.actor_init_failed):
             return False
         if call.doing is Doing.PLACE or (isinstance(error, RayActorError) and error.preempted):
             return True
@@ -229,28 +229,28 @@ class RayFleet:
             ray.shutdown()
 
 
-def raised_by_constructor(error: RayError) -> RayError | None:
-    """What a worker's constructor, or its import, raised, in the last line of all that Ray tells of it."""
+def told_of(error: RayError) -> RayError:
+    """An error whose first line tells what a worker's constructor, or its import, raised, or why its environment could not be made."""
+    if isinstance(error, RuntimeEnvSetupError):
+        return RayError(f"runtime_env: {' '.join(str(error).split())}"[:MOST_TOLD])
     if isinstance(error, RayActorError) and error.actor_init_failed:
         return RayActorError(error_msg=str(error).rstrip().rpartition("\n")[2])
-    return None
+    return error
 
 
 def start_ray(config: GenerateConfig) -> None:
-    """Join the cluster that the configuration or RAY_ADDRESS names, else start Ray on this machine."""
-    address = config.ray_address or os.environ.get("RAY_ADDRESS")
-    try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            cores = max(os.cpu_count() or 1, math.ceil(config.num_workers * config.num_cpus))
-            ray.init(
-                address="local",
-                num_cpus=cores,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                include_dashboard=False,
-            )
-        end_on_sigterm()
-    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        raise UserError(f"ray_address={address}: no Ray cluster could be joined there: {error}") from error
+    """Join the cluster that the configuration or RAY_ADDRESS names, else start Ray on this machine.
+
+    Raises:
+        UserError: there is no such cluster, or a worker asks for more than this machine has, which no other node can join.
+    """
+    if address := config.ray_address or os.environ.get("RAY_ADDRESS"):
+        join(ray, address)
+        return
+    join(ray, None, num_cpus=max(os.cpu_count() or 1, math.ceil(config.num_workers * config.num_cpus)))
+    there = ray.cluster_resources()
+    if any(there.get(name, 0) < amount for name, amount in {"GPU": config.num_gpus, **config.resources}.items()):
+        ray.shutdown()
+        raise UserError(
+            f"{place_of(config)}: more than this machine has for a worker: ask for less, or name a cluster by ray_address"
+        )

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RuntimeEnvSetupError
 
 from stages.errors import UserError
+from stages.generate import fleet
 from stages.generate.driver import Driver
 from stages.generate.events import Event, Failed, Loaded
-from stages.generate.fleet import RayFleet
+from stages.generate.fleet import MOST_TOLD, RayFleet, start_ray, told_of
 from stages.records.verification import verify
 from tests.conftest import generate_config
 from tests.sleeping_worker import SleepingWorker, sleeping_config
@@ -64,18 +66,43 @@ def test_two_halves_of_a_gpu_and_whatever_else_is_asked_of_ray(tiny_teacher: Pat
         resources={"teachers": 0.5},
         runtime_env={"env_vars": {"A_WORD": "passed on"}},
     )
-    fleet = PlacedFleet(config)
+    placed = PlacedFleet(config)
     events: list[Event] = []
     while len(events) < 2:
-        events += fleet.poll(1)
+        events += placed.poll(1)
     names = ray.util.list_named_actors()
-    fleet.close()
+    placed.close()
     told = [event.facts for event in events if isinstance(event, Loaded)]
     assert told == 2 * [{"gpus": "0", "kept": {"CPU": 1.0, "GPU": 0.5, "teachers": 0.5}, "word": "passed on"}]
-    assert sorted(names) == [f"teacher-{number}-of-run-{fleet.run}" for number in (1, 2)]
+    assert sorted(names) == [f"teacher-{number}-of-run-{placed.run}" for number in (1, 2)]
 
 
 def test_what_ray_cannot_keep_for_a_worker_is_named(tiny_teacher: Path, tmp_path: Path) -> None:
     config = replace(generate_config(tiny_teacher, tmp_path), num_gpus=1.5)
     with pytest.raises(UserError, match="num_cpus=1 num_gpus=1.5: Ray cannot keep that for a worker: .*1.5"):
         RayFleet(config)
+
+
+def test_more_than_this_machine_has_is_refused_where_no_node_can_join(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[bool] = []
+    monkeypatch.setattr(fleet, "join", lambda *_, **local: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    start_ray(generate_config(tiny_teacher, tmp_path, num_gpus=0.5, resources={"teachers": 1.0}))
+    assert ended == []
+    with pytest.raises(UserError, match=r"^num_cpus=1 num_gpus=0 resources.fast=1: more than this machine has"):
+        start_ray(generate_config(tiny_teacher, tmp_path, resources={"fast": 1.0}))
+    assert ended == [True]
+
+
+def test_what_a_worker_could_not_begin_with_is_told_in_a_line() -> None:
+    missing = RuntimeEnvSetupError("no matching distribution\nfor nothing==1")
+    assert "runtime_env: Failed to set up runtime environment. no matching distribution for nothing==1" in str(
+        told_of(missing)
+    )
+    assert "\n" not in str(told_of(missing))
+    assert len(str(told_of(RuntimeEnvSetupError("x" * 9999)))) <= MOST_TOLD
+    lost = ray.exceptions.ActorDiedError()
+    assert told_of(lost) is lost
