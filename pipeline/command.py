@@ -173,8 +173,3 @@ def help_text(config_class: type[Any], description: str) -> str:
         shown = "required" if default == MISSING else f"default {default}"
         lines.append(f"  {key}  ({name.replace('typing.', '')}, {shown})\n      {meaning}")
     return "\n".join(lines)
-
-
-def to_yaml(config: Any) -> str:
-    """The resolved configuration as it is saved beside every output; `--config` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import run, to_yaml
+from pipeline.command import run
 from pipeline.evaluation_fleet import over_ray
 from pipeline.multirun import has_several_gpus
 from pipeline.study import StudyConfig
 from pipeline.study import main as study
 from stages.adapters import GuidanceAdapter
 from stages.adapters.folder import describe
+from stages.config import to_yaml
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation, in_process
 from stages.evaluate.report import table, write_report

@@ -5,7 +5,7 @@ python -m pipeline.generate --config configs/generate/mnist_dit.yaml output_dir=
 
 from __future__ import annotations
 
-from pipeline.command import run, to_yaml
+from pipeline.command import run
 from stages.generate.config import GenerateConfig
 from stages.generate.driver import Driver
 
@@ -16,7 +16,6 @@ def main(config: GenerateConfig) -> None:
     if driver.finished:
         print(f"{root}: already finished, {len(driver.plan)} units; nothing to do")
         return
-    root.write("config.yaml", to_yaml(config).encode())
     from stages.generate.fleet import RayFleet  # ray takes seconds to import: not before something is to be done
 
     summary = driver.run(RayFleet(config))

@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import run, to_yaml
+from pipeline.command import run
 from pipeline.multirun import multirun
+from stages.config import to_yaml
 from stages.records.storage import whole_file, write_json
 from stages.train.config import TrainConfig
 from stages.train.trainer import Trainer

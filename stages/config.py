@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field, fields, is_dataclass
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from stages.errors import UsageError
 
 
@@ -22,6 +24,11 @@ def option(
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as it is saved beside every output; `--config` reads it back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def check_bounds(config: Any) -> None:

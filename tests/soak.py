@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.command import to_yaml
+from stages.config import to_yaml
 from stages.generate.config import GenerateConfig
 from stages.records.dataset import Dataset
 from stages.records.verification import verify

@@ -14,6 +14,7 @@ from stages.generate.plan import Plan
 from stages.sampling import Condition
 
 COUNTS = ("num_trajectories", "num_trajectories_per_condition")  # of which a dataset that is made may be asked for more
+PLACE_OF_TEACHER = "pretrained_model_name_or_path"
 CONDITIONS = ("prompts", "class_labels")  # judged by what they name
 
 
@@ -60,15 +61,19 @@ def check_still_same(root: Any, info: dict[str, Any] | None, plan: Plan, facts: 
     """
     if info is None:
         raise ChangedError(f"{root}: dataset.json is gone: give the same command again")
+    told = info["plans"][-1]
+    here = {
+        "teacher": told["config"]["teacher"] | {PLACE_OF_TEACHER: plan.config.teacher.pretrained_model_name_or_path}
+    }
     try:
-        check_same_config(root, info["plans"][-1], plan)
+        check_same_config(root, told | {"config": told["config"] | here}, plan)
     except UserError as error:
         raise ChangedError(str(error)) from error
     planned = [sum(told[key] for told in info["plans"]) for key in ("units", "trajectories")]
     if planned != [len(plan), plan.num_trajectories]:
         raise ChangedError(f"{root}: has grown since this run began: give the command again")
     for key, value in facts.items():
-        if key != "pretrained_model_name_or_path" and info["teacher"].get(key) != value:
+        if key != PLACE_OF_TEACHER and info["teacher"].get(key) != value:
             raise ChangedError(
                 f"{root}: was begun anew with another teacher: its {key} is {info['teacher'].get(key)}, not {value}"
             )

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from stages.base import first_line
+from stages.config import to_yaml
 from stages.errors import ChangedError, StorageError, UserError
 from stages.generate.config import GenerateConfig
 from stages.generate.description import check_same_config, describe_plan
@@ -190,6 +191,7 @@ class Driver:
             info = begin_plan(
                 self.root, info, describe_plan(self.plan, info["plans"], info["teacher"]["guidance_rule"])
             )
+        self.root.write("config.yaml", to_yaml(self.config).encode())
         self.info, self.begun = info, True
 
     def _see_no_worker(self, failure: Failed) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from omegaconf import MISSING
 
-from pipeline.command import help_text, parse, run, to_yaml
+from pipeline.command import help_text, parse, run
+from stages.config import to_yaml
 from stages.errors import UsageError, UserError
 from stages.generate.config import GenerateConfig
 from stages.train.config import TrainConfig

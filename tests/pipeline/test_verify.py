@@ -10,6 +10,7 @@ import pytest
 import pipeline.generate
 from pipeline.command import parse
 from pipeline.verify import VerifyConfig, main
+from stages.config import to_yaml
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig
 from stages.generate.in_process import InProcessFleet
@@ -50,6 +51,7 @@ def test_what_a_repair_tells_last_finishes_the_dataset(
 ) -> None:
     monkeypatch.setattr("stages.generate.fleet.RayFleet", InProcessFleet)
     damaged = damaged.rename(damaged.with_name("two words"))
+    (damaged / "config.yaml").unlink()  # as of an older dataset
     shard = commit_of(damaged)["shard"]
     DAMAGES["a flipped bit in a payload"](damaged)
     DAMAGES["a missing manifest"](damaged)
@@ -60,7 +62,7 @@ def test_what_a_repair_tells_last_finishes_the_dataset(
     found = json.loads((damaged / "verification.json").read_text())
     assert [line["shard"] for line in found["repaired"]] == ["commits/00001.json", shard]
     assert (found["ok"], found["trajectories"], len(found["problems"])) == (False, 9, 2)
-    (damaged / "config.yaml").write_text(pipeline.generate.to_yaml(generate_config(tiny_teacher, "elsewhere")))
+    (damaged / "config.yaml").write_text(to_yaml(generate_config(tiny_teacher, "elsewhere")))
     with pytest.raises(UserError, match="makes the rest$") as caught:
         main(VerifyConfig(str(damaged)))
     words = shlex.split(re.search("`python -m pipeline.generate (.*)`", str(caught.value))[1])  # type: ignore[index]

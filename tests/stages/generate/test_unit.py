@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,17 +14,21 @@ from stages.records.folder import open_folder
 from tests.conftest import generate_config
 
 
+def describe(worker: UnitWorker) -> dict[str, Any]:
+    """Describe what a loaded worker is to make, as its driver would."""
+    info = {"complete": False, "teacher": worker.facts, "plans": []}
+    return begin_plan(worker.root, info, describe_plan(worker.plan, [], worker.facts["guidance_rule"]))
+
+
 def test_a_worker_loads_once_and_commits_what_it_sampled(tiny_teacher: Path, tmp_path: Path) -> None:
     worker = UnitWorker(generate_config(tiny_teacher, tmp_path, records_per_sample=3))
-    facts = worker.load()
-    assert facts["denoiser_class"] == "DiTTransformer2DModel"
+    assert worker.load()["denoiser_class"] == "DiTTransformer2DModel"
     worker.sample(2)
     worker.sample(1)
     worker.sample(0)
     with pytest.raises(ChangedError, match=r"dataset\.json is gone"):
         worker.commit(0)
-    info = {"complete": False, "teacher": facts, "plans": []}
-    info = begin_plan(worker.root, info, describe_plan(worker.plan, [], facts["guidance_rule"]))
+    info = describe(worker)
     records, seconds = worker.commit(2)
     assert records == 12
     assert seconds.keys() == {TEACHER, RECORDING, ENCODING, WRITING}
