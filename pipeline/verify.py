@@ -15,8 +15,8 @@ from omegaconf import MISSING
 from pipeline.command import run
 from stages.config import check_bounds, option
 from stages.errors import UserError
-from stages.records.dataset import DATASET_FILE, MANIFEST_FILE
 from stages.records.folder import Folder, open_folder
+from stages.records.plans import DATASET_FILE, MANIFEST_FILE
 from stages.records.repair import repair
 from stages.records.storage import to_json, write_json
 from stages.records.verification import survey

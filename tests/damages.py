@@ -21,9 +21,11 @@ import pyarrow as pa
 import safetensors.torch
 import torch
 
-from stages.records.dataset import publish, read_commits, read_info
+from stages.records.commits import read_commits
 from stages.records.folder import open_folder
 from stages.records.manifest import decode_manifest, encode_manifest
+from stages.records.plans import read_info
+from stages.records.publication import publish
 from stages.records.storage import seal, unseal
 
 Damage = Callable[[Path], list[str]]

@@ -18,18 +18,10 @@ from stages.generate.plan import Plan
 from stages.generate.preview import write_preview_grid
 from stages.generate.profile import Profile
 from stages.generate.telling import Telling
-from stages.records.dataset import (
-    begin_plan,
-    committed_units,
-    is_committed,
-    plan_digests,
-    publish,
-    published,
-    read_commits,
-    read_info,
-    withdraw,
-)
+from stages.records.commits import committed_units, is_committed, read_commits
 from stages.records.folder import open_folder
+from stages.records.plans import plan_digests, published, read_info
+from stages.records.publication import begin_plan, publish, withdraw
 from stages.records.storage import to_json
 
 MAX_ATTEMPTS = 3

@@ -13,8 +13,9 @@ from stages.generate.plan import Plan
 from stages.generate.preview import write_preview
 from stages.generate.profile import ENCODING, WRITING, Clock
 from stages.generate.teacher import Teacher
-from stages.records.dataset import commit_unit, plan_digests, published, read_info
+from stages.records.commits import commit_unit
 from stages.records.folder import open_folder
+from stages.records.plans import plan_digests, published, read_info
 from stages.records.record import Trajectory
 from stages.records.shard import encode
 

@@ -1,4 +1,4 @@
-"""A dataset's folder, on disk or in a bucket: what is committed, what is published, and how a reader opens it.
+"""A dataset's folder, on disk or in a bucket, and how a reader opens it.
 
     DATASET/shards/00012-<attempt>.tar   DATASET/commits/00012.json   DATASET/manifest.parquet   DATASET/dataset.json
     DATASET/manifests/1.parquet
@@ -10,308 +10,25 @@ snapshot, whose manifest is kept, so that a reader can stay with it.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import re
-import uuid
 import zlib
-from array import array
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from stages.errors import DamageError, UserError
 from stages.records.cache import ShardCache
+from stages.records.commits import committed_units, damage
 from stages.records.folder import Folder, open_folder
-from stages.records.manifest import decode_manifest, encode_manifest, fingerprint, table_of, unit_of
+from stages.records.manifest import decode_manifest, unit_of
+from stages.records.plans import fingerprint_of, manifest_name, of_snapshot, published, read_info
 from stages.records.record import misfit
-from stages.records.shard import Sample, hash_file, write_shard
-from stages.records.storage import seal, unseal
+from stages.records.storage import sha256
 
-SCHEMA_VERSION = 1
-DATASET_FILE = "dataset.json"
-MANIFEST_FILE = "manifest.parquet"
 SKIPPED = "; training leaves it out with on_damage=skip"
-# What `dataset.json` tells of each snapshot, and of the newest one again beside what all have in common.
-OF_A_SNAPSHOT = ("config", "conditions", "guidance", "counts", "manifest_sha256")
-DEFINING = ("units", "trajectories", "guidance", "conditions", "config")  # of a plan: what decides what it makes
-OF_THE_PLAN = "a unit of the plan in dataset.json"
-COMMITS_AT_ONCE = 1024
-READERS = 16  # a request to a bucket mostly waits
-COMMITS_OF_A_READER = COMMITS_AT_ONCE // READERS  # to pass them on one by one takes longer than to read them
-
-
-def commit_unit(root: Folder, unit: int, samples: Iterable[Sample], plan: str | None = None) -> dict[str, Any]:
-    """Write a unit's shard and commit it; returns the commit record that won, be it this attempt's or an earlier one's.
-
-    Args:
-        plan: the digest of the unit's plan, as `plan_digests` has it.
-    """
-    shard = f"shards/{unit:05d}-{uuid.uuid4().hex[:8]}.tar"
-    record = commit_name(unit)
-    samples = list(samples)
-    with root.whole_file(shard) as file:
-        rows = write_shard(file, samples)
-        size = file.seek(0, io.SEEK_END)
-        file.seek(0)
-        sha256 = hash_file(file)
-    tensors = samples[0].tensors
-    commit = {
-        "unit": unit, "plan": plan, "shard": shard, "size": size, "sha256": sha256, "tensors": tensors, "samples": rows,
-    }  # fmt: skip
-    if not root.create(record, seal(commit)):
-        root.delete(shard)
-    return read_commit(root, record)
-
-
-def commit_names(root: Folder) -> list[str]:
-    """The files of all commit records, in the order of the plan, in which five digits come before six."""
-    numbered = [name for name in root.list("commits") if re.fullmatch(r"commits/\d+\.json", name)]
-    return sorted((name for name in numbered if name == commit_name(unit_of(name))), key=unit_of)
-
-
-def read_commit(root: Folder, name: str) -> dict[str, Any]:
-    """One commit record.
-
-    Raises:
-        UserError: it is not as it was written.
-    """
-    try:
-        commit = unseal(root.read(name) or b"")
-        if commit["unit"] != unit_of(name) or not re.fullmatch(rf"shards/0*{unit_of(name)}-\w+\.tar", commit["shard"]):
-            raise ValueError("of another unit")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamageError(
-            f"{root.where(name)}: damaged: `python -m pipeline.verify {root.word('data_dir')} repair=true` sets it aside; "
-            "then generate again, which makes its unit anew"
-        ) from error
-    return commit
-
-
-def committed_units(root: Folder) -> list[int]:
-    """The units that have a commit record, in the order of the plan; none is read."""
-    return [unit_of(name) for name in commit_names(root)]
-
-
-def is_committed(root: Folder, unit: int) -> bool:
-    """Whether a unit has a commit record by now."""
-    return root.exists(commit_name(unit))
-
-
-def commit_name(unit: int) -> str:
-    """The file of a unit's commit record."""
-    return f"commits/{unit:05d}.json"
-
-
-def read_commits(root: Folder) -> Iterator[dict[str, Any]]:
-    """Every commit record, in the order of the plan; few of them are in memory at once.
-
-    Raises:
-        UserError: one is not as it was written.
-    """
-
-    def read(units: list[int]) -> list[dict[str, Any]]:
-        return [read_commit(root, commit_name(unit)) for unit in units]
-
-    units = committed_units(root)
-    with ThreadPoolExecutor(READERS) as threads:
-        for start in range(0, len(units), COMMITS_AT_ONCE):
-            some = units[start : start + COMMITS_AT_ONCE]
-            parts = [some[i : i + COMMITS_OF_A_READER] for i in range(0, len(some), COMMITS_OF_A_READER)]
-            yield from chain.from_iterable(threads.map(read, parts))
-
-
-def write_info(root: Folder, info: dict[str, Any]) -> None:
-    """Write `dataset.json`."""
-    root.write(DATASET_FILE, seal({"schema_version": SCHEMA_VERSION} | info))
-
-
-def begin_plan(root: Folder, info: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
-    """Write into `dataset.json` what the dataset is meant to hold further, before its first shard; what is published stays.
-
-    Args:
-        info: the description so far, with no plan under way.
-        plan: `units` and `trajectories`, those of this plan alone; `config`, `conditions`, `guidance`.
-
-    Returns:
-        The new description.
-    """
-    info = info | {"plans": [*info["plans"], plan]}
-    if (number := len(published(info))) == 0:
-        info = of_snapshot(info, plan)
-    elif (content := root.read(MANIFEST_FILE)) and _sha256(content) == info["manifest_sha256"]:
-        root.write(manifest_copy(number), content)  # for datasets from before there were copies
-    write_info(root, info)
-    return info
-
-
-def withdraw(root: Folder, info: dict[str, Any]) -> dict[str, Any]:
-    """Say in `dataset.json` that units of what was published are made again, so that nobody opens it before `publish`."""
-    info = info | {"complete": False}
-    write_info(root, info)
-    return info
-
-
-def publish(
-    root: Folder, info: dict[str, Any], commits: Iterable[dict[str, Any]], again: bool = False
-) -> dict[str, Any]:
-    """Write the manifests and say in `dataset.json` that the dataset is whole, so that readers open it.
-
-    Args:
-        info: the description so far, with its `plans`.
-        commits: of all their units, in order.
-        again: publish only what was published before; a plan under way stays so.
-
-    Returns:
-        The new description.
-
-    Raises:
-        UserError: a commit is missing, or of another plan.
-    """
-    digests = plan_digests(info)
-    rows, size = array("q", [0]), array("q", [0])  # up to each unit
-    tensors: dict[str, Any] = {}
-
-    def gone(unit: int) -> UserError:
-        return UserError(f"{root.where(commit_name(unit))}: gone: generate again, which makes its unit anew")
-
-    def counted() -> Iterator[dict[str, Any]]:
-        for unit, commit in enumerate(commits):
-            if commit["unit"] != unit:
-                raise gone(unit)
-            if not is_of_plan(commit, digests):
-                told = {"shard": commit_name(unit), "expected": OF_THE_PLAN, "found": "one of another"}
-                raise DamageError(_told(root, told))
-            rows.append(rows[-1] + len(commit["samples"]))
-            size.append(size[-1] + commit["size"])
-            tensors.update({} if tensors else commit["tensors"])
-            yield commit
-
-    whole = table_of(counted())
-    plans: list[dict[str, Any]] = []
-    units = 0
-    under_way = info["plans"][len(published(info)) :] if again else []
-    made = info["plans"][: len(info["plans"]) - len(under_way)]
-    if len(rows) <= sum(plan["units"] for plan in made):
-        raise gone(len(rows) - 1)
-    for number, plan in enumerate(made, start=1):
-        units += plan["units"]
-        content, of_it = _publish_plan(root, number, plan, whole.slice(0, rows[units]))
-        of_it["counts"] |= {"units": units, "bytes": size[units]}
-        plans.append(plan | of_it)
-    root.write(MANIFEST_FILE, content)
-    common = {"complete": True, "plans": [*plans, *under_way], "tensors": tensors}
-    info = of_snapshot(info | common, plans[-1])
-    write_info(root, info)
-    return info
-
-
-def _publish_plan(root: Folder, number: int, plan: dict[str, Any], table: pa.Table) -> tuple[bytes, dict[str, Any]]:
-    """Write the n-th plan's manifest, if it is not there; its bytes, and what `dataset.json` tells of it."""
-    kept = _as_published(root, number, plan)
-    before = None if kept is None else decode_manifest(kept)
-    content = kept if kept is not None and table.equals(before) else encode_manifest(table)
-    if root.read(name := manifest_copy(number)) != content:
-        root.write(name, content)
-    of_rows = fingerprint(table)
-    if before is not None and "fingerprint" not in plan and fingerprint(before) == of_rows:
-        of_rows = plan["manifest_sha256"]  # as the checkpoints know a dataset from before there were fingerprints
-    counts = {
-        "trajectories": pc.count_distinct(table["trajectory"]).as_py(),
-        "samples": len(table),
-        "records": pc.sum(table["records"]).as_py(),
-    }
-    return content, {"counts": counts, "manifest_sha256": _sha256(content), "fingerprint": of_rows}
-
-
-def _as_published(root: Folder, number: int, plan: dict[str, Any]) -> bytes | None:
-    """The manifest of the n-th plan, if it is there as it was published."""
-    contents = (root.read(name) for name in (manifest_copy(number), MANIFEST_FILE))
-    return next((content for content in contents if content and _sha256(content) == plan.get("manifest_sha256")), None)
-
-
-def published(info: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The plans that were made to their end, oldest first; each is a snapshot, and at most one more is under way.
-
-    Where `info` is not `complete`, units of theirs are made again.
-    """
-    return [] if info is None else [plan for plan in info["plans"] if "manifest_sha256" in plan]
-
-
-def plan_digests(info: dict[str, Any]) -> list[tuple[int, str]]:
-    """For each plan the unit after its last, and the SHA-256 of all that decides what its units hold."""
-    told: list[Any] = [info.get("teacher")]
-    digests, end = [], 0
-    for plan in info["plans"]:
-        told.append({key: plan.get(key) for key in DEFINING})
-        end += plan["units"]
-        digests.append((end, _sha256(json.dumps(told, sort_keys=True).encode())))
-    return digests
-
-
-def is_of_plan(commit: dict[str, Any], digests: list[tuple[int, str]]) -> bool:
-    """Whether a commit's unit was made by the plan that it belongs to; older commits do not tell, and no plan has those beyond all."""
-    digest = next((digest for end, digest in digests if commit["unit"] < end), None)
-    return commit.get("plan") is None or digest is None or commit["plan"] == digest
-
-
-def fingerprint_of(plan: dict[str, Any]) -> str:
-    """What tells a snapshot from any other; datasets from before there were fingerprints have their manifest's SHA-256."""
-    return plan.get("fingerprint", plan["manifest_sha256"])
-
-
-def of_snapshot(info: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
-    """The description of a dataset as it was once that plan was made."""
-    return info | {key: plan[key] for key in OF_A_SNAPSHOT if key in plan}
-
-
-def manifest_copy(number: int) -> str:
-    """Where the manifest of the n-th snapshot is kept."""
-    return f"manifests/{number}.parquet"
-
-
-def manifest_name(info: dict[str, Any], number: int) -> str:
-    """Where to read the n-th snapshot's manifest: while the dataset grows, `manifest.parquet` may be replaced at any moment."""
-    return MANIFEST_FILE if number == len(info["plans"]) else manifest_copy(number)
-
-
-def read_info(root: Folder) -> dict[str, Any] | None:
-    """The content of `dataset.json`, or None where there is none.
-
-    Raises:
-        UserError: it is not readable, or of a newer schema than this version knows.
-    """
-    path = root.where(DATASET_FILE)
-    try:
-        content = root.read(DATASET_FILE)
-        if content is None:
-            return None
-        version = int(json.loads(content)["schema_version"])
-        if version > SCHEMA_VERSION:
-            raise UserError(
-                f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest known here: upgrade this project"
-            )
-        info = unseal(content)
-        if "plan" in info:  # from before datasets could grow
-            plan = info.pop("plan") | {key: info[key] for key in OF_A_SNAPSHOT if key in info}
-            info["plans"] = [plan]
-        return info
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged: not as it was written; restore it, or generate into a new folder") from error
-
-
-def snapshots(root: Folder) -> list[str]:
-    """The fingerprints of all snapshots, oldest first."""
-    return [fingerprint_of(plan) for plan in published(read_info(root))]
 
 
 class Dataset:
@@ -360,7 +77,7 @@ class Dataset:
         self.info = of_snapshot(info, whole[number - 1])
         content, problem = read_manifest(self.root, whole[number - 1], manifest_name(info, number))
         if content is None:
-            raise DamageError(_told(self.root, problem))
+            raise damage(self.root, problem)
         self.manifest = decode_manifest(content)
         shards = self.manifest.group_by(["shard", "shard_sha256", "shard_size"]).aggregate([]).to_pylist()
         self._known = {shard["shard"]: (shard["shard_sha256"], shard["shard_size"]) for shard in shards}
@@ -373,7 +90,7 @@ class Dataset:
             raise self._unfinished(len(self._known), sum(unit_of(shard) in committed for shard in self._known))
         sizes = {shard: size for shard, (_, size) in self._known.items()}
         if problems := size_problems(sizes, self.root.list("shards")):
-            raise DamageError(_told(self.root, problems[0]) + SKIPPED)
+            raise DamageError(f"{damage(self.root, problems[0])}{SKIPPED}")
 
     def _unfinished(self, planned: int, done: int | None = None) -> UserError:
         done = len(committed_units(self.root)) if done is None else done
@@ -422,7 +139,7 @@ class Dataset:
         return sample
 
     def _damage(self, shard: str, expected: str, found: str) -> DamageError:
-        told = _told(self.root, {"shard": shard, "expected": expected, "found": found}) + SKIPPED
+        told = f"{damage(self.root, {'shard': shard, 'expected': expected, 'found': found})}{SKIPPED}"
         if self.cache is not None:
             told += f"; if that finds none, its copy in {self.cache.root} is damaged: remove {self._known[shard][0]}"
         return DamageError(told)
@@ -453,7 +170,7 @@ class Dataset:
 def read_manifest(root: Folder, plan: dict[str, Any], name: str) -> tuple[bytes | None, dict[str, str]]:
     """(a snapshot's manifest from the file of that name, no problem), or (None, why not): it is not the one that was published."""
     content, expected = root.read(name), plan["manifest_sha256"]
-    found = "no such file" if content is None else _sha256(content)
+    found = "no such file" if content is None else sha256(content)
     if found == expected:
         return content, {}
     return None, {"shard": name, "expected": f"SHA-256 {expected}", "found": found}
@@ -467,14 +184,3 @@ def size_problems(committed: dict[str, int], there: dict[str, int]) -> list[dict
             told = "no such file" if found is None else f"{found} bytes"
             problems.append({"shard": shard, "expected": f"{size} bytes", "found": told})
     return problems
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _told(root: Folder, problem: dict[str, str]) -> str:
-    return (
-        f"{root.where(problem['shard'])}: damaged: expected {problem['expected']}, found {problem['found']}: "
-        f"`python -m pipeline.verify {root.word('data_dir')}` lists all damage"
-    )

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count
 
-from stages.records.dataset import commit_name, is_committed, publish, published
+from stages.records.commits import commit_name, is_committed
 from stages.records.folder import Folder
 from stages.records.manifest import unit_of
+from stages.records.plans import published
+from stages.records.publication import publish
 from stages.records.verification import Problem, Survey, is_named, unit_of_file
 
 QUARANTINE = "quarantine"

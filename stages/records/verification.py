@@ -13,26 +13,22 @@ import pyarrow as pa
 
 from stages.errors import DamageError, UserError
 from stages.progress import progress
-from stages.records.dataset import (
+from stages.records.commits import READERS, commit_name, commit_names, read_commit
+from stages.records.dataset import read_manifest, size_problems
+from stages.records.folder import Folder, open_folder
+from stages.records.inspection import BrokenError, inspect_shard
+from stages.records.manifest import SCHEMA, decode_manifest, table_of, unit_of
+from stages.records.plans import (
     DATASET_FILE,
     MANIFEST_FILE,
     OF_THE_PLAN,
-    READERS,
-    commit_name,
-    commit_names,
     is_of_plan,
     manifest_copy,
     manifest_name,
     plan_digests,
     published,
-    read_commit,
     read_info,
-    read_manifest,
-    size_problems,
 )
-from stages.records.folder import Folder, open_folder
-from stages.records.inspection import BrokenError, inspect_shard
-from stages.records.manifest import SCHEMA, decode_manifest, table_of, unit_of
 
 SCALE_BINS = 10
 TIMESTEP_BINS = 10

@@ -23,8 +23,9 @@ from stages.config import check_bounds
 from stages.errors import UserError
 from stages.progress import progress
 from stages.records.cache import ShardCache
-from stages.records.dataset import Dataset, snapshots
+from stages.records.dataset import Dataset
 from stages.records.folder import open_folder
+from stages.records.plans import snapshots
 from stages.records.storage import make_folder, whole_file
 from stages.train.batch import Batch
 from stages.train.bins import Range

@@ -31,7 +31,8 @@ import psutil
 from stages.generate.driver import Driver
 from stages.generate.events import Event, Loaded, Made
 from stages.generate.fleet import RayFleet
-from stages.records.dataset import Dataset, commit_name
+from stages.records.commits import commit_name
+from stages.records.dataset import Dataset
 from stages.records.storage import seal
 from tests.sleeping_worker import FACTS, SleepingWorker, made_up_commit, sleeping_config
 

@@ -31,8 +31,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as ItemDataset
 
-from stages.records.dataset import Dataset, commit_unit, publish
+from stages.records.commits import commit_unit
+from stages.records.dataset import Dataset
 from stages.records.folder import open_folder
+from stages.records.publication import publish
 from stages.records.record import Trajectory
 from stages.records.shard import encode
 from stages.train.batch import Batch

@@ -11,7 +11,7 @@ import ray
 
 import pipeline.generate
 from stages.errors import UserError
-from stages.records.dataset import read_commits
+from stages.records.commits import read_commits
 from stages.records.folder import open_folder
 from tests.conftest import generate, generate_config
 from tests.faults_table import survived

@@ -21,7 +21,8 @@ from stages.errors import DamageError, StorageError, UserError
 from stages.generate.driver import Driver
 from stages.generate.in_process import InProcessFleet
 from stages.records.cache import ShardCache
-from stages.records.dataset import Dataset, commit_unit, committed_units, read_commits
+from stages.records.commits import commit_unit, committed_units, read_commits
+from stages.records.dataset import Dataset
 from stages.records.folder import open_folder
 from stages.records.shard import encode
 from stages.records.verification import verify
@@ -133,7 +134,7 @@ def test_trajectories_that_fail_leave_no_shard_and_no_commit(s3: FaultyS3, monke
     def fails(*_: object) -> None:
         raise RuntimeError("injected")
 
-    monkeypatch.setattr("stages.records.dataset.write_shard", fails)
+    monkeypatch.setattr("stages.records.commits.write_shard", fails)
     with pytest.raises(RuntimeError):
         commit_unit(open_folder(ADDRESS), 0, [encode(trajectory())])
     assert s3.names() == []

@@ -15,8 +15,10 @@ from stages.generate.config import GenerateConfig
 from stages.generate.driver import Driver
 from stages.generate.events import Event, Failed
 from stages.generate.in_process import InProcessFleet
-from stages.records.dataset import Dataset, committed_units, read_commits, read_info, snapshots, write_info
+from stages.records.commits import committed_units, read_commits
+from stages.records.dataset import Dataset
 from stages.records.folder import DiskFolder, open_folder
+from stages.records.plans import read_info, snapshots, write_info
 from stages.records.storage import seal, unseal
 from stages.records.verification import verify
 from tests.conftest import fill, generate, generate_config

@@ -13,8 +13,10 @@ from stages.generate.config import GenerateConfig
 from stages.generate.driver import Driver
 from stages.generate.events import Event
 from stages.generate.in_process import InProcessFleet
-from stages.records.dataset import Dataset, commit_unit, committed_units, snapshots
+from stages.records.commits import commit_unit, committed_units
+from stages.records.dataset import Dataset
 from stages.records.folder import open_folder
+from stages.records.plans import snapshots
 from stages.records.repair import repair
 from stages.records.verification import survey, verify
 from tests.conftest import generate, generate_config

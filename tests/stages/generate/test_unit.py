@@ -9,8 +9,10 @@ from stages.errors import ChangedError
 from stages.generate.description import describe_plan
 from stages.generate.profile import ENCODING, RECORDING, TEACHER, WRITING
 from stages.generate.unit import UnitWorker
-from stages.records.dataset import begin_plan, plan_digests, read_commits
+from stages.records.commits import read_commits
 from stages.records.folder import open_folder
+from stages.records.plans import plan_digests
+from stages.records.publication import begin_plan
 from tests.conftest import generate_config
 
 

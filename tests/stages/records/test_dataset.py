@@ -9,50 +9,14 @@ from typing import Any
 import pytest
 
 from stages.errors import UserError
-from stages.records.dataset import Dataset, commit_unit, read_commits, read_info, snapshots
-from stages.records.folder import open_folder
-from stages.records.manifest import fingerprint
-from stages.records.shard import encode
-from stages.records.storage import seal, unseal
+from stages.records.dataset import Dataset
+from stages.records.plans import snapshots
 from tests.damages import SEALED
-from tests.stages.records.test_record import trajectory
-
-
-def change_info(root: Path, **changes: Any) -> None:
-    (root / "dataset.json").write_bytes(seal(unseal((root / "dataset.json").read_bytes()) | changes))
+from tests.stages.records.test_plans import change_info
 
 
 def first_shard(root: Path) -> Path:
     return root / Dataset(root).manifest["shard"][0].as_py()
-
-
-def test_the_first_attempt_wins_and_the_loser_takes_its_shard_away(tmp_path: Path) -> None:
-    first = commit_unit(open_folder(tmp_path), 3, [encode(trajectory())])
-    second = commit_unit(open_folder(tmp_path), 3, [encode(trajectory())])
-    assert second == first
-    assert [f"shards/{path.name}" for path in (tmp_path / "shards").iterdir()] == [first["shard"]]
-    assert list(read_commits(open_folder(tmp_path))) == [first]
-
-
-def test_the_description_tells_what_the_dataset_is(dataset: Dataset) -> None:
-    info = dataset.info
-    assert info["counts"] == {
-        "units": 4,
-        "trajectories": 12,
-        "samples": 12,
-        "records": 48,
-        "bytes": info["counts"]["bytes"],
-    }
-    assert info["teacher"]["pipeline_class"] == "DiTPipeline"
-    assert info["teacher"]["denoiser_class"] == "DiTTransformer2DModel"
-    assert info["teacher"]["denoiser_subfolder"] == "transformer"
-    assert info["teacher"]["prediction_type"] == "epsilon"
-    assert info["guidance"] == {
-        "rule": {"name": "ClassifierFreeGuidance", "pipeline": "DiTPipeline"},
-        "scale_range": [1.0, 6.0],
-    }
-    assert info["tensors"]["latent"] == {"dtype": "float16", "shape": [4, 8, 8]}
-    assert dataset.fingerprint == info["plans"][0]["fingerprint"] == fingerprint(dataset.manifest)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
@@ -65,19 +29,6 @@ def test_an_unfinished_dataset_is_refused(damaged: Path) -> None:
     (damaged / "commits" / "00002.json").unlink()
     with pytest.raises(UserError, match="unfinished, 3 of 4 units"):
         Dataset(damaged)
-
-
-def test_a_newer_schema_is_refused(damaged: Path) -> None:
-    change_info(damaged, schema_version=2)
-    with pytest.raises(UserError, match="schema 2 is newer than 1"):
-        Dataset(damaged)
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema_version": "x"}', '{"schema_version": 1}', "\x00"])
-def test_an_unreadable_description_is_refused(damaged: Path, content: str) -> None:
-    (damaged / "dataset.json").write_text(content)
-    with pytest.raises(UserError, match="damaged: not as it was written"):
-        read_info(open_folder(damaged))
 
 
 def test_a_missing_shard_is_named(damaged: Path) -> None:
@@ -136,35 +87,11 @@ def test_a_flipped_bit_is_found_at_reading(damaged: Path) -> None:
         dataset.read(file, row)
 
 
-def test_an_unreadable_commit_is_named(damaged: Path) -> None:
-    (damaged / "commits" / "00001.json").write_text("{")
-    with pytest.raises(UserError, match=r"00001\.json: damaged"):
-        list(read_commits(open_folder(damaged)))
-
-
-def test_an_edited_description_or_commit_is_refused(damaged: Path) -> None:
-    told = (damaged / "dataset.json").read_text()
-    (damaged / "dataset.json").write_text(told.replace('"scale_range": [\n      1.0', '"scale_range": [\n      2.0'))
-    assert (damaged / "dataset.json").read_text() != told
-    with pytest.raises(UserError, match=r"dataset\.json: damaged: not as it was written"):
-        Dataset(damaged)
-    (damaged / "commits" / "00002.json").write_bytes((damaged / "commits" / "00001.json").read_bytes())
-    with pytest.raises(UserError, match=r"00002\.json: damaged"):
-        list(read_commits(open_folder(damaged)))
-
-
 def test_a_snapshot_that_is_not_there_is_refused(dataset: Dataset) -> None:
     with pytest.raises(UserError, match=f"has no snapshot 000000000000, only {dataset.fingerprint[:12]}"):
         Dataset(str(dataset.root), snapshot="0" * 64)
     assert Dataset(str(dataset.root), snapshot=dataset.fingerprint).newest
     assert snapshots(dataset.root) == [dataset.fingerprint]
-
-
-def test_units_of_six_digits_come_after_those_of_five(tmp_path: Path) -> None:
-    root = open_folder(tmp_path)
-    for unit in (100_000, 99_999, 10_000, 10_001):
-        commit_unit(root, unit, [encode(trajectory())])
-    assert [commit["unit"] for commit in read_commits(root)] == [10_000, 10_001, 99_999, 100_000]
 
 
 @pytest.mark.parametrize("place", [[-8, 8], [0, 1 << 62], [1 << 62, 1 << 63], ["a", "b"], [16, 8]])

@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.records.dataset import Dataset, read_commits
+from stages.records.commits import read_commits
+from stages.records.dataset import Dataset
 from stages.records.manifest import SCHEMA, decode_manifest, encode_manifest, fingerprint, table_of
 
 

@@ -11,8 +11,10 @@ from stages.errors import UserError
 from stages.generate.driver import Driver
 from stages.generate.in_process import InProcessFleet
 from stages.records import folder as folder_module
-from stages.records.dataset import Dataset, commit_unit, snapshots
+from stages.records.commits import commit_unit
+from stages.records.dataset import Dataset
 from stages.records.folder import DiskFolder, open_folder
+from stages.records.plans import snapshots
 from stages.records.repair import repair
 from stages.records.shard import encode
 from stages.records.verification import survey, verify

@@ -12,7 +12,7 @@ from stages.records.storage import seal, unseal
 from stages.records.verification import verify
 from tests.conftest import generate, generate_config
 from tests.stages.generate.test_driver import Faulty
-from tests.stages.records.test_dataset import change_info
+from tests.stages.records.test_plans import change_info
 
 
 def shards(root: Path) -> list[str]:

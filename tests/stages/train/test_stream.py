@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from stages.errors import UserError
-from stages.records.dataset import Dataset, commit_unit, publish
+from stages.records.commits import commit_unit
+from stages.records.dataset import Dataset
 from stages.records.folder import open_folder
+from stages.records.publication import publish
 from stages.records.shard import encode
 from stages.train.batch import Batch
 from stages.train.stream import RecordStream

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stages.errors import UserError
+from stages.records.commits import commit_unit, read_commits
+from stages.records.folder import open_folder
+from stages.records.shard import encode
+from tests.stages.records.test_record import trajectory
+
+
+def test_the_first_attempt_wins_and_the_loser_takes_its_shard_away(tmp_path: Path) -> None:
+    first = commit_unit(open_folder(tmp_path), 3, [encode(trajectory())])
+    second = commit_unit(open_folder(tmp_path), 3, [encode(trajectory())])
+    assert second == first
+    assert [f"shards/{path.name}" for path in (tmp_path / "shards").iterdir()] == [first["shard"]]
+    assert list(read_commits(open_folder(tmp_path))) == [first]
+
+
+def test_an_unreadable_commit_is_named(damaged: Path) -> None:
+    (damaged / "commits" / "00001.json").write_text("{")
+    with pytest.raises(UserError, match=r"00001\.json: damaged"):
+        list(read_commits(open_folder(damaged)))
+
+
+def test_units_of_six_digits_come_after_those_of_five(tmp_path: Path) -> None:
+    root = open_folder(tmp_path)
+    for unit in (100_000, 99_999, 10_000, 10_001):
+        commit_unit(root, unit, [encode(trajectory())])
+    assert [commit["unit"] for commit in read_commits(root)] == [10_000, 10_001, 99_999, 100_000]
