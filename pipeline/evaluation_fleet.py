@@ -6,11 +6,10 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.multirun import join_ray
-from stages.base import first_line, resolve
+from stages.base import first_line, located
 from stages.errors import UserError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Begin, Evaluation
@@ -43,7 +42,7 @@ class Fleet:
 
     def __init__(self, ray: Any, evaluation: Evaluation, resources: dict[str, float]) -> None:
         self.ray = ray
-        adapters = {name: absolute(folder) for name, folder in evaluation.adapters.items()}
+        adapters = {name: located(folder) for name, folder in evaluation.adapters.items()}
         self.given = everywhere(evaluation.config), adapters, evaluation.folder.resolve()
         self.parts = number_of_parts(evaluation.config)
         self.actor = ray.remote(max_restarts=0, max_task_retries=0, **resources)(Worker)
@@ -112,11 +111,5 @@ class Fleet:
 
 def everywhere(config: EvaluateConfig) -> EvaluateConfig:
     """The configuration with paths that a worker in another folder finds too."""
-    found: dict[str, Any] = {key: absolute(path) for key in PATHS if (path := getattr(config, key)) is not None}
+    found: dict[str, Any] = {key: located(path) for key in PATHS if (path := getattr(config, key)) is not None}
     return replace(config, **found)
-
-
-def absolute(name_or_path: str) -> str:
-    """A path from the root where there is one, else the name on a hub."""
-    path = Path(resolve(name_or_path))
-    return str(path.resolve()) if path.exists() else name_or_path

@@ -25,6 +25,12 @@ def resolve(name_or_path: str) -> str:
     return name_or_path
 
 
+def located(name_or_path: str) -> str:
+    """As `resolve`, but a path is told from the root, so that a process in another folder finds it too."""
+    path = Path(resolve(name_or_path))
+    return str(path.resolve()) if path.exists() else name_or_path
+
+
 def choose_device(name: str) -> str:
     """`auto` is a GPU where there is one."""
     if name == "auto":

@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 # Read by ray when it is imported: its workers keep the devices that they see, and nothing is sent home.
@@ -20,7 +19,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
-from stages.base import resolve
+from stages.base import located
 from stages.cluster import join
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, place_of
@@ -89,11 +88,14 @@ class RayFleet:
         self.started_ray = not ray.is_initialized()
         if self.started_ray:
             start_ray(config)
-        path = resolve(config.teacher.pretrained_model_name_or_path)
         teacher = replace(
-            config.teacher, pretrained_model_name_or_path=str(Path(path).resolve()) if Path(path).is_dir() else path
+            config.teacher, pretrained_model_name_or_path=located(config.teacher.pretrained_model_name_or_path)
         )
-        self.config = replace(config, teacher=teacher, output_dir=absolute(config.output_dir))
+        conditions = {"prompts": config.prompts, "class_labels": config.class_labels}
+        files: dict[str, Any] = {
+            key: located(value) for key, value in conditions.items() if isinstance(value, str) and value != "all"
+        }
+        self.config = replace(config, teacher=teacher, output_dir=absolute(config.output_dir), **files)
         self.actor_class = ray.remote(
             num_cpus=config.num_cpus,
             num_gpus=config.num_gpus,

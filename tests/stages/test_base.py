@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.base import choose_device, load_pipeline, resolve
+from stages.base import choose_device, load_pipeline, located, resolve
 from stages.errors import UserError
 
 
@@ -16,6 +16,14 @@ def test_models_are_found_here_below_the_project_or_on_a_hub(
     assert resolve(str(tiny_teacher)) == str(tiny_teacher)
     assert Path(resolve("stages/embedded")).is_dir()
     assert resolve("someone/some-model") == "someone/some-model"
+
+
+def test_what_is_here_is_located_for_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prompts.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    assert located("prompts.txt") == str(tmp_path / "prompts.txt")
+    assert located("s3://bucket/prompts.txt") == "s3://bucket/prompts.txt"
+    assert located("somebody/something") == "somebody/something"
 
 
 def test_what_is_no_pipeline_is_named(tmp_path: Path) -> None:
