@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def run(teacher: Path, folder: Path) -> dict[str, Any]:
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     config = generate_config(teacher, folder / "data", num_trajectories=3 * UNITS, num_workers=2)
     driver, fleet = Driver(config), WatchedFleet(config)
+    driver.todo = deque(sorted(driver.todo))  # the unit whose node stands still comes while there is more to make
     summary: dict[str, Any] = {}
     thread = threading.Thread(target=lambda: summary.update(driver.run(fleet)), daemon=True)
     thread.start()
