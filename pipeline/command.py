@@ -6,6 +6,7 @@ import difflib
 import errno
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,7 +63,9 @@ def run(
             raise
         print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         sys.exit(FAILURE)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != signal.SIGTERM:  # with which Ray ends while it starts
+            raise
         print("error: interrupted; what was written before is kept", file=sys.stderr)
         sys.exit(FAILURE)
     sys.exit(0)

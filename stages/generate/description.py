@@ -8,13 +8,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from stages.base import located
 from stages.errors import ChangedError, UserError
 from stages.generate.config import EXECUTION_KEYS, GenerateConfig
 from stages.generate.plan import Plan
+from stages.records.plans import PLACE_OF_TEACHER
 from stages.sampling import Condition
 
 COUNTS = ("num_trajectories", "num_trajectories_per_condition")  # of which a dataset that is made may be asked for more
-PLACE_OF_TEACHER = "pretrained_model_name_or_path"
 CONDITIONS = ("prompts", "class_labels")  # judged by what they name
 
 
@@ -35,6 +36,8 @@ def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
     goes_on = digest(plan.conditions[:count]) == told.get("sha256") and (made or count == len(plan.conditions))
     for key in sorted(old.keys() | new.keys()):
         if key in COUNTS and made and None not in (old[key], new[key]) and old[key] < new[key]:
+            continue
+        if key == f"teacher.{PLACE_OF_TEACHER}" and located(old[key]) == located(new[key]):
             continue
         if old.get(key) != new.get(key) and not (key in CONDITIONS and goes_on):
             way_out = "finish that first" if key in COUNTS and not made else "take the old value"
@@ -60,23 +63,34 @@ def check_still_same(root: Any, info: dict[str, Any] | None, plan: Plan, facts: 
         ChangedError: names what differs.
     """
     if info is None:
-        raise ChangedError(f"{root}: dataset.json is gone: give the same command again")
+        raise ChangedError(f"{root}: dataset.json is gone: put it back, or take another output_dir")
     told = info["plans"][-1]
-    here = {
-        "teacher": told["config"]["teacher"] | {PLACE_OF_TEACHER: plan.config.teacher.pretrained_model_name_or_path}
+    here = defining(plan.config)  # where it is, the driver has judged
+    config = told["config"] | {
+        "teacher": told["config"]["teacher"] | {PLACE_OF_TEACHER: here["teacher"][PLACE_OF_TEACHER]}
     }
+    if "sha256" not in told["conditions"]:  # an older dataset's: their files cannot be told from others
+        config |= {key: here[key] for key in CONDITIONS}
     try:
-        check_same_config(root, told | {"config": told["config"] | here}, plan)
+        check_same_config(root, told | {"config": config}, plan)
     except UserError as error:
         raise ChangedError(str(error)) from error
-    planned = [sum(told[key] for told in info["plans"]) for key in ("units", "trajectories")]
-    if planned != [len(plan), plan.num_trajectories]:
+    if not is_all_of(info["plans"], plan):
         raise ChangedError(f"{root}: has grown since this run began: give the command again")
     for key, value in facts.items():
         if key != PLACE_OF_TEACHER and info["teacher"].get(key) != value:
             raise ChangedError(
                 f"{root}: was begun anew with another teacher: its {key} is {info['teacher'].get(key)}, not {value}"
             )
+
+
+def is_all_of(plans: list[dict[str, Any]], plan: Plan) -> bool:
+    """Whether plans that `dataset.json` tells of are, together, what is asked for."""
+    planned = [sum(told[key] for told in plans) for key in ("units", "trajectories")]
+    return planned == [len(plan), plan.num_trajectories] and plans[-1]["conditions"].get("count") in (
+        None,
+        len(plan.conditions),
+    )
 
 
 def describe_plan(plan: Plan, begun: list[dict[str, Any]], rule: str) -> dict[str, Any]:

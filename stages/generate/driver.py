@@ -12,7 +12,7 @@ from stages.base import first_line
 from stages.config import to_yaml
 from stages.errors import ChangedError, StorageError, UserError
 from stages.generate.config import GenerateConfig
-from stages.generate.description import check_same_config, describe_plan
+from stages.generate.description import check_same_config, describe_plan, is_all_of
 from stages.generate.events import Event, Failed, Fleet, Loaded, Made
 from stages.generate.plan import Plan
 from stages.generate.preview import write_preview_grid
@@ -20,7 +20,7 @@ from stages.generate.profile import Profile
 from stages.generate.telling import Telling
 from stages.records.commits import committed_units, is_committed, read_commits
 from stages.records.folder import open_folder
-from stages.records.plans import plan_digests, published, read_info
+from stages.records.plans import PLACE_OF_TEACHER, plan_digests, published, read_info
 from stages.records.publication import begin_plan, publish, withdraw
 from stages.records.storage import to_json
 
@@ -46,6 +46,10 @@ class Driver:
             )
         if self.info is not None:
             check_same_config(self.root, self.info["plans"][-1], self.plan)
+            if len(self.plan) == units_of(self.info["plans"]) and not is_all_of(self.info["plans"], self.plan):
+                raise UserError(
+                    f"{self.root}: more prompts or classes than it holds, for no more trajectories: raise their number"
+                )
         todo = [unit for unit in range(len(self.plan)) if unit not in self.committed]
         random.Random().shuffle(todo)  # drivers beside each other seldom come to a unit at the same time
         self.todo = deque(todo)
@@ -70,7 +74,12 @@ class Driver:
         """Whether an earlier run left nothing to do."""
         if self.todo or self.info is None or not self.info["complete"]:
             return False
-        return published(self.info) == self.info["plans"]
+        return self.described and published(self.info) == self.info["plans"]
+
+    @property
+    def described(self) -> bool:
+        """Whether `dataset.json` tells of all that is asked for."""
+        return self.info is not None and is_all_of(self.info["plans"], self.plan)
 
     def run(self, fleet: Fleet) -> dict[str, Any]:
         """Make what is missing and publish; the content of `generation.json`. Then `info` tells of the whole dataset."""
@@ -95,25 +104,34 @@ class Driver:
     def _publish(self) -> None:
         """Unless another driver has, and has made more since."""
         there = read_info(self.root)
-        assert self.info is not None
-        ours, theirs = (plan_digests(info) if info else [] for info in (self.info, there))
-        if there is None or theirs[: len(ours)] != ours:
+        if there is None:
+            raise ChangedError(f"{self.root}: dataset.json is gone: put it back, or take another output_dir")
+        if not self._begins(there):
             raise ChangedError(
-                f"{self.root}: was begun anew by another run with another configuration: nothing of that is lost"
+                f"{self.root}: was begun anew by another run with another configuration, and is that one's now"
             )
-        self.info = publish(self.root, there, read_commits(self.root)) if theirs == ours else there
+        assert self.info is not None
+        grown = len(there["plans"]) > len(self.info["plans"])
+        self.info = there if grown else publish(self.root, there, read_commits(self.root))
+
+    def _begins(self, there: dict[str, Any] | None) -> bool:
+        """Whether a description begins with what this run described; another may have made more since."""
+        if there is None or self.info is None:
+            return False
+        ours = plan_digests(self.info)
+        return plan_digests(there)[: len(ours)] == ours
 
     def _end(self, fleet: Fleet, start: float) -> dict[str, Any]:
         summary = self._summary(time.monotonic() - start)
         fleet.close()
-        if self.info is not None:
+        if self.info is not None and (self.begun or not self.todo):
             self.root.write("generation.json", to_json(summary))
         return summary
 
     def _drive(self, fleet: Fleet) -> None:
         telling = Telling(self.plan, (len(self.committed), sum(map(self.plan.records_of, self.committed))))
         try:
-            while self.todo or self.in_flight:
+            while self.todo or self.in_flight or not self.described:
                 self._dispatch(fleet)
                 for event in fleet.poll(POLL_SECONDS):
                     telling.see(event, fleet.states())
@@ -157,7 +175,7 @@ class Driver:
             self._look_again()
         info = self.info or {"complete": False, "teacher": facts, "plans": []}
         for key, value in facts.items():
-            if info["teacher"][key] != value:
+            if key != PLACE_OF_TEACHER and info["teacher"][key] != value:
                 raise UserError(
                     f"{self.root}: begun with another teacher: its {key} was {info['teacher'][key]}, not {value}: "
                     "give the old teacher, or another output_dir"
@@ -167,13 +185,13 @@ class Driver:
 
     def _look_again(self) -> None:
         """What another driver described or made while the teacher was loaded."""
-        known = published(self.info)
-        self.info, self.committed = self._look()
-        self.todo = deque(unit for unit in self.todo if unit not in self.committed)
-        if self.info is not None:
-            check_same_config(self.root, self.info["plans"][-1], self.plan)
-        if len(published(self.info)) > len(known) and units_of(published(self.info)) != len(self.plan):
+        info, committed = self._look()
+        if info is not None:
+            check_same_config(self.root, info["plans"][-1], self.plan)
+        if len(published(info)) > len(published(self.info)) and not is_all_of(published(info), self.plan):
             raise ChangedError(f"{self.root}: has grown since this run began: give the command again")
+        self.info, self.committed = info, committed
+        self.todo = deque(unit for unit in self.todo if unit not in committed)
 
     def _begin(self, info: dict[str, Any]) -> None:
         """Describe what is to be made, unless an earlier run has, or another driver."""
@@ -190,15 +208,17 @@ class Driver:
         if isinstance(failure.error, UserError):
             raise failure.error
         self.attempts[None] += 0 if failure.preempted else 1
-        if self.attempts[None] >= MAX_ATTEMPTS and not self.in_flight:
+        if self.attempts[None] >= MAX_ATTEMPTS and not self.profile.since:
             raise UserError(f"no worker could load the teacher in {MAX_ATTEMPTS} attempts: {reason_of(failure.error)}")
 
     def _see_failure(self, failure: Failed, unit: int) -> None:
-        if isinstance(failure.error, ChangedError):
+        if isinstance(failure.error, ChangedError) and not self._begins(read_info(self.root)):
             raise failure.error
         if is_committed(self.root, unit):  # the worker was lost after its commit, or another driver's was first
             self._see_made(unit)
             return
+        if isinstance(failure.error, ChangedError):
+            raise failure.error
         self.in_flight.remove(unit)
         if isinstance(failure.error, StorageError):
             # One node's disk is another worker's matter; nobody can write where they all fail.

@@ -7,6 +7,8 @@ import os
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import count
@@ -26,6 +28,7 @@ from stages.generate.config import GenerateConfig, place_of
 from stages.generate.events import WAITING, Event, Failed, Loaded, Made
 from stages.generate.unit import UnitWorker
 from stages.records.folder import absolute
+from stages.signals import end_on_sigterm
 
 MOST_TOLD = 1000  # characters of what pip says
 UNITS_WRITTEN = 1  # beside the one that is sampled; more would only fill the memory
@@ -96,15 +99,16 @@ class RayFleet:
             key: located(value) for key, value in conditions.items() if isinstance(value, str) and value != "all"
         }
         self.config = replace(config, teacher=teacher, output_dir=absolute(config.output_dir), **files)
-        self.actor_class = ray.remote(
-            num_cpus=config.num_cpus,
-            num_gpus=config.num_gpus,
-            resources=dict(config.resources),
-            runtime_env=dict(config.runtime_env) or None,
-            max_concurrency=1 + UNITS_WRITTEN,
-            max_restarts=0,
-            max_task_retries=0,
-        )(self.worker_class)
+        with named(config):
+            self.actor_class = ray.remote(
+                num_cpus=config.num_cpus,
+                num_gpus=config.num_gpus,
+                resources=dict(config.resources),
+                runtime_env=dict(config.runtime_env) or None,
+                max_concurrency=1 + UNITS_WRITTEN,
+                max_restarts=0,
+                max_task_retries=0,
+            )(self.worker_class)
         self.run, self.numbers = uuid.uuid4().hex[:4], count(1)
         self.members: list[Member] = []
         self.calls: dict[Any, Call] = {}
@@ -113,12 +117,8 @@ class RayFleet:
 
     def _add_worker(self) -> None:
         name = f"teacher-{next(self.numbers)}"
-        try:
+        with named(self.config):
             actor = self.actor_class.options(name=f"{name}-of-run-{self.run}").remote(self.config)
-        except ValueError as error:
-            raise UserError(
-                f"{place_of(self.config)}: Ray cannot keep that for a worker: {' '.join(map(str, error.args))}"
-            ) from error
         member = Member(actor, name)
         self.members.append(member)
         self._call(member, Doing.PLACE, actor.place.remote())
@@ -229,6 +229,17 @@ class RayFleet:
             ray.kill(member.actor)
         if self.started_ray:
             ray.shutdown()
+            end_on_sigterm()
+
+
+@contextmanager
+def named(config: GenerateConfig) -> Iterator[None]:
+    """Whatever Ray refuses of what a worker is to have is told in a line."""
+    try:
+        yield
+    except ValueError as error:
+        told = " ".join(" ".join(map(str, error.args)).split())
+        raise UserError(f"{place_of(config)}: Ray cannot keep that for a worker: {told}") from error
 
 
 def told_of(error: RayError) -> RayError:

@@ -15,6 +15,7 @@ MANIFEST_FILE = "manifest.parquet"
 # What `dataset.json` tells of each snapshot, and of the newest one again beside what all have in common.
 OF_A_SNAPSHOT = ("config", "conditions", "guidance", "counts", "manifest_sha256")
 DEFINING = ("units", "trajectories", "guidance", "conditions", "config")  # of a plan: what decides what it makes
+PLACE_OF_TEACHER = "pretrained_model_name_or_path"
 OF_THE_PLAN = "a unit of the plan in dataset.json"
 
 
@@ -58,13 +59,20 @@ def published(info: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 def plan_digests(info: dict[str, Any]) -> list[tuple[int, str]]:
     """For each plan the unit after its last, and the SHA-256 of all that decides what its units hold."""
-    told: list[Any] = [info.get("teacher")]
+    told: list[Any] = [_without_place(info.get("teacher"))]
     digests, end = [], 0
     for plan in info["plans"]:
-        told.append({key: plan.get(key) for key in DEFINING})
+        config = plan.get("config", {})
+        config = config | {"teacher": _without_place(config.get("teacher"))}
+        told.append({key: plan.get(key) for key in DEFINING} | {"config": config})
         end += plan["units"]
         digests.append((end, sha256(json.dumps(told, sort_keys=True).encode())))
     return digests
+
+
+def _without_place(teacher: dict[str, Any] | None) -> dict[str, Any]:
+    """What is told of a teacher, but where it was found: its weights tell which it is."""
+    return {key: value for key, value in (teacher or {}).items() if key != PLACE_OF_TEACHER}
 
 
 def is_of_plan(commit: dict[str, Any], digests: list[tuple[int, str]]) -> bool:

@@ -13,7 +13,7 @@ from itertools import count
 from stages.records.commits import commit_name, is_committed
 from stages.records.folder import Folder
 from stages.records.manifest import unit_of
-from stages.records.plans import published
+from stages.records.plans import published, read_info
 from stages.records.publication import publish
 from stages.records.verification import Problem, Survey, is_named, unit_of_file
 
@@ -76,6 +76,9 @@ def _publish_again(found: Survey) -> Iterator[Repair]:
         return
     if found.differences and not found.deep:
         return  # the commit may be the one that is wrong, which its shard tells
+    there = read_info(found.root)
+    if there is None or there["plans"] != found.info["plans"]:
+        return  # generation has gone on meanwhile
     publish(found.root, found.info, (found.commits[unit] for unit in whole), again=True)
     for problem in wrong:
         yield problem | {"done": "manifests written again from the commits"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from stages.errors import DamageError, UserError
 from stages.generate.config import GenerateConfig
 from stages.generate.driver import Driver
-from stages.generate.events import Event
+from stages.generate.events import Event, Failed
 from stages.generate.in_process import InProcessFleet
 from stages.records.commits import commit_unit, committed_units
 from stages.records.dataset import Dataset
@@ -136,3 +137,79 @@ def test_a_file_of_classes_that_changes_under_way_is_named(tiny_teacher: Path, t
         driver.run(InProcessFleet(config))
     assert committed_units(open_folder(tmp_path / "data")) == []
     survived("a file of classes that changes under way: refused", "driver")
+
+
+@pytest.mark.parametrize(
+    ("asked", "made", "told"),
+    [
+        ({"num_trajectories": 18}, {"num_trajectories": 16}, "has grown since this run began"),
+        ({"class_labels": [0, 1, 3]}, {"class_labels": [0, 1]}, "has grown since this run began"),
+    ],
+)
+def test_as_many_units_of_something_else_are_not_taken_for_ones_own(
+    tiny_teacher: Path, tmp_path: Path, asked: dict[str, Any], made: dict[str, Any], told: str
+) -> None:
+    one, other = (generate_config(tiny_teacher, tmp_path, **changes) for changes in (asked, made))
+    with pytest.raises(UserError, match=told):
+        Driver(one).run(Interrupted(one, 0, lambda: generate(other)))
+    told_of_it = json.loads((tmp_path / "generation.json").read_text())
+    assert told_of_it["trajectories"] == other.num_trajectories  # the other's, not that of who was refused
+
+
+def test_more_classes_for_no_more_trajectories_are_refused(tiny_teacher: Path, tmp_path: Path) -> None:
+    generate(generate_config(tiny_teacher, tmp_path, class_labels=[0, 1]))
+    with pytest.raises(UserError, match="more prompts or classes than it holds, for no more trajectories"):
+        Driver(generate_config(tiny_teacher, tmp_path, class_labels=[0, 1, 3]))
+
+
+def test_a_description_put_back_from_before_growth_is_made_up_for(damaged: Path, tiny_teacher: Path) -> None:
+    config = generate_config(tiny_teacher, damaged, num_trajectories=15)
+    before = {name: (damaged / name).read_bytes() for name in ("dataset.json", "manifest.parquet")}
+    generate(config)
+    for name, content in before.items():
+        (damaged / name).write_bytes(content)
+    assert not Driver(config).finished
+    generate(config)
+    assert Driver(config).finished
+    assert (verify(damaged)["ok"], verify(damaged)["trajectories"]) == (True, 15)
+
+
+def test_a_repair_leaves_what_was_published_since_it_looked(damaged: Path, tiny_teacher: Path) -> None:
+    (damaged / "manifest.parquet").write_bytes(b"")
+    found = survey(open_folder(damaged), deep=True)
+    generate(generate_config(tiny_teacher, damaged, num_trajectories=15))
+    assert repair(found, grace=0) == []
+    assert verify(damaged)["trajectories"] == 15
+    assert verify(damaged)["ok"]
+
+
+def test_a_teacher_is_told_by_its_weights_not_by_how_its_path_is_written(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absolute = generate_config(tiny_teacher, tmp_path / "data")
+    monkeypatch.chdir(tiny_teacher.parent)
+    relative = generate_config(Path(tiny_teacher.name), tmp_path / "data")
+    with pytest.raises(KeyboardInterrupt):
+        Driver(relative).run(Faulty(relative, {}, die_after=1))
+    assert Driver(absolute).run(Interrupted(absolute, 1, lambda: generate(relative)))["units_missing"] == []
+    assert verify(tmp_path / "data")["ok"]
+
+
+def test_an_equal_driver_in_its_last_unit_takes_growth_for_what_it_is(tiny_teacher: Path, tmp_path: Path) -> None:
+    one, larger = (generate_config(tiny_teacher, tmp_path, num_trajectories=count) for count in (12, 15))
+
+    def make_and_grow() -> None:
+        generate(one)
+        generate(larger)
+
+    assert Driver(one).run(Interrupted(one, 1, make_and_grow))["units_missing"] == []
+    assert verify(tmp_path)["trajectories"] == 15
+
+
+def test_who_did_not_load_ends_no_run_in_which_another_did(tiny_teacher: Path, tmp_path: Path) -> None:
+    class Beside(InProcessFleet):
+        def poll(self, timeout: float) -> list[Event]:
+            return [*super().poll(timeout), Failed(None, RuntimeError("no driver"), worker="other", lost=True)]
+
+    config = generate_config(tiny_teacher, tmp_path)
+    assert Driver(config).run(Beside(config))["units_missing"] == []
