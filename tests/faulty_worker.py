@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -67,7 +68,7 @@ class FaultyWorker(TeacherWorker):
         super().__init__(config)
         self.place_of_faults = Path(config.output_dir).parent
         self.faults = json.loads((self.place_of_faults / FAULTS_FILE).read_text())
-        self.writing: int | None = None
+        self.here = threading.local()  # one unit may be written while another still is
         self.strike(STARTING, 0)
 
     def load(self) -> dict[str, Any]:
@@ -81,13 +82,13 @@ class FaultyWorker(TeacherWorker):
         super().sample(index)
 
     def commit(self, index: int) -> tuple[int, dict[str, float]]:
-        self.writing = index
+        self.here.writing = index
         self.strike(BEFORE_WRITE)
         return super().commit(index)
 
     def strike(self, moment: str, unit: int | None = None) -> None:
         """Let happen what is to happen at a moment of a unit, by default of the one that is written."""
-        unit = self.writing if unit is None else unit
+        unit = self.here.writing if unit is None else unit
         what, times = self.faults.get(moment, {}).get(str(unit), (None, 0))
         if what is None or not self._take(f"{moment}-{unit}", times):
             return

@@ -74,6 +74,6 @@ def test_a_driver_that_is_told_to_end_says_so_and_what_there_is(tiny_teacher: Pa
         kill_command(process)
     assert (tmp_path / "log").read_text().splitlines()[-1] == "error: interrupted; what was written before is kept"
     told = json.loads((tmp_path / "data" / "generation.json").read_text())
-    assert told["units_committed"] >= 3
+    assert 0 < told["units_committed"] <= len(list((tmp_path / "data" / "commits").glob("[0-9]*.json")))
     assert told["teacher_evaluations"] == 2 * told["records"]
     survived("SIGTERM of the driver", "driver")
