@@ -55,7 +55,7 @@ def kill_command(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def until(reached: Callable[[], bool], seconds: float = 120) -> None:
+def until(reached: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < end, "not reached"

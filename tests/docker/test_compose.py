@@ -183,6 +183,6 @@ def test_head_worker_and_driver_work_together(
     here(services["worker"]["command"], ["--node-ip-address=127.0.0.1", *more])
     small = ["num_trajectories=4", "trajectories_per_unit=2", "num_inference_steps=2", "num_workers=1", "device=cpu"]
     driver = here(services["generate"]["command"], [*small, f"output_dir={tmp_path / 'data'}"])
-    assert driver.wait(180) == 0, said()
+    assert driver.wait(300) == 0, said()
     assert json.loads((tmp_path / "data" / "generation.json").read_text())["trajectories"] == 4
     assert shlex.join(small) in said()
