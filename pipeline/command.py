@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -129,7 +129,7 @@ def read_word(word: str) -> DictConfig:
 
 def merge(config: DictConfig, layer: DictConfig) -> None:
     """Merge one layer, a key at a time, so that an error names its key."""
-    known = {name for name, *_ in options(OmegaConf.get_type(config))}
+    known = {name: kind for name, kind, *_ in options(OmegaConf.get_type(config))}
     for key, value in leaves(layer, known):
         if key not in known:
             if any(name.startswith(f"{key}.") for name in known):
@@ -137,6 +137,8 @@ def merge(config: DictConfig, layer: DictConfig) -> None:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f": did you mean {near[0]}?" if near else ": --help lists the keys"
             raise UsageError(f"{key}: no such key{hint}")
+        if value is False and known[key] in (str, str | None):
+            value = "no"  # as YAML 1.1 reads a bare `no`, which diffusers' scripts take for mixed_precision
         try:
             OmegaConf.update(config, key, value)
             OmegaConf.select(config, key)
@@ -147,7 +149,7 @@ def merge(config: DictConfig, layer: DictConfig) -> None:
             raise UsageError(f"{key}={value}: {told}") from error
 
 
-def leaves(layer: Any, known: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(layer: Any, known: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys with their values, going no deeper than the keys that are known."""
     for key in layer:
         name, value = f"{prefix}{key}", layer._get_node(key)

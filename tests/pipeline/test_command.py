@@ -39,6 +39,13 @@ def test_words_come_after_the_file_and_the_file_after_the_defaults(tmp_path: Pat
     assert parse(Example, ["name=x", "path=null"]).path is None
 
 
+def test_no_is_a_word_where_a_word_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "example.yaml").write_text("name: no\npath: no\nanything: no\n")
+    assert parse(TrainConfig, ["data_dir=d", "output_dir=o", "mixed_precision=no"]).mixed_precision == "no"
+    config = parse(Example, ["--config", str(tmp_path / "example.yaml")])
+    assert (config.name, config.path, config.anything) == ("no", "no", False)
+
+
 def test_the_saved_configuration_is_read_back(tmp_path: Path) -> None:
     config = Example("x", Inner(7), [3.0], {"a": 1}, "somewhere")
     (tmp_path / "saved.yaml").write_text(to_yaml(config))
