@@ -62,7 +62,7 @@ class GuidanceAdapter(nn.Module, ABC):
     Attributes:
         config: the variant and its sizes, complete.
         shapes: the sites by name, with the widths of each.
-        about: what the folder tells besides: conditions, trained scale range, base.
+        about: what the folder tells besides: conditions, trained scale range, guidance gain, base.
     """
 
     variant: ClassVar[str]
@@ -300,7 +300,7 @@ class GuidanceAdapter(nn.Module, ABC):
     def _prepare(self, scale: Tensor, timestep: Tensor, inputs: dict[str, Any]) -> Prepared:
         if self.conditioning is None:
             return [() for _ in self.sites]
-        known = self.conditioning(scale, timestep, self.conditioning.embed(inputs)).to(self.dtype)
+        known = self.conditioning(self._asked(scale), timestep, self.conditioning.embed(inputs)).to(self.dtype)
         return [(*site.of_step(known), *site.of_tokens(known)) for site in self._each_site()]
 
     def _tabulate(self, timesteps: Tensor, scales: Tensor, inputs: dict[str, Any]) -> Table:
@@ -310,11 +310,15 @@ class GuidanceAdapter(nn.Module, ABC):
         steps, n = len(timesteps), scales.shape[1]
         embedded = self.conditioning.embed(inputs)
         every = replace(embedded, wholes=embedded.wholes.repeat(steps, 1, 1))
-        known = self.conditioning(scales.expand(steps, n).flatten(), timesteps.repeat_interleave(n), every).to(
-            self.dtype
-        )
+        asked = self._asked(scales).expand(steps, n).flatten()
+        known = self.conditioning(asked, timesteps.repeat_interleave(n), every).to(self.dtype)
         of_step = [site.of_step(known) for site in self._each_site()]
         return Table(of_step, [site.of_tokens(known) for site in self._each_site()], steps)
+
+    def _asked(self, scale: Tensor) -> Tensor:
+        """The scales that the variant is given for those wanted: more by the guidance gain, but not beyond the training."""
+        gain, most = self.about.get("guidance_gain", 1.0), self.about["scale_range"][1]
+        return torch.minimum(scale + (gain - 1) * (scale - 1), scale.clamp(min=most))
 
     def _each_site(self) -> list[Site]:
         return [site for site in self.sites.values() if isinstance(site, Site)]

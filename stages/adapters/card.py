@@ -48,6 +48,8 @@ def model_card(adapter: GuidanceAdapter) -> str:
         "trained scales": f"{low:g} to {high:g}",
         "parameters": f"{parameters:,}",
     }
+    if about.get("guidance_gain", 1) > 1:
+        facts["guidance gain"] = f"{about['guidance_gain']:.3f}"
     if "training" in about:
         training = about["training"]
         facts |= {

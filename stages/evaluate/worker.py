@@ -136,7 +136,7 @@ class Worker:
         told = {
             "config": {key: getattr(self.config, key) for key in parted},
             "settings": [(s.method, s.guidance_scale, s.adapter) for s in self.settings],
-            "adapters": {name: fingerprint(adapter) for name, adapter in self.adapters.items()},
+            "adapters": {name: [fingerprint(a), a.about.get("guidance_gain")] for name, a in self.adapters.items()},
             "base": {name: fingerprint(part) for name, part in components.items()},
             "pipeline": [type(self.pipe).__name__, self.arguments],
             "scheduler": [type(self.pipe.scheduler).__name__, dict(self.pipe.scheduler.config)],

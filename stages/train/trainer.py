@@ -38,7 +38,7 @@ from stages.train.selection import select, trained_scales
 from stages.train.stream import RecordStream
 from stages.train.student import Student, load_base
 from stages.train.telemetry import Meter, Place, Trackers, tracker_class
-from stages.train.validation import Validation
+from stages.train.validation import Validation, guidance_gain
 
 NAMED_RECORDS = 5
 
@@ -220,6 +220,7 @@ class Trainer:
         }
         told = ("steps", "validation_loss", "validation_loss_unguided")
         kind = {"kind": self.dataset.info["config"].get("trajectory", "guided")}
+        self.adapter.about["guidance_gain"] = guidance_gain(validation_loss, self.unguided_loss)
         self.adapter.about["training"] = self.dataset.info["counts"] | kind | {key: summary[key] for key in told}
         if self.processes.is_main_process:
             with self.optimization.averaged():

@@ -14,6 +14,7 @@ from stages.train.student import Student
 from stages.train.window import load
 
 SAMPLES_AT_ONCE = 32
+LEAST_EXPLAINED = 0.5  # of what guidance adds; an adapter that explains less does not lack a larger scale
 
 
 class Validation:
@@ -61,3 +62,13 @@ class Validation:
                 f"{self.dataset.root}: every record to validate with is damaged: choose others by another seed"
             )
         return mean, by_bin
+
+
+def guidance_gain(loss: float, unguided_loss: float) -> float:
+    """By how much more guidance an adapter has to be asked for what it adds to a prediction to be as large as what guidance adds.
+
+    What a regression predicts is smaller than its target: of the target's mean square it has the share that it explains,
+    `1 - loss / unguided_loss`, the mean squared errors with the adapter and of the base without guidance.
+    """
+    explained = 1 - loss / unguided_loss if unguided_loss else 0.0
+    return explained**-0.5 if explained >= LEAST_EXPLAINED else 1.0

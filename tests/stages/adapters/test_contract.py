@@ -109,6 +109,18 @@ def test_one_scale_serves_several_images_of_a_prompt(variant: str) -> None:
         assert torch.equal(predict(denoiser), together)
 
 
+@pytest.mark.filterwarnings("ignore:guidance_scale 7")
+def test_a_gain_asks_it_for_more_but_not_beyond_its_training(variant: str) -> None:
+    denoiser = tiny_dit().transformer
+    adapter = new_adapter(denoiser, variant).attach(denoiser)
+    wanted, asked = [1.0, 1.5, 5.0, 7.0], [1.0, 1.75, 6.0, 7.0]
+    with adapter.guidance_scale(asked):
+        expected = predict(denoiser)
+    adapter.about = adapter.about | {"guidance_gain": 1.5}
+    with adapter.guidance_scale(wanted):
+        assert torch.equal(predict(denoiser), expected)
+
+
 def test_a_batch_that_the_scales_do_not_fit_is_refused(variant: str) -> None:
     denoiser = tiny_dit().transformer
     adapter = new_adapter(denoiser, variant).attach(denoiser)

@@ -27,6 +27,7 @@ from stages.train.batch import Batch
 from stages.train.config import LOSSES
 from stages.train.selection import select
 from stages.train.trainer import Trainer
+from stages.train.validation import guidance_gain
 from tests.conftest import VARIANTS, generate, generate_config, small_adapter, train_config
 from tests.damages import DAMAGES
 from tests.stages.generate.test_driver import older
@@ -51,6 +52,8 @@ def test_training_lowers_the_error_and_leaves_the_base_bit_for_bit(
     assert fingerprint(trainer.student.denoiser) == before == Dataset(data).info["teacher"]["denoiser_fingerprint"]
     assert summary["steps"] == 150
     assert summary["validation_loss"] < 0.97 * summary["validation_loss_unguided"]
+    gain = guidance_gain(summary["validation_loss"], summary["validation_loss_unguided"])
+    assert GuidanceAdapter.from_pretrained(tmp_path).about["guidance_gain"] == gain
     assert summary["adapter_parameters"] == sum(p.numel() for p in trainer.adapter.parameters())
     assert summary["records_per_second"] > 0
     assert summary["peak_memory_bytes"] > 0
