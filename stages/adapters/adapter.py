@@ -316,7 +316,7 @@ class GuidanceAdapter(nn.Module, ABC):
         return Table(of_step, [site.of_tokens(known) for site in self._each_site()], steps)
 
     def _asked(self, scale: Tensor) -> Tensor:
-        """The scales that the variant is given for those wanted: more by the guidance gain, but not beyond the training."""
+        """The scales that the variant is given for those wanted: more by the guidance gain, which leads none out of the training."""
         gain, most = self.about.get("guidance_gain", 1.0), self.about["scale_range"][1]
         return torch.minimum(scale + (gain - 1) * (scale - 1), scale.clamp(min=most))
 

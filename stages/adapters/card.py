@@ -49,7 +49,9 @@ def model_card(adapter: GuidanceAdapter) -> str:
         "parameters": f"{parameters:,}",
     }
     if about.get("guidance_gain", 1) > 1:
-        facts["guidance gain"] = f"{about['guidance_gain']:.3f}"
+        facts["guidance gain"] = (
+            f"{about['guidance_gain']:.3f} times the guidance is asked of it, up to that of {high:g}"
+        )
     if "training" in about:
         training = about["training"]
         facts |= {

@@ -161,6 +161,7 @@ def describe(name: str, folder: str, parameters_of_denoiser: int) -> dict[str, A
         "parameters": parameters,
         "share": parameters / parameters_of_denoiser,
         "adapter_fingerprint": fingerprint(adapter),
+        "guidance_gain": adapter.about.get("guidance_gain", 1.0),
     }
 
 

@@ -218,9 +218,11 @@ class Trainer:
             "samples_skipped": sorted(skipped),
             "peak_memory_bytes": peak_memory(self.device),
         }
+        low, high = self.adapter.about["scale_range"]
+        if low < high:  # else there is no other scale to ask for
+            self.adapter.about["guidance_gain"] = guidance_gain(validation_loss, self.unguided_loss)
         told = ("steps", "validation_loss", "validation_loss_unguided")
         kind = {"kind": self.dataset.info["config"].get("trajectory", "guided")}
-        self.adapter.about["guidance_gain"] = guidance_gain(validation_loss, self.unguided_loss)
         self.adapter.about["training"] = self.dataset.info["counts"] | kind | {key: summary[key] for key in told}
         if self.processes.is_main_process:
             with self.optimization.averaged():

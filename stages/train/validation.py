@@ -14,7 +14,7 @@ from stages.train.student import Student
 from stages.train.window import load
 
 SAMPLES_AT_ONCE = 32
-LEAST_EXPLAINED = 0.5  # of what guidance adds; an adapter that explains less does not lack a larger scale
+LEAST_EXPLAINED = 0.5  # of what guidance adds; with less, what an adapter adds is no weaker guidance but another change
 
 
 class Validation:
@@ -65,7 +65,7 @@ class Validation:
 
 
 def guidance_gain(loss: float, unguided_loss: float) -> float:
-    """By how much more guidance an adapter has to be asked for what it adds to a prediction to be as large as what guidance adds.
+    """The factor by which more guidance is asked of an adapter, so that its change of a prediction is as large as guidance's.
 
     What a regression predicts is smaller than its target: of the target's mean square it has the share that it explains,
     `1 - loss / unguided_loss`, the mean squared errors with the adapter and of the base without guidance.

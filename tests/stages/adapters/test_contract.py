@@ -20,6 +20,7 @@ ABOUT = {
     "conditions": {"class_labels": {"kind": "label", "classes": 10}},
     "timestep_scale": 1.0,
     "scale_range": [1.0, 6.0],
+    "guidance_gain": 1.25,
     "prediction_type": "epsilon",
     "arguments": {},
     "base": {"pretrained_model_name_or_path": "tiny"},
@@ -114,6 +115,7 @@ def test_a_gain_asks_it_for_more_but_not_beyond_its_training(variant: str) -> No
     denoiser = tiny_dit().transformer
     adapter = new_adapter(denoiser, variant).attach(denoiser)
     wanted, asked = [1.0, 1.5, 5.0, 7.0], [1.0, 1.75, 6.0, 7.0]
+    adapter.about = adapter.about | {"guidance_gain": 1.0}
     with adapter.guidance_scale(asked):
         expected = predict(denoiser)
     adapter.about = adapter.about | {"guidance_gain": 1.5}

@@ -57,6 +57,7 @@ def test_the_card_tells_what_was_measured(adapter: GuidanceAdapter, tmp_path: Pa
     adapter.save_pretrained(tmp_path)
     _, header, text = (tmp_path / CARD_FILE).read_text().split("---\n", 2)
     assert "| one_pass | 2 | 20.4 | 0.900 | 25 |" in text
+    assert "| guidance gain | 1.250 times the guidance is asked of it, up to that of 6 |" in text
     (result,) = yaml.safe_load(header)["model-index"][0]["results"]
     assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {
         "frechet_distance": 20.4,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stages.adapters import GuidanceAdapter
 from stages.errors import UserError
 from stages.evaluate.comparisons import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE, ONE_PASS, Setting
 from stages.evaluate.config import EvaluateConfig
@@ -127,6 +128,16 @@ def test_another_adapter_in_the_same_folder_starts_anew(
     assert without_times(rows)[0] == without_times(whole.rows)[0]
     assert rows[2]["gap_closed"] != whole.rows[2]["gap_closed"]
     assert rows[2]["variant"] == "offset"
+
+
+def test_the_same_weights_with_another_gain_start_anew(whole: Evaluation, tmp_path: Path, tiny_adapter: Path) -> None:
+    shutil.copytree(whole.folder, tmp_path / "out")
+    adapter = GuidanceAdapter.from_pretrained(tiny_adapter)
+    adapter.about["guidance_gain"] = 1.5
+    adapter.save_pretrained(tmp_path / "tiny")
+    run = evaluation(tmp_path / "tiny", tmp_path / "out")
+    assert run.run()[2]["gap_closed"] != whole.rows[2]["gap_closed"]
+    assert [told["guidance_gain"] for told in run.about["adapters"]] == [1.5]
 
 
 def test_several_adapters_share_the_baselines(
