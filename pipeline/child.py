@@ -6,8 +6,11 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+Started = Callable[[subprocess.Popen[bytes]], object]
 
 
 class Ended(NamedTuple):
@@ -17,11 +20,14 @@ class Ended(NamedTuple):
     line: str
 
 
-def run_child(command: str, words: list[str], log: Path, here: Path, **environment: str) -> Ended:
+def run_child(
+    command: str, words: list[str], log: Path, here: Path, started: Started = lambda _: None, **environment: str
+) -> Ended:
     """Run `python -m pipeline.COMMAND WORDS` in the folder `here`; it ends when this call is interrupted.
 
     Args:
         log: what it says is added here.
+        started: is handed the process, for who waits in another thread to end it.
         environment: variables besides our own.
     """
     with log.open("ab") as file:
@@ -34,6 +40,7 @@ def run_child(command: str, words: list[str], log: Path, here: Path, **environme
             stderr=subprocess.STDOUT,
         )
         try:
+            started(process)
             status = process.wait(math.inf)  # with a limit it wakes up now and then, and notices that Ray cancels it
         finally:
             process.terminate()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 from omegaconf import MISSING
@@ -76,6 +77,7 @@ class Study:
             for adapter_name in evaluation.adapters:
                 self._known("adapters", adapter_name, f"evaluations.{name}.adapters")
         self.seconds: dict[str, float] = {}
+        self.started: list[Popen[bytes]] = []
 
     def _known(self, kind: str, name: str, key: str) -> None:
         if name not in getattr(self.plan, kind):
@@ -89,8 +91,7 @@ class Study:
             ("evaluations", self._evaluations(), self.config.jobs),
         ):
             start = time.monotonic()
-            with ThreadPoolExecutor(jobs) as threads:
-                failed = [line for line in threads.map(lambda step: step(), steps) if line]
+            failed = [line for line in self._run(steps, jobs) if line]
             self.seconds[kind] = time.monotonic() - start
             if failed:
                 raise UserError(f"{failed[0]}; the same command again goes on")
@@ -102,10 +103,20 @@ class Study:
         print(f"{table_of_claims(claims)}\nreport: {report}")
         return claims
 
+    def _run(self, steps: Iterator[Step], jobs: int) -> Iterator[str]:
+        """What each step ended with; interrupted, it ends those that run, and begins no other."""
+        with ThreadPoolExecutor(jobs) as threads:
+            try:
+                yield from threads.map(lambda step: step(), steps)
+            except BaseException:
+                for process in self.started:
+                    process.terminate()
+                raise
+
     def _step(self, command: str, name: str, words: list[str]) -> Step:
         def step() -> str:
             log = self.root / "logs" / f"{command}-{name}.log"
-            ended = run_child(command, words, log, Path.cwd(), OMP_NUM_THREADS="1")
+            ended = run_child(command, words, log, Path.cwd(), self.started.append, OMP_NUM_THREADS="1")
             print(f"{command} {name}: {ended.line}", flush=True)
             return "" if ended.done else f"{command} {name}: {ended.line} (all of it: {log})"
 

@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +16,7 @@ from pipeline.command import help_text, parse
 from pipeline.multirun import alternatives, combinations, multirun, one_by_one, over_ray, table
 from stages.errors import UsageError, UserError
 from stages.train.config import TrainConfig
+from tests.sleepers import as_soon_as_they_sleep, write_sleepers
 
 ROOT = Path(__file__).parents[2]
 PLACES = ["data_dir=data", "output_dir=runs/sweep"]
@@ -153,25 +152,11 @@ def test_one_dataset_serves_all_runs_in_sequence_and_over_ray(
 
 @pytest.fixture
 def sleeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder where `pipeline.train` takes its time: its runs write a file each, named by their process."""
-    (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline" / "__init__.py").touch()
-    code = "import os, pathlib, time\npathlib.Path(f'{os.getpid()}.pid').touch()\nprint('begun')\ntime.sleep(60)\n"
-    (tmp_path / "pipeline" / "train.py").write_text(code)
+    """A working folder where `pipeline.train` takes its time."""
+    write_sleepers(tmp_path)
     (tmp_path / "runs" / "sweep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def as_soon_as_they_sleep(folder: Path, number: int, act: Callable[[int], None]) -> None:
-    """Call `act` with the id of one of the processes, once so many sleep in the folder."""
-
-    def watch() -> None:
-        while len(found := list(folder.glob("*.pid"))) < number:
-            time.sleep(0.05)
-        act(int(found[0].stem))
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def test_a_run_that_is_killed_is_told_and_stops_no_other(sleeper: Path) -> None:

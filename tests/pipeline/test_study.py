@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from pipeline import evaluate
 from pipeline.study import Study, StudyConfig
 from stages.errors import UserError
+from tests.sleepers import as_soon_as_they_sleep, write_sleepers
 
 TINY = ["train_batch_size=8", "max_train_steps=4", "validation_share=0.2", "device=cpu"]
 
@@ -83,3 +86,19 @@ def test_what_fails_is_named_with_its_log(suite: Path, tmp_path: Path) -> None:
         UserError, match=r"generate tiny: num_trajectories=many.*generate-tiny.log\); the same command again"
     ):
         Study(StudyConfig(str(suite), str(tmp_path / "claims"), jobs=1)).run()
+
+
+def test_an_interruption_ends_what_runs_and_begins_no_more(
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the study's process alone, as by SIGTERM; a terminal interrupts the others too."""
+    study = json.loads(suite.read_text())
+    study["datasets"]["other"] = study["datasets"]["tiny"]
+    suite.write_text(json.dumps(study))
+    write_sleepers(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    as_soon_as_they_sleep(tmp_path, 1, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        Study(StudyConfig(str(suite), str(tmp_path / "claims"))).run()
+    assert capsys.readouterr().out == "generate tiny: ended by signal 15 after: begun\n"
+    assert len(list(tmp_path.glob("*.pid"))) == 1

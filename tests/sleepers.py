@@ -1,0 +1,35 @@
+"""Commands that only sleep, to be killed and interrupted."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+COMMANDS = ("generate", "train")
+SLEEP = """
+import os, pathlib, time
+pathlib.Path(f"{os.getpid()}.pid").touch()
+print("begun")
+time.sleep(60)
+"""
+
+
+def write_sleepers(folder: Path) -> None:
+    """Make the commands that are run in the folder take their time: each writes a file, named by its process."""
+    (folder / "pipeline").mkdir()
+    (folder / "pipeline" / "__init__.py").touch()
+    for command in COMMANDS:
+        (folder / "pipeline" / f"{command}.py").write_text(SLEEP)
+
+
+def as_soon_as_they_sleep(folder: Path, number: int, act: Callable[[int], None]) -> None:
+    """Call `act` with the id of one of the processes, once so many sleep in the folder."""
+
+    def watch() -> None:
+        while len(found := list(folder.glob("*.pid"))) < number:
+            time.sleep(0.05)
+        act(int(found[0].stem))
+
+    threading.Thread(target=watch, daemon=True).start()
