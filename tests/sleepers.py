@@ -10,8 +10,8 @@ from pathlib import Path
 COMMANDS = ("generate", "train")
 SLEEP = """
 import os, pathlib, time
-pathlib.Path(f"{os.getpid()}.pid").touch()
 print("begun")
+pathlib.Path(f"{os.getpid()}.pid").touch()
 time.sleep(60)
 """
 
