@@ -31,6 +31,7 @@ def run_child(
         environment: variables besides our own.
     """
     with log.open("ab") as file:
+        start = file.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", f"pipeline.{command}", *words],
             cwd=here,
@@ -45,7 +46,9 @@ def run_child(
         finally:
             process.terminate()
             process.wait()
-    line = log.read_text(errors="replace").rstrip().rpartition("\n")[2]
+    with log.open("rb") as file:
+        file.seek(start)
+        line = file.read().decode(errors="replace").rstrip().rpartition("\n")[2]
     if status < 0:
         line = f"ended by signal {-status} after: {line}"
     return Ended(status == 0, line.removeprefix("error: "))

@@ -144,9 +144,10 @@ def merge(config: DictConfig, layer: DictConfig) -> None:
             OmegaConf.select(config, key)
         except OmegaConfBaseException as error:
             told = str(error).splitlines()[0]
+            within = error.full_key if str(error.full_key).startswith(f"{key}.") else None
             if "is not a ListConfig" in told:
-                told = f"a list is asked for: say {key}=[{value}]"
-            raise UsageError(f"{key}={value}: {told}") from error
+                told = "a list is asked for" if within else f"a list is asked for: say {key}=[{value}]"
+            raise UsageError(f"{within or f'{key}={value}'}: {told}") from error
 
 
 def leaves(layer: Any, known: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -43,7 +43,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         file.write(to_yaml(config).encode())
     write_json(evaluation.folder / "evaluation.json", {**evaluation.about, "rows": rows})
     write_report(evaluation.folder, rows, evaluation.shown, evaluation.about)
-    if config.output_dir is None and "frechet_distance" in rows[0]:
+    as_trained = config.lora is None and config.scheduler is None and config.pretrained_model_name_or_path is None
+    if config.output_dir is None and as_trained and "frechet_distance" in rows[0]:
         tell_in_card(Path(config.adapter_dir), rows)
     return evaluation
 

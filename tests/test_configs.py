@@ -8,7 +8,7 @@ import diffusers
 import pytest
 
 from pipeline.command import parse
-from pipeline.study import StudyFile
+from pipeline.study_plan import StudyFile
 from stages.adapters import GuidanceAdapter
 from stages.config import check_bounds
 from stages.evaluate.claims import CLAIMS

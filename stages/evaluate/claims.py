@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from stages.evaluate.comparisons import CFG, CFG_FIRST_50, NONE, ONE_PASS
@@ -23,18 +24,21 @@ class Claim(NamedTuple):
     holds: bool
 
 
-Judgement = Callable[["Rows"], "Claim | None"]  # None where the rows to judge by are not there
+class NothingToJudgeByError(Exception):
+    """The rows that a claim is judged by are not there."""
+
+
+Judgement = Callable[["Rows"], Claim]  # raises NothingToJudgeByError
 
 
 def judge(rows: list[Row]) -> list[Claim]:
     """The claims that a study has an evaluation and the adapters for, in the order of `CLAIMS`."""
-    judged = [
-        claim(found)
-        for evaluation, claims in CLAIMS.items()
-        for claim in claims
-        if (found := Rows(rows).of(evaluation=evaluation)).rows
-    ]
-    return [claim for claim in judged if claim is not None]
+    judged = []
+    for evaluation, claims in CLAIMS.items():
+        for claim in claims:
+            with suppress(NothingToJudgeByError):
+                judged.append(claim(Rows(rows).of(evaluation=evaluation)))
+    return judged
 
 
 class Rows:
@@ -51,7 +55,10 @@ class Rows:
         return sorted({row[key] for row in self.rows if row.get(key) is not None})
 
     def mean(self, key: str) -> float:
-        return statistics.fmean(row[key] for row in self.rows)
+        values: list[Any] = [row.get(key) for row in self.rows]
+        if not values or None in values:
+            raise NothingToJudgeByError(key)
+        return statistics.fmean(values)
 
     def told(self, key: str, form: str = ".3f") -> str:
         """The mean over seeds, each a mean over scales, with the largest deviation from it where there are several."""
@@ -63,15 +70,19 @@ class Rows:
 
 
 def least_over_scales(rows: Rows, key: str = "gap_closed") -> float:
-    return min(rows.of(guidance_scale=scale).mean(key) for scale in rows.each("guidance_scale"))
+    scales = rows.each("guidance_scale")
+    if not scales:
+        raise NothingToJudgeByError(key)
+    return min(rows.of(guidance_scale=scale).mean(key) for scale in scales)
 
 
 def best_adapter(rows: Rows) -> str:
     """Of the frozen base's, the one whose least gap closed over the scales is the greatest."""
     ones = rows.of(method=ONE_PASS)
-    return max(
-        (name for name in ones.each("name") if name != FULL), key=lambda name: least_over_scales(ones.of(name=name))
-    )
+    names = [name for name in ones.each("name") if name != FULL]
+    if not names:
+        raise NothingToJudgeByError("adapters of a frozen base")
+    return max(names, key=lambda name: least_over_scales(ones.of(name=name)))
 
 
 def by_scale(rows: Rows, key: str, form: str = ".3f") -> str:
@@ -120,11 +131,9 @@ def as_good_at_its_best(rows: Rows) -> Claim:
     )  # fmt: skip
 
 
-def beats_the_free_alternative(rows: Rows) -> Claim | None:
+def beats_the_free_alternative(rows: Rows) -> Claim:
     name = best_adapter(rows)
     ones, partial = rows.of(method=ONE_PASS, name=name), rows.of(method=CFG_FIRST_50)
-    if not partial.rows:
-        return None
     wins = all(
         ones.of(guidance_scale=scale).mean("gap_closed") > partial.of(guidance_scale=scale).mean("gap_closed")
         for scale in ones.each("guidance_scale")
@@ -139,11 +148,9 @@ def quality(rows: Rows, name: str) -> str:
     return f"{name}: gap closed {rows.told('gap_closed')}, Frechet distance {rows.told('frechet_distance', '.1f')}"
 
 
-def compared(rows: Rows, text: str, ours: str, other: str, slack: float = 0.0) -> Claim | None:
+def compared(rows: Rows, text: str, ours: str, other: str, slack: float = 0.0) -> Claim:
     """Whether one adapter closes as much of the gap as another, over all scales."""
     one, two = (rows.of(method=ONE_PASS, name=name) for name in (ours, other))
-    if not one.rows or not two.rows:
-        return None
     return Claim(
         text, f"{ours} closes more of the gap than {other}" if not slack else f"{ours} closes what {other} does, but for {slack}",
         f"{quality(one, ours)}; {quality(two, other)}",
@@ -154,11 +161,9 @@ def compared(rows: Rows, text: str, ours: str, other: str, slack: float = 0.0) -
 def guided_trajectories_are_better(equal: str, other: str) -> Judgement:
     """Whether they are, where both sides had as many of something."""
 
-    def claim(rows: Rows) -> Claim | None:
+    def claim(rows: Rows) -> Claim:
         text = f"Guided trajectories are better to train on than diffusion trajectories, at as many {equal}"
         found = compared(rows, text, GUIDED, other)
-        if found is None:
-            return None
         cost = [
             f"{name}: {rows.of(name=name).mean('teacher_evaluations'):,.0f} evaluations" for name in (GUIDED, other)
         ]
@@ -167,11 +172,9 @@ def guided_trajectories_are_better(equal: str, other: str) -> Judgement:
     return claim
 
 
-def a_frozen_base_is_enough(rows: Rows) -> Claim | None:
+def a_frozen_base_is_enough(rows: Rows) -> Claim:
     best = best_adapter(rows)
     claim = compared(rows, "A frozen base with an adapter does what training every weight does", best, FULL, 0.01)
-    if claim is None:
-        return None
     told = []
     for name in (best, FULL):
         own = rows.of(method=ONE_PASS, name=name)
@@ -182,16 +185,11 @@ def a_frozen_base_is_enough(rows: Rows) -> Claim | None:
     return claim._replace(found="; ".join([claim.found, *told]))
 
 
-def a_tenth_of_the_evaluations_is_enough(rows: Rows) -> Claim | None:
+def a_tenth_of_the_evaluations_is_enough(rows: Rows) -> Claim:
     rows = rows.of(method=ONE_PASS)
     most = rows.of(data=FEW_LONG)
-    tenth = Rows(
-        row
-        for row in rows.rows
-        if row["data"] != FEW_LONG and 10 * row["teacher_evaluations"] <= most.mean("teacher_evaluations")
-    )
-    if not most.rows or not tenth.rows:
-        return None
+    limit = most.mean("teacher_evaluations") / 10
+    tenth = Rows(row for row in rows.rows if row["data"] != FEW_LONG and row["teacher_evaluations"] <= limit)
     curve = "; ".join(
         f"{data}: {int(own.mean('teacher_evaluations')):,} evaluations, Frechet distance {own.told('frechet_distance', '.1f')}, "
         f"gap closed {own.told('gap_closed')}"
@@ -204,13 +202,13 @@ def a_tenth_of_the_evaluations_is_enough(rows: Rows) -> Claim | None:
     )  # fmt: skip
 
 
-def better_than_the_reference(rows: Rows) -> Claim | None:
+def better_than_the_reference(rows: Rows) -> Claim:
     rows = rows.of(method=ONE_PASS)
     names = rows.each("name")
     gap = {name: rows.of(name=name).mean("gap_closed") for name in names}
     theirs = [name for name in names if name.startswith(REFERENCE)]
     if not theirs or theirs == names:
-        return None
+        raise NothingToJudgeByError(REFERENCE)
     return Claim(
         "Better than the reference recipe on the same teacher", "closes more of the gap than each of its adapters",
         "; ".join(quality(rows.of(name=name), name) for name in names),
@@ -236,11 +234,11 @@ def holds_elsewhere(text: str) -> Judgement:
 def prompts_are_met(text: str) -> Judgement:
     """Whether images show what was asked for as often as under CFG, over all scales."""
 
-    def claim(rows: Rows) -> Claim | None:
+    def claim(rows: Rows) -> Claim:
         none, cfg, one = (rows.of(method=method) for method in (NONE, CFG, ONE_PASS))
-        keys = [key for key in ("class_accuracy", "stroke_accuracy", "slant_accuracy") if key in rows.rows[0]]
+        keys = [key for key in ("class_accuracy", "stroke_accuracy", "slant_accuracy") if rows.each(key)]
         if not keys:
-            return None
+            raise NothingToJudgeByError("accuracies")
         told = [
             f"{key.replace('_', ' ')}: one pass {one.told(key)}, CFG {cfg.mean(key):.3f}, none {none.mean(key):.3f}"
             for key in keys

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from stages.errors import UserError
 from stages.records.storage import whole_file
 
 SHOWN = "shown"
@@ -49,13 +49,17 @@ class Parts:
         return self.folder / f"{part:05d}.safetensors"
 
     def missing(self) -> list[int]:
-        """The parts that are still to be made. What another evaluation left in the folder is removed."""
+        """The parts that are still to be made.
+
+        Raises:
+            UserError: the folder holds those of another evaluation.
+        """
         found = {path: self._about(path).get("identity") for path in self.folder.glob("*.safetensors")}
-        made = [path for path, identity in found.items() if identity == self.identity]
-        if not made and any(found.values()):
-            for folder in (self.folder, self.output / "images"):
-                shutil.rmtree(folder, ignore_errors=True)
-        return [part for part in range(self.count) if self.path(part) not in made]
+        if set(found.values()) - {None, self.identity}:
+            raise UserError(
+                f"{self.output}: holds an evaluation of something else, or with other options: take another output_dir, or remove it"
+            )
+        return [part for part in range(self.count) if found.get(self.path(part)) != self.identity]
 
     def write(self, part: int, timesteps: Sequence[float], results: Sequence[Result]) -> None:
         tensors: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stages.errors import StorageError
+from stages.errors import StorageError, UserError
 
 SEAL = "checksum"
 ASIDE = ".*.????????.tmp"  # the files of `_written_aside`
@@ -65,6 +66,26 @@ def move(path: Path, to: Path) -> bool:
     except OSError as error:
         raise StorageError(f"{path}: cannot be moved to {to}: {error.strerror or error}") from error
     return True
+
+
+@contextmanager
+def alone_in(folder: Path, what: str) -> Iterator[None]:
+    """Within it, no other process is alone in the folder; one that is killed lets go of it.
+
+    Args:
+        what: goes on there, for the message.
+
+    Raises:
+        UserError: another process is.
+    """
+    make_folder(folder)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            told = f"{folder}: {what} here: wait for it, or take another output_dir"
+            raise UserError(told) from error
+        yield
 
 
 @contextmanager

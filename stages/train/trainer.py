@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import resource
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from stages.records.cache import ShardCache
 from stages.records.dataset import Dataset
 from stages.records.folder import open_folder
 from stages.records.plans import snapshots
-from stages.records.storage import make_folder, whole_file
+from stages.records.storage import alone_in, whole_file
 from stages.train.batch import Batch
 from stages.train.bins import Range
 from stages.train.checkpoint import check_resumable, find_checkpoint, load_checkpoint, save_checkpoint
@@ -126,13 +125,7 @@ class Trainer:
         if not self.processes.is_main_process:
             yield
             return
-        make_folder(self.root)
-        with (self.root / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                told = f"{self.root}: another run is training here: wait for it, or take another output_dir"
-                raise UserError(told) from error
+        with alone_in(self.root, "another run is training"):
             yield
 
     def _new_student(self, scale_range: list[float] | None) -> Student:

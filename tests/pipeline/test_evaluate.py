@@ -82,6 +82,13 @@ def test_the_card_tells_what_was_measured_beside_the_adapter(tiny_adapter: Path,
     assert (folder / "evaluation" / "evaluation.json").exists()
 
 
+def test_the_card_does_not_tell_what_was_measured_otherwise_than_trained(tiny_adapter: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_adapter, tmp_path / "tiny")
+    evaluate(EvaluateConfig(adapter_dir=str(folder), scheduler="DPMSolverMultistepScheduler", **TEN_PARTS))
+    assert (folder / "evaluation" / "evaluation.json").exists()
+    assert "| one_pass |" not in (folder / "README.md").read_text()
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_side_by_side_give_what_one_process_gives(
     undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path

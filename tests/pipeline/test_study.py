@@ -12,7 +12,8 @@ import pytest
 
 from pipeline import evaluate
 from pipeline.study import Study, StudyConfig
-from stages.errors import UserError
+from stages.errors import UsageError, UserError
+from stages.records.storage import alone_in
 from tests.sleepers import as_soon_as_they_sleep, write_sleepers
 
 TINY = ["train_batch_size=8", "max_train_steps=4", "validation_share=0.2", "device=cpu"]
@@ -62,30 +63,41 @@ def test_a_study_is_made_judged_and_told(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    "evaluation",
     [
-        (
-            {"adapters": {"default": {"data": "other", "words": []}}},
-            "adapters.default.data: other: not among the datasets",
-        ),
-        ({"evaluations": {"scales": {"adapters": ["x"], "words": []}}}, "evaluations.scales.adapters: x: not among"),
-        ({"datasets": {"tiny": "words"}}, "datasets"),
+        {"adapters": ["default"], "words": ["num_samples=x"]},
+        {"adapters": ["x"], "words": []},
     ],
 )
-def test_a_file_that_names_what_is_not_there_is_refused(suite: Path, changes: dict, told: str) -> None:
-    suite.write_text(json.dumps(json.loads(suite.read_text()) | changes))
-    with pytest.raises(UserError, match=told):
-        Study(StudyConfig(str(suite)))
+def test_a_file_that_is_refused_is_named_before_anything_is_begun(
+    suite: Path, tmp_path: Path, evaluation: dict
+) -> None:
+    suite.write_text(json.dumps(json.loads(suite.read_text()) | {"evaluations": {"scales": evaluation}}))
+    with pytest.raises(UsageError, match=f"^{suite}: evaluat"):
+        Study(StudyConfig(str(suite), str(tmp_path / "claims")))
+    assert not (tmp_path / "claims").exists()
 
 
-def test_what_fails_is_named_with_its_log(suite: Path, tmp_path: Path) -> None:
+def test_all_that_does_not_need_what_failed_is_done_first(
+    suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     study = json.loads(suite.read_text())
-    study["datasets"]["tiny"] = ["num_trajectories=many"]
+    study["datasets"] |= {"bad": ["teacher.pretrained_model_name_or_path=nowhere", "num_trajectories=1", "device=cpu"]}
+    study["adapters"] |= {"bad": {"data": "bad", "words": TINY}}
+    study["adapters"]["default"]["words"].append("max_train_steps=1")
+    study["evaluations"]["scales"]["adapters"] = ["bad"]
     suite.write_text(json.dumps(study))
-    with pytest.raises(
-        UserError, match=r"generate tiny: num_trajectories=many.*generate-tiny.log\); the same command again"
-    ):
-        Study(StudyConfig(str(suite), str(tmp_path / "claims"), jobs=1)).run()
+    with pytest.raises(UserError, match=r"^generate bad: .*nowhere.*generate-bad.log\); once that is mended, the same"):
+        Study(StudyConfig(str(suite), str(tmp_path / "claims"))).run()
+    assert "train bad-0: left out" in capsys.readouterr().out
+    made = sorted(path.parent.name for path in (tmp_path / "claims" / "adapters").glob("*/training.json"))
+    assert made == ["default-0", "default-1", "full-0"]
+
+
+def test_one_study_at_a_time_is_made_in_a_folder(suite: Path, tmp_path: Path) -> None:
+    study = Study(StudyConfig(str(suite), str(tmp_path / "claims")))
+    with alone_in(tmp_path / "claims", "a test goes on"), pytest.raises(UserError, match="another study is being made"):
+        study.run()
 
 
 def test_an_interruption_ends_what_runs_and_begins_no_more(

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from stages.evaluate.claims import FULL, Claim, Rows, best_adapter, judge
+from stages.evaluate.claims import CLAIMS, FULL, Claim, Rows, best_adapter, judge
 from stages.evaluate.comparisons import CFG, CFG_FIRST_50, NONE, ONE_PASS
 
 SCALES = (1.5, 3.0)
@@ -133,3 +133,26 @@ def test_what_a_study_has_no_rows_for_is_left_out() -> None:
         "One pass", "Its imag", "At its b"
     ]  # fmt: skip
     assert all(isinstance(claim, Claim) for claim in judge(study()))
+
+
+@pytest.mark.parametrize("evaluation", list(CLAIMS))
+@pytest.mark.parametrize("methods", [{NONE}, {NONE, CFG, CFG_FIRST_50}])
+def test_no_claim_is_judged_without_an_adapter(evaluation: str, methods: set[str]) -> None:
+    assert judge([row | {"evaluation": evaluation} for row in study() if row["method"] in methods]) == []
+
+
+def test_every_weight_alone_says_nothing_of_a_frozen_base() -> None:
+    assert judge([row for row in study() if row["name"] in (None, FULL)]) == []
+
+
+@pytest.mark.parametrize("evaluation", list(CLAIMS))
+def test_without_reference_images_what_needs_none_is_judged(evaluation: str) -> None:
+    rows = [row | {"evaluation": evaluation, "data": "few_long"} for row in study()]
+    for row in rows:
+        del row["frechet_distance"]
+    judged = [claim.text for claim in judge(rows)]
+    expected = [
+        "One pass is what two passes are",
+        "It beats CFG on the first half of the steps, at two thirds of its cost",
+    ]
+    assert judged == (expected if evaluation == "scales" else [])

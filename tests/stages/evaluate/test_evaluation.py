@@ -113,25 +113,27 @@ def test_what_is_missing_is_made_and_no_more(
     assert made == [1]
     evaluation(tiny_adapter, tmp_path).run()
     assert made == [1]
-    evaluation(tiny_adapter, tmp_path, seed=1).run()
-    assert made == [1, 0, 1]
 
 
-def test_another_adapter_in_the_same_folder_starts_anew(
+def test_another_evaluation_in_the_same_folder_is_refused_and_nothing_lost(
     whole: Evaluation, other_adapter: Path, tmp_path: Path, tiny_adapter: Path
 ) -> None:
     shutil.copytree(whole.folder, tmp_path / "out")
-    mine = shutil.copytree(tiny_adapter, tmp_path / "adapters" / "tiny")
-    shutil.rmtree(mine)
-    shutil.copytree(other_adapter, mine)
-    rows = evaluation(mine, tmp_path / "out").run()
-    assert without_times(rows)[0] == without_times(whole.rows)[0]
-    assert rows[2]["gap_closed"] != whole.rows[2]["gap_closed"]
-    assert rows[2]["variant"] == "offset"
+    gained = GuidanceAdapter.from_pretrained(tiny_adapter)
+    gained.about["guidance_gain"] = 1.5
+    gained.save_pretrained(tmp_path / "gained" / "tiny")
+    shutil.copytree(other_adapter, tmp_path / "other" / "tiny")
+    for run in (
+        evaluation(tiny_adapter, tmp_path / "out", seed=1),
+        evaluation(tmp_path / "gained" / "tiny", tmp_path / "out"),
+        evaluation(tmp_path / "other" / "tiny", tmp_path / "out"),
+    ):
+        with pytest.raises(UserError, match="out: holds an evaluation of something else, or with other options"):
+            run.run()
+    assert without_times(evaluation(tiny_adapter, tmp_path / "out").run()) == without_times(whole.rows)
 
 
-def test_the_same_weights_with_another_gain_start_anew(whole: Evaluation, tmp_path: Path, tiny_adapter: Path) -> None:
-    shutil.copytree(whole.folder, tmp_path / "out")
+def test_the_gain_is_told_and_changes_what_is_found(whole: Evaluation, tmp_path: Path, tiny_adapter: Path) -> None:
     adapter = GuidanceAdapter.from_pretrained(tiny_adapter)
     adapter.about["guidance_gain"] = 1.5
     adapter.save_pretrained(tmp_path / "tiny")
