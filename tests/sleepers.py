@@ -1,4 +1,4 @@
-"""Commands that only sleep, to be killed and interrupted."""
+"""Commands that do nothing of their own: those that only sleep are killed and interrupted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-COMMANDS = ("generate", "train")
+COMMANDS = ("generate", "train", "evaluate")
 SLEEP = """
 import os, pathlib, time
 print("begun")
@@ -16,12 +16,17 @@ time.sleep(60)
 """
 
 
-def write_sleepers(folder: Path) -> None:
-    """Make the commands that are run in the folder take their time: each writes a file, named by its process."""
+def write_commands(folder: Path, code: str) -> None:
+    """Make each command that is run in the folder do this."""
     (folder / "pipeline").mkdir()
     (folder / "pipeline" / "__init__.py").touch()
     for command in COMMANDS:
-        (folder / "pipeline" / f"{command}.py").write_text(SLEEP)
+        (folder / "pipeline" / f"{command}.py").write_text(code)
+
+
+def write_sleepers(folder: Path) -> None:
+    """Make the commands that are run in the folder take their time: each writes a file, named by its process."""
+    write_commands(folder, SLEEP)
 
 
 def as_soon_as_they_sleep(folder: Path, number: int, act: Callable[[int], None]) -> None:

@@ -14,7 +14,7 @@ from pipeline import evaluate
 from pipeline.study import Study, StudyConfig
 from stages.errors import UsageError, UserError
 from stages.records.storage import alone_in
-from tests.sleepers import as_soon_as_they_sleep, write_sleepers
+from tests.sleepers import as_soon_as_they_sleep, write_commands, write_sleepers
 
 TINY = ["train_batch_size=8", "max_train_steps=4", "validation_share=0.2", "device=cpu"]
 
@@ -79,19 +79,29 @@ def test_a_file_that_is_refused_is_named_before_anything_is_begun(
 
 
 def test_all_that_does_not_need_what_failed_is_done_first(
-    suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = json.loads(suite.read_text())
-    study["datasets"] |= {"bad": ["teacher.pretrained_model_name_or_path=nowhere", "num_trajectories=1", "device=cpu"]}
-    study["adapters"] |= {"bad": {"data": "bad", "words": TINY}}
-    study["adapters"]["default"]["words"].append("max_train_steps=1")
-    study["evaluations"]["scales"]["adapters"] = ["bad"]
+    study["datasets"] = {"bad": study["datasets"]["tiny"]} | study["datasets"]
+    study["adapters"]["bad"] = {"data": "bad", "words": TINY}
+    study["evaluations"] |= {"data_cost": {"adapters": ["full", "bad"], "words": []}}
     suite.write_text(json.dumps(study))
-    with pytest.raises(UserError, match=r"^generate bad: .*nowhere.*generate-bad.log\); once that is mended, the same"):
-        Study(StudyConfig(str(suite), str(tmp_path / "claims"))).run()
-    assert "train bad-0: left out" in capsys.readouterr().out
-    made = sorted(path.parent.name for path in (tmp_path / "claims" / "adapters").glob("*/training.json"))
-    assert made == ["default-0", "default-1", "full-0"]
+    write_commands(
+        tmp_path, "import sys\nsys.exit(any(word.endswith('data/bad\"') for word in sys.argv) and 'error: no')"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^generate bad: no \(all of it: .*generate-bad.log\); once that is mended"):
+        Study(StudyConfig(str(suite), "claims", jobs=1)).run()
+    assert capsys.readouterr().out.splitlines() == [
+        "generate bad: no",
+        "generate tiny: ",
+        "train default-0: ",
+        "train default-1: ",
+        "train full-0: ",
+        "train bad-0: left out, because what it needs failed",
+        "evaluate scales: ",
+        "evaluate data_cost: left out, because what it needs failed",
+    ]
 
 
 def test_one_study_at_a_time_is_made_in_a_folder(suite: Path, tmp_path: Path) -> None:
