@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Training takes one thread: matrices this small are slower on two.
 demo: install
 	$(PYTHON) -m pipeline.generate --config configs/generate/mnist_dit.yaml output_dir=$(DEMO)/data
-	OMP_NUM_THREADS=1 $(PYTHON) -m pipeline.train --config configs/train/lora.yaml data_dir=$(DEMO)/data output_dir=$(DEMO)/adapter max_train_steps=2000 adapter.hidden_size=32
+	OMP_NUM_THREADS=1 $(PYTHON) -m pipeline.train --config configs/train/lora.yaml data_dir=$(DEMO)/data output_dir=$(DEMO)/adapter max_train_steps=2000
 	$(PYTHON) -m pipeline.evaluate adapter_dir=$(DEMO)/adapter 'guidance_scale=[1.5,2,3]' 'methods=[one_pass]'
 
 check: install

@@ -43,10 +43,7 @@ def run(
     if {"-h", "--help"} & set(words):
         print(help_text(config_class, description))
         sys.exit(0)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to us; a user can do nothing about them
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    for library in ("diffusers", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    tell_plainly()
     try:
         if multirun and MULTIRUN in words:
             multirun([word for word in words if word != MULTIRUN])
@@ -69,6 +66,14 @@ def run(
         print("error: interrupted; what was written before is kept", file=sys.stderr)
         sys.exit(FAILURE)
     sys.exit(0)
+
+
+def tell_plainly() -> None:
+    """Have warnings told in a line, and libraries say no more than their errors."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to us; a user can do nothing about them
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    for library in ("diffusers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def parse(config_class: type[Config], words: list[str]) -> Config:

@@ -4,7 +4,7 @@ python -m pipeline.evaluate adapter_dir=runs/mnist_dit guidance_scale=[1.5,2,3]
 python -m pipeline.evaluate adapter_dir=[runs/lora,runs/offset] output_dir=runs/compared
 python -m pipeline.evaluate suite=configs/evaluate/claims.yaml output_dir=runs/claims
 
-The same command again goes on where an interrupted one stopped. Several GPUs share the work through Ray. With `suite=` it makes a whole
+The same command again goes on where an interrupted one stopped. Several GPUs share the work through Ray, several cores by processes. With `suite=` it makes a whole
 study: datasets, adapters, evaluations, and the claims that they bear out or not; then only output_dir and jobs can be given beside it.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.command import run
 from pipeline.evaluation_fleet import over_ray
+from pipeline.evaluation_processes import over_cores
 from pipeline.multirun import has_several_gpus
 from pipeline.study import StudyConfig
 from pipeline.study import main as study
@@ -23,7 +24,7 @@ from stages.adapters import GuidanceAdapter
 from stages.adapters.folder import describe
 from stages.config import to_yaml
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluation import Evaluation, in_process
+from stages.evaluate.evaluation import Evaluation
 from stages.evaluate.report import table, write_report
 from stages.records.storage import whole_file, write_json
 
@@ -38,7 +39,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """Evaluate, and write all that a person or a program reads of it into the evaluation's folder."""
     evaluation = Evaluation(config)
     shared = has_several_gpus() and config.device in ("auto", "cuda")
-    rows = evaluation.run(over_ray if shared else in_process)
+    rows = evaluation.run(over_ray if shared else over_cores)
     with whole_file(evaluation.folder / "config.yaml") as file:
         file.write(to_yaml(config).encode())
     write_json(evaluation.folder / "evaluation.json", {**evaluation.about, "rows": rows})

@@ -14,6 +14,7 @@ from stages.errors import UserError
 from stages.evaluate.comparisons import arguments_of, conditions_of, load_pair, sample_setting, settings
 from stages.evaluate.config import SampleConfig
 from stages.evaluate.report import TITLES
+from stages.evaluate.threads import threads_that_pay
 from stages.pictures import grid, to_picture
 from stages.records.storage import whole_file
 from stages.sampling import Request, decode
@@ -30,10 +31,12 @@ def main(config: SampleConfig) -> None:
     request = Request(conditions, seeds, config.num_inference_steps, arguments_of(pipe, adapter))
     rows = []
     for setting in settings([config.guidance_scale]):
-        samples = sample_setting(pipe, adapter, setting, request)
-        rows.append(decode(pipe, samples.latents))
+        with threads_that_pay(pipe):
+            samples = sample_setting(pipe, adapter, setting, request)
+            rows.append(decode(pipe, samples.latents))
         evaluations = samples.denoiser_evaluations // len(conditions)
-        print(f"{TITLES[setting.method]}: {evaluations} denoiser evaluations per image")
+        fused = {True: ", fused into the base's weights", False: ", not fused", None: ""}[samples.fused]
+        print(f"{TITLES[setting.method]}: {evaluations} denoiser evaluations per image{fused}")
     with whole_file(output) as file:
         grid([[to_picture(image) for image in row] for row in rows]).save(
             file, format="jpeg" if output.suffix.lower() == ".jpg" else output.suffix[1:]

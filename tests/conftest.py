@@ -26,18 +26,15 @@ from tests.faulty_s3 import FaultyS3
 torch.set_num_threads(1)  # these matrices are so small that a second thread only waits
 VARIANTS = [
     "offset",
-    "positional_offset",
     "cross_attention",
     "gated_mlp",
-    "modulated_low_rank",
     "lora",
-    "lora_fixed",
     "embedding",
     "full",
 ]
 
 
-def small_adapter(variant: str = "modulated_low_rank", **changes: Any) -> AdapterConfig:
+def small_adapter(variant: str = "lora", **changes: Any) -> AdapterConfig:
     """A configuration of a few thousand parameters, at all the sites that a variant can have."""
     sites = None if variant == "embedding" else ["attention", "feed_forward"]
     return AdapterConfig(variant, **{"sites": sites, "hidden_size": 16, "rank": 4} | changes)
@@ -139,13 +136,6 @@ def other_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shared_dataset(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished dataset of `tiny_teacher`, to be read only."""
     return generate(generate_config(tiny_teacher, tmp_path_factory.mktemp("data") / "tiny"))
-
-
-@pytest.fixture(scope="session")
-def dataset_of_one_scale(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `shared_dataset`, at scale 3 alone."""
-    folder = tmp_path_factory.mktemp("data") / "one_scale"
-    return generate(generate_config(tiny_teacher, folder, guidance_scale=[3.0, 3.0]))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -21,10 +21,12 @@ from diffusers import (
     UNet2DConditionModel,
     WanTransformer3DModel,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.conditioning import find_conditions
+from stages.denoiser import MASK, latent_name
+from stages.train.student import restored
 
 SD_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD21_UNET = {
@@ -84,6 +86,7 @@ class Shape:
         config: of `configs/generate`; title: of the table; latent: `[c, ...]` of one record as the denoiser is given it.
         cond: shape of what a trajectory stores of its condition, by the denoiser's names.
         calls: how a guided step is laid out.
+        constants: the denoiser's other arguments, the same in every call, as `dataset.json` tells them.
     """
 
     config: str
@@ -92,6 +95,7 @@ class Shape:
     latent: tuple[int, ...]
     cond: dict[str, list[int]]
     calls: str = "one, doubled batch"
+    constants: dict[str, Any] = field(default_factory=dict)
 
     @property
     def record_bytes(self) -> int:
@@ -104,6 +108,11 @@ class Shape:
         return 2 * sum(torch.Size(shape).numel() for shape in self.cond.values())
 
 
+QWEN = {"img_shapes": {"each": [[1, 64, 64]]}}
+CHROMA = {
+    name: {"tensor": [[0.0, 0.0, 0.0]] * length, "dtype": "float32"}
+    for name, length in (("img_ids", 4096), ("txt_ids", 512))
+}
 TOKENS, POOLED, TIME_IDS = "encoder_hidden_states", "added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids"
 SHAPES = [
     Shape("dit_xl_2_256", "DiT-XL/2 256", lambda: DiTTransformer2DModel(sample_size=32, **DIT), (4, 32, 32), {"class_labels": []}),
@@ -113,8 +122,8 @@ SHAPES = [
     Shape("sdxl", "SDXL", lambda: UNet2DConditionModel(**SDXL_UNET), (4, 128, 128), {TOKENS: [77, 2048], POOLED: [1280], TIME_IDS: [6]}),
     Shape("sd3", "SD 3.5 medium", lambda: SD3Transformer2DModel(**SD35), (16, 128, 128), {TOKENS: [333, 4096], "pooled_projections": [2048]}),
     Shape("pixart_sigma", "PixArt-Sigma", lambda: PixArtTransformer2DModel(**PIXART), (4, 128, 128), {TOKENS: [300, 4096], "encoder_attention_mask": [300]}),
-    Shape("qwen_image", "Qwen-Image", QwenImageTransformer2DModel, (4096, 64), {TOKENS: [128, 3584], f"{TOKENS}_mask": [128]}, "two"),
-    Shape("chroma", "Chroma", ChromaTransformer2DModel, (4096, 64), {TOKENS: [512, 4096], "attention_mask": [4608]}, "two"),
+    Shape("qwen_image", "Qwen-Image", QwenImageTransformer2DModel, (4096, 64), {TOKENS: [128, 3584], f"{TOKENS}_mask": [128]}, "two", QWEN),
+    Shape("chroma", "Chroma", ChromaTransformer2DModel, (4096, 64), {TOKENS: [512, 4096], "attention_mask": [4608]}, "two", CHROMA),
     Shape("wan", "Wan 2.1 1.3B", lambda: WanTransformer3DModel(num_attention_heads=12, num_layers=30, ffn_dim=8960), (16, 1, 60, 104), {TOKENS: [512, 4096]}, "two"),
 ]  # fmt: skip
 
@@ -135,13 +144,36 @@ def about_of(shape: Shape) -> dict[str, Any]:
     """What an adapter is told of records of this shape."""
     tensors = {name: {"dtype": "float16" if sizes else "int64", "shape": sizes} for name, sizes in shape.cond.items()}
     conditions = find_conditions(tensors, 1000)
-    return {"conditions": conditions, "timestep_scale": 1.0, "scale_range": [2.0, 2.0], "arguments": {}}
+    return {"conditions": conditions, "timestep_scale": 1.0, "scale_range": [1.0, 6.0], "arguments": {}}
+
+
+def conditions_of(shape: Shape, n: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What n records of this shape hold of their conditions, made up, by the denoiser's names; a mask masks nothing."""
+
+    def made_up(name: str, sizes: list[int]) -> Tensor:
+        if not sizes:
+            return torch.zeros(n, dtype=torch.long, device=device)
+        return (torch.ones if name.endswith(MASK) else torch.rand)(n, *sizes, device=device, dtype=dtype)
+
+    return {name: made_up(name, sizes) for name, sizes in shape.cond.items()}
+
+
+def inputs_of(shape: Shape, denoiser: nn.Module, n: int) -> dict[str, Any]:
+    """The arguments of one call for n samples, flat, made up, where the denoiser is and in its precision."""
+    like = next(denoiser.parameters())
+    return {
+        latent_name(denoiser): torch.randn(n, *shape.latent, device=like.device, dtype=like.dtype),
+        "timestep": torch.full((n,), 500, device=like.device),
+        **{name: restored(value, like.device)(n) for name, value in shape.constants.items()},
+        **conditions_of(shape, n, like.device, like.dtype),
+    }
 
 
 def adapter_for(shape: Shape, config: AdapterConfig) -> GuidanceAdapter:
     """An adapter for the real denoiser, on the meta device too."""
+    denoiser = on_meta(shape.config)
     with torch.device("meta"):
-        return GuidanceAdapter.for_denoiser(config, on_meta(shape.config), about_of(shape))
+        return GuidanceAdapter.for_denoiser(config, denoiser, about_of(shape), inputs_of(shape, denoiser, 3))
 
 
 def row(shape: Shape) -> list[str]:

@@ -51,4 +51,4 @@ def test_the_study_of_the_claims_is_understood() -> None:
     for name, evaluation in plan.evaluations.items():
         assert set(evaluation.adapters) <= set(plan.adapters)
         check_bounds(parse(EvaluateConfig, [*evaluation.words, "adapter_dir=run"]))
-        assert name in {*CLAIMS, "variants", "one_scale"}
+        assert name in {*CLAIMS, "variants"}

@@ -6,10 +6,8 @@ from stages.adapters.cross_attention import CrossAttention
 from stages.adapters.embedding import Embedding
 from stages.adapters.full import Full
 from stages.adapters.gated_mlp import GatedMLP
-from stages.adapters.lora import LoRA, LoRAFixed
-from stages.adapters.modulated_low_rank import ModulatedLowRank
+from stages.adapters.lora import LoRA
 from stages.adapters.offset import Offset
-from stages.adapters.positional_offset import PositionalOffset
 
 __all__ = [
     "AdapterConfig",
@@ -19,8 +17,5 @@ __all__ = [
     "GatedMLP",
     "GuidanceAdapter",
     "LoRA",
-    "LoRAFixed",
-    "ModulatedLowRank",
     "Offset",
-    "PositionalOffset",
 ]

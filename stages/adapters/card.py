@@ -33,8 +33,19 @@ GuidanceAdapter.from_pretrained("this folder, or its name on the hub").attach(pi
 MEASURED = """
 ## Measured
 
-| method | guidance scale | Frechet distance | gap closed | evaluations per image |
-| --- | --- | --- | --- | --- |
+| method | guidance scale | effective scale | Frechet distance | gap closed | evaluations per image |
+| --- | --- | --- | --- | --- | --- |
+{rows}
+
+Effective scale: of the two-pass guidance whose samples are nearest, between no guidance (1) and the highest of this table.
+"""
+DIAL = """
+## Strength of the file exported at guidance scale {scale}
+
+With another strength it guides as the scale of two-pass guidance beside it does, whose samples are the nearest.
+
+| strength | guidance scale |
+| --- | --- |
 {rows}
 """
 
@@ -66,7 +77,8 @@ def model_card(adapter: GuidanceAdapter) -> str:
         base=about["base"]["pretrained_model_name_or_path"],
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
     )
-    return card + (MEASURED.format(rows="\n".join(map(measured, rows))) if rows else "")
+    card += MEASURED.format(rows="\n".join(map(measured, rows))) if rows else ""
+    return card + "".join(DIAL.format(scale=scale, rows=dial(rows)) for scale, rows in about.get("dial", {}).items())
 
 
 def header(adapter: GuidanceAdapter, rows: list[dict[str, Any]]) -> str:
@@ -96,5 +108,10 @@ def header(adapter: GuidanceAdapter, rows: list[dict[str, Any]]) -> str:
 
 
 def measured(row: dict[str, Any]) -> str:
-    cells = [row["method"], f"{row['guidance_scale']:g}", f"{row['frechet_distance']:.1f}", f"{row['gap_closed']:.3f}"]
-    return f"| {' | '.join(cells)} | {row['denoiser_evaluations']:g} |"
+    effective = f"{row['effective_scale']:.2f}" if "effective_scale" in row else ""
+    cells = [row["method"], f"{row['guidance_scale']:g}", effective, f"{row['frechet_distance']:.1f}"]
+    return f"| {' | '.join(cells)} | {row['gap_closed']:.3f} | {row['denoiser_evaluations']:g} |"
+
+
+def dial(rows: list[dict[str, float]]) -> str:
+    return "\n".join(f"| {row['strength']:g} | {row['guidance_scale']:.2f} |" for row in rows)

@@ -39,6 +39,12 @@ class ScaleEmbedding(nn.Module):
         return self.project(torch.cat([log_scale, angles.cos(), angles.sin()], dim=1))
 
 
+def scale_curves(guidance_scale: Tensor) -> Tensor:
+    """`w - 1`, `log w` and `1 - 1/w` `[n, 3]` of scales w `[n]`: 0 at 1, where nothing is to be changed, and smooth beyond."""
+    w = guidance_scale.float()
+    return torch.stack([w - 1, w.log(), 1 - 1 / w], 1)
+
+
 def find_conditions(tensors: dict[str, dict[str, Any]], num_classes: int) -> dict[str, dict[str, Any]]:
     """What of a record an adapter can be conditioned on, found by dtype and shape.
 
@@ -136,11 +142,13 @@ class Known:
     """What is known of a forward pass, the same for every site.
 
     Attributes:
+        curves: `[n, 3]`, as `scale_curves` gives them.
         vector: `[n, hidden]`, all of it in one.
         parts: `[n, k, hidden]`, the scale, the timestep and each condition as a token of its own.
         tokens: `[n, length, hidden]` of the conditions that are tokens; mask: `[n, length]`, which of them count.
     """
 
+    curves: Tensor
     vector: Tensor
     parts: Tensor
     tokens: Tensor | None = None
@@ -148,7 +156,7 @@ class Known:
 
     def to(self, dtype: torch.dtype) -> Known:
         tokens = None if self.tokens is None else self.tokens.to(dtype)
-        return Known(self.vector.to(dtype), self.parts.to(dtype), tokens, self.mask)
+        return Known(self.curves.to(dtype), self.vector.to(dtype), self.parts.to(dtype), tokens, self.mask)
 
 
 @dataclass
@@ -219,7 +227,19 @@ class Conditioning(nn.Module):
         together = torch.stack(parts, 1)
         if embedded.wholes.shape[1]:
             together = torch.cat([together, embedded.wholes], 1)
-        return Known(nn.functional.silu(together.sum(1)), together, embedded.tokens, embedded.mask)
+        vector = nn.functional.silu(together.sum(1))
+        return Known(scale_curves(guidance_scale), vector, together, embedded.tokens, embedded.mask)
+
+
+class ScaleAlone(nn.Module):
+    """Knows the scale by its curves, and nothing else; it has no parameters."""
+
+    def embed(self, inputs: dict[str, Any]) -> Embedded:
+        return Embedded(torch.zeros(1, 0, 0), None, None)
+
+    def forward(self, guidance_scale: Tensor, timestep: Tensor, embedded: Embedded) -> Known:
+        curves = scale_curves(guidance_scale)
+        return Known(curves, curves, curves[:, None])
 
 
 def joined(masks: list[Tensor | None], tokens: list[Tensor]) -> Tensor | None:

@@ -14,7 +14,8 @@ class AdapterConfig:
     variant: str = option("lora", "kind of adapter")
     sites: list[str] | None = option(
         None,
-        "attention, feed_forward, or patterns of module names such as down_blocks.*.attn2; by default the variant's own",
+        "attention, feed_forward, of lora conditioning and convolution too, or patterns of module names such as "
+        "down_blocks.*.attn2; by default the variant's own, of lora every layer",
     )
     conditions: list[str] | None = option(
         None,

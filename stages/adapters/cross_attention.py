@@ -58,5 +58,5 @@ class CrossAttention(GuidanceAdapter):
     variant = "cross_attention"
     default_conditions = ("timestep", "pooled", "tokens")
 
-    def new_site(self, width_in: int, width_out: int) -> Site:
-        return CrossAttentionSite(width_in, width_out, self.config.hidden_size)
+    def new_site(self, *shape: int) -> Site:
+        return CrossAttentionSite(shape[0], shape[1], self.config.hidden_size)

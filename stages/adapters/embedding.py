@@ -13,12 +13,36 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stages.adapters.adapter import GuidanceAdapter, Site
-from stages.adapters.conditioning import LABEL
+from stages.adapters.conditioning import LABEL, Known
 from stages.adapters.config import TOKENS, AdapterConfig
-from stages.adapters.modulated_low_rank import ModulatedLowRankSite
+from stages.adapters.layers import Inputs
 from stages.adapters.sites import Shape, find_label_embedders
 from stages.denoiser import flatten, unflatten
 from stages.errors import UserError
+
+
+class EmbeddingSite(Site):
+    """`O silu(A x * (1 + g(c)) + s(c)) + b(c)`, with O and b zero at the start."""
+
+    def __init__(self, width: int, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=False)
+        self.inner = nn.Linear(hidden_size, hidden_size)
+        self.modulation = nn.Linear(hidden_size, 2 * rank)
+        self.bias = nn.Linear(hidden_size, width)
+        for layer in (self.up, self.bias):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.bias.bias)
+
+    def of_step(self, known: Known) -> tuple[Tensor, ...]:
+        vector = nn.functional.silu(self.inner(known.vector))
+        gain, shift = self.modulation(vector)[:, None].chunk(2, dim=-1)
+        return 1 + gain, shift, self.bias(vector)[:, None]
+
+    def forward(self, tokens: Tensor, *prepared: Tensor) -> Tensor:
+        gain, shift, bias = prepared
+        return self.up(nn.functional.silu(self.down(tokens) * gain + shift)) + bias
 
 
 class Embedding(GuidanceAdapter):
@@ -29,11 +53,13 @@ class Embedding(GuidanceAdapter):
     default_conditions = ("pooled",)
     default_rank = 1024
 
-    def new_site(self, width_in: int, width_out: int) -> Site:
-        return ModulatedLowRankSite(width_in, width_out, self.config.hidden_size, self.rank)
+    def new_site(self, *shape: int) -> Site:
+        return EmbeddingSite(shape[0], self.config.hidden_size, self.rank)
 
     @classmethod
-    def find(cls, denoiser: nn.Module, config: AdapterConfig, about: dict[str, Any]) -> dict[str, Shape]:
+    def find(
+        cls, denoiser: nn.Module, config: AdapterConfig, about: dict[str, Any], inputs: Inputs | None = None
+    ) -> dict[str, Shape]:
         """The condition that is corrected, with its width."""
         if config.sites:
             raise UserError("adapter.sites: the variant embedding sits at no site: leave it out")

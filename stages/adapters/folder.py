@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from stages.adapters.adapter import GuidanceAdapter
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MOST_TOLD = 300
 
 
@@ -33,7 +33,7 @@ def save(adapter: GuidanceAdapter, path: Path) -> None:
     """Write weights, model card and configuration, each whole or not at all, the configuration last."""
     path.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in adapter.state_dict().items()}
-    with _whole(path / WEIGHTS_FILE) as part:
+    with whole(path / WEIGHTS_FILE) as part:
         part.write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
     describe(adapter, path)
 
@@ -41,14 +41,14 @@ def save(adapter: GuidanceAdapter, path: Path) -> None:
 def describe(adapter: GuidanceAdapter, path: Path) -> None:
     """Write model card and configuration."""
     config = {"format_version": FORMAT_VERSION, "adapter": asdict(adapter.config), "sites": adapter.shapes}
-    with _whole(path / CARD_FILE) as part:
+    with whole(path / CARD_FILE) as part:
         part.write_text(model_card(adapter))
-    with _whole(path / CONFIG_FILE) as part:
+    with whole(path / CONFIG_FILE) as part:
         part.write_text(json.dumps(config | adapter.about, indent=2) + "\n")
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A file beside the one that is meant, which takes its place once it is written."""
     part = path.with_name(f".{path.name}.part")
     try:

@@ -35,5 +35,5 @@ class GatedMLPSite(Site):
 class GatedMLP(GuidanceAdapter):
     variant = "gated_mlp"
 
-    def new_site(self, width_in: int, width_out: int) -> Site:
-        return GatedMLPSite(width_in, width_out, self.config.hidden_size)
+    def new_site(self, *shape: int) -> Site:
+        return GatedMLPSite(shape[0], shape[1], self.config.hidden_size)

@@ -57,28 +57,29 @@ class Guidance:
     Attributes:
         scales: `[steps, images]`, one row where all steps are alike; images 1 where all are alike.
         timesteps: `[steps]` as the denoiser is given them; None where all steps are alike.
-        cached: whether all steps, which are told apart then, are computed at once.
         known: whether the values may be looked at: those on a GPU are a batch in training, which must not wait for it.
         negative: of the unconditional pass, `negative.NAME` `[n, ...]`, where the adapter sees it; the denoiser does not.
         bypass: no sample is guided at any step: the adapter is not even asked.
         mixed: a sample may be unguided beside others that are not.
-        table: filled at the first forward pass, if it is wanted.
+        is_uniform: whether at each step all images have the same scale.
+        one_scale: the same for all images at every step; None where scales differ, or may not be looked at.
     """
 
     def __init__(
         self,
         scales: Tensor,
         timesteps: Tensor | None = None,
-        cached: bool = False,
         negative: dict[str, Tensor] | None = None,
     ) -> None:
-        self.scales, self.timesteps, self.cached = scales, timesteps, cached
+        self.scales, self.timesteps = scales, timesteps
         self._scales, self._timesteps = scales, timesteps
         self.negative = negative or {}
         self.known = scales.device.type == "cpu"
         self.bypass = self.known and bool((scales == 1).all())
         self.mixed = not self.known or bool((scales == 1).any())
-        self.table: Table | None = None
+        self.is_uniform = self.known and bool((scales == scales[:, :1]).all())
+        alike = self.is_uniform and bool((scales == scales[0, 0]).all())
+        self.one_scale = float(scales[0, 0]) if alike else None
 
     def to(self, device: torch.device) -> None:
         """Look up on a device from now on."""
@@ -93,14 +94,15 @@ class Guidance:
             return torch.zeros(1, dtype=torch.long, device=timestep.device)
         return (self._timesteps - timestep.flatten()[:1].float()).abs().argmin(keepdim=True)
 
+    def of_step(self, timestep: Tensor | float) -> Guidance:
+        """The guidance of the step that a timestep belongs to; a timestep on a GPU is waited for."""
+        assert self.timesteps is not None
+        nearest = int((self.timesteps - float(torch.as_tensor(timestep).flatten()[0])).abs().argmin())
+        return Guidance(self.scales[nearest : nearest + 1], negative=self.negative)
+
     def at(self, row: Tensor, n: int) -> Tensor:
         """Scales `[n]` of a batch at one step."""
         return spread(self._scales.index_select(0, row), n)[0]
-
-    def every(self, n: int) -> tuple[Tensor, Tensor]:
-        """Timesteps `[steps]` and scales `[steps, n]` of a batch, where steps are told apart."""
-        assert self._timesteps is not None
-        return self._timesteps, spread(self._scales, n)
 
 
 def spread(scales: Tensor, n: int) -> Tensor:
@@ -113,28 +115,3 @@ def spread(scales: Tensor, n: int) -> Tensor:
     if n % images:
         raise UserError(f"{images} guidance scales were given for a batch of {n}: one per image, or one for all")
     return scales.repeat_interleave(n // images, dim=1)
-
-
-class Table:
-    """What every site needs at every step of a schedule, computed at once.
-
-    Args:
-        of_step: of every site, tensors `[steps * n, ...]`.
-        of_tokens: of every site, tensors `[n, ...]`, the same at every step.
-        steps: of the schedule.
-    """
-
-    def __init__(self, of_step: Prepared, of_tokens: Prepared, steps: int) -> None:
-        self.of_tokens = of_tokens
-        self.shapes = [[tensor.shape[1:] for tensor in site] for site in of_step]
-        flat = [tensor.flatten(1) for site in of_step for tensor in site]
-        self.rows = torch.cat(flat, 1).unflatten(0, (steps, -1)) if flat else None
-
-    def at(self, row: Tensor) -> Prepared:
-        """Of every site, tensors `[n, ...]` at one step, with one look-up for all sites."""
-        if self.rows is None:
-            return self.of_tokens
-        sizes = [shape.numel() for shapes in self.shapes for shape in shapes]
-        pieces = iter(self.rows.index_select(0, row)[0].split(sizes, dim=1))
-        of_step = [tuple(next(pieces).unflatten(1, shape) for shape in shapes) for shapes in self.shapes]
-        return [(*step, *tokens) for step, tokens in zip(of_step, self.of_tokens, strict=True)]

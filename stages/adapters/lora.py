@@ -1,112 +1,123 @@
-"""`lora` and `lora_fixed`: low-rank changes of the linear layers inside the sites (LoRA, arXiv 2106.09685).
+"""`lora`: low-rank changes of linear and convolutional layers (LoRA, arXiv 2106.09685), each rank turned by the guidance scale.
 
-`lora` turns each rank by scale, timestep and condition. `lora_fixed` knows one scale, so that it is a plain LoRA: it merges into
-the base, and other tools load it.
+At one scale it is a plain LoRA, `W + B diag(g(w)) A`: it can be fused into the base's weights, and other tools load it.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import convert_state_dict_to_kohya
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stages.adapters.adapter import GuidanceAdapter, Site
-from stages.adapters.conditioning import Conditioning, Known
+from stages.adapters.adapter import GuidanceAdapter, Site, of_rows
+from stages.adapters.conditioning import Conditioning, Known, ScaleAlone
 from stages.adapters.config import AdapterConfig
-from stages.adapters.sites import Shape, find_projections
+from stages.adapters.fusing import LowRank, why_not_fusable
+from stages.adapters.layers import Inputs, adaptable_layers, find_blocks, find_layers, shape_of
+from stages.adapters.sites import Shape
 from stages.errors import UserError
-
-LORA_FILE = "pytorch_lora_weights.safetensors"  # where `load_lora_weights` looks
 
 
 class LoRASite(Site):
-    """`B (A x * g(c))` at a linear layer, with B zero at the start; without a hidden size, g is 1."""
+    """`B (A x * g)` at a layer, with B zero at the start; A has the layer's own kernel, B is a projection.
 
-    def __init__(self, width_in: int, width_out: int, rank: int, hidden_size: int | None) -> None:
+    Each rank's gain g is a sum of the scale's curves, log w at the start; conditions turn it, where the adapter sees any.
+
+    Args:
+        width_in, width_out: of the layer; rank: of the change; hidden_size: of the conditioning vector, 0 without conditions.
+        kernel: height, width, stride and padding of a convolution; none of a linear layer.
+    """
+
+    def __init__(
+        self, width_in: int, width_out: int, rank: int, hidden_size: int, kernel: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
-        self.lora_A = nn.Linear(width_in, rank, bias=False)
-        self.lora_B = nn.Linear(rank, width_out, bias=False)
+        if kernel:
+            height, width, stride, padding = kernel
+            self.lora_A: nn.Conv2d | nn.Linear = nn.Conv2d(width_in, rank, (height, width), stride, padding, bias=False)
+            self.lora_B: nn.Conv2d | nn.Linear = nn.Conv2d(rank, width_out, 1, bias=False)
+        else:
+            self.lora_A = nn.Linear(width_in, rank, bias=False)
+            self.lora_B = nn.Linear(rank, width_out, bias=False)
         nn.init.zeros_(self.lora_B.weight)
-        self.gain = None if hidden_size is None else nn.Linear(hidden_size, rank)
+        self.curves = nn.Parameter(torch.tensor([[0.0], [1.0], [0.0]]).repeat(1, rank))
+        self.gain = nn.Linear(hidden_size, rank) if hidden_size else None
+        self.is_convolution = bool(kernel)
 
     def of_step(self, known: Known) -> tuple[Tensor, ...]:
-        return () if self.gain is None else (1 + self.gain(known.vector)[:, None],)
+        gain = known.curves @ self.curves
+        return (gain if self.gain is None else gain * (1 + self.gain(known.vector)),)
 
     def forward(self, tokens: Tensor, *prepared: Tensor) -> Tensor:
         low = self.lora_A(tokens)
-        return self.lora_B(low * prepared[0] if prepared else low)
+        gain = of_rows(prepared[0], len(low))
+        channels = 1 if self.is_convolution else low.ndim - 1
+        shape = [1] * low.ndim
+        shape[0], shape[channels] = gain.shape
+        return self.lora_B(low * gain.view(shape))
 
 
 class LoRA(GuidanceAdapter):
     variant = "lora"
-    default_sites = ("attention", "feed_forward")
+    default_sites = ("*",)
+    default_conditions = ()
+    fusible = True
 
-    def new_site(self, width_in: int, width_out: int) -> Site:
-        return LoRASite(width_in, width_out, self.rank, self.config.hidden_size)
+    def new_site(self, *shape: int) -> Site:
+        width_in, width_out, *kernel = shape
+        hidden_size = self.config.hidden_size if self.config.conditions else 0
+        return LoRASite(width_in, width_out, self.rank, hidden_size, tuple(kernel))
+
+    def new_conditioning(self) -> Conditioning | ScaleAlone:
+        return super().new_conditioning() if self.config.conditions else ScaleAlone()
 
     @classmethod
-    def find(cls, denoiser: nn.Module, config: AdapterConfig, about: dict[str, Any]) -> dict[str, Shape]:
-        return find_projections(denoiser, list(config.sites or []))
+    def find(
+        cls, denoiser: nn.Module, config: AdapterConfig, about: dict[str, Any], inputs: Inputs | None = None
+    ) -> dict[str, Shape]:
+        return find_layers(denoiser, list(config.sites or []), inputs)
 
+    def start_from(self, denoiser: nn.Module) -> None:
+        self.about = self.about | {"blocks": find_blocks(denoiser, self.shapes)}
 
-class LoRAFixed(LoRA):
-    variant = "lora_fixed"
-    default_conditions = ()
+    def find_again(self, denoiser: nn.Module) -> dict[str, Shape]:
+        """By name, because which layers see the image shows only in a run."""
+        every = adaptable_layers(denoiser)
+        return {name: shape_of(every[name]) for name in self.shapes if name in every}
 
-    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], about: dict[str, Any]) -> None:
-        low, high = about["scale_range"]
-        if low != high:
-            raise UserError(
-                f"adapter.variant=lora_fixed: learns one scale, the records have {low:g} to {high:g}: generate with "
-                "guidance_scale=[2,2] (or another one), or train adapter.variant=lora"
-            )
-        if config.conditions:
-            raise UserError("adapter.conditions: lora_fixed sees none: leave it out")
-        super().__init__(config, shapes, about)
+    def check_fit(self, denoiser: nn.Module) -> None:
+        super().check_fit(denoiser)
+        for name, count in find_blocks(denoiser, self.shapes).items():
+            if count != self.about["blocks"][name]:
+                raise UserError(
+                    f"the adapter does not fit this {type(denoiser).__name__}: it was made for {self.about['blocks'][name]} "
+                    f"{name}, the base has {count}: attach it to a base of the architecture it was trained on"
+                )
 
-    def new_conditioning(self) -> Conditioning | None:
-        return None
-
-    def new_site(self, width_in: int, width_out: int) -> Site:
-        return LoRASite(width_in, width_out, self.rank, None)
-
-    def lora_weights(self) -> dict[str, Tensor]:
-        """In peft's names: `down_blocks.0...to_q.lora_A.weight`."""
-        return {
-            f"{name}.{part}.weight": getattr(site, part).weight.detach().cpu().contiguous()
-            for name, site in zip(self.shapes, self.sites.values(), strict=True)
-            for part in ("lora_A", "lora_B")
-        }
-
-    def export_lora(self, save_directory: str | Path) -> Path:
-        """Write the file that `pipe.load_lora_weights` and other tools load without this project.
-
-        For a UNet the names are those of kohya's scripts, which every tool knows; for a transformer peft's.
-        """
-        path = Path(save_directory)
-        path.mkdir(parents=True, exist_ok=True)
-        subfolder = self.about["base"]["denoiser_subfolder"]
-        weights = {f"{subfolder}.{name}": value for name, value in self.lora_weights().items()}
-        if subfolder == "unet":
-            weights = convert_state_dict_to_kohya(weights)
-        save_file(weights, path / LORA_FILE, metadata={"format": "pt"})
-        return path / LORA_FILE
+    def why_unfused(self, denoiser: nn.Module) -> str | None:
+        if self.config.conditions:
+            return f"the adapter sees {', '.join(self.config.conditions)} besides the scale"
+        return why_not_fusable(denoiser, list(self.shapes))
 
     @torch.no_grad()
-    def merge(self, denoiser: nn.Module) -> None:
-        """Add it to the weights of a base for good, through peft: one pass then costs what no guidance costs."""
-        from peft import LoraConfig, LoraModel  # slow to import, and needed only here
+    def lora_weights(self, guidance_scale: float) -> LowRank:
+        """A and B of every layer at one scale, the gates and the guidance gain within B: float32, in the layer's own shape.
 
-        self.check_fit(denoiser)
-        config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self.shapes))
-        model = LoraModel(denoiser, config, "guidance")
+        Args:
+            guidance_scale: above 1; at 1 there is no change.
+
+        Returns:
+            By the layer's name, on the adapter's device: A `[rank, in]` and B `[out, rank]`, of a convolution
+            `[rank, in, height, width]` and `[out, rank, 1, 1]`; the layer's weight is then `W + B A`.
+        """
+        device = next(self.parameters()).device
+        scale = torch.tensor([float(guidance_scale)], device=device)
+        known = self.conditioning(self._asked(scale), torch.zeros(1, device=device), self.conditioning.embed({}))
+        weights = {}
         for name, site in zip(self.shapes, self.sites.values(), strict=True):
-            layer: Any = denoiser.get_submodule(name)
-            for part in ("lora_A", "lora_B"):
-                weight = getattr(layer, part)["guidance"].weight
-                weight.copy_(getattr(site, part).weight)
-        model.merge_and_unload()
+            assert isinstance(site, LoRASite)
+            gain = known.curves @ site.curves.float()
+            down, up = site.lora_A.weight.float(), site.lora_B.weight.float()
+            weights[name] = down, up * gain.view(1, -1, *[1] * (up.ndim - 2))
+        return weights

@@ -28,5 +28,5 @@ class OffsetSite(Site):
 class Offset(GuidanceAdapter):
     variant = "offset"
 
-    def new_site(self, width_in: int, width_out: int) -> Site:
-        return OffsetSite(width_out, self.config.hidden_size)
+    def new_site(self, *shape: int) -> Site:
+        return OffsetSite(shape[1], self.config.hidden_size)

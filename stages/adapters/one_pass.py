@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.adapters.guidance import Guidance, Scales, as_scales, scales_of_schedule
+from stages.adapters.riding import ride_of
 from stages.adapters.unconditional import unconditional_tokens
-from stages.denoiser import denoiser_of
+from stages.denoiser import bind_inputs, denoiser_of
 from stages.sampling import scale_keyword
 
 if TYPE_CHECKING:
-    from stages.adapters.adapter import GuidanceAdapter
+    from stages.adapters.attaching import Attachable
 
 NO_GUIDANCE, SOME_GUIDANCE = 1.0, 2.0  # diffusers' pipelines run the unconditional pass only above 1
 
@@ -31,54 +32,61 @@ class OnePass:
     the pipeline makes a single, conditional pass per step. Components, configuration and saving stay the pipeline's own.
     """
 
-    def __init__(self, pipe: Any, adapter: GuidanceAdapter) -> None:
+    def __init__(self, pipe: Any, adapter: Attachable) -> None:
         self.pipe, self.adapter, self.stock = pipe, adapter, type(pipe)
-        self.cached: tuple[int, torch.Tensor | None] | None = None
         signature, keyword = inspect.signature(self.stock.__call__), scale_keyword(pipe)
         stock_call = self.stock.__call__
 
         def call(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
+            denoiser = denoiser_of(pipeline)[1]
+            adapter.check_carried(denoiser)
             bound = signature.bind(pipeline, *args, **kwargs)
             given = dict(bound.arguments)
             bound.apply_defaults()
-            scale = bound.arguments[keyword]
-            if keyword not in given and given.get("guidance_scale") is not None:
-                scale = bound.arguments["guidance_scale"]
-            negative = self._negative(pipeline, keyword, bound)
-            bound.arguments[keyword] = NO_GUIDANCE
-            with self.guided(pipeline, scale, bound.arguments, negative):
-                return stock_call(*bound.args, **bound.kwargs)
+            with ride_of(denoiser).lock:
+                scale = bound.arguments[keyword]
+                if keyword not in given:
+                    held, other = ride_of(denoiser).fused, given.get("guidance_scale")
+                    scale = other if other is not None else held.guidance_scale if held else scale
+                negative = self._negative(pipeline, keyword, bound)
+                bound.arguments[keyword] = NO_GUIDANCE
+                with self.guided(pipeline, scale, bound.arguments, negative):
+                    return stock_call(*bound.args, **bound.kwargs)
+
+        @functools.wraps(self.stock.save_pretrained)
+        def save_pretrained(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
+            with adapter.guiding(denoiser_of(pipeline)[1], Guidance(torch.ones(1, 1))):
+                return self.stock.save_pretrained(pipeline, *args, **kwargs)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
-        members = {"__call__": call, "__module__": self.stock.__module__, "__doc__": self.stock.__doc__}
+        members = {
+            "__call__": call,
+            "save_pretrained": save_pretrained,
+            "__module__": self.stock.__module__,
+            "__doc__": self.stock.__doc__,
+        }
         pipe.__class__ = type(self.stock.__name__, (self.stock,), members)
 
     def undo(self) -> None:
         self.pipe.__class__ = self.stock
-
-    def cache(self, num_inference_steps: int, guidance_scale: Scales | None) -> None:
-        """Cache the calls with so many steps and that scale."""
-        self.cached = num_inference_steps, None if guidance_scale is None else as_scales(guidance_scale)
 
     @contextmanager
     def guided(
         self, pipe: Any, scale: Scales, arguments: dict[str, Any], negative: dict[str, Tensor]
     ) -> Iterator[None]:
         """Within it, the adapter guides one call of the pipeline; what the caller opened around the call comes first."""
-        adapter = self.adapter
-        adapter.check_carried(denoiser_of(pipe)[1])
+        adapter, denoiser = self.adapter, denoiser_of(pipe)[1]
         warn_of_negative_prompt(adapter, arguments)
         guidance = adapter.guidance or Guidance(as_scales(1.0 if adapter.schedule is not None else scale)[None])
         if adapter.guidance is None:
             adapter.warn_outside(guidance.scales)
         guidance.negative = negative
-        cached = self._is_cached(guidance, arguments.get("num_inference_steps"))
-        with adapter.in_force(guidance):
-            if adapter.schedule is None and not cached:
+        with adapter.guiding(denoiser, guidance):
+            if adapter.schedule is None:
                 yield
-                return
-            with self._by_step(pipe.scheduler, guidance, cached):
-                yield
+            else:
+                with self._by_step(pipe, guidance):
+                    yield
 
     def _negative(self, pipe: Any, keyword: str, bound: inspect.BoundArguments) -> dict[str, Tensor]:
         """What the adapter sees of the negative prompt, if it sees any."""
@@ -95,36 +103,39 @@ class OnePass:
                 bound.arguments.get("generator"),
             )
 
-    def _is_cached(self, guidance: Guidance, num_inference_steps: int | None) -> bool:
-        if self.cached is None or self.cached[0] != num_inference_steps:
-            return False
-        return self.cached[1] is None or torch.equal(self.cached[1], guidance.scales[0])
-
     @contextmanager
-    def _by_step(self, scheduler: Any, guidance: Guidance, cached: bool) -> Iterator[None]:
+    def _by_step(self, pipe: Any, guidance: Guidance) -> Iterator[None]:
         """Within it, the guidance follows the timesteps as soon as the pipeline has set them."""
-        adapter, set_timesteps = self.adapter, scheduler.set_timesteps
+        adapter, (name, denoiser), set_timesteps = self.adapter, denoiser_of(pipe), pipe.scheduler.set_timesteps
 
         @functools.wraps(set_timesteps)  # pipelines look at its signature
         def seen(*args: Any, **kwargs: Any) -> None:
             set_timesteps(*args, **kwargs)
             # Each once: some schedulers ask the denoiser twice at one timestep.
-            timesteps = torch.unique_consecutive(scheduler.timesteps.float().cpu())
-            schedule = adapter.schedule
-            alike = guidance.scales.expand(len(timesteps), -1)
-            scales = alike if schedule is None else scales_of_schedule(schedule, timesteps)
-            if schedule is not None:
-                adapter.warn_outside(scales)
-            adapter.guidance = Guidance(scales, timesteps * adapter.about["timestep_scale"], cached, guidance.negative)
+            timesteps = torch.unique_consecutive(pipe.scheduler.timesteps.float().cpu())
+            assert adapter.schedule is not None
+            scales = scales_of_schedule(adapter.schedule, timesteps)
+            adapter.warn_outside(scales)
+            adapter.guidance = Guidance(scales, timesteps * adapter.about["timestep_scale"], guidance.negative)
+            if not adapter.guidance.is_uniform:
+                adapter.steer(denoiser, adapter.guidance)
 
-        scheduler.set_timesteps = seen
+        @torch.compiler.disable
+        def steer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            assert adapter.guidance is not None
+            if adapter.guidance.is_uniform:
+                adapter.steer(denoiser, adapter.guidance.of_step(bind_inputs(denoiser, args, kwargs)["timestep"]))
+
+        pipe.scheduler.set_timesteps = seen
+        hook = getattr(pipe, name).register_forward_pre_hook(steer, with_kwargs=True, prepend=True)
         try:
             yield
         finally:
-            del scheduler.set_timesteps
+            hook.remove()
+            del pipe.scheduler.set_timesteps
 
 
-def warn_of_negative_prompt(adapter: GuidanceAdapter, arguments: dict[str, Any]) -> None:
+def warn_of_negative_prompt(adapter: Attachable, arguments: dict[str, Any]) -> None:
     """Say once that a negative prompt does nothing, where the adapter was not trained to see it."""
     given = arguments.get("negative_prompt")
     prompts = [given] if isinstance(given, str) else list(given or [])
@@ -132,8 +143,8 @@ def warn_of_negative_prompt(adapter: GuidanceAdapter, arguments: dict[str, Any])
     unseen = [prompt for prompt in prompts if prompt.strip() not in trained]
     if arguments.get("negative_prompt_embeds") is not None:
         unseen.append("given as embeddings")
-    if unseen and not adapter.warned and not adapter.sees_negative:
-        adapter.warned = True
+    if unseen and not adapter.sees_negative and not adapter.warned_of_negative:
+        adapter.warned_of_negative = True
         warnings.warn(
             f"negative_prompt ({unseen[0]}) does nothing: this adapter was not trained to see negative prompts "
             "(adapter.conditions=[...,negative_tokens])",

@@ -40,12 +40,14 @@ class Samples:
 
     Attributes:
         steps: every step on the way, the latents as the scheduler was handed them.
+        fused: of one pass, whether it ran the base's own modules alone, the scale in their weights.
     """
 
     latents: Tensor
     denoiser_evaluations: int
     seconds: float
     steps: list[Step]
+    fused: bool | None = None
 
 
 def settings(
@@ -64,6 +66,11 @@ def settings(
         for method in methods:
             found += [Setting(method, scale, name) for name in (adapters if method == ONE_PASS else (None,))]
     return list(dict.fromkeys(found))
+
+
+def measured_scales(compared: Sequence[Setting]) -> dict[float, Setting]:
+    """What stands for CFG at each scale that it is measured at, by the scale; at 1 that is no guidance."""
+    return {setting.guidance_scale: setting for setting in compared if setting.method in (NONE, CFG)}
 
 
 def load_pair(
@@ -142,7 +149,7 @@ def sample_setting(pipe: Any, adapter: GuidanceAdapter, setting: Setting, reques
         sample(pipe, request, setting.guidance_scale)
         synchronize(pipe)
         seconds = time.perf_counter() - start
-    return Samples(latents[0], count[0], seconds, steps)
+    return Samples(latents[0], count[0], seconds, steps, adapter.fused if setting.method == ONE_PASS else None)
 
 
 @contextmanager

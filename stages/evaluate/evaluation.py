@@ -17,12 +17,13 @@ from stages.base import choose_device
 from stages.config import check_bounds
 from stages.denoiser import fingerprint
 from stages.errors import UserError
-from stages.evaluate.comparisons import CFG, NONE, Setting, settings
+from stages.evaluate.comparisons import CFG, NONE, Setting, measured_scales, settings
 from stages.evaluate.config import EvaluateConfig
+from stages.evaluate.effective_scale import effective_scale
 from stages.evaluate.metrics import summary
 from stages.evaluate.parts import Parts, Result
 from stages.evaluate.reference import Reference
-from stages.evaluate.worker import ERROR, Facts, Worker, number_of_parts
+from stages.evaluate.worker import DISTANCES, ERROR, Facts, Worker, number_of_parts
 from stages.progress import progress
 from stages.records.storage import whole_file
 
@@ -111,28 +112,45 @@ class Evaluation:
     def _rows(self) -> list[dict[str, Any]]:
         total, timesteps = self.config.num_samples, self.parts.timesteps()
         adapters = {told["adapter"]: told for told in self.about["adapters"]}
+        closeness = self._closeness()
         rows = []
         for number, setting in enumerate(self.settings):
             found = self.parts.of(number)
             self.shown[setting] = found.shown
             if setting.method == NONE:
-                plain, gaps = found, final_errors(found)
+                plain = found
             adapter = adapters.get(setting.adapter, {})
-            measured = {name: value for name, value in found.values.items() if not name.startswith(ERROR)}
             rows.append(
                 {
                     "method": setting.method,
                     "guidance_scale": setting.guidance_scale,
                     **{key: adapter.get(key) for key in ("adapter", "variant", "seed")},
-                    **summary(measured, self.reference),
-                    "gap_closed": gap_closed(setting, final_errors(found), gaps),
+                    **summary(measured_of_images(found), self.reference),
+                    **closeness[setting],
                     "denoiser_evaluations": found.denoiser_evaluations / total,
+                    "fused": found.fused,
                     "seconds_per_image": found.seconds / total,
                     "time_relative_to_none": found.seconds / plain.seconds,
                     "error_by_timestep": errors_by_timestep(found, timesteps),
                 }
             )
         return rows
+
+    def _closeness(self) -> dict[Setting, dict[str, float]]:
+        """How near each setting comes to CFG: to that at its own scale, and to that at which scale the nearest."""
+        measured = measured_scales(self.settings)
+        scales = sorted(measured)
+        means = [self.parts.values(number, DISTANCES).mean(dim=0).tolist() for number in range(len(self.settings))]
+        distances = dict(zip(self.settings, means, strict=True))
+        between = [distances[measured[scale]][i + 1] for i, scale in enumerate(scales[:-1])]
+        gaps = dict(zip(scales, distances[measured[1.0]], strict=True))
+        return {
+            setting: {
+                "gap_closed": gap_closed(setting, dict(zip(scales, found, strict=True)), gaps),
+                "effective_scale": effective_scale(found, between, scales),
+            }
+            for setting, found in distances.items()
+        }
 
 
 def named(adapter_dir: Any) -> dict[str, str]:
@@ -181,26 +199,21 @@ def remember_features(reference: Reference, path: Path) -> None:
         kept.write(content)
 
 
-def mean_errors(found: Result) -> dict[float, list[float]]:
-    """The mean squared distance to CFG at each scale, at each step and at last of the final latents."""
-    named = {name: value for name, value in found.values.items() if name.startswith(ERROR)}
-    return {float(name.removeprefix(ERROR)): value.mean(dim=0).tolist() for name, value in named.items()}
+def measured_of_images(found: Result) -> dict[str, Tensor]:
+    """What the judges measured of each image."""
+    return {name: v for name, v in found.values.items() if name != DISTANCES and not name.startswith(ERROR)}
 
 
-def final_errors(found: Result) -> dict[float, float]:
-    return {scale: errors[-1] for scale, errors in mean_errors(found).items()}
-
-
-def gap_closed(setting: Setting, errors: dict[float, float], gaps: dict[float, float]) -> float:
+def gap_closed(setting: Setting, distances: dict[float, float], gaps: dict[float, float]) -> float:
     """The share of the gap between no guidance and CFG, in the final latents, that a setting closes."""
     if setting.method in (NONE, CFG):
         return float(setting.method == CFG)
-    return 1 - errors[setting.guidance_scale] / gaps[setting.guidance_scale]
+    return 1 - distances[setting.guidance_scale] / gaps[setting.guidance_scale]
 
 
 def errors_by_timestep(found: Result, timesteps: list[float]) -> list[dict[str, Any]]:
     """Curves over the scheduler's timesteps, of the mean squared distance of the latents to those of CFG at a scale."""
-    return [
-        {"guidance_scale": scale, "timestep": timesteps, "error": errors[:-1]}
-        for scale, errors in mean_errors(found).items()
-    ]
+    curves = {
+        float(n.removeprefix(ERROR)): v.mean(dim=0).tolist() for n, v in found.values.items() if n.startswith(ERROR)
+    }
+    return [{"guidance_scale": scale, "timestep": timesteps, "error": errors} for scale, errors in curves.items()]

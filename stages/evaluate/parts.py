@@ -17,6 +17,7 @@ from stages.errors import UserError
 from stages.records.storage import whole_file
 
 SHOWN = "shown"
+LAYOUT = 2  # counts up when older parts hold something else
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Result:
     Attributes:
         values: by name, an entry per image `[n, ...]`.
         shown: images for the report, bytes `[k, c, h, w]`.
+        fused: whether one pass ran the base's own modules alone; None of other methods.
     """
 
     values: dict[str, Tensor]
     shown: Tensor
     denoiser_evaluations: int
     seconds: float
+    fused: bool | None
 
 
 class Parts:
@@ -72,6 +75,7 @@ class Parts:
             "timesteps": json.dumps(list(timesteps)),
             "denoiser_evaluations": json.dumps([result.denoiser_evaluations for result in results]),
             "seconds": json.dumps([result.seconds for result in results]),
+            "fused": json.dumps([result.fused for result in results]),
         }
         with whole_file(self.path(part)) as file:
             file.write(safetensors.torch.save(tensors, about))
@@ -83,7 +87,7 @@ class Parts:
     def of(self, setting: int) -> Result:
         """What a setting gave in all parts together."""
         values: dict[str, list[Tensor]] = {}
-        evaluations, seconds = 0, 0.0
+        evaluations, seconds, fused = 0, 0.0, []
         for part in range(self.count):
             with safetensors.safe_open(self.path(part), "pt") as file:
                 about = file.metadata()
@@ -93,9 +97,18 @@ class Parts:
                         values.setdefault(value, []).append(file.get_tensor(name))
             evaluations += json.loads(about["denoiser_evaluations"])[setting]
             seconds += json.loads(about["seconds"])[setting]
+            fused.append(json.loads(about["fused"])[setting])
         joined = {name: torch.cat(found) for name, found in values.items()}
         shown = joined.pop(SHOWN)
-        return Result(joined, shown, evaluations, seconds)
+        return Result(joined, shown, evaluations, seconds, None if None in fused else all(fused))
+
+    def values(self, setting: int, name: str) -> Tensor:
+        """What one setting gave under a name, of the images of all parts `[n, ...]`."""
+        found = []
+        for part in range(self.count):
+            with safetensors.safe_open(self.path(part), "pt") as file:
+                found.append(file.get_tensor(f"{setting}.{name}"))
+        return torch.cat(found)
 
     @staticmethod
     def _about(path: Path) -> dict[str, Any]:

@@ -62,7 +62,9 @@ COLUMNS = {
     "stroke_accuracy": Column("stroke", "{:.3f}".format),
     "slant_accuracy": Column("slant", "{:.3f}".format),
     "gap_closed": Column("gap closed", "{:.3f}".format),
+    "effective_scale": Column("effective scale", "{:.2f}".format),
     "denoiser_evaluations": Column("evaluations", "{:g}".format),
+    "fused": Column("fused", lambda fused: "" if fused is None else "yes" if fused else "no"),
     "time_relative_to_none": Column("time", "{:.2f}x".format),
 }
 PLOTS = {
@@ -73,6 +75,7 @@ PLOTS = {
     "class_accuracy": "share of images of the class asked for",
     "clip_score": "CLIP score of images and prompts",
     "gap_closed": "gap closed in the final latents",
+    "effective_scale": "effective scale: that of the nearest CFG",
 }
 Row = dict[str, Any]
 

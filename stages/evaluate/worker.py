@@ -27,20 +27,24 @@ from stages.evaluate.comparisons import (
     conditions_of,
     fitted,
     load_pair,
+    measured_scales,
     sample_setting,
     settings,
 )
 from stages.evaluate.config import EvaluateConfig
+from stages.evaluate.effective_scale import squared_distances
 from stages.evaluate.metrics import Measure
-from stages.evaluate.parts import Parts, Result
+from stages.evaluate.parts import LAYOUT, Parts, Result
 from stages.evaluate.reference import Reference
+from stages.evaluate.threads import threads_that_pay
 from stages.pictures import to_picture
 from stages.prompts import read_prompts
 from stages.records.storage import whole_file
 from stages.sampling import Condition, Request, decode, takes_class_labels
 
 SHOWN, SHOWN_SIZE = 10, 256
-ERROR = "error."  # before the scale of the CFG that a setting's latents are compared with
+ERROR = "error."  # before the scale of the CFG that a setting's latents are compared with at each step
+DISTANCES = "distances"  # of the final latents to those of CFG at each measured scale
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Worker:
     def __init__(self, config: EvaluateConfig, adapters: dict[str, str], output: Path) -> None:
         self.config, self.folders, self.output = config, adapters, output
         self.settings = settings(config.guidance_scale, config.methods, list(adapters))
+        self.measured = measured_scales(self.settings)
 
     def load(self) -> Facts:
         config, device = self.config, choose_device(self.config.device)
@@ -134,6 +139,7 @@ class Worker:
         components = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
         parted = ("num_samples", "num_inference_steps", "batch_size", "seed", "save_images", "features")
         told = {
+            "layout": LAYOUT,
             "config": {key: getattr(self.config, key) for key in parted},
             "settings": [(s.method, s.guidance_scale, s.adapter) for s in self.settings],
             "adapters": {name: [fingerprint(a), a.about.get("guidance_gain")] for name, a in self.adapters.items()},
@@ -149,20 +155,27 @@ class Worker:
 
     def make(self, part: int) -> int:
         """Write a part; how many images it has of each setting."""
+        with threads_that_pay(self.pipe):
+            return self._make(part)
+
+    def _make(self, part: int) -> int:
         start = part * self.config.batch_size
         indices = range(start, min(start + self.config.batch_size, self.config.num_samples))
         if not self.is_warm:
             self._sample(indices[:2])  # a first call is slower than the rest: it is not timed
             self.is_warm = True
         samples, errors = self._sample(indices)
+        measured = [samples[self.measured[scale]].latents for scale in sorted(self.measured)]
         results = []
         for setting, result in samples.items():
             images = decode(self.pipe, result.latents)
             values = {
                 name: value for judge in self.judges for name, value in judge.of(images, self._of(indices)).items()
             }
+            values[DISTANCES] = squared_distances(result.latents, measured).cpu()
             shown = shrunk(images[: max(0, SHOWN - start)])
-            results.append(Result(values | errors[setting], shown, result.denoiser_evaluations, result.seconds))
+            cost = result.denoiser_evaluations, result.seconds, result.fused
+            results.append(Result(values | errors[setting], shown, *cost))
             if self.config.save_images:
                 self._save(setting, indices, images)
         self.parts.write(part, self.timesteps, results)
@@ -172,7 +185,7 @@ class Worker:
         return [self.conditions[i % len(self.conditions)] for i in indices]
 
     def _sample(self, indices: range) -> tuple[dict[Setting, Samples], dict[Setting, dict[str, Tensor]]]:
-        """Every setting on one batch, right one after another, so that their times compare; how far each is from CFG.
+        """Every setting on one batch, right one after another, so that their times compare; how far each is from CFG on the way.
 
         Of what lies between noise and image no more is kept than no guidance's and one CFG's.
         """
@@ -212,9 +225,8 @@ def folder_name(setting: Setting, several: bool) -> str:
 
 
 def squared_errors(one: Samples, other: Samples) -> Tensor:
-    """Mean squared distances `[n, steps + 1]` of n images' latents at each step, and of the final ones."""
+    """Mean squared distances `[n, steps]` of n images' latents at each step."""
     pairs = [(a.latents, b.latents) for a, b in zip(one.steps, other.steps, strict=True)]
-    pairs.append((one.latents, other.latents))
     return torch.stack([(a - b).double().square().flatten(1).mean(dim=1) for a, b in pairs], dim=1).cpu()
 
 

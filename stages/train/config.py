@@ -12,7 +12,7 @@ from stages.adapters import AdapterConfig
 from stages.config import option
 from stages.errors import UsageError
 
-LOSSES = ("l2", "l1", "noise_weighted", "guidance_weighted", "guidance_delta")
+LOSSES = ("rms", "l2", "l1", "noise_weighted", "guidance_weighted", "guidance_delta")
 ON_DAMAGE = ("stop", "skip")
 PRECISIONS = ("no", "bf16", "fp16")
 QUANTIZATIONS = ("none", "int8")
@@ -70,9 +70,10 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(1, "batches that make one optimizer step", at_least=1)
     max_train_steps: int = option(5000, "optimizer steps", at_least=1)
     loss: str = option(
-        "l1",
-        "`l1`, `l2`; l2 weighed, as `noise_weighted` by the share of noise in the latent, as `guidance_weighted` by how far guidance "
-        "turns the prediction, as `guidance_delta` by one over the square of what guidance adds",
+        "rms",
+        "`rms`, the root of each record's mean squared error; `l1`, `l2`; l2 weighed, as `noise_weighted` by the share of noise "
+        "in the latent, as `guidance_weighted` by how far guidance turns the prediction, as `guidance_delta` by one over the "
+        "square of what guidance adds",
         one_of=LOSSES,
     )
     learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0, at_most=1e3)

@@ -14,6 +14,7 @@ from stages.train.batch import Batch
 
 RECORDED = {"guidance_weighted": "guidance_cosine", "guidance_delta": "guidance_delta"}  # what a loss needs of a record
 SMALLEST_DELTA = 1e-3  # as a share of the target's mean square: where guidance adds less, rounding would weigh too much
+SMALLEST_ERROR = 1e-8  # within the root, whose slope at 0 has no bound
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -25,9 +26,10 @@ class Objective:
     """The loss of each record; g is the guided prediction, c the conditional one.
 
     Args:
-        loss: `l2` is the mean squared error, `l1` the mean absolute one, the others the squared one weighed: `noise_weighted`
-            by the share of noise in the latent and `guidance_weighted` by `(1 - cos(c, g)) / 2`, both as in the published reference
-            code, `guidance_delta` by `1 / mean((g - c)^2)`, so that it is the share of the guidance that is left to learn.
+        loss: `l2` is the mean squared error, `rms` its root, whose gradient is as large for every record, `l1` the mean absolute
+            error, the others the squared one weighed: `noise_weighted` by the share of noise in the latent and
+            `guidance_weighted` by `(1 - cos(c, g)) / 2`, both as in the published reference code, `guidance_delta` by
+            `1 / mean((g - c)^2)`, so that it is the share of the guidance that is left to learn.
         info: the content of `dataset.json`.
 
     Raises:
@@ -50,6 +52,8 @@ class Objective:
         if self.loss == "l1":
             return functional.l1_loss(prediction.float(), batch.target, reduction="none").flatten(1).mean(1)
         error = squared_error(prediction, batch.target)
+        if self.loss == "rms":
+            return (error + SMALLEST_ERROR).sqrt()
         return error if self.loss == "l2" else error * self.weight(batch)
 
     def weight(self, batch: Batch) -> Tensor:

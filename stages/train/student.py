@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from stages.adapters.guidance import Guidance, as_scales
 from stages.base import denoiser_config, load_denoiser
 from stages.denoiser import NEGATIVE, fingerprint, latent_name, unflatten
 from stages.errors import UserError
-from stages.records.dataset import Dataset
 from stages.records.record import CONDITION_PREFIX
 from stages.train.batch import Batch
+
+if TYPE_CHECKING:  # without it a student can be made where there is no pyarrow
+    from stages.records.dataset import Dataset
 
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BASE_KEYS = (
@@ -60,6 +62,22 @@ def unconditional_place(layout: dict[str, Any]) -> dict[str, int] | None:
         return None
     call, chunk = layout["unconditional"]
     return {"call": call, "chunk": chunk, "chunks": layout["chunks"]}
+
+
+def example_inputs(dataset: Dataset, latent: str) -> dict[str, Any]:
+    """The denoiser's arguments for three records, flat, on the meta device."""
+    tensors, n, meta = dataset.info["tensors"], 3, torch.device("meta")
+
+    def empty(told: dict[str, Any]) -> Tensor:
+        return torch.empty(n, *told["shape"], dtype=getattr(torch, told["dtype"]), device=meta)
+
+    constants = dataset.info["teacher"]["layout"]["constants"]
+    return {
+        latent: empty(tensors["latent"]),
+        "timestep": empty(tensors["timestep"]),
+        **{name: restored(value, meta)(n) for name, value in constants.items()},
+        **{k: empty(told) for k, told in condition_tensors(dataset).items() if not k.startswith(NEGATIVE)},
+    }
 
 
 def condition_tensors(dataset: Dataset) -> dict[str, dict[str, Any]]:
@@ -173,7 +191,8 @@ class Student:
         mixed_precision: str = "no",
     ) -> Student:
         """A new adapter on the dataset's denoiser; see `describe_base` for `scale_range`."""
-        adapter = GuidanceAdapter.for_denoiser(config, denoiser, describe_base(dataset, scale_range))
+        about, inputs = describe_base(dataset, scale_range), example_inputs(dataset, latent_name(denoiser))
+        adapter = GuidanceAdapter.for_denoiser(config, denoiser, about, inputs)
         adapter.to(next(denoiser.parameters()).device)
         return cls(denoiser, adapter, dataset.info["teacher"]["layout"]["constants"], mixed_precision)
 

@@ -1,138 +1,196 @@
-"""What one pass with an adapter costs over the bare, unguided denoiser at a real denoiser's shape, the two taking turns.
+"""What one pass with an adapter costs over the bare, unguided denoiser, and over CFG's, at a real denoiser's shape; all take turns.
 
-python -m tests.benchmarks.one_pass_time sd15|sdxl|dit_xl_2_256|tiny [latent size] [rounds]
+python -m tests.benchmarks.one_pass_time sd15|sdxl|dit_xl_2_256|sd3|tiny_... [eager|compiled] [latent size] [seconds] [batch size ...]
 
-Weights are random: time does not depend on them. With the schedule cache, what it computes once per schedule is left out of a step's
-time and told in steps of the bare denoiser. Prints one JSON object with the device's name.
+Weights are random: time does not depend on them. CFG is one pass of the doubled batch. The default adapter runs fused into the
+base's weights, and unfused, by hooks; beside it run the published baselines. Prints one JSON object for each batch size.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch._dynamo.utils import counters
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
-from stages.adapters.guidance import Guidance
-from stages.denoiser import latent_name, unflatten
-from tests.families import WIDTH, unet
-from tests.real_shapes import SHAPES, TOKENS, Shape, about_of
+from stages.denoiser import uncompiled, unflatten
+from tests.benchmarks.measuring import device_name, ratios, spread, take_turns, timed
+from tests.benchmarks.tiny_shapes import shape_named
+from tests.real_shapes import Shape, about_of, inputs_of, parameters
 
-SCALE, STEPS = 2.0, 30
-MEASURED = [  # variant, with the schedule cache
-    ("offset", True),
-    ("offset", False),
-    ("positional_offset", True),
-    ("cross_attention", True),
-    ("cross_attention", False),
-    ("gated_mlp", True),
-    ("modulated_low_rank", True),
-    ("modulated_low_rank", False),
-    ("lora", True),
-    ("lora_fixed", False),
-    ("embedding", False),
-]
-TINY = Shape("tiny", "tiny", unet, (4, 8, 8), {TOKENS: [7, WIDTH]})
+SCALES = (2.0, 5.0)
+PASSES = 4  # of one measurement, as a sampler has them: queued one behind the other
+BATCH_SIZES = (1, 8)
+DEFAULT, BASELINES = "lora", ("offset", "cross_attention", "embedding")
+Clock = Callable[[], float]
 
 
-def inputs_of(shape: Shape, denoiser: nn.Module) -> dict[str, Any]:
-    """The arguments of one call for one sample, made up."""
-    like = next(denoiser.parameters())
-    cond = {
-        name: torch.rand(1, *sizes).to(like) if sizes else torch.zeros(1, dtype=torch.long, device=like.device)
-        for name, sizes in shape.cond.items()
-    }
-    latent = torch.randn(1, *shape.latent).to(like)
-    timestep = torch.full((1,), 500, device=like.device)
-    return {latent_name(denoiser): latent, "timestep": timestep, "return_dict": False, **unflatten(cond)}
+def new_denoiser(shape: Shape) -> nn.Module:
+    """With random weights, on the GPU in bf16 where there is one."""
+    torch.manual_seed(0)
+    if not torch.cuda.is_available():
+        return shape.build().eval().requires_grad_(False)
+    with torch.device("cuda"):
+        return shape.build().eval().requires_grad_(False).to("cuda", torch.bfloat16)
 
 
 def new_adapter(variant: str, shape: Shape, denoiser: nn.Module) -> GuidanceAdapter:
-    adapter = GuidanceAdapter.for_denoiser(AdapterConfig(variant), denoiser, about_of(shape))
-    adapter.sites.to(next(denoiser.parameters()).dtype)
-    return adapter.to(next(denoiser.parameters()).device)
+    """As if it were trained: no weight is zero, because kernels are faster on zeros."""
+    like, inputs = next(denoiser.parameters()), inputs_of(shape, denoiser, 1)
+    adapter = GuidanceAdapter.for_denoiser(AdapterConfig(variant), denoiser, about_of(shape), inputs)
+    for parameter in adapter.sites.parameters():
+        nn.init.normal_(parameter, std=1e-3)
+    adapter.sites.to(like.dtype)
+    return adapter.to(like.device).eval().requires_grad_(False)
+
+
+def pass_clock(run: nn.Module, shape: Shape, n: int) -> Clock:
+    """Measures seconds of one pass of n samples; the first of a turn is not counted."""
+    inputs = unflatten(inputs_of(shape, uncompiled(run), n)) | {"return_dict": False}
+
+    @torch.no_grad()
+    def measure() -> float:
+        run(**inputs)
+        return timed(lambda: [run(**inputs) for _ in range(PASSES)]) / PASSES
+
+    return measure
 
 
 @contextmanager
-def guided(adapter: GuidanceAdapter, denoiser: nn.Module, cached: bool) -> Iterator[None]:
-    """Within it, the denoiser guides itself as in the middle of a schedule."""
-    timesteps = torch.linspace(999, 1, STEPS) if cached else None
-    adapter.attach(denoiser)
-    with adapter.in_force(Guidance(torch.full((STEPS if cached else 1, 1), SCALE), timesteps, cached)):
-        yield
-    adapter.detach()
+def riding(adapter: GuidanceAdapter, denoiser: nn.Module) -> Iterator[GuidanceAdapter]:
+    """Within it, the adapter is attached."""
+    try:
+        yield adapter.attach(denoiser)
+    finally:
+        adapter.detach()
 
 
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+class Eager:
+    """The denoiser without its adapter, with it fused and unfused, and with the baselines, which run at batch size 1 alone."""
+
+    def __init__(self, shape: Shape, denoiser: nn.Module, n: int) -> None:
+        self.denoiser = denoiser
+        self.bare, self.cfg = (pass_clock(denoiser, shape, size) for size in (n, 2 * n))
+        variants = [DEFAULT, *(BASELINES if n == 1 else ())]
+        self.adapters = {variant: new_adapter(variant, shape, denoiser) for variant in variants}
+        self.fuse_seconds: list[float] = []
+        self.extra_bytes = 0
+
+    def fused(self) -> float:
+        """Of a pass; fusing another scale is measured on the way."""
+        with riding(self.adapters[DEFAULT], self.denoiser) as adapter:
+            before = allocated()
+            adapter.fuse(SCALES[0])
+            self.extra_bytes = allocated() - before
+            self.fuse_seconds.append(timed(lambda: adapter.fuse(SCALES[1])))
+            return self.bare()
+
+    def unfused(self, variant: str) -> float:
+        with riding(self.adapters[variant], self.denoiser) as adapter, adapter.guidance_scale(SCALES[0]):
+            return self.bare()
+
+    def clocks(self) -> dict[str, Clock]:
+        baselines: dict[str, Clock] = {
+            name: lambda name=name: self.unfused(name) for name in self.adapters if name != DEFAULT
+        }
+        own: dict[str, Clock] = {
+            "bare": self.bare, "cfg": self.cfg, "fused": self.fused, "unfused": lambda: self.unfused(DEFAULT)
+        }  # fmt: skip
+        return own | baselines
+
+
+def eager(shape: Shape, denoiser: nn.Module, n: int, seconds: float) -> dict[str, Any]:
+    """Every kind of pass at one batch size, in milliseconds and over the bare one and CFG's; what fusing takes."""
+    kinds = Eager(shape, denoiser, n)
+    taken = take_turns(kinds.clocks(), seconds)
+    default = kinds.adapters[DEFAULT]
+    return {
+        "batch": n,
+        "mode": "eager",
+        **told(taken),
+        "adapter_share": round(parameters(default) / parameters(denoiser), 5),
+        "layers": len(default.shapes),
+        "fuse_ms": spread([1000 * value for value in kinds.fuse_seconds]),
+        "fused_extra_bytes": kinds.extra_bytes if torch.cuda.is_available() else None,
+    }
+
+
+def compiled(shape: Shape, denoiser: nn.Module, n: int, seconds: float) -> dict[str, Any]:
+    """The compiled denoiser without its adapter and with it fused, at one scale and another in turn, over the eager one."""
+    adapter, scales = new_adapter(DEFAULT, shape, denoiser), itertools.cycle(SCALES)
+    torch.compiler.reset()
+    backend = "inductor" if torch.cuda.is_available() else "eager"  # on a CPU compiling takes longer than it is worth
+    run: Any = torch.compile(denoiser, backend=backend, dynamic=False)
+    with riding(adapter, run):
+        adapter.fuse(SCALES[0])
+        plain, clock = pass_clock(denoiser, shape, n), pass_clock(run, shape, n)
+        before = counters["stats"]["unique_graphs"]
+        compiling = timed(clock)
+        graphs = counters["stats"]["unique_graphs"]
+
+        def fused() -> float:
+            adapter.fuse(next(scales))
+            return clock()
+
+        def bare() -> float:
+            adapter.fuse(1.0)  # the base's own weights; unfused, hooks would come back
+            return clock()
+
+        taken = take_turns({"eager": plain, "bare": bare, "fused": fused}, seconds)
+        recompiled = counters["stats"]["unique_graphs"] - graphs
+    return {
+        "batch": n,
+        "mode": "compiled",
+        **told(taken),
+        "compile_seconds": round(compiling, 1),
+        "graphs": graphs - before,
+        "recompiled": recompiled,
+    }
+
+
+def told(taken: dict[str, list[float]]) -> dict[str, Any]:
+    """Milliseconds and ratios of what took turns."""
+    bases = {f"over_{base}": taken[base] for base in ("bare", "cfg", "eager") if base in taken}
+    kinds = {
+        kind: {"ms": spread([1000 * value for value in values])}
+        | {name: ratios(values, base) for name, base in bases.items() if base is not values}
+        for kind, values in taken.items()
+    }
+    return {"rounds": len(taken["bare"]), "passes": kinds}
+
+
+MODES = {"eager": eager, "compiled": compiled}
 
 
 def measured(
-    denoiser: nn.Module, inputs: dict[str, Any], rounds: int, adapters: dict[str, GuidanceAdapter]
-) -> list[dict[str, Any]]:
-    """For each of `MEASURED`, the ratios to the bare denoiser of so many rounds."""
-    device = next(denoiser.parameters()).device
-
-    def step() -> Tensor:
-        with torch.no_grad():
-            return denoiser(**inputs)[0]
-
-    timed(step, device)
-    rows = [{"variant": variant, "schedule_cache": cached, "ratios": [], "table": []} for variant, cached in MEASURED]
-    for _ in range(rounds):
-        for row in rows:
-            bare = timed(step, device)
-            with guided(adapters[row["variant"]], denoiser, row["schedule_cache"]):
-                first = timed(step, device)
-                row["ratios"].append(timed(step, device) / bare)
-            row["table"].append(first / bare - row["ratios"][-1])
-    return rows
-
-
-def told(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with the medians of its rounds."""
-    ratios = sorted(row.pop("ratios"))
-    row |= {"time": round(statistics.median(ratios), 3), "from": round(ratios[0], 3), "to": round(ratios[-1], 3)}
-    table = statistics.median(row.pop("table"))
-    return row | ({"table_in_steps": round(max(table, 0), 3)} if row["schedule_cache"] else {})
-
-
-def main(config: str, latent_size: str = "", rounds: str = "5") -> None:
-    shape = next(shape for shape in [TINY, *SHAPES] if shape.config == config)
+    config: str, mode: str, latent_size: str, seconds: float, sizes: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
+    """A row for each batch size."""
+    shape = shape_named(config)
     if latent_size:
         shape = replace(shape, latent=(*shape.latent[:-2], int(latent_size), int(latent_size)))
-    torch.manual_seed(0)
-    gpu = torch.cuda.is_available()
-    with torch.device("cuda" if gpu else "cpu"):
-        denoiser = shape.build().eval().requires_grad_(False)
-    if gpu:
-        denoiser = denoiser.half()
-    adapters = {variant: new_adapter(variant, shape, denoiser) for variant, _ in MEASURED}
-    rows = measured(denoiser, inputs_of(shape, denoiser), int(rounds), adapters)
-    print(
-        json.dumps(
-            {
-                "shape": shape.title,
-                "latent": shape.latent,
-                "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
-                "rounds": int(rounds),
-                "rows": [told(row) for row in rows],
-            },
-            indent=2,
+    denoiser = new_denoiser(shape)
+    for n in sizes:
+        yield {"shape": shape.title, "latent": list(shape.latent), "device": device_name()} | MODES[mode](
+            shape, denoiser, n, seconds
         )
-    )
+
+
+def main(config: str, mode: str = "eager", latent_size: str = "", seconds: str = "10", *sizes: str) -> None:
+    for row in measured(config, mode, latent_size, float(seconds), tuple(map(int, sizes)) or BATCH_SIZES):
+        print(json.dumps(row, indent=2))
 
 
 if __name__ == "__main__":

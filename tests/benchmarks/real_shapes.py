@@ -1,113 +1,106 @@
-"""Generation and training at real size with random weights: what recording costs, records per second, memory, step time.
+"""Recording and training at full size with random weights: what recording costs, records per second, step time, memory.
 
-python -m tests.benchmarks.real_shapes sd15|sdxl|tiny [batch size] [steps] [image size] [variant]
+python -m tests.benchmarks.real_shapes sd15|sdxl|dit_xl_2_256|tiny_... [batch size] [steps] [variant]
 
-SDXL needs a GPU with room for the model in half precision; `tiny` shows on a CPU that the script runs.
+SDXL needs a GPU; `tiny_sdxl` shows on a CPU that the script runs. Prints one JSON object with the device's name.
 
-Prints one JSON object with the device's name. The text encoders are tiny ones of the right width, because what they cost
-is paid once per batch; the UNet and, by default, the latents have the published shapes. A training step is told over its floor: the
-frozen base's own forward pass, and its backward pass down to every site. On a GPU, a step that makes it wait ends the measurement.
+The text encoders are tiny ones of the right width, because what they cost is paid once per batch; the denoiser and the latents have
+the published shapes. Records are made up and lie in memory. A training step is told over its floor: the frozen base's own forward
+pass, and its backward pass down to every site.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
     DDIMScheduler,
+    DiTPipeline,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from torch import nn
 
-from stages.adapters import AdapterConfig, GuidanceAdapter
-from stages.base import choose_device
-from stages.generate.config import GenerateConfig, TeacherConfig
-from stages.generate.driver import Driver
-from stages.generate.in_process import InProcessFleet
-from stages.generate.plan import Plan
+from stages.adapters import GuidanceAdapter
+from stages.generate.layout import find_layout
+from stages.generate.recorder import record
 from stages.generate.scale import GUIDES
-from stages.generate.teacher import Teacher
 from stages.sampling import Request, sample, undecoded
-from stages.train.config import TrainConfig
 from stages.train.objective import squared_error
-from stages.train.trainer import Trainer, peak_memory
-from tests.families import NO_CHECKER, PROMPTS, clip, stable_diffusion_xl, vae
-from tests.real_shapes import SD_UNET, SDXL_UNET
+from tests.benchmarks.measuring import device_name, ratios, spread, take_turns, timed
+from tests.benchmarks.one_pass_time import DEFAULT, new_denoiser
+from tests.benchmarks.tiny_shapes import shape_named
+from tests.benchmarks.training_memory import Setup, Training, records
+from tests.families import NO_CHECKER, PROMPTS, clip, vae
+from tests.real_shapes import POOLED, TOKENS, Shape
 
-ROUNDS = 5
-DTYPE = "float16" if torch.cuda.is_available() else "float32"
-
-
-def build(family: str) -> Any:
-    """The pipeline with a UNet of the published shape; the VAE only tells the latents' size."""
-    torch.manual_seed(0)
-    small = vae(blocks=4)
-    if family == "tiny":
-        return stable_diffusion_xl()
-    with torch.device(choose_device("auto")):
-        unet = UNet2DConditionModel(**{"sd15": SD_UNET, "sdxl": SDXL_UNET}[family]).to(getattr(torch, DTYPE))
-    if family == "sd15":
-        return StableDiffusionPipeline(
-            vae=small, unet=unet, scheduler=DDIMScheduler(steps_offset=1), **clip(width=768), **NO_CHECKER
-        )
-    one, two = clip(width=768), clip(projection=True, width=1280)
-    return StableDiffusionXLPipeline(
-        vae=small, unet=unet, scheduler=EulerDiscreteScheduler(), **one,
-        tokenizer_2=two["tokenizer"], text_encoder_2=two["text_encoder"],
-    )  # fmt: skip
+MADE_UP = 4  # batches of records
+SECONDS = 10.0  # of each measurement
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def pipeline(shape: Shape) -> Any:
+    """With a denoiser of this shape; the VAE only tells the latents' size."""
+    denoiser, small = new_denoiser(shape), vae(blocks=4)
+    if TOKENS not in shape.cond:
+        pipe: Any = DiTPipeline(transformer=denoiser, vae=small, scheduler=DDIMScheduler())
+    elif POOLED not in shape.cond:
+        pipe = StableDiffusionPipeline(
+            vae=small, unet=denoiser, scheduler=DDIMScheduler(steps_offset=1), **clip(width=shape.cond[TOKENS][1]),
+            **NO_CHECKER,
+        )  # fmt: skip
+    else:
+        width = shape.cond[POOLED][0]
+        one, two = clip(width=shape.cond[TOKENS][1] - width), clip(projection=True, width=width)
+        pipe = StableDiffusionXLPipeline(
+            vae=small, unet=denoiser, scheduler=EulerDiscreteScheduler(), **one,
+            tokenizer_2=two["tokenizer"], text_encoder_2=two["text_encoder"],
+        )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(denoiser.device, denoiser.dtype)
 
 
-def forget_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def generation(config: GenerateConfig) -> dict[str, Any]:
-    """The recorded batch and the bare pipeline on the same batch, taking turns."""
-    plan = Plan(config)
-    teacher, unit = Teacher(config, plan.conditions[0]), plan.unit(0)
-    trajectories, steps = unit.trajectories, config.num_inference_steps
-    request = Request([t.condition for t in trajectories], [t.seed for t in trajectories], steps, {})
+def recording(shape: Shape, batch_size: int, steps: int, seconds: float) -> dict[str, Any]:
+    """A batch of trajectories, recorded and brought to the CPU, and the bare pipeline on the same batch, taking turns."""
+    pipe = pipeline(shape)
+    conditions = [{"class_label": i, "prompt": PROMPTS[i % len(PROMPTS)]} for i in range(batch_size)]
+    request = Request(conditions, list(range(batch_size)), steps, {})
+    layout = find_layout(pipe, Request(conditions[:1], [0], steps, {}))
 
     def bare() -> None:
-        with undecoded(teacher.pipe):
-            sample(teacher.pipe, request, GUIDES)
+        with undecoded(pipe):
+            sample(pipe, request, GUIDES)
+
+    def recorded() -> None:
+        with record(pipe, layout, batch_size) as recorder:
+            bare()
+        made = recorder.recording()
+        for tensor in (made.latent, made.target, *made.cond.values()):
+            tensor.half().cpu()
 
     bare()
     forget_peak()
-    pairs = [(timed(lambda: list(teacher.run(unit))), timed(bare)) for _ in range(ROUNDS)]
+    taken = take_turns({"recorded": lambda: timed(recorded), "bare": lambda: timed(bare)}, seconds)
     return {
-        "recorded_over_bare": statistics.median(recorded / alone for recorded, alone in pairs),
-        "records_per_second": len(trajectories) * steps / statistics.median(recorded for recorded, _ in pairs),
-        "generation_peak_bytes": peak_memory(teacher.device),
+        "batch_size": batch_size,
+        "steps": steps,
+        "rounds": len(taken["bare"]),
+        "recorded_over_bare": ratios(taken["recorded"], taken["bare"]),
+        "records_per_second": spread([batch_size * steps / value for value in taken["recorded"]]),
+        "peak_bytes": peak(),
     }
 
 
 @contextmanager
 def unadapted(adapter: GuidanceAdapter, denoiser: nn.Module) -> Iterator[None]:
     """Within it each site adds a number in place of the adapter, so that gradients are wanted where the adapter wants them."""
-    number = torch.zeros((), device=denoiser.device, requires_grad=True)
+    number = torch.zeros((), device=next(denoiser.parameters()).device, requires_grad=True)
 
     def add(module: nn.Module, args: Any, output: Any) -> Any:
         first, *others = output if isinstance(output, tuple) else (output,)
@@ -122,74 +115,73 @@ def unadapted(adapter: GuidanceAdapter, denoiser: nn.Module) -> Iterator[None]:
     adapter.attach(denoiser)
 
 
-@contextmanager
-def never_waiting() -> Iterator[None]:
-    """Within it, what makes a GPU wait is an error."""
+def waiting_in(step: Callable[[], None]) -> str | None:
+    """What in a step makes the GPU wait; None where nothing does, or where there is no GPU."""
     if not torch.cuda.is_available():
-        yield
-        return
+        return None
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        step()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
 
 
-def training(config: TrainConfig) -> dict[str, Any]:
-    """Training steps and their floor, taking turns; the first two pairs are not counted."""
-    trainer = Trainer(config)
-    batches, student = iter(trainer.stream), trainer.student
-    batch = next(batches).to(trainer.device, student.dtype)
-
-    def floor() -> None:
-        squared_error(student.predict(batch, guided=False), batch.target).mean().backward()
+def training(shape: Shape, batch_size: int, seconds: float, variant: str = DEFAULT) -> dict[str, Any]:
+    """Training steps and their floor, taking turns, with a base in bf16 where there is a GPU, and nothing saved on memory."""
+    device, precision = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "no")
+    training = Training(Setup(shape, variant, "none", precision, gradient_checkpointing=False), device, batch_size)
+    student, made_up = training.student, [records(shape, batch_size) for _ in range(MADE_UP)]
+    batches = itertools.cycle([batch.pin() for batch in made_up] if device == "cuda" else made_up)
 
     def step() -> None:
-        with never_waiting():
-            trainer.train_step(batches)
+        training.batch = next(batches).to(device, student.dtype)
+        training.step()
 
+    def backward() -> None:
+        squared_error(student.predict(training.batch, guided=False), training.batch.target).mean().backward()
+
+    def floor() -> float:
+        with unadapted(student.adapter, student.denoiser):
+            return timed(backward)
+
+    step()
+    floor()
     forget_peak()
-    pairs = []
-    for _ in range(2 + ROUNDS):
-        taken = timed(step)
-        with unadapted(trainer.adapter, student.denoiser):
-            pairs.append((taken, timed(floor)))
-    ratios = sorted(taken / least for taken, least in pairs[2:])
+    taken = take_turns({"step": lambda: timed(step), "floor": floor}, seconds)
     return {
-        "variant": config.adapter.variant,
-        "training_step_over_floor": statistics.median(ratios),
-        "from": ratios[0],
-        "to": ratios[-1],
-        "training_step_seconds": statistics.median(taken for taken, _ in pairs[2:]),
-        "training_peak_bytes": peak_memory(trainer.device),
+        "variant": variant,
+        "batch_size": batch_size,
+        "rounds": len(taken["step"]),
+        "step_ms": spread([1000 * value for value in taken["step"]]),
+        "steps_per_second": spread([1 / value for value in taken["step"]]),
+        "records_per_second": spread([batch_size / value for value in taken["step"]]),
+        "step_over_floor": ratios(taken["step"], taken["floor"]),
+        "peak_bytes": peak(),
+        "waits_for": waiting_in(step),
     }
 
 
-def main(family: str, batch_size: str = "4", steps: str = "20", image_size: str = "", variant: str = "lora") -> None:
-    size, side = int(batch_size), int(image_size) if image_size else None
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        build(family).save_pretrained(root / "teacher")
-        (root / "prompts.txt").write_text("\n".join(PROMPTS))
-        config = GenerateConfig(
-            TeacherConfig(
-                str(root / "teacher"), torch_dtype="float32" if family == "tiny" else DTYPE, height=side, width=side
-            ),
-            str(root / "data"),
-            prompts=str(root / "prompts.txt"), num_trajectories=2 * size, num_inference_steps=int(steps),
-            trajectories_per_unit=size, batch_size=size,
-        )  # fmt: skip
-        gpu = torch.cuda.is_available()
-        told = {
-            "family": family,
-            "device": torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads",
-            "batch_size": size,
-            **generation(config),
-        }
-        Driver(config).run(InProcessFleet(config))
-        run = TrainConfig(
-            str(root / "data"), str(root / "run"), AdapterConfig(variant), train_batch_size=size, report_to="none",
-            validation_share=0.5,
-        )  # fmt: skip
-        told |= training(run)
+def forget_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak() -> int | None:
+    """The most bytes of the GPU's memory since they were forgotten; None where there is no GPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def main(config: str, batch_size: str = "4", steps: str = "20", variant: str = DEFAULT) -> None:
+    shape, size = shape_named(config), int(batch_size)
+    told = {"shape": shape.title, "device": device_name()}
+    told |= {
+        "recording": recording(shape, size, int(steps), SECONDS),
+        "training": training(shape, size, SECONDS, variant),
+    }
     print(json.dumps(told, indent=2))
 
 

@@ -14,11 +14,12 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tests.benchmarks import training_memory
-from tests.benchmarks.training_memory import GOALS, TINY, Setup, Training, main, modelled
-from tests.real_shapes import SHAPES, TOKENS, Shape, on_meta, parameters
+from tests.benchmarks.tiny_shapes import shape_named
+from tests.benchmarks.training_memory import GOALS, Setup, Training, main, modelled
+from tests.real_shapes import TOKENS, Shape, on_meta, parameters
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
-SDXL = next(shape for shape in SHAPES if shape.config == "sdxl")
+SDXL = shape_named("sdxl")
 
 
 def small_unet() -> UNet2DConditionModel:
@@ -46,7 +47,9 @@ def resident(field: str) -> int:
 def measured(setup: Setup) -> tuple[int, int]:
     """Bytes between two steps and at the peak of one, above what the process had before the student was made."""
     torch.set_num_threads(1)
-    Training(replace(setup, shape=TINY), "cpu").step()  # loads the code of the kernels, which is not counted
+    Training(
+        replace(setup, shape=shape_named("tiny_sdxl")), "cpu"
+    ).step()  # loads the code of the kernels, which is not counted
     gc.collect()
     before = resident("VmRSS")
     training = Training(setup, "cpu")
@@ -67,7 +70,7 @@ def test_the_model_agrees_with_a_measured_run(
         pytest.importorskip("torchao")
     for threshold in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.setenv(threshold, str(1 << 16))  # what is freed goes back to the system at once
-    setup = Setup(SMALL, "cross_attention", quantization, "no", gradient_checkpointing)
+    setup = Setup(SMALL, "lora", quantization, "no", gradient_checkpointing)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
         at_rest, peak = fresh.submit(measured, setup).result()
     model = modelled(setup)
@@ -85,19 +88,19 @@ def test_sdxl_keeps_its_goals(quantization: str) -> None:
     assert model["base"] >= bytes_per_weight * parameters(on_meta("sdxl"))
     assert model["activations"] <= sum(model["blocks"].values()) < 2 * model["activations"]
     assert model["peak"] >= sum(model[part] for part in ("base", "adapter", "optimizer", "activations"))
-    assert model["peak"] <= GOALS["sdxl", "cross_attention"][quantization]
+    assert model["peak"] <= GOALS["sdxl", "lora"][quantization]
 
 
 @pytest.mark.parametrize(("goal", "kept"), [(1 << 30, True), (1 << 10, False)])
 def test_a_goal_that_is_not_kept_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], goal: int, kept: bool
 ) -> None:
-    monkeypatch.setattr(training_memory, "GOALS", {("tiny", "offset"): {"none": goal}})
+    monkeypatch.setattr(training_memory, "GOALS", {("tiny_sdxl", "offset"): {"none": goal}})
     if kept:
-        main("tiny", "offset", "none")
+        main("tiny_sdxl", "offset", "none")
     else:
-        with pytest.raises(SystemExit, match="tiny, offset: the peak is above its goal"):
-            main("tiny", "offset", "none")
+        with pytest.raises(SystemExit, match="tiny SDXL, offset: the peak is above its goal"):
+            main("tiny_sdxl", "offset", "none")
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert (row["quantization"], row["goal"]) == ("none", goal)
     assert row["peak"] > row["model"]["base"] > 0

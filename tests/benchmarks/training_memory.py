@@ -1,6 +1,6 @@
 """What a training step takes of memory at a real denoiser's shape: measured where there is a GPU, and by a model of it.
 
-python -m tests.benchmarks.training_memory sdxl|sd15|dit_xl_2_256|tiny [variant] [none|int8 ...]
+python -m tests.benchmarks.training_memory sdxl|sd15|dit_xl_2_256|tiny_sdxl [variant] [none|int8 ...]
 
 One record at a time, base in bf16, gradient checkpointing, with the base as it is and with its linear layers in 8 bits. Weights are random:
 memory does not depend on them. Prints one JSON object, in bytes; exit status 1 if a peak is above its goal.
@@ -22,7 +22,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.common_utils import get_untyped_storages
@@ -36,19 +35,12 @@ from stages.train.config import QUANTIZATIONS, TrainConfig
 from stages.train.objective import squared_error
 from stages.train.optimization import Optimization
 from stages.train.student import PRECISION, Student, quantize
-from tests.real_shapes import SHAPES, TOKENS, Shape, about_of
+from tests.benchmarks.tiny_shapes import shape_named
+from tests.real_shapes import Shape, about_of, conditions_of, inputs_of
 
 GB = 10**9
-GOALS = {("sdxl", "cross_attention"): {"none": 12 * GB, "int8": 8 * GB}}
+GOALS = {("sdxl", "lora"): {"none": 12 * GB, "int8": 8 * GB}}
 STEPS = 3
-TINY_UNET = {
-    "block_out_channels": (32, 64),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "cross_attention_dim": 32,
-}
-TINY = Shape("tiny", "tiny", lambda: UNet2DConditionModel(**TINY_UNET), (4, 16, 16), {TOKENS: [7, 32]})
 
 
 @dataclass(frozen=True)
@@ -56,29 +48,31 @@ class Setup:
     """A denoiser's shape, and the options of training that its memory depends on; fp16's loss scale cannot be modelled."""
 
     shape: Shape
-    variant: str = "cross_attention"
+    variant: str = "lora"
     quantization: str = "none"
     mixed_precision: str = "bf16"
     gradient_checkpointing: bool = True
 
 
 class Training:
-    """A student with random weights, an optimizer and one made-up record."""
+    """A student with random weights, an optimizer and a batch of made-up records, one by default."""
 
-    def __init__(self, setup: Setup, device: str) -> None:
+    def __init__(self, setup: Setup, device: str, batch_size: int = 1) -> None:
         precision = PRECISION.get(setup.mixed_precision, torch.float32)
         with torch.device(device), default_dtype(precision):
             denoiser = setup.shape.build()
         denoiser.eval().requires_grad_(False)
         if setup.quantization == "int8":
             quantize(denoiser)
-        with torch.device(device):
-            adapter = GuidanceAdapter.for_denoiser(AdapterConfig(setup.variant), denoiser, about_of(setup.shape))
-        self.student = Student(denoiser, adapter, {}, setup.mixed_precision)
+        inputs = inputs_of(setup.shape, denoiser, 1)
+        adapter = GuidanceAdapter.for_denoiser(AdapterConfig(setup.variant), denoiser, about_of(setup.shape), inputs)
+        if device != "cpu":  # a fake module cannot be moved
+            adapter.to(device)
+        self.student = Student(denoiser, adapter, setup.shape.constants, setup.mixed_precision)
         if setup.gradient_checkpointing:
             self.student.checkpoint_gradients()
         self.optimization = Optimization(adapter, TrainConfig(mixed_precision=setup.mixed_precision), device)
-        self.batch = record(setup.shape).to(device, precision)
+        self.batch = records(setup.shape, batch_size).to(device, precision)
 
     def loss(self) -> Tensor:
         return squared_error(self.student.predict(self.batch), self.batch.target).mean()
@@ -99,13 +93,12 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def record(shape: Shape) -> Batch:
-    """A batch of one."""
-    cond = {
-        name: torch.rand(1, *sizes) if sizes else torch.zeros(1, dtype=torch.long) for name, sizes in shape.cond.items()
-    }
-    latent, target = torch.randn(1, *shape.latent), torch.randn(1, *shape.latent)
-    return Batch(latent, torch.tensor([500]), target, torch.tensor([2.0]), cond)
+def records(shape: Shape, n: int) -> Batch:
+    latent, target = torch.randn(n, *shape.latent), torch.randn(n, *shape.latent)
+    cond = conditions_of(shape, n, torch.device("cpu"), torch.float32)
+    return Batch(
+        latent, torch.tensor([500] * n), target, torch.tensor([2.0] * n), cond
+    )  # of known values also when fake
 
 
 class LiveBytes(TorchDispatchMode):
@@ -224,16 +217,19 @@ def measured(setup: Setup) -> int:
     return torch.cuda.max_memory_allocated()
 
 
+def goal_of(setup: Setup) -> int | None:
+    return GOALS.get((setup.shape.config, setup.variant), {}).get(setup.quantization)
+
+
 def row(setup: Setup) -> dict[str, Any]:
     """With `peak`, which is measured where it can be, and its `goal`, None where there is none."""
-    goal = GOALS.get((setup.shape.config, setup.variant), {}).get(setup.quantization)
     model = modelled(setup)
     peak = measured(setup) if torch.cuda.is_available() else model["peak"]
-    return {"quantization": setup.quantization, "peak": peak, "goal": goal, "model": model}
+    return {"quantization": setup.quantization, "peak": peak, "goal": goal_of(setup), "model": model}
 
 
-def main(config: str, variant: str = "cross_attention", *quantizations: str) -> None:
-    shape = next(shape for shape in [TINY, *SHAPES] if shape.config == config)
+def main(config: str, variant: str = "lora", *quantizations: str) -> None:
+    shape = shape_named(config)
     rows = [row(Setup(shape, variant, quantization)) for quantization in quantizations or QUANTIZATIONS]
     told = {
         "shape": shape.title,

@@ -1,23 +1,27 @@
-"""Evaluation as a user runs it: killed and run again, and over real Ray."""
+"""Evaluation as a user runs it: killed and run again, over processes, and over real Ray."""
 
 from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from pipeline.evaluate import evaluate
 from pipeline.evaluation_fleet import Fleet, over_ray
+from pipeline.evaluation_processes import Child, over_cores, over_processes
 from stages.errors import UserError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation
@@ -45,7 +49,7 @@ def test_everything_is_written(undisturbed: Evaluation) -> None:
     told = json.loads((folder / "evaluation.json").read_text())
     assert told["rows"] == undisturbed.rows
     assert [row["method"] for row in told["rows"]] == ["none", "cfg", "one_pass", "cfg_first_50", "cfg_first_60"]
-    assert (told["variant"], told["num_samples"]) == ("modulated_low_rank", 20)
+    assert (told["variant"], told["num_samples"]) == ("lora", 20)
     assert len(parts_in(folder)) == 10
     assert (folder / "report.html").exists()
     assert not (folder / "images").exists()
@@ -71,6 +75,76 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(
     resumed = evaluate(config(tiny_adapter, tmp_path))
     assert before.items() <= parts_in(tmp_path).items()
     assert without_times(resumed.rows) == without_times(undisturbed.rows)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As torch has them on two cores."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_processes_give_what_one_gives(
+    undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[bool] = []
+    start = Child.__init__
+    monkeypatch.setattr(Child, "__init__", lambda *args, tells: (started.append(tells), start(*args, tells=tells))[1])
+    run = Evaluation(config(tiny_adapter, tmp_path))
+    assert without_times(run.run(over_cores)) == without_times(undisturbed.rows)
+    assert started == [True, False]
+    assert not multiprocessing.active_children()
+    for path in sorted((tmp_path / "parts").iterdir())[:2]:
+        path.unlink()
+    assert without_times(Evaluation(config(tiny_adapter, tmp_path)).run(over_cores)) == without_times(undisturbed.rows)
+    assert len(started) == 2  # few parts are made in this process
+    assert torch.get_num_threads() == 2
+
+
+def test_a_process_that_is_killed_ends_the_run_in_a_line(
+    tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = Child.answer
+    monkeypatch.setattr(Child, "answer", lambda child: (child.process.kill(), child.process.join(), answer(child))[2])
+    run = Evaluation(config(tiny_adapter, tmp_path))
+    with pytest.raises(UserError, match="a process that makes parts ended with status -9: the same command goes on"):
+        run.run(lambda _, begin: over_processes(run, begin(run.new_worker().load()), 2))
+    assert not multiprocessing.active_children()
+
+
+def test_what_a_process_refuses_is_told_in_its_line(tiny_adapter: Path, tmp_path: Path) -> None:
+    run = Evaluation(config(tiny_adapter, tmp_path, clip_model="somewhere"))
+    with pytest.raises(UserError, match="clip_model: DiTPipeline takes classes"):
+        list(over_processes(run, [0, 1], 2))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_its_processes_end_with_it(how: signal.Signals, tiny_adapter: Path, tmp_path: Path) -> None:
+    words = [f"{key}={value}" for key, value in (TEN_PARTS | {"num_samples": 2000}).items()]
+    command = [sys.executable, "-m", "pipeline.evaluate", f"adapter_dir={tiny_adapter}", f"output_dir={tmp_path}"]
+    log = tmp_path / "log.txt"
+    with log.open("w") as said:
+        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        process = subprocess.Popen(
+            [*command, *words], cwd=ROOT, env=environment, stdout=said, stderr=said, start_new_session=True
+        )
+    while len(parts_in(tmp_path)) < 2:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    if how == signal.SIGINT:  # as a terminal sends it: to all
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
+    process.wait()
+    assert psutil.wait_procs(children, timeout=60)[1] == []
+    if how != signal.SIGKILL:
+        errors = [line for line in log.read_text().splitlines() if not line.startswith("evaluate: ")]
+        assert errors == ["error: interrupted; what was written before is kept"]
 
 
 def test_the_card_tells_what_was_measured_beside_the_adapter(tiny_adapter: Path, tmp_path: Path) -> None:

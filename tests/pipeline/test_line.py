@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command("generate", *generate)
     assert "already finished" in command("generate", *generate).stdout
     command("verify", f"data_dir={root}/data")
-    train = ["--config", "configs/train/modulated_low_rank.yaml", f"data_dir={root}/data", f"output_dir={root}/adapter"]
+    train = ["--config", "configs/train/lora.yaml", f"data_dir={root}/data", f"output_dir={root}/adapter"]
     command("train", *train, "max_train_steps=60")
     assert "already trained" in command("train", *train, "max_train_steps=60").stdout
     command("evaluate", f"adapter_dir={root}/adapter", "guidance_scale=[2]", "num_samples=20", "num_inference_steps=5")
@@ -62,7 +62,7 @@ def test_images_come_side_by_side(folder: Path) -> None:
     words = ["class_labels=[0,1,2]", "guidance_scale=2", "num_inference_steps=5", f"output={output}"]
     told = command("sample", f"adapter_dir={folder}/adapter", *words).stdout
     assert "guided, two passes: 10 denoiser evaluations" in told
-    assert "one pass: 5 denoiser evaluations" in told
+    assert "one pass: 5 denoiser evaluations per image, fused into the base's weights\n" in told
     with Image.open(output) as image:
         assert image.size == (3 * 64, 3 * 64)
 

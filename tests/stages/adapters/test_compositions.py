@@ -13,8 +13,6 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
-    HeunDiscreteScheduler,
-    KDPM2DiscreteScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -24,12 +22,10 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
-from stages.denoiser import denoiser_of
 from stages.evaluate.comparisons import counted
 from stages.sampling import undecoded
 from tests.conftest import VARIANTS
@@ -45,11 +41,11 @@ ABOUT = {
 STEPS = 3
 
 
-def adapter_for(denoiser: Any, variant: str = "modulated_low_rank", std: float = 0.1) -> GuidanceAdapter:
+def adapter_for(denoiser: Any, variant: str = "lora", std: float = 0.1) -> GuidanceAdapter:
     """An adapter that does something, as if it were trained."""
     torch.manual_seed(1)
-    about = ABOUT | ({"scale_range": [3.0, 3.0]} if variant == "lora_fixed" else {})
-    adapter = GuidanceAdapter.for_denoiser(AdapterConfig(variant, hidden_size=16, rank=4), denoiser, about)
+    sites = ["attention", "feed_forward"] if variant == "lora" else None
+    adapter = GuidanceAdapter.for_denoiser(AdapterConfig(variant, sites, hidden_size=16, rank=4), denoiser, ABOUT)
     for parameter in adapter.sites.parameters():
         torch.nn.init.normal_(parameter, std=std)
     return adapter
@@ -96,7 +92,7 @@ def lora(pipe: Any, tmp_path: Path) -> Path:
     return tmp_path / "lora"
 
 
-@pytest.mark.parametrize("variant", ["modulated_low_rank", "lora", "full"])
+@pytest.mark.parametrize("variant", ["gated_mlp", "lora", "full"])
 def test_a_lora_can_come_before_or_after_and_go(pipe: Any, lora: Path, variant: str) -> None:
     adapter = adapter_for(pipe.unet, variant).attach(pipe)
     alone = final(pipe)
@@ -197,7 +193,7 @@ def test_offloading(pipe: Any, adapter: GuidanceAdapter, offload: Any) -> None:
     adapter.attach(pipe)
     before = final(pipe)
     offload(pipe.unet, execution_device=torch.device("cpu"))
-    assert torch.equal(final(pipe), before)
+    torch.testing.assert_close(final(pipe), before, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -216,8 +212,8 @@ def test_half_precision_costs_no_more_than_the_base_loses(pipe: Any, variant: st
     adapter.detach()
     pipe.to(dtype=dtype)
     adapter.attach(pipe)
-    assert adapter.dtype == dtype
     half = final(pipe)
+    assert adapter.dtype == (torch.float32 if adapter.fused else dtype)
     assert half.dtype == dtype
     assert (half.float() - guided).norm() < 2 * (final(pipe, 1.0).float() - plain).norm()
 
@@ -232,25 +228,6 @@ def test_compiled_without_a_graph_break(pipe: Any, variant: str) -> None:
     torch.testing.assert_close(final(pipe, 1.0), plain)
     adapter.detach()
     torch.testing.assert_close(final(pipe, 1.0), plain)
-
-
-@pytest.mark.parametrize("variant", ["offset", "cross_attention"])
-def test_compiled_with_the_schedule_cache(pipe: Any, variant: str) -> None:
-    torch.compiler.reset()
-    adapter = adapter_for(pipe.unet, variant).attach(pipe)
-    guided = final(pipe)
-    adapter.enable_schedule_cache(pipe, STEPS)
-    pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
-    torch.testing.assert_close(final(pipe), guided, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, KDPM2DiscreteScheduler])
-def test_solvers_of_second_order_are_cached(pipe: Any, adapter: GuidanceAdapter, scheduler: Any) -> None:
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    adapter.attach(pipe)
-    guided = final(pipe)
-    adapter.enable_schedule_cache(pipe, STEPS)
-    torch.testing.assert_close(final(pipe), guided, atol=1e-3, rtol=1e-3)
 
 
 def test_a_negative_prompt_that_it_was_not_trained_for_warns_once(pipe: Any, adapter: GuidanceAdapter) -> None:
@@ -282,48 +259,6 @@ def test_prompts_may_be_longer_than_in_training(pipe: Any, length: int) -> None:
     adapter.detach()
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3"])
-def test_a_lora_of_one_scale_loads_without_this_project(family: str, tmp_path: Path) -> None:
-    pipe = build(family)
-    subfolder, denoiser = denoiser_of(pipe)
-    adapter = adapter_for(denoiser, "lora_fixed").attach(pipe)
-    adapter.about |= {"base": {"denoiser_subfolder": subfolder}}
-    guided = final(pipe)
-    path = adapter.export_lora(tmp_path / "export")
-    adapter.detach()
-    plain = final(pipe, 1.0)
-    pipe.load_lora_weights(path.parent)
-    torch.testing.assert_close(final(pipe, 1.0), guided, atol=1e-3, rtol=1e-3)
-    pipe.fuse_lora()
-    torch.testing.assert_close(final(pipe, 1.0), guided, atol=1e-3, rtol=1e-3)
-    pipe.unfuse_lora()
-    pipe.unload_lora_weights()
-    torch.testing.assert_close(final(pipe, 1.0), plain, atol=1e-3, rtol=1e-3)
-    assert unlike(plain, guided)
-
-
-def test_its_exported_names_are_those_that_other_tools_know(pipe: Any, tmp_path: Path) -> None:
-    """As kohya's scripts write them and ComfyUI reads them: rank-decomposed weights and an alpha for every layer of the UNet."""
-    names = set(load_file(adapter_for(pipe.unet, "lora_fixed").export_lora(tmp_path)))
-    layers = {name.split(".", 1)[0] for name in names}
-    known = {"lora_unet_" + name.replace(".", "_") for name, _ in pipe.unet.named_modules()}
-    assert layers <= known
-    assert names == {f"{layer}.{part}" for layer in layers for part in ("lora_down.weight", "lora_up.weight", "alpha")}
-
-
-def test_a_lora_of_one_scale_merges_into_the_base(pipe: Any) -> None:
-    modules, keys = dict(pipe.unet.named_modules()), list(pipe.unet.state_dict())
-    adapter = adapter_for(pipe.unet, "lora_fixed").attach(pipe)
-    guided = final(pipe)
-    adapter.detach()
-    adapter.merge(pipe.unet)
-    assert list(pipe.unet.state_dict()) == keys
-    assert dict(pipe.unet.named_modules()) == modules, (
-        "merged, a pass runs the very modules of the base: it costs what it did"
-    )
-    torch.testing.assert_close(final(pipe, 1.0), guided, atol=1e-3, rtol=1e-3)
-
-
 def test_attached_to_what_is_compiled_already(pipe: Any, adapter: GuidanceAdapter) -> None:
     torch.compiler.reset()
     adapter.attach(pipe)
@@ -343,7 +278,10 @@ def test_a_denoiser_quantised_by_torchao(pipe: Any, adapter: GuidanceAdapter) ->
     adapter.detach()
     quantization.quantize_(pipe.unet, quantization.Int8WeightOnlyConfig())
     adapter.attach(pipe)
-    quantised, plain = final(pipe), final(pipe, 1.0)
+    with pytest.warns(UserWarning, match="the guidance is not fused, so that a pass pays for it: .* is quantised"):
+        quantised = final(pipe)
+    assert adapter.fused is False
+    plain = final(pipe, 1.0)
     assert (quantised - exact).norm() < 0.25 * (exact - plain).norm()
 
 

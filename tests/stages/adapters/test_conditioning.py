@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.adapters.conditioning import Conditioning, Known, ScaleEmbedding, choose_conditions, find_conditions
+from stages.adapters.conditioning import (
+    Conditioning,
+    Known,
+    ScaleAlone,
+    ScaleEmbedding,
+    choose_conditions,
+    find_conditions,
+    scale_curves,
+)
 from stages.errors import UserError
 
 
@@ -32,6 +40,21 @@ def test_scale_timestep_and_class_each_matter() -> None:
 def test_the_random_frequencies_are_saved_with_the_weights() -> None:
     assert "scale.frequencies" in conditioning().state_dict()
     assert not torch.equal(ScaleEmbedding(16).frequencies, ScaleEmbedding(16).frequencies)
+
+
+def test_the_curves_of_a_scale_are_0_at_no_guidance_and_rise_from_there() -> None:
+    curves = scale_curves(torch.tensor([1.0, 2.0, 4.0]))
+    torch.testing.assert_close(curves[:2], torch.tensor([[0, 0, 0], [1, 0.6931, 0.5]]), atol=1e-4, rtol=0)
+    assert (curves.diff(dim=0) > 0).all()
+
+
+def test_the_scale_alone_is_known_without_a_parameter() -> None:
+    scale, timestep = torch.tensor([1.5, 3.0]), torch.tensor([9, 9])
+    alone = ScaleAlone()
+    assert not alone.state_dict()
+    assert torch.equal(ask(alone, scale, timestep, {}).curves, scale_curves(scale))
+    labels = {"class_labels": torch.tensor([3, 4])}
+    assert torch.equal(ask(conditioning(), scale, timestep, labels).curves, scale_curves(scale))
 
 
 def test_each_is_a_part_of_its_own() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
+from stages.adapters.lora import LoRASite
 from stages.denoiser import fingerprint
 from stages.errors import UserError
 from tests.conftest import VARIANTS, small_adapter, tiny_dit
@@ -29,13 +30,9 @@ LATENT, TIMESTEP, LABELS = torch.randn(4, 4, 8, 8), torch.tensor([900, 500, 100,
 SCALES = [1.0, 2.0, 3.5, 6.0]
 
 
-def about(variant: str) -> dict[str, Any]:
-    return ABOUT | ({"scale_range": [3.0, 3.0]} if variant == "lora_fixed" else {})
-
-
 def new_adapter(denoiser: Any, variant: str, trained: bool = True) -> GuidanceAdapter:
     torch.manual_seed(1)
-    adapter = GuidanceAdapter.for_denoiser(small_adapter(variant), denoiser, about(variant))
+    adapter = GuidanceAdapter.for_denoiser(small_adapter(variant), denoiser, ABOUT)
     if trained:
         for parameter in adapter.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -145,9 +142,6 @@ def test_only_the_adapter_gets_gradients(variant: str) -> None:
 def test_the_conditioning_is_computed_once_per_forward(variant: str) -> None:
     denoiser = tiny_dit().transformer
     adapter = new_adapter(denoiser, variant).attach(denoiser)
-    if adapter.conditioning is None:
-        assert variant == "lora_fixed"
-        return
     calls = []
     adapter.conditioning.register_forward_hook(lambda *_: calls.append(1))
     with adapter.guidance_scale(2.0):
@@ -191,7 +185,7 @@ def test_half_precision_bases_work(variant: str) -> None:
 
 def test_scales_outside_the_trained_range_warn_and_name_it(variant: str) -> None:
     adapter = new_adapter(tiny_dit().transformer, variant)
-    trained = "the range 1 to 6 that" if variant != "lora_fixed" else "3, the one scale that"
+    trained = "the range 1 to 6 that"
     with pytest.warns(UserWarning, match=f"guidance_scale 7.5 is outside {trained}"), adapter.guidance_scale(7.5):
         pass
     with warnings.catch_warnings():
@@ -209,7 +203,11 @@ def test_a_base_of_other_shapes_is_refused_with_its_first_site(variant: str) -> 
         adapter.attach(wider)
     if variant != "embedding":  # it sits at no site: how deep the base is does not matter to it
         deeper = type(pipe.transformer).from_config({**pipe.transformer.config, "num_layers": 3})
-        with pytest.raises(UserError, match=r"at transformer_blocks.2.attn1[a-z_.]* it was made for no site"):
+        sites, blocks = (
+            r"at transformer_blocks.2.attn1 it was made for no site",
+            "for 2 transformer_blocks, the base has 3",
+        )
+        with pytest.raises(UserError, match=blocks if variant == "lora" else sites):
             adapter.attach(deeper)
     adapter.attach(pipe.transformer)
     with pytest.raises(UserError, match="attached already"):
@@ -233,15 +231,26 @@ def test_a_folder_that_is_none_of_an_adapter_is_named(variant: str, tmp_path: Pa
         GuidanceAdapter.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("version", "way_out"), [(1, "train it again"), (3, "upgrade this project")])
+@pytest.mark.parametrize(("version", "way_out"), [(2, "train it again"), (4, "upgrade this project")])
 def test_another_version_of_the_format_is_refused_with_the_way_out(tmp_path: Path, version: int, way_out: str) -> None:
     new_adapter(tiny_dit().transformer, "offset").save_pretrained(tmp_path)
     told = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(told | {"format_version": version}))
-    with pytest.raises(UserError, match=f"version {version} of the format, not 2: {way_out}"):
+    with pytest.raises(UserError, match=f"version {version} of the format, not 3: {way_out}"):
         GuidanceAdapter.from_pretrained(tmp_path)
 
 
 def test_an_unknown_variant_is_named() -> None:
     with pytest.raises(UserError, match=r"adapter.variant=magic: one of cross_attention, embedding, full"):
         GuidanceAdapter.for_denoiser(AdapterConfig("magic"), tiny_dit().transformer, ABOUT)
+
+
+def test_a_layer_may_see_several_rows_of_each_sample() -> None:
+    site = LoRASite(6, 5, rank=2, hidden_size=0)
+    torch.nn.init.normal_(site.lora_B.weight)
+    rows, gain = torch.randn(4, 6), torch.tensor([[1.0, 2.0], [-1.0, 0.5]])
+    together = site(rows, gain)
+    for sample, each in enumerate(gain):
+        torch.testing.assert_close(
+            together[2 * sample : 2 * sample + 2], site(rows[2 * sample : 2 * sample + 2], each[None])
+        )

@@ -26,12 +26,12 @@ def adapter() -> GuidanceAdapter:
 
 def test_the_folder_tells_what_a_user_needs_to_know(tiny_adapter: Path) -> None:
     told = json.loads((tiny_adapter / CONFIG_FILE).read_text())
-    assert told["adapter"]["variant"] == "modulated_low_rank"
-    assert told["adapter"]["conditions"] == ["timestep", "pooled"]
-    assert told["sites"]["transformer_blocks.0.attn1"] == [16, 16]
+    assert told["adapter"]["variant"] == "lora"
+    assert told["adapter"]["conditions"] == []
+    assert told["sites"]["transformer_blocks.0.attn1.to_q"] == [16, 16]
     assert told["scale_range"] == [1.0, 6.0]
     assert told["prediction_type"] == "epsilon"
-    assert told["format_version"] == 2
+    assert told["format_version"] == 3
     assert {"pretrained_model_name_or_path", "revision", "denoiser_fingerprint"} <= set(told["base"])
     assert told["training"]["steps"] == 12
 
@@ -44,7 +44,7 @@ def test_the_card_has_the_header_that_hubs_read(tiny_adapter: Path) -> None:
         told["base_model"]
         == GuidanceAdapter.from_pretrained(tiny_adapter).about["base"]["pretrained_model_name_or_path"]
     )
-    assert {"guidance-distillation", "modulated_low_rank"} <= set(told["tags"])
+    assert {"guidance-distillation", "lora"} <= set(told["tags"])
     assert "model-index" not in told
     assert "| trained scales | 1 to 6 |" in text
     assert "48 records of 12 guided trajectories" in text
@@ -52,17 +52,29 @@ def test_the_card_has_the_header_that_hubs_read(tiny_adapter: Path) -> None:
 
 
 def test_the_card_tells_what_was_measured(adapter: GuidanceAdapter, tmp_path: Path) -> None:
-    row = {"guidance_scale": 2.0, "frechet_distance": 20.4, "gap_closed": 0.9, "denoiser_evaluations": 25.0}
+    row = {"guidance_scale": 2.0, "effective_scale": 1.9, "frechet_distance": 20.4, "gap_closed": 0.9}
+    row["denoiser_evaluations"] = 25.0
     adapter.about["evaluation"] = [row | {"method": "cfg"}, row | {"method": "one_pass"}]
     adapter.save_pretrained(tmp_path)
     _, header, text = (tmp_path / CARD_FILE).read_text().split("---\n", 2)
-    assert "| one_pass | 2 | 20.4 | 0.900 | 25 |" in text
+    assert "| one_pass | 2 | 1.90 | 20.4 | 0.900 | 25 |" in text
     assert "| guidance gain | 1.250 times the guidance is asked of it, up to that of 6 |" in text
     (result,) = yaml.safe_load(header)["model-index"][0]["results"]
     assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {
         "frechet_distance": 20.4,
         "gap_closed": 0.9,
     }
+
+
+def test_the_card_tells_what_strength_does(adapter: GuidanceAdapter, tmp_path: Path) -> None:
+    adapter.about["dial"] = {
+        "7.5": [{"strength": 0.5, "guidance_scale": 4.0}, {"strength": 1.0, "guidance_scale": 7.321}]
+    }
+    adapter.save_pretrained(tmp_path)
+    text = (tmp_path / CARD_FILE).read_text()
+    assert "exported at guidance scale 7.5" in text
+    assert "| 0.5 | 4.00 |\n| 1 | 7.32 |\n" in text
+    assert GuidanceAdapter.from_pretrained(tmp_path).about["dial"] == adapter.about["dial"]
 
 
 def test_a_save_that_fails_leaves_the_older_adapter_whole(adapter: GuidanceAdapter, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from stages.adapters import GuidanceAdapter
 from stages.errors import UserError
 from stages.evaluate.comparisons import counted
 from stages.sampling import undecoded
-from tests.conftest import VARIANTS, tiny_dit
+from tests.conftest import tiny_dit
 from tests.stages.adapters.test_contract import new_adapter
 
 LABELS = [1, 2, 3]
@@ -36,7 +36,7 @@ def pipe() -> DiTPipeline:
 
 @pytest.fixture
 def adapter(pipe: DiTPipeline) -> GuidanceAdapter:
-    return new_adapter(pipe.transformer, "modulated_low_rank")
+    return new_adapter(pipe.transformer, "lora")
 
 
 def test_attached_a_pipeline_makes_half_the_evaluations(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
@@ -187,44 +187,3 @@ def test_a_schedule_of_another_length_is_refused_and_leaves_nothing(
         final(pipe)
     assert "set_timesteps" not in vars(pipe.scheduler)
     assert torch.equal(final(pipe, 3.0)[0], before)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_schedule_cache_computes_once_what_each_step_computed(pipe: DiTPipeline, variant: str) -> None:
-    adapter = new_adapter(pipe.transformer, variant).attach(pipe)
-    calls: list[Any] = []
-    if adapter.conditioning is not None:
-        adapter.conditioning.register_forward_hook(lambda *_: calls.append(1))
-
-    def run(scale: float | list[float], steps: int = STEPS) -> tuple[torch.Tensor, int]:
-        calls.clear()
-        with adapter.guidance_scale(scale):
-            latents, _ = final(pipe, steps=steps)
-        return latents, len(calls)
-
-    asked: list[float | list[float]] = [3.0, [3.0, 3.0, 1.0]]
-    uncached = [run(scale) for scale in asked]
-    adapter.enable_schedule_cache(pipe, num_inference_steps=STEPS)
-    cached = [run(scale) for scale in asked]
-    computed = 0 if adapter.conditioning is None else 1
-    assert [count for _, count in uncached] == [STEPS * computed] * 2
-    assert [count for _, count in cached] == [computed] * 2
-    for (one, _), (other, _) in zip(cached, uncached, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    adapter.enable_schedule_cache(pipe, num_inference_steps=STEPS, guidance_scale=3.0)
-    assert [run(3.0)[1], run(3.5)[1], run(3.0, STEPS + 1)[1]] == [computed, STEPS * computed, (STEPS + 1) * computed]
-    adapter.disable_schedule_cache(pipe)
-    assert run(3.0)[1] == STEPS * computed
-
-
-def test_schedules_are_cached_too(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
-    adapter.attach(pipe)
-    with adapter.guidance_schedule([1.0, 4.0, [2.0, 3.0, 1.0], 1.5]):
-        uncached, _ = final(pipe)
-        adapter.enable_schedule_cache(pipe, STEPS)
-        torch.testing.assert_close(final(pipe)[0], uncached, atol=1e-4, rtol=1e-4)
-
-
-def test_the_cache_of_a_pipeline_that_is_not_attached_is_refused(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
-    with pytest.raises(UserError, match="not attached to this DiTPipeline: attach it first"):
-        adapter.enable_schedule_cache(pipe, STEPS)

@@ -51,6 +51,36 @@ def gap_closed(samples: Samples, references: dict[str, Samples]) -> float:
     return float(1 - left / whole)
 
 
+def test_the_default_closes_a_part_of_the_gap_of_a_unet_with_prompts(tmp_path: Path) -> None:
+    """The second teacher: convolutions, cross-attention, and a scale that the adapter sees in every batch."""
+    teacher = Path("stages/embedded/mnist_sd")
+    prompts = tmp_path / "prompts.txt"
+    asked = [
+        f"a {stroke} {digit} leaning {side}"
+        for digit in ("two", "five", "eight")
+        for stroke in ("thin", "bold")
+        for side in ("left", "right")
+    ]
+    prompts.write_text("\n".join(asked))
+    sizes = {"num_trajectories": 60, "num_inference_steps": 10, "trajectories_per_unit": 30, "batch_size": 30}
+    shards = generate(
+        generate_config(teacher, tmp_path / "data", guidance_scale=[1.0, 4.0], prompts=str(prompts), **sizes)
+    )
+    words = ["--config", str(CONFIGS / "lora.yaml"), f"data_dir={shards}", f"output_dir={tmp_path / 'run'}"]
+    Trainer(
+        parse(
+            TrainConfig,
+            [*words, "max_train_steps=60", "lr_warmup_steps=10", "train_batch_size=32", "report_to=none", "device=cpu"],
+        )
+    ).run()
+    adapter, pipe = GuidanceAdapter.from_pretrained(tmp_path / "run"), load_pipeline(str(teacher))
+    request = Request([{"prompt": prompt} for prompt in asked], list(range(1000, 1000 + len(asked))), 10, {})
+    settings = Setting(NONE, 1.0), Setting(CFG, 3.0), Setting(ONE_PASS, 3.0)
+    none, cfg, one_pass = (sample_setting(pipe, adapter, setting, request) for setting in settings)
+    assert one_pass.fused
+    assert gap_closed(one_pass, {NONE: none, CFG: cfg}) > 0.7
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_closes_a_part_of_the_gap(
     variant: str, shards: Path, pipe: Any, references: dict[str, Samples], tmp_path: Path
@@ -61,10 +91,11 @@ def test_training_closes_a_part_of_the_gap(
     trainer = Trainer(parse(TrainConfig, [*words, *options, *small]))
     trainer.run()
     adapter = GuidanceAdapter.from_pretrained(tmp_path)
-    untrained = GuidanceAdapter.for_denoiser(adapter.config, pipe.transformer, adapter.about)
+    untrained = type(adapter)(adapter.config, adapter.shapes, adapter.about)
+    untrained.start_from(pipe.transformer)
     start, end = (
         gap_closed(sample_setting(pipe, each, Setting(ONE_PASS, SCALE), REQUEST), references)
         for each in (untrained, adapter)
     )
     assert start == 0
-    assert end > 0.25
+    assert end > (0.8 if variant == "lora" else 0.25)

@@ -64,9 +64,17 @@ def test_rows_tell_what_each_method_reached_and_cost(whole: Evaluation) -> None:
         CFG_FIRST_60: 7,  # ceil(2.4) of 4 steps twice
     }
     one_pass = rows[Setting(ONE_PASS, 2.0, "tiny")]
-    assert one_pass["variant"] == "modulated_low_rank"
+    assert one_pass["variant"] == "lora"
+    assert {setting.method: row["fused"] for setting, row in rows.items()} == {
+        NONE: None,
+        CFG: None,
+        ONE_PASS: True,
+        CFG_FIRST_50: None,
+        CFG_FIRST_60: None,
+    }
     assert rows[Setting(NONE, 1.0)]["gap_closed"] == 0
     assert rows[Setting(CFG, 2.0)]["gap_closed"] == 1
+    assert [row["effective_scale"] for row in rows.values() if row["method"] in (NONE, CFG)] == [1, 2, 4]
     assert all(row["seconds_per_image"] > 0 and row["frechet_distance"] > 0 for row in rows.values())
     assert all(0 <= row[name] <= 1 for row in rows.values() for name in ("class_accuracy", "precision", "recall"))
     assert whole.shown[one_pass_setting(2.0)].shape == (6, 1, 32, 32)
@@ -98,6 +106,24 @@ def test_gap_and_errors_are_those_of_the_latents(whole: Evaluation, tiny_adapter
     assert partial["error"][3] > 1e-6
     assert [curve["guidance_scale"] for curve in rows[Setting(NONE, 1.0)]["error_by_timestep"]] == [2, 4]
     assert rows[Setting(CFG, 2.0)]["error_by_timestep"] == []
+
+
+def test_the_effective_scale_is_that_of_the_nearest_cfg(whole: Evaluation, tiny_adapter: Path, tmp_path: Path) -> None:
+    """Which is looked for here in small steps between the latents of CFG; the order of the scales does not matter."""
+    worker = evaluation(tiny_adapter, whole.folder).new_worker()
+    worker.load()
+    samples = worker._sample(range(6))[0]
+    measured = [samples[setting].latents for setting in (Setting(NONE, 1.0), Setting(CFG, 2.0), Setting(CFG, 4.0))]
+    rows = {Setting(row["method"], row["guidance_scale"], row["adapter"]): row for row in whole.rows}
+    for setting in (one_pass_setting(2.0), one_pass_setting(4.0), Setting(CFG_FIRST_50, 4.0)):
+        places = {
+            low + share * (high - low): (a + share * (b - a) - samples[setting].latents).square().sum().item()
+            for low, high, a, b in zip((1, 2), (2, 4), measured, measured[1:], strict=False)
+            for share in torch.linspace(0, 1, 201).tolist()
+        }
+        assert rows[setting]["effective_scale"] == pytest.approx(min(places, key=lambda s: places[s]), abs=0.02)
+    falling = evaluation(tiny_adapter, tmp_path, guidance_scale=[4.0, 2.0], methods=["one_pass"]).run()
+    assert falling[4]["effective_scale"] == pytest.approx(rows[one_pass_setting(2.0)]["effective_scale"], abs=1e-4)
 
 
 def test_what_is_missing_is_made_and_no_more(
@@ -150,9 +176,10 @@ def test_several_adapters_share_the_baselines(
     assert [(row["method"], row["adapter"], row["variant"]) for row in rows] == [
         (NONE, None, None),
         (CFG, None, None),
-        (ONE_PASS, "tiny", "modulated_low_rank"),
+        (ONE_PASS, "tiny", "lora"),
         (ONE_PASS, "other", "offset"),
     ]
+    assert [row["fused"] for row in rows] == [None, None, True, False]  # an offset is no change of weights
     assert rows[2]["seed"] is None  # no command trained them
     assert without_times(rows)[2] == without_times(whole.rows)[2]
     assert [told["adapter"] for told in run.about["adapters"]] == ["tiny", "other"]

@@ -32,7 +32,9 @@ def rows_of(adapters: list[str]) -> list[dict[str, Any]]:
             "frechet_distance": 20.0 + i,
             "class_accuracy": 0.9,
             "gap_closed": 0.5,
+            "effective_scale": 1.234,
             "denoiser_evaluations": 25.0,
+            "fused": setting.adapter == "mine" if setting.adapter else None,
             "seconds_per_image": 0.01,
             "time_relative_to_none": 1.0,
             "error_by_timestep": []
@@ -66,6 +68,9 @@ def test_the_table_has_a_line_per_row() -> None:
     assert len({len(line) for line in lines}) == 1
     assert lines[2].split()[:5] == ["guided,", "two", "passes", "1.5", "21.0"]
     assert "adapter" not in lines[0]
+    assert [line.split()[-2] for line in lines[3:5]] == ["yes", "25"]
+    assert "effective scale" in lines[0]
+    assert "1.23" in lines[3].split()
     assert table(rows_of(["mine", "yours"])).splitlines()[4].split()[:3] == ["one", "pass", "yours"]
 
 
@@ -73,12 +78,19 @@ def test_the_table_has_a_line_per_row() -> None:
 def test_the_report_is_one_self_contained_file_with_plots_beside_it(tmp_path: Path, adapters: list[str]) -> None:
     page = report(tmp_path, adapters).read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert len(sources) == 1 + 3 + 2 + 2  # icon, plots over the scale, over time, grids
+    assert len(sources) == 1 + 4 + 2 + 2  # icon, plots over the scale, over time, grids
     assert all(source.startswith("data:") for source in sources)
     assert "<b>base</b>" not in page
     assert "&lt;b&gt;base" in page
     assert ("one pass, yours" in page) == (len(adapters) > 1)
-    for name in ("frechet_distance", "class_accuracy", "gap_closed", "error_at_scale_1.5", "error_at_scale_3"):
+    for name in (
+        "frechet_distance",
+        "class_accuracy",
+        "gap_closed",
+        "effective_scale",
+        "error_at_scale_1.5",
+        "error_at_scale_3",
+    ):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.width > 300
 
@@ -103,7 +115,7 @@ def opened(page: Path, profile: Path) -> tuple[list[int], str]:
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")
 def test_a_browser_shows_every_picture_and_has_nothing_to_complain_of(tmp_path: Path) -> None:
     widths, console = opened(report(tmp_path, ["mine", "yours"]), tmp_path / "profile")
-    assert len(widths) == 3 + 2 + 2
+    assert len(widths) == 4 + 2 + 2
     assert min(widths) > 0
     assert console == ""
 

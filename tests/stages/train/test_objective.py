@@ -37,6 +37,14 @@ def test_each_loss_is_what_its_name_says(loss: str, expected: float) -> None:
     assert torch.equal(losses(loss, [999, 0]), torch.full((2,), expected))
 
 
+def test_the_root_of_the_mean_square_has_a_gradient_where_nothing_is_left() -> None:
+    torch.testing.assert_close(losses("rms", [999, 0]), torch.full((2,), 3.0))
+    prediction = torch.ones(1, 3, 2, 2, requires_grad=True)
+    batch = Batch(prediction, torch.tensor([9]), torch.ones(1, 3, 2, 2), torch.tensor([2.0]), {})
+    Objective("rms", {"teacher": TEACHER, "tensors": {}}, "cpu")(prediction, batch).sum().backward()
+    assert torch.equal(prediction.grad, torch.zeros(1, 3, 2, 2))
+
+
 def test_the_weight_is_the_noise_that_the_scheduler_adds() -> None:
     expected = 9 * (1 - DDIMScheduler().alphas_cumprod[[999, 100]]).sqrt()
     torch.testing.assert_close(losses("noise_weighted", [999, 100]), expected)

@@ -14,7 +14,7 @@ from stages.train.optimization import Optimization
 from stages.train.student import Student
 from stages.train.telemetry import Meter, Place
 from tests.conftest import VARIANTS, small_adapter, tiny_dit
-from tests.stages.adapters.test_contract import about
+from tests.stages.adapters.test_contract import ABOUT
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -80,7 +80,7 @@ def test_no_step_makes_the_device_wait(variant: str, monkeypatch: pytest.MonkeyP
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **options: adamw(*args, **options))
     denoiser = tiny_dit().transformer.requires_grad_(False)
-    adapter = GuidanceAdapter.for_denoiser(small_adapter(variant), denoiser, about(variant))
+    adapter = GuidanceAdapter.for_denoiser(small_adapter(variant), denoiser, ABOUT)
     student = Student(denoiser.to("meta"), adapter.to("meta"), {})
     optimization, meter = Optimization(adapter, config(use_ema=True), "meta"), Meter((1.0, 6.0), (0.0, 999.0), "meta")
     batch = Batch(

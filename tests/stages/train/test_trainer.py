@@ -32,29 +32,31 @@ from tests.damages import DAMAGES
 from tests.stages.generate.test_driver import older
 
 
-def test_a_plain_lora_is_not_trained_on_many_scales(shared_dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="lora_fixed: learns one scale, the records have 1 to 6"):
-        Trainer(train_config(shared_dataset, tmp_path, adapter=small_adapter("lora_fixed")))
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_lowers_the_error_and_leaves_the_base_bit_for_bit(
-    request: pytest.FixtureRequest, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+    shared_dataset: Path, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(validation, "LEAST_EXPLAINED", 0.0)
-    data = request.getfixturevalue("dataset_of_one_scale" if variant == "lora_fixed" else "shared_dataset")
     config = train_config(
-        data, tmp_path, adapter=small_adapter(variant), max_train_steps=150, validation_share=0.1, learning_rate=3e-3
+        shared_dataset,
+        tmp_path,
+        adapter=small_adapter(variant),
+        max_train_steps=150,
+        validation_share=0.1,
+        learning_rate=3e-3,
     )
     trainer = Trainer(config)
     before = fingerprint(trainer.student.denoiser)
     summary = trainer.run()
-    assert fingerprint(trainer.student.denoiser) == before == Dataset(data).info["teacher"]["denoiser_fingerprint"]
+    assert (
+        fingerprint(trainer.student.denoiser)
+        == before
+        == Dataset(shared_dataset).info["teacher"]["denoiser_fingerprint"]
+    )
     assert summary["steps"] == 150
     assert summary["validation_loss"] < 0.97 * summary["validation_loss_unguided"]
     gain = (1 - summary["validation_loss"] / summary["validation_loss_unguided"]) ** -0.5
-    kept = GuidanceAdapter.from_pretrained(tmp_path).about.get("guidance_gain")
-    assert kept == (None if variant == "lora_fixed" else gain)
+    assert GuidanceAdapter.from_pretrained(tmp_path).about["guidance_gain"] == gain
     assert summary["adapter_parameters"] == sum(p.numel() for p in trainer.adapter.parameters())
     assert summary["records_per_second"] > 0
     assert summary["peak_memory_bytes"] > 0
@@ -67,7 +69,7 @@ def test_the_folder_is_that_of_an_adapter(tiny_adapter: Path) -> None:
         "README.md",
     }
     adapter = GuidanceAdapter.from_pretrained(tiny_adapter)
-    assert adapter.variant == "modulated_low_rank"
+    assert adapter.variant == "lora"
     assert adapter.about["scale_range"] == [1.0, 6.0]
     assert "base_model_relation: adapter" in (tiny_adapter / "README.md").read_text()
 
@@ -182,7 +184,7 @@ def test_a_run_resumed_at_its_end_only_writes_the_folder(
     summary = Trainer(train_config(shared_dataset, tmp_path, resume_from_checkpoint=checkpoint)).run()
     assert summary["steps"] == 12
     assert summary["loss"] > 0
-    assert GuidanceAdapter.from_pretrained(tmp_path).variant == "modulated_low_rank"
+    assert GuidanceAdapter.from_pretrained(tmp_path).variant == "lora"
 
 
 def test_the_log_tells_how_the_run_is_going(shared_dataset: Path, tmp_path: Path) -> None:
@@ -253,7 +255,7 @@ def test_two_batches_of_half_the_size_make_the_same_step(shared_dataset: Path, t
     assert_close(halves, whole)
 
 
-@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in ("full", "lora_fixed")])
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "full"])
 def test_gradient_checkpointing_changes_nothing_but_memory(shared_dataset: Path, tmp_path: Path, variant: str) -> None:
     options = {"adapter": small_adapter(variant), "learning_rate": 3e-3}
     whole = weights_after(shared_dataset, tmp_path / "whole", **options)

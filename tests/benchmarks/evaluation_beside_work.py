@@ -1,0 +1,48 @@
+"""What another busy process costs an evaluation on the CPU.
+
+    python -m tests.benchmarks.evaluation_beside_work ADAPTER num_samples=200 batch_size=20
+
+The other words are those of pipeline.evaluate. Prints one JSON object: seconds of the whole command, and an image's without guidance
+and guided, alone and beside a loop that never rests; `null` where it took longer than five minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+LIMIT = 300.0
+BUSY = [sys.executable, "-c", "while True: pass"]
+
+
+def measure(words: list[str]) -> dict[str, Any] | None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pipeline.evaluate", *words, f"output_dir={folder}", "device=cpu"]
+        start = time.monotonic()
+        try:
+            subprocess.run(command, check=True, timeout=LIMIT, stdout=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            return None
+        seconds = time.monotonic() - start
+        none, cfg, *_ = json.loads((Path(folder) / "evaluation.json").read_bytes())["rows"]
+    return {"seconds": seconds, **{row["method"]: row["seconds_per_image"] for row in (none, cfg)}}
+
+
+def main(adapter: str, *words: str) -> None:
+    given = [f"adapter_dir={adapter}", *words]
+    alone = measure(given)
+    with subprocess.Popen(BUSY) as busy:
+        try:
+            beside = measure(given)
+        finally:
+            busy.kill()
+    print(json.dumps({"alone": alone, "beside a busy process": beside}, indent=2))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stages.adapters.layers import CONDITIONING, find_blocks, find_layers
+from stages.denoiser import bind_inputs, denoiser_of, latent_name, unflatten
+from stages.errors import UserError
+from stages.sampling import CALL_DEFAULTS, scale_keyword, undecoded
+from tests.conftest import tiny_dit
+from tests.families import ARGUMENTS, FAMILIES, PROMPTS, build
+
+
+def inputs_of(pipe: Any, **arguments: Any) -> dict[str, Any]:
+    """The denoiser's arguments in the first step of a pipeline's call without guidance, flat."""
+    denoiser, seen = denoiser_of(pipe)[1], []
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(bind_inputs(denoiser, args, kwargs))
+
+    handle = denoiser.register_forward_pre_hook(look, with_kwargs=True)
+    options = {"num_inference_steps": 1, scale_keyword(pipe): 1.0, "output_type": "pt"}
+    with undecoded(pipe):
+        pipe(**options | CALL_DEFAULTS.get(type(pipe).__name__, {}) | arguments)
+    handle.remove()
+    return seen[0]
+
+
+def given_to_layers(denoiser: nn.Module, inputs: dict[str, Any]) -> dict[str, list[Tensor]]:
+    """What each linear layer is given in one call of the denoiser."""
+    given: dict[str, list[Tensor]] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: given.setdefault(name, []).append(args[0].clone()))
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad():
+        denoiser(**unflatten(inputs))
+    for handle in handles:
+        handle.remove()
+    return given
+
+
+def blind_layers(denoiser: nn.Module, inputs: dict[str, Any]) -> set[str]:
+    """The linear layers that are given the same for another latent, and one row or several for each sample: by trying."""
+    rows, latent = len(inputs[latent_name(denoiser)]), latent_name(denoiser)
+    one, other = (given_to_layers(denoiser, inputs | {latent: torch.randn_like(inputs[latent])}) for _ in range(2))
+    return {
+        name
+        for name, tensors in one.items()
+        if all(len(a) % rows == 0 and torch.equal(a, b) for a, b in zip(tensors, other[name], strict=True))
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rule_finds_what_trying_two_latents_finds(family: str) -> None:
+    pipe = build(family)
+    inputs = inputs_of(pipe, prompt=[*PROMPTS, PROMPTS[0]], **ARGUMENTS.get(family, {}))
+    denoiser = denoiser_of(pipe)[1]
+    found = set(find_layers(denoiser, [CONDITIONING], inputs))
+    assert found == blind_layers(denoiser, inputs)
+    assert found
+
+
+def test_of_a_dit_they_are_its_modulation() -> None:
+    pipe = tiny_dit()
+    found = find_layers(pipe.transformer, [CONDITIONING], inputs_of(pipe, class_labels=[1, 2, 3]))
+    embedders = {f"norm1.emb.timestep_embedder.linear_{i}" for i in (1, 2)}
+    expected = {f"transformer_blocks.{i}.{name}" for i in range(2) for name in ("norm1.linear", *embedders)}
+    assert set(found) == expected | {"proj_out_1"}
+    assert found["transformer_blocks.0.norm1.linear"] == [16, 96]
+
+
+def test_the_meta_device_is_all_that_it_takes() -> None:
+    pipe = tiny_dit()
+    inputs = inputs_of(pipe, class_labels=[1, 2, 3])
+    with torch.device("meta"):
+        empty = type(pipe.transformer).from_config(dict(pipe.transformer.config))
+    on_meta = {name: value.to("meta") for name, value in inputs.items() if isinstance(value, Tensor)}
+    assert find_layers(empty, ["*"], inputs | on_meta) == find_layers(pipe.transformer, ["*"], inputs)
+
+
+def test_kinds_and_patterns() -> None:
+    unet = build("stable_diffusion").unet
+    convolutions = find_layers(unet, ["convolution"])
+    assert convolutions["conv_in"] == [4, 8, 3, 3, 1, 1]
+    assert convolutions["down_blocks.0.downsamplers.0.conv"] == [8, 8, 3, 3, 2, 1]
+    assert set(find_layers(unet, ["attention"])) == {
+        name.removesuffix(".weight") for name in unet.state_dict() if ".attn2.to_" in name and name.endswith(".weight")
+    }
+    every = find_layers(unet, ["*"])
+    assert list(every) == [n for n, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    assert set(find_layers(unet, ["*.time_emb_proj"])) == {name for name in every if name.endswith("time_emb_proj")}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "line"),
+    [
+        (
+            ["*.attn9"],
+            r"\*.attn9: no layer in .* pattern of its \d+ linear and convolutional layers, e.g. pos_embed.proj",
+        ),
+        (["conditioning"], "conditioning: found by running the denoiser, and no inputs are known"),
+        ([], "adapter.sites: empty: name some of conditioning, attention"),
+    ],
+)
+def test_what_matches_nothing_is_named(wanted: list[str], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        find_layers(tiny_dit().transformer, wanted)
+
+
+def test_a_denoiser_that_does_not_run_without_data_is_named() -> None:
+    transformer = tiny_dit().transformer
+    with pytest.raises(UserError, match="DiTTransformer2DModel does not run without data, .*: 'NoneType' object"):
+        find_layers(transformer, ["*"], {"hidden_states": torch.zeros(3, 4, 8, 8)})
+
+
+def test_the_depth_of_a_base_is_told_by_its_blocks() -> None:
+    names = ["transformer_blocks.0.attn1.to_q", "proj_out_1"]
+    assert find_blocks(tiny_dit().transformer, names) == {"transformer_blocks": 2}
