@@ -16,6 +16,7 @@ from stages.adapters import folder
 from stages.adapters.attaching import Attachable
 from stages.adapters.conditioning import Conditioning, Known, ScaleAlone, choose_conditions
 from stages.adapters.config import NEGATIVE_TOKENS, TIMESTEP, AdapterConfig
+from stages.adapters.export import export
 from stages.adapters.fusing import LowRank
 from stages.adapters.guidance import Prepared
 from stages.adapters.layers import Inputs
@@ -265,6 +266,23 @@ class GuidanceAdapter(Attachable):
             adapter = GuidanceAdapter.kind(config.variant)(config, shapes, about)
             adapter.load_state_dict(weights)
         return adapter.eval()
+
+    def export_lora(self, save_directory: str | Path, guidance_scale: float, format: str = "diffusers") -> Path:
+        """Write this adapter at one scale as a LoRA that other tools load without this project.
+
+        Args:
+            save_directory: a folder; for `kohya` a file that ends in `.safetensors`.
+            guidance_scale: above 1; the trained range is where it was learnt.
+            format: `diffusers`, for `pipe.load_lora_weights`; `peft`, for `PeftModel.from_pretrained` and servers; `kohya`, for
+                ComfyUI and the trainers.
+
+        Returns:
+            The file with the weights.
+
+        Raises:
+            UserError: the adapter is no `lora`, sees more than the scale, or nothing loads the format into its base.
+        """
+        return export(self, Path(save_directory), guidance_scale, format)
 
     def push_to_hub(
         self,

@@ -1,0 +1,77 @@
+"""Adapter -> a LoRA at one guidance scale, which stock tools load without this project.
+
+python -m pipeline.export adapter_dir=runs/mnist_sd guidance_scale=3 format=diffusers output=exported
+python -m pipeline.export adapter_dir=runs/mnist_dit guidance_scale=3 format=peft output=exported dial_samples=64
+
+With `dial_samples=`, it measures which guidance scale each strength of the file shows, for the file's metadata and the adapter's model card.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from pipeline.command import run
+from stages.adapters import GuidanceAdapter
+from stages.adapters.export import DIFFUSERS, FORMATS, export, how_to_load, prepared
+from stages.adapters.folder import describe
+from stages.base import choose_device
+from stages.config import check_bounds, option
+from stages.evaluate.comparisons import conditions_of, load_pair
+from stages.evaluate.dial import measure_dial
+from stages.prompts import read_prompts
+
+
+@dataclass
+class ExportConfig:
+    adapter_dir: str = option(MISSING, "folder of the adapter, on disk or in a bucket, or its hub id")
+    guidance_scale: float = option(MISSING, "the one scale that is exported", above=1)
+    format: str = option(
+        DIFFUSERS,
+        "`diffusers` for pipe.load_lora_weights, `peft` for PeftModel.from_pretrained and servers, `kohya` for ComfyUI "
+        "and trainers",
+        one_of=FORMATS,
+    )
+    output: str = option(MISSING, "folder; for format=kohya a .safetensors file")
+    dial_samples: int = option(
+        0, "images per strength, from which it is measured what turning the strength does; 0: not measured", at_least=0
+    )
+    prompts: str | None = option(None, "for the dial, where the pipeline takes prompts: a file with a column prompt")
+    pretrained_model_name_or_path: str | None = option(
+        None, "for the dial: the pipeline; by default the base that the adapter names"
+    )
+    num_inference_steps: int = option(25, "for the dial: denoising steps per image", at_least=1, at_most=1000)
+    device: str = option("auto", "for the dial: `auto` (a GPU where there is one), `cuda` or `cpu`")
+
+
+def main(config: ExportConfig) -> None:
+    check_bounds(config)
+    adapter = GuidanceAdapter.from_pretrained(config.adapter_dir)
+    prepared(adapter, Path(config.output), config.guidance_scale, config.format)  # refused before anything is sampled
+    if config.dial_samples:
+        adapter = with_dial(config)
+    file = export(adapter, Path(config.output), config.guidance_scale, config.format)
+    print(f"{file}: {len(adapter.shapes)} layers at guidance scale {config.guidance_scale:g}")
+    print(how_to_load(adapter, file, config.format))
+
+
+def with_dial(config: ExportConfig) -> GuidanceAdapter:
+    """The adapter, its dial at the exported scale measured, told, and in the model card of its folder."""
+    base = config.pretrained_model_name_or_path
+    pipe, adapter = load_pair(config.adapter_dir, base, choose_device(config.device))
+    rows = read_prompts(config.prompts) if config.prompts else conditions_of(pipe, adapter, None, [])
+    dial = measure_dial(
+        pipe, adapter, config.guidance_scale, rows, config.dial_samples, config.num_inference_steps
+    )  # fmt: skip
+    for row in dial:
+        print(f"strength {row['strength']:g}: guidance scale {row['guidance_scale']:.2f}")
+    adapter.about["dial"] = adapter.about.get("dial", {}) | {f"{config.guidance_scale:g}": dial}
+    if Path(config.adapter_dir).is_dir() and base is None:
+        describe(adapter, Path(config.adapter_dir))
+    return adapter.to("cpu")
+
+
+if __name__ == "__main__":
+    run(ExportConfig, main, __doc__)

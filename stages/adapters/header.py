@@ -1,0 +1,91 @@
+"""The header of an exported file: what it holds and what it was made from.
+
+The fields are those of Stability AI's model metadata standard (github.com/Stability-AI/ModelSpec), which user
+interfaces show, and some of this project: `guidance.*`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+from torch import Tensor
+
+from stages.denoiser import fingerprint
+
+if TYPE_CHECKING:
+    from stages.adapters.adapter import GuidanceAdapter
+
+# As sd-scripts and musubi-tuner write them; where neither knows a base, the denoiser's class stands for it.
+ARCHITECTURES = {
+    "SD3Transformer2DModel": "stable-diffusion-3",
+    "ChromaTransformer2DModel": "chroma",
+    "WanTransformer3DModel": "wan2.1",
+    "QwenImageTransformer2DModel": "Qwen-Image",
+}
+UNET_ARCHITECTURES: dict[tuple[Any, Any], str] = {  # by the width of the text tokens and by what is predicted
+    (768, "epsilon"): "stable-diffusion-v1",
+    (1024, "epsilon"): "stable-diffusion-v2-512",
+    (1024, "v_prediction"): "stable-diffusion-v2-768-v",
+    (2048, "epsilon"): "stable-diffusion-xl-v1-base",
+}
+PREDICTIONS = {"v_prediction": "v"}  # what the standard calls them, where it is another name
+
+
+def with_header(tensors: dict[str, Tensor], about: dict[str, str]) -> bytes:
+    """The bytes of a safetensors file, with the hash of its tensors in the header."""
+    plain = safetensors.torch.save(tensors)
+    start = 8 + int.from_bytes(plain[:8], "little")
+    digest = hashlib.sha256(memoryview(plain)[start:]).hexdigest()
+    return safetensors.torch.save(tensors, about | {"modelspec.hash_sha256": f"0x{digest}"})
+
+
+def header(adapter: GuidanceAdapter, guidance_scale: float, implementation: str) -> dict[str, str]:
+    """What the file tells of itself, text by field.
+
+    Args:
+        implementation: the code whose names for the layers it has.
+    """
+    about = adapter.about
+    base, name = about["base"], about["base"]["pretrained_model_name_or_path"]
+    low, high = about["scale_range"]
+    told = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture(about)}/lora",
+        "modelspec.implementation": implementation,
+        "modelspec.title": f"One-pass guidance at scale {guidance_scale:g} for {name}",
+        "modelspec.description": f"Classifier-free guidance at scale {guidance_scale:g} in one conditional pass of "
+        f"{name} (adapter guidance distillation, arXiv 2503.07274).",
+        "modelspec.usage_hint": "Turn the pipeline's own guidance off: scale 1.",
+        "modelspec.tags": "guidance-distillation, classifier-free-guidance",
+        "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "guidance.base_model": name,
+        "guidance.base_fingerprint": base.get("denoiser_fingerprint"),
+        "guidance.scale": f"{guidance_scale:g}",
+        "guidance.trained_range": f"{low:g},{high:g}",
+        "guidance.gain": str(about.get("guidance_gain", 1.0)),
+        "guidance.adapter_fingerprint": fingerprint(adapter),
+        "guidance.dial": dial(about, guidance_scale),
+    }
+    if prediction := about.get("prediction_type"):
+        told["modelspec.prediction_type"] = PREDICTIONS.get(prediction, prediction)
+    return {field: text for field, text in told.items() if text is not None}
+
+
+def architecture(about: dict[str, Any]) -> str:
+    """The base's architecture by the name that the trainers give it."""
+    kind, tokens = about["base"]["denoiser_class"], about["conditions"].get("encoder_hidden_states", {})
+    seen = tokens.get("width"), about.get("prediction_type")
+    if kind == "UNet2DConditionModel":
+        return UNET_ARCHITECTURES.get(seen, kind)
+    return ARCHITECTURES.get(kind, kind)
+
+
+def dial(about: dict[str, Any], guidance_scale: float) -> str | None:
+    """The measured table of strengths and the scales that they come out at, as JSON; None where nobody measured it."""
+    table = about.get("dial", {}).get(f"{guidance_scale:g}")
+    return None if table is None else json.dumps(table)
