@@ -1,0 +1,88 @@
+"""Every benchmark that needs a GPU, one behind the other in processes of their own, into one JSON file. `gpu.sh` runs it.
+
+python -m tests.benchmarks.gpu FILE [seconds in all] [tiny]
+
+`tiny` takes small denoisers, on which all of it runs on a CPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from stages.errors import UserError
+from stages.train.config import QUANTIZATIONS
+from tests.benchmarks.measuring import device_name
+from tests.benchmarks.one_pass_time import measured as one_pass_time
+from tests.benchmarks.parts import Part, Row, run
+from tests.benchmarks.real_shapes import recording, training
+from tests.benchmarks.tiny_shapes import shape_named
+from tests.benchmarks.training_memory import Setup, goal_of, measured, modelled
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "torchao")
+
+
+def about() -> Iterator[Row]:
+    """The device, and the versions that measure on it."""
+    gpu = torch.cuda.is_available()
+    versions = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    yield {
+        "device": device_name(),
+        "memory_bytes": torch.cuda.get_device_properties(0).total_memory if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+        "python": sys.version.split()[0],
+        "versions": versions,
+    }
+
+
+def training_memory(config: str) -> Iterator[Row]:
+    """The peak of a step with the base as it is and quantised: measured on a GPU, else by the model of it."""
+    for quantization in QUANTIZATIONS:
+        setup = Setup(shape_named(config), quantization=quantization)
+        row: Row = {"quantization": quantization, "goal": goal_of(setup)}
+        try:
+            yield row | {"peak": measured(setup) if torch.cuda.is_available() else modelled(setup)["peak"]}
+        except UserError as error:  # torchao is not installed
+            yield row | {"error": str(error)}
+
+
+def of_shape(work: Callable[..., Row], config: str, *settings: float) -> Iterator[Row]:
+    yield work(shape_named(config), *settings)
+
+
+def parts(tiny: bool) -> list[Part]:
+    """What is worth most comes first; compiling, which takes longest, last."""
+    prefix, turns, steps = ("tiny_", 0.1, 2) if tiny else ("", 6.0, 8)
+    sdxl, dit, sd15, sd3 = (f"{prefix}{config}" for config in ("sdxl", "dit_xl_2_256", "sd15", "sd3"))
+    few, many = (2, 4) if tiny else (4, 32)
+    return [
+        Part("about", 60, about),
+        *(Part(f"one_pass_time {c}", 60, one_pass_time, (c, "eager", "", turns, (1, 8))) for c in (sdxl, dit, sd15, sd3)),
+        Part(f"training_memory {sdxl}", 60, training_memory, (sdxl,)),
+        Part(f"training {sdxl}", 45, of_shape, (training, sdxl, few, turns)),
+        Part(f"training {dit}", 45, of_shape, (training, dit, many, turns)),
+        Part(f"recording {sdxl}", 45, of_shape, (recording, sdxl, few, steps, turns)),
+        Part(f"recording {dit}", 45, of_shape, (recording, dit, many, steps, turns)),
+        *(
+            Part(f"compiled {c}", limit, one_pass_time, (c, "compiled", "", turns / 2, (1, 8)))
+            for c, limit in ((dit, 90), (sdxl, 150), (sd15, 120), (sd3, 120))
+        ),
+    ]  # fmt: skip
+
+
+def main(file: str, seconds: str = "540", size: str = "") -> None:
+    result = run(Path(file), float(seconds), parts(tiny=size == "tiny"))
+    for name, part in result["parts"].items():
+        print(f"{name}: {part['seconds']} s, {len(part['rows'])} rows{', ' + part['error'] if part['error'] else ''}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,88 @@
+"""The measurements for a GPU, at small size on a CPU, where neither Ray nor pyarrow can be imported; and the scripts around them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+IN_ONE_PROCESS = """
+import sys, json
+sys.modules["pyarrow"] = sys.modules["ray"] = None
+from tests.benchmarks.gpu import parts
+one_compiled = [part for part in parts(tiny=True) if not part.name.startswith("compiled") or "dit" in part.name]
+told = {part.name: list(part.work(*part.arguments)) for part in one_compiled}
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, list[dict[str, Any]]]:
+    """The rows of every part, in one process, because each would import torch and diffusers; of those that compile only one runs."""
+    words = [sys.executable, "-W", "ignore", "-c", IN_ONE_PROCESS]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def of(told: dict[str, list[dict[str, Any]]], kind: str) -> list[dict[str, Any]]:
+    return [row for name, rows in told.items() if name.split()[0] == kind for row in rows]
+
+
+def test_passes_are_told_over_the_bare_one_and_over_cfg(told: dict[str, list[dict[str, Any]]]) -> None:
+    rows = of(told, "one_pass_time")
+    assert [(row["shape"], row["batch"]) for row in rows] == [
+        (shape, n) for shape in ("tiny SDXL", "tiny DiT", "tiny SD 1.5", "tiny SD 3.5") for n in (1, 8)
+    ]
+    for row in rows:
+        baselines = {"offset", "cross_attention", "embedding"} if row["batch"] == 1 else set()
+        assert set(row["passes"]) == {"bare", "cfg", "fused", "unfused"} | baselines
+        assert row["passes"]["fused"].keys() == {"ms", "over_bare", "over_cfg"}
+        assert row["rounds"] >= 3
+        assert row["fuse_ms"]["from"] > 0
+        assert row["adapter_share"] > 0
+
+
+def test_another_scale_compiles_nothing_anew(told: dict[str, list[dict[str, Any]]]) -> None:
+    rows = of(told, "compiled")
+    assert [row["batch"] for row in rows] == [1, 8]
+    for row in rows:
+        assert row["graphs"] >= 1
+        assert row["recompiled"] == 0
+        assert row["passes"]["fused"]["over_eager"]["median"] > 0
+
+
+def test_memory_training_and_recording_are_told(told: dict[str, list[dict[str, Any]]]) -> None:
+    plain, quantised = of(told, "training_memory")
+    assert plain["peak"] > 0
+    assert ("torchao" in quantised.get("error", "")) == ("peak" not in quantised)
+    for row in of(told, "training"):
+        assert row["step_over_floor"]["median"] > 0
+        assert row["records_per_second"]["from"] <= row["records_per_second"]["to"]
+    assert [row["batch_size"] for row in of(told, "recording")] == [2, 4]
+    assert all(row["recorded_over_bare"]["median"] > 0 for row in of(told, "recording"))
+    assert of(told, "about")[0]["versions"]["torch"]
+
+
+@pytest.mark.parametrize("name", ["gpu.sh", "gpu_wheels.sh"])
+def test_the_scripts_are_sound(name: str) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("shellcheck"), HERE / name], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_wheels_are_pinned_and_stay_out_of_the_repository_and_the_images() -> None:
+    packages = re.search(r"packages=\(([^)]*)\)", (HERE / "gpu_wheels.sh").read_text())
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert packages is not None
+    assert set(packages[1].split()) <= pinned
+    for file in (".gitignore", ".dockerignore"):
+        assert "tests/benchmarks/wheels" in (ROOT / file).read_text()

@@ -1,0 +1,57 @@
+"""What is left of a measurement whose parts go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.benchmarks.parts import Part, Row, run
+
+
+def good(count: int) -> Iterator[Row]:
+    yield from ({"number": i} for i in range(count))
+
+
+def failing() -> Iterator[Row]:
+    yield {"number": 0}
+    raise ValueError("no such kernel")
+
+
+def endless() -> Iterator[Row]:
+    yield {"pid": os.getpid()}
+    time.sleep(600)
+
+
+def dying() -> Iterator[Row]:
+    yield {"number": 0}
+    os._exit(7)
+
+
+def test_a_part_that_goes_wrong_keeps_its_rows_and_costs_the_others_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    chosen = [
+        Part("failing", 60, failing),
+        Part("endless", 8, endless),
+        Part("dying", 60, dying),
+        Part("good", 60, good, (2,)),
+    ]
+    run(file, 120, chosen)
+    told = json.loads(file.read_text())["parts"]
+    assert list(told) == [part.name for part in chosen]
+    assert [len(part["rows"]) for part in told.values()] == [1, 1, 1, 2]
+    assert [part["error"] for part in told.values()] == [
+        "ValueError: no such kernel",
+        "stopped after 8 s",
+        "its process ended with status 7",
+        None,
+    ]
+    assert not Path(f"/proc/{told['endless']['rows'][0]['pid']}").exists()
+
+
+def test_no_part_goes_on_beyond_the_time_of_all(tmp_path: Path) -> None:
+    told = run(tmp_path / "out.json", 4, [Part("endless", 60, endless), Part("good", 60, good, (1,))])
+    assert [part["error"] for part in told["parts"].values()] == ["stopped after 4 s", "stopped after 0 s"]
+    assert told["seconds"] < 60
