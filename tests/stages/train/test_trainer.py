@@ -396,7 +396,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_its_records(shared_
         ({"validation_share": 1.0}, "validation_share=1.0"),
         ({"mixed_precision": "fp8"}, "mixed_precision=fp8"),
         ({"lr_scheduler": "magic"}, "lr_scheduler=magic"),
-        ({"loss": "l3"}, "loss=l3: one of l2, l1, noise_weighted, guidance"),
+        ({"loss": "l3"}, "loss=l3: one of rms, l2, l1, noise_weighted, guidance"),
         ({"validation_share": 0.99}, "nothing is left"),
         ({"seed": -1}, "seed=-1: at least 0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan: more than 0"),
