@@ -92,9 +92,15 @@ class FusedWeights:
                 raise UserError(CHANGED.format(name=name))
         weights = {name: self.layers[name].weight for name in self.marks}
         held = {name: start_of(weight) for name, weight in weights.items() if not weight.is_meta}
-        errors = [(value - self.marks[name].to(value.device)).abs().max().cpu() for name, value in held.items()]
-        for name, error in zip(held, torch.stack(errors).tolist() if errors else [], strict=True):
-            if error > ROUNDINGS * torch.finfo(self.layers[name].weight.dtype).eps * float(held[name].abs().max()):
+        if not held:
+            return
+        device = next(iter(held.values())).device
+        errors, sizes = (
+            torch.stack([values.abs().max().to(device) for values in tensors]).tolist()
+            for tensors in ([value - self.marks[name].to(value.device) for name, value in held.items()], held.values())
+        )
+        for name, error, size in zip(held, errors, sizes, strict=True):
+            if error > ROUNDINGS * torch.finfo(weights[name].dtype).eps * size:
                 raise UserError(CHANGED.format(name=name))
 
 
