@@ -1,11 +1,11 @@
-# make demo | test | check | install; another interpreter: make python=3.12 install
+# make demo | test | test-all | check | install; another interpreter: make python=3.12 install
 python ?= 3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 DEMO := demo
 QUANTIZATION := $(VENV)/quantization
 
-.PHONY: install demo test check clean
+.PHONY: install demo test test-all check clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,10 @@ $(QUANTIZATION): constraints.txt | install
 test: check $(QUANTIZATION)
 	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=$(QUANTIZATION) $(PYTHON) -m pytest -k 'quantised or int8' tests/stages/train tests/stages/adapters/test_compositions.py tests/benchmarks/test_training_memory.py
+
+# Every pipeline of the zoo from end to end as well.
+test-all: test
+	$(PYTHON) -m pytest -m zoo --numprocesses 2 tests/pipelines_zoo tests/test_pipelines.py
 
 clean:
 	rm -rf $(VENV) $(DEMO)

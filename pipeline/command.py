@@ -5,11 +5,10 @@ from __future__ import annotations
 import difflib
 import errno
 import logging
-import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -18,16 +17,23 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.words import Plain, fitted, read_word, read_yaml
 from stages.errors import UsageError, UserError
 from stages.signals import end_on_sigterm
+from stages.streams import steady
 
 Config = TypeVar("Config")
+Layer = list[tuple[str, Any]]  # options and their values, from one place
 FAILURE, WRONG_USAGE = 1, 2
 MULTIRUN = "--multirun"
 # A disk's, not a defect of ours.
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG}
+REFUSALS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR,
+    errno.EISDIR, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE,
+}  # fmt: skip
 
 
+@steady()
 def run(
     config_class: type[Config],
     main: Callable[[Config], None],
@@ -45,6 +51,7 @@ def run(
         sys.exit(0)
     tell_plainly()
     try:
+        check_encoding(words)
         if multirun and MULTIRUN in words:
             multirun([word for word in words if word != MULTIRUN])
         else:
@@ -52,9 +59,6 @@ def run(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_USAGE if isinstance(error, UsageError) else FAILURE)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read us has gone: nothing is left to tell
-        sys.exit(FAILURE)
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
@@ -66,6 +70,17 @@ def run(
         print("error: interrupted; what was written before is kept", file=sys.stderr)
         sys.exit(FAILURE)
     sys.exit(0)
+
+
+def check_encoding(words: list[str]) -> None:
+    """
+    Raises:
+        UsageError: a word cannot be read in the encoding of this environment, and so names no file and no prompt.
+    """
+    for word in words:
+        if any("\ud800" <= character <= "\udfff" for character in word):  # bytes that Python could not read
+            way_out = "set PYTHONUTF8=1 if it is UTF-8, else give it another name"
+            raise UsageError(f"{word}: not text in {sys.getfilesystemencoding()}: {way_out}")
 
 
 def tell_plainly() -> None:
@@ -82,15 +97,12 @@ def parse(config_class: type[Config], words: list[str]) -> Config:
     Raises:
         UsageError: an unknown key, a value of another type, a missing one, or a file that cannot be read.
     """
+    known = {name: kind for name, kind, *_ in options(config_class)}
     files, words = files_and_words(words)
-    layers = [read_file(Path(file)) for file in files]
-    for word in words:
-        if "=" not in word or word.startswith("-"):
-            raise UsageError(f"{word}: not understood: options are `--config FILE`, `--help` and `key=value`")
-        layers.append(read_word(word))
+    layers = [read_file(Path(file), known) for file in files] + [word_of(word, known) for word in words]
     config = OmegaConf.structured(config_class)
     for layer in layers:
-        merge(config, layer)
+        merge(config, layer, known)
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise UsageError(f"{missing[0]}: not given: say {missing[0]}=...")
@@ -113,37 +125,60 @@ def files_and_words(words: list[str]) -> tuple[list[str], list[str]]:
     return files, words
 
 
-def read_file(path: Path) -> DictConfig:
+def read_file(path: Path, known: Mapping[str, Any]) -> Layer:
+    """The options that a YAML file tells.
+
+    Args:
+        known: the options' types.
+    """
     try:
-        layer = OmegaConf.load(path)
+        content = read_yaml(path.expanduser().read_bytes())
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(layer, DictConfig):
+    if content is None or (isinstance(content, Plain) and content.value is None):
+        return []
+    if not isinstance(content, dict):
         raise UsageError(f"--config {path}: holds no keys")
-    return layer
+    return list(leaves(content, known))
 
 
-def read_word(word: str) -> DictConfig:
-    try:
-        return OmegaConf.from_dotlist([word])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UsageError(f"{word}: not readable as key=value") from error
+def leaves(content: Mapping[Any, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys with their values, going no deeper than the keys that are known."""
+    for key, value in content.items():
+        name = f"{prefix}{key.text if isinstance(key, Plain) else key}"
+        if isinstance(value, dict) and name not in known:
+            yield from leaves(value, known, f"{name}.")
+        else:
+            yield name, fitted(name, value, known.get(name, Any))
 
 
-def merge(config: DictConfig, layer: DictConfig) -> None:
+def word_of(word: str, known: Mapping[str, Any]) -> Layer:
+    """The option that a word tells; below one that holds keys of the user's, such as `teacher.call`, the key and its value."""
+    if "=" not in word or word.startswith("-"):
+        raise UsageError(f"{word}: not understood: options are `--config FILE`, `--help` and `key=value`")
+    key, text = word.split("=", 1)
+    owner = key
+    while owner not in known and "." in owner:
+        owner = owner.rpartition(".")[0]
+    if owner == key or owner not in known:
+        return [(key, read_word(key, text, known.get(key, Any)))]
+    value = read_word(key, text, str if ".env_vars." in key else Any)
+    for name in reversed(key.removeprefix(f"{owner}.").split(".")):
+        value = {name: value}
+    return [(owner, value)]
+
+
+def merge(config: DictConfig, layer: Layer, known: Mapping[str, Any]) -> None:
     """Merge one layer, a key at a time, so that an error names its key."""
-    known = {name: kind for name, kind, *_ in options(OmegaConf.get_type(config))}
-    for key, value in leaves(layer, known):
+    for key, value in layer:
         if key not in known:
             if any(name.startswith(f"{key}.") for name in known):
                 raise UsageError(f"{key}: holds keys of its own: say {key}.NAME=..., --help lists them")
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f": did you mean {near[0]}?" if near else ": --help lists the keys"
             raise UsageError(f"{key}: no such key{hint}")
-        if value is False and known[key] in (str, str | None):
-            value = "no"  # as YAML 1.1 reads a bare `no`, which diffusers' scripts take for mixed_precision
         try:
             OmegaConf.update(config, key, value)
             OmegaConf.select(config, key)
@@ -155,16 +190,6 @@ def merge(config: DictConfig, layer: DictConfig) -> None:
             raise UsageError(f"{within or f'{key}={value}'}: {told}") from error
 
 
-def leaves(layer: Any, known: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys with their values, going no deeper than the keys that are known."""
-    for key in layer:
-        name, value = f"{prefix}{key}", layer._get_node(key)
-        if isinstance(value, DictConfig) and name not in known and not value._is_none():
-            yield from leaves(value, known, f"{name}.")
-        else:
-            yield name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value._value()
-
-
 def options(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
     """(dotted key, type, default, meaning) of every option of a dataclass and of those inside it."""
     kinds = get_type_hints(config_class)
@@ -174,7 +199,8 @@ def options(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any
             yield from options(kind, f"{prefix}{option.name}.")
         else:
             default = option.default_factory() if callable(option.default_factory) else option.default
-            yield prefix + option.name, kind, default, option.metadata.get("help", "")
+            told = option.metadata
+            yield prefix + option.name, told.get("kind") or kind, default, told.get("help", "")
 
 
 def help_text(config_class: type[Any], description: str) -> str:

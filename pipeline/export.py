@@ -15,13 +15,14 @@ from omegaconf import MISSING
 
 from pipeline.command import run
 from stages.adapters import GuidanceAdapter
-from stages.adapters.export import DIFFUSERS, FORMATS, export, how_to_load, prepared
+from stages.adapters.export import DIFFUSERS, FORMATS, KOHYA, export, how_to_load, prepared
 from stages.adapters.folder import describe
 from stages.base import choose_device
 from stages.config import check_bounds, option
 from stages.evaluate.comparisons import conditions_of, load_pair
 from stages.evaluate.dial import measure_dial
 from stages.prompts import read_prompts
+from stages.records.storage import check_folder
 
 
 @dataclass
@@ -49,10 +50,12 @@ class ExportConfig:
 def main(config: ExportConfig) -> None:
     check_bounds(config)
     adapter = GuidanceAdapter.from_pretrained(config.adapter_dir)
-    prepared(adapter, Path(config.output), config.guidance_scale, config.format)  # refused before anything is sampled
+    output = Path(config.output)
+    prepared(adapter, output, config.guidance_scale, config.format)  # refused before anything is sampled
+    check_folder(output.parent if config.format == KOHYA else output, "name another output")
     if config.dial_samples:
         adapter = with_dial(config)
-    file = export(adapter, Path(config.output), config.guidance_scale, config.format)
+    file = export(adapter, output, config.guidance_scale, config.format)
     print(f"{file}: {len(adapter.shapes)} layers at guidance scale {config.guidance_scale:g}")
     print(how_to_load(adapter, file, config.format))
 

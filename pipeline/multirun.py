@@ -20,11 +20,11 @@ import yaml
 from pipeline.child import run_child
 from pipeline.command import MULTIRUN, files_and_words, parse
 from stages.cluster import join
-from stages.config import check_bounds
 from stages.errors import UsageError, UserError
-from stages.records.storage import make_folder, write_json
+from stages.records.storage import check_folder, write_json
 
 SECONDS_TO_END = 30.0
+LONGEST_NAME = 200  # bytes; a log's name and what is written aside add to it
 UNSAFE_IN_A_NAME = re.compile(r"[^\w.,+-]+")
 COLUMNS = {
     "adapter_parameters": ("parameters", "{:,}"),
@@ -61,7 +61,7 @@ def multirun(words: list[str]) -> None:
         UserError: a run failed, which stops no other.
     """
     root, runs = combinations(words)
-    make_folder(root)
+    check_folder(root)
     print(f"{root}: {len(runs)} runs; what each says is in {root}/NAME.log", flush=True)
     rows: dict[Path, dict[str, Any]] = {}
     with closing(over_ray(runs) if has_several_gpus() else one_by_one(runs)) as outcomes:
@@ -88,6 +88,9 @@ def combinations(words: list[str]) -> tuple[Path, list[Run]]:
     each = [[*shared, *chosen] for chosen in itertools.product(*choices.values())]
     root, *_ = [output_dir(words) for words in each]
     runs = [new_run(root, words, compared) for words in each]
+    longest = max((run.folder.name for run in runs), key=len)
+    if len(os.fsencode(longest)) > LONGEST_NAME:
+        raise UsageError(f"{longest}: too long for the name of a folder: compare fewer keys at once, or shorter values")
     name, times = Counter(run.folder.name for run in runs).most_common(1)[0]
     if times > 1:
         raise UsageError(f"{name}: {times} runs would have this name: give each value once")
@@ -105,20 +108,19 @@ def alternatives(word: str) -> list[str]:
     if not isinstance(whole, yaml.SequenceNode):
         return [word]  # no list of values: `parse` judges it as one
     parts = [flow[node.start_mark.index : node.end_mark.index] for node in whole.value]
-    return [f"{key}={part}" for part in parts] if len(parts) > 1 else [word]
+    texts = [node.value if getattr(node, "style", None) in ("'", '"') else None for node in whole.value]
+    if parts == [value] and texts == [None]:
+        return [word]
+    return [f"{key}={part if text is None else text}" for part, text in zip(parts, texts, strict=True)] or [word]
 
 
 def output_dir(words: list[str]) -> Path:
     """The output folder that a run's words name, once nothing in them is refused."""
-    from stages.adapters import GuidanceAdapter  # torch with it: not for Ray's workers, which import this file
-    from stages.train.config import TrainConfig, check_together
-    from stages.train.telemetry import tracker_class
+    from stages.train.config import TrainConfig  # torch with it: not for Ray's workers, which import this file
+    from stages.train.trainer import check
 
     config = parse(TrainConfig, words)
-    check_bounds(config)
-    check_together(config)
-    tracker_class(config.report_to)
-    GuidanceAdapter.kind(config.adapter.variant)
+    check(config)
     return Path(config.output_dir)
 
 
@@ -126,7 +128,7 @@ def new_run(root: Path, words: list[str], compared: list[str]) -> Run:
     values = dict(word.split("=", 1) for word in words if "=" in word)
     overrides = {key: values[key] for key in compared}
     folder = root / ",".join(f"{key}={UNSAFE_IN_A_NAME.sub('_', overrides[key]).strip('_')}" for key in compared)
-    return Run(overrides, folder, [*words, f"output_dir={json.dumps(str(folder), ensure_ascii=False)}"])
+    return Run(overrides, folder, [*words, f"output_dir={folder}"])
 
 
 def train(run: Run, here: Path) -> Outcome:

@@ -15,8 +15,8 @@ from stages.evaluate.comparisons import arguments_of, conditions_of, load_pair, 
 from stages.evaluate.config import SampleConfig
 from stages.evaluate.report import TITLES
 from stages.evaluate.threads import threads_that_pay
-from stages.pictures import grid, to_picture
-from stages.records.storage import whole_file
+from stages.pictures import PICTURES, grid, to_picture
+from stages.records.storage import check_file, whole_file
 from stages.sampling import Request, decode
 
 
@@ -25,8 +25,10 @@ def main(config: SampleConfig) -> None:
     output = Path(config.output)
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"output={output}: name an image file, e.g. grid.png")
+    check_file(output)
     pipe, adapter = load_pair(config.adapter_dir, config.pretrained_model_name_or_path, choose_device(config.device))
-    conditions = conditions_of(pipe, adapter, config.class_labels, list(config.prompts))
+    pictures = {name: getattr(config, name) for name in PICTURES if getattr(config, name)}
+    conditions = conditions_of(pipe, adapter, config.class_labels, list(config.prompts), pictures)
     seeds = [(config.seed << 32) + i for i in range(len(conditions))]
     request = Request(conditions, seeds, config.num_inference_steps, arguments_of(pipe, adapter))
     rows = []

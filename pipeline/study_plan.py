@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +14,28 @@ from omegaconf import MISSING
 
 from pipeline.command import parse
 from stages.config import check_bounds, option
-from stages.errors import UsageError
+from stages.errors import UsageError, UserError
+from stages.evaluate.comparisons import settings
 from stages.evaluate.config import EvaluateConfig
 from stages.generate.config import GenerateConfig
+from stages.generate.plan import check as check_generation
 from stages.train.config import TrainConfig
+from stages.train.trainer import check as check_training
 
 NAME = re.compile(r"\w[\w.-]*")
-CONFIGS = {"generate": GenerateConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+
+
+def check_evaluation(config: EvaluateConfig) -> None:
+    check_bounds(config)
+    settings(config.guidance_scale, config.methods)
+
+
+# What each command refuses by itself once it runs, after the hours of those before it.
+CHECKS: dict[str, tuple[Any, Callable[[Any], object]]] = {
+    "generate": (GenerateConfig, check_generation),
+    "train": (TrainConfig, check_training),
+    "evaluate": (EvaluateConfig, check_evaluation),
+}
 
 
 @dataclass
@@ -89,8 +104,8 @@ class Plan:
                 "evaluations": list(self._evaluations()),
             }
             self._check_words()
-        except UsageError as error:
-            raise UsageError(f"{suite}: {str(error).removeprefix(f'--config {suite}: ')}") from error
+        except UserError as error:
+            raise type(error)(f"{suite}: {str(error).removeprefix(f'--config {suite}: ')}") from error
 
     def _check_names(self) -> None:
         file = self.file
@@ -108,10 +123,11 @@ class Plan:
 
     def _check_words(self) -> None:
         for step in itertools.chain(*self.steps.values()):
+            config, check = CHECKS[step.command]
             try:
-                check_bounds(parse(CONFIGS[step.command], step.words))
-            except UsageError as error:
-                raise UsageError(f"{step}: {error}") from error
+                check(parse(config, step.words))
+            except UserError as error:
+                raise type(error)(f"{step}: {error}") from error
 
     def _seeds(self, adapter: str) -> list[int]:
         own = self.file.adapters[adapter].seeds
@@ -145,7 +161,7 @@ class Plan:
 
 def word(key: str, value: Any) -> str:
     """`key=value` as a command takes it, whatever characters the value holds."""
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+    return f"{key}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
 
 
 def check_each_once(key: str, values: Sequence[Any]) -> None:

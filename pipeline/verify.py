@@ -5,7 +5,7 @@ python -m pipeline.verify data_dir=data/mnist_dit
 
 from __future__ import annotations
 
-import shlex
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,23 @@ from omegaconf import MISSING
 
 from pipeline.command import run
 from stages.config import check_bounds, option
-from stages.errors import UserError
+from stages.errors import StorageError, UserError
+from stages.records.dataset import finishing
 from stages.records.folder import Folder, open_folder
 from stages.records.plans import DATASET_FILE, MANIFEST_FILE
 from stages.records.repair import repair
-from stages.records.storage import to_json, write_json
+from stages.records.storage import check_file, to_json, whole_file
 from stages.records.verification import survey
 
 NAMED_ORPHANS = 5
+REPORT = "verification.json"
 GENERATED = (DATASET_FILE, MANIFEST_FILE)  # what generation writes again where units are missing
 
 
 @dataclass
 class VerifyConfig:
     data_dir: str = option(MISSING, "folder of the dataset, on disk or in a bucket")
-    output: str | None = option(None, "by default `verification.json` in the dataset")
+    output: str | None = option(None, "file of the report; by default `verification.json` in the dataset")
     deep: bool = option(
         True, "read every shard; else only description, manifests and commit records, and that each shard has its size"
     )
@@ -55,7 +57,7 @@ def told(name: str, histogram: Any) -> str:
 
 
 def look(root: Folder, config: VerifyConfig) -> dict[str, Any]:
-    """What `verification.json` tells; after a repair, of what is there then."""
+    """What the report tells; after a repair, of what is there then."""
     found = survey(root, config.deep)
     repaired = repair(found, config.grace) if config.repair else []
     if repaired:
@@ -64,27 +66,13 @@ def look(root: Folder, config: VerifyConfig) -> dict[str, Any]:
     return found.summary() | {"repaired": repaired}
 
 
-def finishing(root: Folder) -> str:
-    """How to make what is missing."""
-    if not root.exists("config.yaml"):
-        return "run the command that began it again, which makes the rest"
-    config, copied = root.where("config.yaml"), ""
-    if "://" in config:
-        config, copied = "config.yaml", f", with a copy of {config},"
-    return (
-        f"`python -m pipeline.generate --config {shlex.quote(config)} {root.word('output_dir')}`{copied} makes the rest"
-    )
-
-
 def main(config: VerifyConfig) -> None:
     check_bounds(config)
     root = open_folder(config.data_dir)
+    refuse_in_vain(root, config)
     found = look(root, config)
     tell(root, found)
-    if config.output is None:
-        root.write("verification.json", to_json(found))
-    else:
-        write_json(Path(config.output), found)
+    report(root, config.output, found)
     problems = found["problems"]
     unfinished = [problem for problem in problems if problem["shard"] == DATASET_FILE]
     if unfinished and (config.repair or all(problem["shard"] in GENERATED for problem in problems)):
@@ -96,6 +84,47 @@ def main(config: VerifyConfig) -> None:
             f"`python -m pipeline.verify {root.word('data_dir')} repair=true` mends that, or sets aside what is to be made again"
         )
     print("whole: nothing is missing or damaged" + ("" if config.deep else "; no shard was read"))
+
+
+def refuse_in_vain(root: Folder, config: VerifyConfig) -> None:
+    """
+    Raises:
+        StorageError: what is to be written can be nowhere, which would come out after all shards were read.
+    """
+    if config.repair and root.exists(DATASET_FILE):
+        root.probe("leave repair=true out, or let it be written to")
+    if config.output is None:
+        return
+    try:
+        if "://" in config.output:
+            place_of(config.output)[0].probe("name a file elsewhere")
+        else:
+            check_file(Path(config.output))
+    except StorageError as error:
+        raise StorageError(f"output={config.output}: {error}") from error
+
+
+def place_of(output: str) -> tuple[Folder, str]:
+    """The folder of a file in a bucket, and its name there."""
+    folder, _, name = output.rpartition("/")
+    return open_folder(folder), name
+
+
+def report(root: Folder, output: str | None, found: dict[str, Any]) -> None:
+    """Write what was found; a dataset may be one that can only be read."""
+    content = to_json(found)
+    if output is None:
+        try:
+            root.write(REPORT, content)
+        except StorageError as error:
+            told = str(error).partition("; ")[0]
+            warnings.warn(f"{told}: say output=FILE to have the report elsewhere", stacklevel=1)
+    elif "://" in output:
+        folder, name = place_of(output)
+        folder.write(name, content)
+    else:
+        with whole_file(Path(output)) as file:
+            file.write(content)
 
 
 def tell(root: Folder, found: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
+from diffusers.guiders import BaseGuidance
 from torch import nn
 
 from stages.errors import UserError
@@ -75,6 +76,17 @@ def use_scheduler(pipe: Any, name: str, key: str) -> None:
     if not hasattr(kind, "set_timesteps"):
         raise UserError(f"{key}={name}: no scheduler")
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
+
+
+def new_guider(settings: dict[str, Any]) -> Any:
+    """A guider of diffusers from its class's `name` and its settings."""
+    kind = diffusers_class(str(settings.pop("name", None)), "teacher.guider.name")
+    if not issubclass(kind, BaseGuidance):
+        raise UserError(f"teacher.guider.name={kind.__name__}: no guider")
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise UserError(f"teacher.guider: {kind.__name__} does not take that: {first_line(error)}") from error
 
 
 def quieten() -> None:

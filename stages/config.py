@@ -18,9 +18,15 @@ def option(
     above: float | None = None,
     at_most: float | None = None,
     one_of: Sequence[str] | None = None,
+    kind: Any = None,
 ) -> Any:
-    """A field of a configuration; a callable default makes a new value each time."""
-    metadata = {"help": meaning, "at_least": at_least, "above": above, "at_most": at_most, "one_of": one_of}
+    """A field of a configuration; a callable default makes a new value each time.
+
+    Args:
+        kind: the type that words are read by, where it is one that the field cannot be declared to have.
+    """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "one_of": one_of}
+    metadata = {"help": meaning, "kind": kind, **bounds}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)

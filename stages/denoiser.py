@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Sequence
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -11,18 +13,51 @@ from torch import Tensor, nn
 
 from stages.errors import UserError
 
-DENOISER_NAMES = ("unet", "transformer")
+DENOISER_NAMES = ("unet", "transformer")  # what nearly all pipelines call it
+TIMESTEP_NAMES = ("timestep", "timesteps", "timestep_ratio", "t")
+CONTROLS = ("controlnet", "adapter")  # take a timestep too, and answer for no denoiser
 MASK = "_mask"  # after the name of what it masks
+STEP = "step."  # before the names of what changes from step to step
 NEGATIVE = "negative."  # before the names of what the denoiser was given in its unconditional pass
 
 
 def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
-    """(`"unet"` or `"transformer"`, the module): the part of a pipeline that is called in every step."""
-    for name in DENOISER_NAMES:
-        module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module):
-            return name, uncompiled(module)
-    raise UserError(f"{type(pipe).__name__} has neither a `unet` nor a `transformer`: it cannot be a teacher")
+    """(its name in the pipeline, mostly `"unet"` or `"transformer"`, the module): the part that is called in every step.
+
+    Under another name it is the first component whose `forward` takes a timestep.
+    """
+    return next(iter(denoisers_of(pipe).items()))
+
+
+def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
+    """Every denoiser of a pipeline by name: some have one for the noisy timesteps and one for the others.
+
+    Raises:
+        UserError: there is none.
+    """
+    modules = {name: uncompiled(part) for name, part in _components(pipe).items() if isinstance(part, nn.Module)}
+    usual = [name for name in DENOISER_NAMES if name in modules]
+    found = usual or [name for name, module in modules.items() if _takes_timestep(module) and not _is_control(name)]
+    if not found:
+        raise UserError(
+            f"{type(pipe).__name__} has neither a `unet` nor a `transformer`, nor another part that takes a timestep: it "
+            "cannot be a teacher"
+        )
+    first = found[0]
+    alike = [name for name in modules if name.startswith(f"{first}_") and type(modules[name]) is type(modules[first])]
+    return {name: modules[name] for name in (first, *alike)}
+
+
+def _components(pipe: Any) -> dict[str, Any]:
+    return getattr(pipe, "components", None) or {name: getattr(pipe, name, None) for name in DENOISER_NAMES}
+
+
+def _takes_timestep(module: nn.Module) -> bool:
+    return not {*TIMESTEP_NAMES}.isdisjoint(inspect.signature(module.forward).parameters)
+
+
+def _is_control(name: str) -> bool:
+    return any(word in name for word in CONTROLS)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -42,11 +77,16 @@ def latent_name(denoiser: nn.Module) -> str:
 
 
 def bind_inputs(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of one denoiser call by the denoiser's own names; the first of them is the latent.
+    """The arguments of one denoiser call by the denoiser's own names, flat (see `flatten`); the first of them is the latent.
 
-    What is not given is left out, and dictionaries are flattened: `added_cond_kwargs.text_embeds`.
+    What is not given is left out, and None too, where it may be.
     """
-    return flatten(dict(inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments))
+    signature = inspect.signature(denoiser.forward)
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    needed = [
+        name for name, value in given.items() if value is None and signature.parameters[name].default is Parameter.empty
+    ]
+    return flatten(given) | dict.fromkeys(needed)
 
 
 def negative_tokens(inputs: dict[str, Any], latent: str, rows: slice) -> dict[str, Tensor]:
@@ -63,14 +103,27 @@ def negative_tokens(inputs: dict[str, Any], latent: str, rows: slice) -> dict[st
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1, "c": None}}` to `{"a.b": 1}`."""
+    """Tensors and constants by dotted names, in a list at `[i]`, in a tuple at `(i)`; lists of constants stay whole.
+
+    `{"a": {"b": 1, "c": None}, "d": [x, (y, 2)]}` of tensors x and y becomes
+    `{"a.b": 1, "d.[0]": x, "d.[1].(0)": y, "d.[1].(1)": 2}`.
+    """
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")
-        elif value is not None:
+        elif isinstance(value, (list, tuple)) and _holds_tensors(value):
+            left, right = "[]" if isinstance(value, list) else "()"
+            flat |= flatten({f"{left}{i}{right}": entry for i, entry in enumerate(value)}, f"{prefix}{name}.")
+        elif value is not None or name[0] in "[(":
             flat[prefix + name] = value
     return flat
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return any(map(_holds_tensors, value)) if isinstance(value, (list, tuple)) else isinstance(value, Tensor)
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +135,45 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
         for part in path:
             place = place.setdefault(part, {})
         place[last] = value
-    return nested
+    return {name: _sequenced(value) for name, value in nested.items()}
+
+
+def _sequenced(value: Any) -> Any:
+    """With lists and tuples in place of dictionaries that stand for them."""
+    if not isinstance(value, dict):
+        return value
+    entries = {name: _sequenced(entry) for name, entry in value.items()}
+    kind = {"[": list, "(": tuple}.get(next(iter(entries), " ")[0])
+    return (
+        entries if kind is None else kind(entry for _, entry in sorted(entries.items(), key=lambda e: int(e[0][1:-1])))
+    )
+
+
+def predictions_of(output: Any) -> tuple[Tensor, ...]:
+    """The tensors `[rows, ...]` in what a denoiser returned, the first of them its prediction.
+
+    Each may be a list with a tensor for each row. A model of pictures with sound predicts both.
+    """
+    parts = (
+        (output,) if isinstance(output, Tensor) else output.to_tuple() if hasattr(output, "to_tuple") else tuple(output)
+    )
+    whole = [torch.stack(list(part)) if isinstance(part, (list, tuple)) and part else part for part in parts]
+    return tuple(part for part in whole if isinstance(part, Tensor))
+
+
+def part_of(prediction: Tensor, channels: int) -> Tensor:
+    """The first so many channels (or tokens, or frames) of a prediction, or the last."""
+    return prediction[:, :channels] if channels > 0 else prediction[:, channels:]
+
+
+def as_target(predictions: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
+    """What the scheduler steps by of a prediction `[n, ...]`; of several predictions, all in one `[n, elements]`.
+
+    Args:
+        channels: of each, the first so many; a negative number is of the last, where the first frames are held.
+    """
+    stepped = [part_of(prediction, count) for prediction, count in zip(predictions, channels, strict=False)]
+    return stepped[0] if len(stepped) == 1 else torch.cat([part.flatten(1) for part in stepped], 1)
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from stages.streams import standard_error
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -26,7 +27,8 @@ class _Lines:
 
 def progress(total: int, description: str, unit: str, initial: int = 0, shown: bool = True) -> tqdm[Any]:
     """A bar over `total` things named `unit`, of which `initial` were done before; close it, or use it in a `with`."""
-    terminal = sys.stderr.isatty()
+    stream = standard_error()
+    terminal = stream.isatty()
     return tqdm(
         total=total,
         initial=initial,
@@ -35,7 +37,7 @@ def progress(total: int, description: str, unit: str, initial: int = 0, shown: b
         unit=unit,
         smoothing=0.05,
         dynamic_ncols=terminal,
-        file=sys.stderr if terminal else _Lines(sys.stderr),
+        file=stream if terminal else _Lines(stream),
         mininterval=0.1 if terminal else SECONDS_BETWEEN_LINES,
         bar_format=None if terminal else "{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}",
     )

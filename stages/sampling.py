@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.vae import DecoderOutput
-from torch import Tensor
 
 from stages.errors import UserError
+from stages.pictures import PICTURES, open_picture
+from stages.undecoded import Kept, decode, synchronize, undecoded, up_to_images
 
-Condition = dict[str, Any]  # of one image: `class_label`, or `prompt` and perhaps `negative_prompt`
+__all__ = ["Condition", "Kept", "Request", "decode", "sample", "synchronize", "undecoded"]
+
+Condition = dict[str, Any]  # of one image: `class_label`, or `prompt`, a picture, and perhaps `negative_prompt`
+ONE_FOR_EACH = ("prompt", "negative_prompt", "generator", *PICTURES)
 SCALE_KEYWORDS = ("true_cfg_scale", "guidance_scale")  # where a pipeline has both, the second feeds an embedding
 
 # What a pipeline must be told before it guides by two passes, where its own defaults do not.
@@ -51,8 +53,8 @@ def scale_keyword(pipe: Any) -> str:
         if name in parameters:
             return name
     raise UserError(
-        f"{type(pipe).__name__} takes none of {', '.join(SCALE_KEYWORDS)}: name its argument in SCALE_KEYWORDS of "
-        "stages/sampling.py"
+        f"{type(pipe).__name__} cannot be guided: its call takes none of {', '.join(SCALE_KEYWORDS)}: take another class of the "
+        "model (teacher.pipeline_class=...), or a guider (teacher.guider.name=...)"
     )
 
 
@@ -66,57 +68,36 @@ def sample(pipe: Any, request: Request, guidance_scale: float) -> None:
         "num_inference_steps": request.num_inference_steps,
         "output_type": "pt",
     }
+    if len(request.seeds) == 1:  # which is all that some pipelines take
+        arguments |= {name: arguments[name][0] for name in ONE_FOR_EACH if name in arguments}
     guider = guider_of(pipe)
-    if guider is None:
-        pipe(**arguments, **{scale_keyword(pipe): guidance_scale})
-        return
-    before, guider.guidance_scale = guider.guidance_scale, guidance_scale
-    try:
-        pipe(**arguments)
-    finally:
-        guider.guidance_scale = before
-
-
-def synchronize(pipe: Any) -> None:
-    """Wait for the GPU, so that a clock read afterwards has seen all of its work."""
-    if pipe.device.type == "cuda":
-        torch.cuda.synchronize()
+    with up_to_images(pipe, len(request.seeds)), torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(request.seeds[0])  # some draw what no generator of theirs gives, to encode a picture
+        if guider is None:
+            pipe(**arguments, **{scale_keyword(pipe): guidance_scale})
+            return
+        before, guider.guidance_scale = guider.guidance_scale, guidance_scale
+        try:
+            pipe(**arguments)
+        finally:
+            guider.guidance_scale = before
 
 
 def _told(pipe: Any, conditions: Sequence[Condition], negative_prompt: str | None) -> dict[str, Any]:
     """The conditions as the pipeline's `__call__` takes them; `negative_prompt` is of those that have none of their own."""
     if takes_class_labels(type(pipe)):
         return {"class_labels": [condition["class_label"] for condition in conditions]}
-    told = {"prompt": [condition["prompt"] for condition in conditions]}
-    if negative_prompt is not None or any("negative_prompt" in condition for condition in conditions):
-        told["negative_prompt"] = [condition.get("negative_prompt", negative_prompt or "") for condition in conditions]
+    told: dict[str, Any] = {}
+    if any("prompt" in condition for condition in conditions):
+        told["prompt"] = [condition["prompt"] for condition in conditions]
+        if negative_prompt is not None or any("negative_prompt" in condition for condition in conditions):
+            told["negative_prompt"] = [c.get("negative_prompt", negative_prompt or "") for c in conditions]
+    for name in PICTURES:
+        if any(name in condition for condition in conditions):
+            told[name] = [open_picture(name, condition[name]) for condition in conditions]
     return told
 
 
 def takes_class_labels(pipeline_class: type) -> bool:
     """Whether a pipeline is conditioned by classes, and not by prompts."""
     return "class_labels" in inspect.signature(pipeline_class.__call__).parameters
-
-
-@contextmanager
-def undecoded(pipe: Any) -> Iterator[list[Tensor]]:
-    """Within it the pipeline decodes nothing: the latents `[n, c, ...]` it would have decoded are kept in the list."""
-    latents: list[Tensor] = []
-    vae = pipe.vae
-
-    def keep(z: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        latents.append(z)
-        return DecoderOutput(sample=z) if return_dict else (z,)
-
-    vae.decode = keep
-    try:
-        yield latents
-    finally:
-        del vae.decode
-
-
-@torch.no_grad()
-def decode(pipe: Any, latents: Tensor) -> Tensor:
-    """Images `[n, channels, height, width]` in [-1, 1] from latents that `undecoded` kept; of a video, its first frame."""
-    images = pipe.vae.decode(latents).sample.clamp(-1, 1)
-    return images[:, :, 0] if images.ndim == 5 else images

@@ -5,6 +5,8 @@ Stock initialisation makes networks that all but ignore their condition; `enlive
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,9 +63,19 @@ def enliven(denoiser: nn.Module, std: float = 0.2) -> nn.Module:
     return denoiser.eval().requires_grad_(False)
 
 
-def clip(projection: bool = False, width: int = WIDTH) -> dict[str, Any]:
-    tokenizer = CLIPTokenizer().train_new_from_iterator(PROMPTS, vocab_size=400)
-    tokenizer.model_max_length = 12
+def trained(kind: Any, size: int = 400, text: str = "") -> Any:
+    """A tokenizer of the class `kind` for the prompts and the words of `text`."""
+    return copy.deepcopy(_trained(kind, size, text))
+
+
+@functools.cache
+def _trained(kind: Any, size: int, text: str) -> Any:
+    return kind().train_new_from_iterator([*PROMPTS, text], vocab_size=size)  # breaks ties at random: once
+
+
+def clip(projection: bool = False, width: int = WIDTH, length: int = 12) -> dict[str, Any]:
+    tokenizer = trained(CLIPTokenizer)
+    tokenizer.model_max_length = length
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -71,7 +83,7 @@ def clip(projection: bool = False, width: int = WIDTH) -> dict[str, Any]:
         projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=12,
+        max_position_embeddings=length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -88,7 +100,7 @@ def lively(model: nn.Module) -> nn.Module:
 
 
 def t5(kind: str = "t5", width: int = WIDTH) -> dict[str, Any]:
-    tokenizer = T5Tokenizer().train_new_from_iterator(PROMPTS, vocab_size=60)
+    tokenizer = trained(T5Tokenizer, 60)
     config = {"d_model": width, "d_kv": 8, "d_ff": WIDTH, "num_layers": 2, "num_heads": 4, "vocab_size": len(tokenizer)}
     model = UMT5EncoderModel(UMT5Config(**config)) if kind == "umt5" else T5EncoderModel(T5Config(**config))
     return {"tokenizer": tokenizer, "text_encoder": model.eval()}
@@ -206,7 +218,7 @@ def pixart_sigma() -> Any:
 
 def qwen_image() -> Any:
     """Two calls per step, the conditional one first, and guidance that keeps the norm."""
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(PROMPTS, vocab_size=400)
+    tokenizer = trained(Qwen2Tokenizer)
     config = Qwen2_5_VLConfig(
         text_config={
             "hidden_size": WIDTH,

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.conditioning import find_conditions
+from stages.arguments import Arguments, Axis, decoded, encoded
 from stages.denoiser import MASK, latent_name
-from stages.train.student import restored
 
 SD_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD21_UNET = {
@@ -109,10 +109,7 @@ class Shape:
 
 
 QWEN = {"img_shapes": {"each": [[1, 64, 64]]}}
-CHROMA = {
-    name: {"tensor": [[0.0, 0.0, 0.0]] * length, "dtype": "float32"}
-    for name, length in (("img_ids", 4096), ("txt_ids", 512))
-}
+CHROMA = {name: encoded(torch.zeros(length, 3), 1) for name, length in (("img_ids", 4096), ("txt_ids", 512))}
 TOKENS, POOLED, TIME_IDS = "encoder_hidden_states", "added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids"
 SHAPES = [
     Shape("dit_xl_2_256", "DiT-XL/2 256", lambda: DiTTransformer2DModel(sample_size=32, **DIT), (4, 32, 32), {"class_labels": []}),
@@ -158,13 +155,19 @@ def conditions_of(shape: Shape, n: int, device: torch.device, dtype: torch.dtype
     return {name: made_up(name, sizes) for name, sizes in shape.cond.items()}
 
 
+def arguments_of(shape: Shape, denoiser: nn.Module) -> Arguments:
+    """How a call's arguments are laid out."""
+    places = {name: Axis() for name in (latent_name(denoiser), *shape.cond)}
+    return Arguments(latent_name(denoiser), "timestep", places, shape.constants)
+
+
 def inputs_of(shape: Shape, denoiser: nn.Module, n: int) -> dict[str, Any]:
     """The arguments of one call for n samples, flat, made up, where the denoiser is and in its precision."""
     like = next(denoiser.parameters())
     return {
         latent_name(denoiser): torch.randn(n, *shape.latent, device=like.device, dtype=like.dtype),
         "timestep": torch.full((n,), 500, device=like.device),
-        **{name: restored(value, like.device)(n) for name, value in shape.constants.items()},
+        **{name: decoded(value, like.device)(n) for name, value in shape.constants.items()},
         **conditions_of(shape, n, like.device, like.dtype),
     }
 

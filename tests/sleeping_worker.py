@@ -13,13 +13,12 @@ from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.records.storage import create, seal
 
 FACTS = {"guidance_rule": "none: it sleeps"}
-SECONDS = "seconds"  # of `teacher.call`: how long a unit takes
 
 
 def sleeping_config(teacher: Path, output: Path, seconds: float, units: int, workers: int = 1) -> GenerateConfig:
     """Units of one trajectory of one record."""
     return GenerateConfig(
-        TeacherConfig(str(teacher), call={SECONDS: seconds}),
+        TeacherConfig(str(teacher), variant=f"{seconds:g}"),
         str(output),
         num_trajectories=units,
         trajectories_per_unit=1,
@@ -33,7 +32,7 @@ def made_up_commit(unit: int) -> dict[str, Any]:
     sample = {
         "key": f"{unit:09d}_0000", "offset": 1536, "size": 16384, "checksum": unit, "trajectory": unit, "records": 1,
         "scale": 1.0 + unit % 5, "timestep_min": 1.0, "timestep_max": 999.0, "class_label": unit % 10, "prompt": None,
-        "seed": unit,
+        "seed": unit, "denoiser": "transformer",
     }  # fmt: skip
     sha256 = hashlib.sha256(str(unit).encode()).hexdigest()
     shard = f"shards/{unit:05d}-{sha256[:8]}.tar"
@@ -44,7 +43,7 @@ class SleepingWorker:
     """What a fleet asks of a worker. Its commits are real, written and synced as every other; there are no shards."""
 
     def __init__(self, config: GenerateConfig) -> None:
-        self.seconds, self.root = config.teacher.call[SECONDS], Path(config.output_dir)
+        self.seconds, self.root = float(str(config.teacher.variant)), Path(config.output_dir)
 
     def place(self) -> tuple[str, str]:
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import diffusers
@@ -13,11 +14,25 @@ from stages.adapters import GuidanceAdapter
 from stages.config import check_bounds
 from stages.evaluate.claims import CLAIMS
 from stages.evaluate.config import EvaluateConfig
+from stages.generate.call_arguments import check_arguments
 from stages.generate.config import GenerateConfig
 from stages.train.config import TrainConfig
 from tests.real_shapes import SHAPES
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+PIPELINES = {  # of the families that are tried tiny in tests/pipelines_zoo
+    "cogview4": "CogView4Pipeline",
+    "flux2_klein_base": "Flux2KleinPipeline",
+    "flux_dev": "FluxPipeline",
+    "hunyuan_image": "HunyuanImagePipeline",
+    "ltx2": "LTX2Pipeline",
+    "lumina2": "Lumina2Pipeline",
+    "qwen_image_edit": "QwenImageEditPipeline",
+    "sana": "SanaPipeline",
+    "sd35_large": "StableDiffusion3Pipeline",
+    "wan22": "WanPipeline",
+    "z_image": "ZImagePipeline",
+}
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "generate").glob("*.yaml")), ids=lambda path: path.stem)
@@ -28,9 +43,18 @@ def test_a_teachers_configuration_is_understood(path: Path) -> None:
     assert config.teacher.scheduler is None or hasattr(diffusers, config.teacher.scheduler)
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_teachers_pipeline_takes_what_its_call_is_told(name: str) -> None:
+    config = parse(GenerateConfig, ["--config", str(CONFIGS / "generate" / f"{name}.yaml"), "output_dir=data"])
+    kind = getattr(diffusers, PIPELINES[name])
+    check_arguments(kind, config.teacher.call, config.teacher)
+    taken = inspect.signature(kind.__call__).parameters
+    assert config.teacher.height is None or {"height", "width"} <= taken.keys()
+
+
 def test_every_family_has_a_configuration_and_a_shape() -> None:
     here = {path.stem for path in (CONFIGS / "generate").glob("*.yaml")}
-    assert here == {shape.config for shape in SHAPES} | {"mnist_dit", "mnist_sd"}
+    assert here == {shape.config for shape in SHAPES} | PIPELINES.keys() | {"mnist_dit", "mnist_sd"}
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda path: path.stem)

@@ -19,8 +19,10 @@ from stages.adapters.config import NEGATIVE_TOKENS, TIMESTEP, AdapterConfig
 from stages.adapters.export import export
 from stages.adapters.fusing import LowRank
 from stages.adapters.guidance import Prepared
-from stages.adapters.layers import Inputs
-from stages.adapters.sites import Shape, find_sites, layer_beneath
+from stages.adapters.inputs import Inputs, samples_of
+from stages.adapters.layers import find_blocks
+from stages.adapters.looking import Seen, Spot, argument_in, look
+from stages.adapters.sites import Shape, every_site, find_sites, layer_beneath, width_axis
 from stages.denoiser import flatten
 from stages.errors import UserError
 
@@ -76,8 +78,6 @@ class GuidanceAdapter(Attachable):
         self.config, self.shapes, self.about = config, shapes, about
         self.conditioning = self.new_conditioning()
         self.sites = nn.ModuleDict({name.replace(".", "/"): self.new_site(*shape) for name, shape in shapes.items()})
-        self.prepared: Prepared | None = None
-        self.gate: Tensor | None = None
 
     # What a variant is
 
@@ -89,7 +89,8 @@ class GuidanceAdapter(Attachable):
         """What it sees."""
         wanted = list(self.config.conditions or [])
         chosen = choose_conditions(self.about["conditions"], wanted)
-        return Conditioning(self.config.hidden_size, chosen, self.about["timestep_scale"], TIMESTEP in wanted)
+        scale, offset = self.about["timestep_scale"], self.about.get("timestep_offset", 0.0)
+        return Conditioning(self.config.hidden_size, chosen, scale, TIMESTEP in wanted, offset)
 
     @property
     def sees_negative(self) -> bool:
@@ -101,11 +102,16 @@ class GuidanceAdapter(Attachable):
         return self.config.rank or self.default_rank
 
     @classmethod
+    def candidates(cls, denoiser: nn.Module) -> dict[str, Shape]:
+        """Every module of a denoiser that can be a site of this variant, with its widths: what a trial forward looks at."""
+        return every_site(denoiser)
+
+    @classmethod
     def find(
-        cls, denoiser: nn.Module, config: AdapterConfig, about: dict[str, Any], inputs: Inputs | None = None
+        cls, denoiser: nn.Module, config: AdapterConfig, about: dict[str, Any], seen: dict[str, Seen] | None = None
     ) -> dict[str, Shape]:
-        """The sites of this variant in a denoiser; `inputs` as `for_denoiser` takes them."""
-        return find_sites(denoiser, list(config.sites or []))
+        """The sites of this variant in a denoiser; `seen` of its candidates in a trial forward, if there was one."""
+        return find_sites(denoiser, list(config.sites or []), seen)
 
     @classmethod
     def completed(cls, config: AdapterConfig) -> AdapterConfig:
@@ -143,12 +149,17 @@ class GuidanceAdapter(Attachable):
         """A new adapter, untrained, for the sites that are found in a denoiser.
 
         Args:
-            inputs: arguments of one call of the denoiser, flat, from which sites are found that no name tells. Their values
-                do not matter, and they may be on the meta device.
+            inputs: arguments of one call of the denoiser, flat, for a trial forward (`looking.look`) that shows what no name
+                tells. Their values do not matter, and they may be on the meta device.
         """
         kind = GuidanceAdapter.kind(config.variant)
         config, about = kind.completed(config), kind.described(about, denoiser)
-        adapter = kind(config, kind.find(denoiser, config, about, inputs), about)
+        candidates = kind.candidates(denoiser)
+        seen = look(denoiser, candidates, inputs, about) if inputs is not None and candidates else None
+        shapes = kind.find(denoiser, config, about, seen)
+        spots = {} if seen is None else {name: told for name in shapes if (told := seen[name].told())}
+        about = about | {"blocks": find_blocks(denoiser, shapes)} | ({"spots": spots} if spots else {})
+        adapter = kind(config, shapes, about)
         adapter.start_from(denoiser)
         return adapter
 
@@ -168,9 +179,17 @@ class GuidanceAdapter(Attachable):
                     f"the base has {there}: attach it to a base of the architecture it was trained on"
                 )
 
+        for name, count in find_blocks(denoiser, self.shapes).items():
+            if count != self.about.get("blocks", {}).get(name, count):
+                raise UserError(
+                    f"the adapter does not fit this {type(denoiser).__name__}: it was made for {self.about['blocks'][name]} "
+                    f"{name}, the base has {count}: attach it to a base of the architecture it was trained on"
+                )
+
     def find_again(self, denoiser: nn.Module) -> dict[str, Shape]:
-        """The sites of this adapter in another denoiser."""
-        return self.find(denoiser, self.config, self.about)
+        """The sites of this adapter in another denoiser: by name, because only a run shows which of the candidates are fit."""
+        candidates = self.candidates(denoiser)
+        return {name: candidates[name] for name in self.shapes if name in candidates}
 
     def lora_weights(self, guidance_scale: float) -> LowRank:
         raise UserError(f"adapter.variant={self.variant}: no change of weights: only `lora` is")
@@ -180,27 +199,41 @@ class GuidanceAdapter(Attachable):
 
     def site_hooks(self, denoiser: nn.Module) -> Iterator[RemovableHandle]:
         """Have each site add its part to its module's output."""
-        for i, (name, site) in enumerate(zip(self.shapes, self.sites.values(), strict=True)):
+        for i, name in enumerate(self.shapes):
             module = layer_beneath(denoiser.get_submodule(name))
-            yield module.register_forward_hook(self._add(i, site), with_kwargs=True)
+            yield module.register_forward_hook(self._add(i, name, module), with_kwargs=True)
 
-    def _add(self, i: int, site: nn.Module) -> Callable[..., Any]:
+    def _add(self, i: int, name: str, module: nn.Module) -> Callable[..., Any]:
+        site, shape = self.sites[name.replace(".", "/")], self.shapes[name]
+        spot, tokens_in = Spot(**self.about.get("spots", {}).get(name, {})), argument_in(module)
 
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self.prepared is None:
                 return None
-            tokens = args[0] if args else kwargs["hidden_states"]
-            return self.added(output, site(tokens.to(self.dtype), *self.prepared[i]))
+            tokens = tokens_in(spot.argument, args, kwargs)
+            tokens = tokens.transpose(0, 1) if spot.across else tokens
+            prepared = tuple(of_rows(each, len(tokens), spot.tiled) for each in self.prepared[i])
+            change = self.gated(self.change(site, shape, tokens.to(self.dtype), prepared), spot.tiled)
+            return added(output, change.transpose(0, 1) if spot.across else change, spot.output)
 
         return add
 
-    def added(self, output: Any, change: Tensor) -> Any:
-        """An output with the change of its guided samples; of joint attention the image's tokens come first."""
-        if isinstance(output, tuple):
-            return (self.added(output[0], change), *output[1:])
-        if self.gate is not None:
-            change = change * of_rows(self.gate, len(change)).view(-1, *[1] * (change.ndim - 1))
-        return output + change.to(output.dtype)
+    def change(self, site: nn.Module, shape: Shape, tokens: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
+        """What a site adds, in the layout of the module's output; a site itself knows tokens `[n, length, width]` alone."""
+        axis = width_axis(tokens.shape, shape[0])
+        if tokens.ndim == 3 and axis == 2:
+            return site(tokens, *prepared)
+        assert axis is not None
+        within = [size for i, size in enumerate(tokens.shape) if i not in (0, axis)]
+        change = site(tokens.movedim(axis, -1).flatten(1, -2), *prepared)
+        sizes = within if change.shape[1] != 1 else [1] * len(within)
+        return change.unflatten(1, sizes).movedim(-1, axis)
+
+    def gated(self, change: Tensor, tiled: bool = False) -> Tensor:
+        """The change `[rows, ...]` of those samples that are guided."""
+        if self.gate is None:
+            return change
+        return change * of_rows(self.gate, len(change), tiled).view(-1, *[1] * (change.ndim - 1))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -215,15 +248,17 @@ class GuidanceAdapter(Attachable):
         guidance = self.guidance
         if guidance is None or guidance.bypass:
             return None
-        inputs = flatten(given) | guidance.negative
-        latent = next(iter(inputs.values()))
-        self.follow(latent.device)
-        guidance.to(latent.device)
-        timestep = torch.as_tensor(inputs["timestep"], device=latent.device)
-        row = guidance.row(timestep)
-        scale = guidance.at(row, len(latent))
+        wanted = bool(self.config.conditions)
+        samples = samples_of(flatten(given), next(iter(given)), self.about, wanted)
+        if samples.ragged and guidance.known and not guidance.is_uniform:
+            raise UserError(
+                "guidance_scale: one for each image, and the images' prompts differ in length: give the images one by one"
+            )
+        self.follow(samples.device)
+        guidance.to(samples.device)
+        scale = guidance.at(guidance.row(samples.timestep), samples.count)
         self.gate = scale != 1 if guidance.mixed else None
-        self.prepared = self._prepare(scale, timestep.expand(len(latent)), inputs)
+        self.prepared = self._prepare(scale, samples.timestep, samples.conditions | guidance.negative)
         return None
 
     def after_forward(self, denoiser: nn.Module, output: Any) -> Any:
@@ -295,9 +330,28 @@ class GuidanceAdapter(Attachable):
         return folder.push(self, repo_id, private, token, commit_message)
 
 
-def of_rows(values: Tensor, rows: int) -> Tensor:
-    """Values `[rows, ...]` from those of n samples: a layer may be given several rows for each, side by side."""
-    return values.repeat_interleave(rows // len(values), dim=0)
+def added(output: Any, change: Tensor, which: int) -> Any:
+    """A module's output, or of several that one, with a change."""
+    if isinstance(output, (tuple, list)):
+        return type(output)(added(each, change, 0) if i == which else each for i, each in enumerate(output))
+    return output + change.to(output.dtype)
+
+
+def of_rows(values: Tensor, rows: int, tiled: bool = False) -> Tensor:
+    """Values `[rows, ...]` from those of n samples: a layer may be given several rows for each, side by side or by turns.
+
+    Raises:
+        UserError: it is given rows that belong to no sample.
+    """
+    samples = len(values)
+    if rows == samples:
+        return values
+    if rows % samples:
+        raise UserError(
+            f"a layer is given {rows} rows for {samples} samples, so that guidance cannot tell them apart: give the samples one by one"
+        )
+    count = rows // samples
+    return values.repeat(count, *[1] * (values.ndim - 1)) if tiled else values.repeat_interleave(count, dim=0)
 
 
 def told(shape: Shape | None) -> str:

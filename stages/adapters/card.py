@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 from huggingface_hub import EvalResult, ModelCardData
 
 if TYPE_CHECKING:
@@ -19,10 +21,7 @@ An adapter that folds classifier-free guidance into one forward pass (adapter gu
 The base is frozen and stays as it is; the guidance scale is an input.
 
 ```python
-from diffusers import DiffusionPipeline
-from stages.adapters import GuidanceAdapter
-
-pipe = DiffusionPipeline.from_pretrained("{base}")
+{loading}
 GuidanceAdapter.from_pretrained("this folder, or its name on the hub").attach(pipe)
 ```
 
@@ -55,6 +54,7 @@ def model_card(adapter: GuidanceAdapter) -> str:
     about, parameters = adapter.about, sum(parameter.numel() for parameter in adapter.parameters())
     low, high = about["scale_range"]
     facts = {
+        **teacher_of(about),
         "variant": adapter.variant,
         "trained scales": f"{low:g} to {high:g}",
         "parameters": f"{parameters:,}",
@@ -75,10 +75,49 @@ def model_card(adapter: GuidanceAdapter) -> str:
     card = CARD.format(
         header=header(adapter, rows),
         base=about["base"]["pretrained_model_name_or_path"],
+        loading=loading(about),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
     )
     card += MEASURED.format(rows="\n".join(map(measured, rows))) if rows else ""
     return card + "".join(DIAL.format(scale=scale, rows=dial(rows)) for scale, rows in about.get("dial", {}).items())
+
+
+def teacher_of(about: dict[str, Any]) -> dict[str, str]:
+    """What was recorded: the pipeline, how it guided, its scheduler, and what its call was told."""
+    base, teacher, rule = about["base"], about.get("teacher", {}), about.get("guidance_rule")
+    told = {
+        "teacher": base.get("pipeline_class"),
+        "its guidance": as_code(rule) if isinstance(rule, dict) else rule,
+        "its guider": as_code(teacher.get("guider")),
+        "its scheduler": teacher.get("scheduler_class"),
+        "configured as": as_code(teacher.get("scheduler_config")),
+        "its call was told": as_code(about.get("arguments")),
+    }
+    return {name: value for name, value in told.items() if value}
+
+
+def as_code(values: dict[str, Any] | None) -> str:
+    """JSON that stands in a cell of a table; nothing of what is empty."""
+    return f"`{json.dumps(values, default=str)}`".replace("|", "\\|") if values else ""
+
+
+def loading(about: dict[str, Any]) -> str:
+    """Lines of Python that load what was recorded, as far as stock classes are it."""
+    base, teacher = about["base"], about.get("teacher", {})
+    kind = base.get("pipeline_class")
+    if teacher.get("guider") or not hasattr(diffusers, str(kind)):
+        kind = "DiffusionPipeline"
+    scheduler = teacher.get("scheduler_class")
+    source = "".join(f", {key}={base[key]!r}" for key in ("revision", "variant") if base.get(key))
+    lines = [
+        f"from diffusers import {', '.join(filter(None, (scheduler, kind)))}",
+        "from stages.adapters import GuidanceAdapter",
+        "",
+        f'pipe = {kind}.from_pretrained("{base["pretrained_model_name_or_path"]}"{source})',
+    ]
+    if scheduler:
+        lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)")
+    return "\n".join(lines)
 
 
 def header(adapter: GuidanceAdapter, rows: list[dict[str, Any]]) -> str:

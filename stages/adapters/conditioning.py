@@ -11,12 +11,14 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
 from stages.adapters.config import NEGATIVE_TOKENS, POOLED, TIMESTEP, TOKENS
+from stages.adapters.inputs import is_mask
 from stages.denoiser import NEGATIVE
 from stages.errors import UserError
 
 FREQUENCIES = 64
 LABEL, MEAN = "label", "mean"
 SMALLEST_EMBEDDING = 16  # what is narrower is no embedding: image sizes, crops
+FEWEST_TOKENS = 5  # what is shorter is rather no prompt: coordinates along three axes, one token for a length
 
 
 class ScaleEmbedding(nn.Module):
@@ -50,27 +52,27 @@ def find_conditions(tensors: dict[str, dict[str, Any]], num_classes: int) -> dic
 
     Args:
         tensors: dtype and shape of the conditional inputs by the denoiser's own names.
-        num_classes: how many rows a table of classes needs.
+        num_classes: how many rows a table of classes needs; with one there is nothing to tell apart.
 
     Returns:
         By name, a class (`{"class_labels": {"kind": "label", "classes": 10}}`), the widest pooled embedding, and the
-        widest token embeddings, positive and negative, each with its kind and width.
+        widest token embeddings, positive and negative, each with its kind and width. Few tokens, and several embeddings of each,
+        `[length, several, width]` or `[several, length, width]`, serve where there is nothing else.
     """
-    tensors = {name: told for name, told in tensors.items() if not name.endswith("mask")}
     found: dict[str, dict[str, Any]] = {}
     for name, told in tensors.items():
-        if told["shape"] == [] and "int" in told["dtype"] and not found:
+        if told["shape"] == [] and "int" in told["dtype"] and num_classes > 1 and not found:
             found[name] = {"kind": LABEL, "classes": num_classes}
-    for kind, rank, negative in ((POOLED, 1, False), (TOKENS, 2, False), (NEGATIVE_TOKENS, 2, True)):
+    for kind, ranks, negative in ((POOLED, (1,), False), (TOKENS, (2, 3), False), (NEGATIVE_TOKENS, (2, 3), True)):
         fitting = {
-            name: told["shape"][-1]
+            name: (kind == POOLED or told["shape"][0] >= FEWEST_TOKENS, -len(told["shape"]), told["shape"][-1])
             for name, told in tensors.items()
-            if len(told["shape"]) == rank and "float" in told["dtype"] and told["shape"][-1] >= SMALLEST_EMBEDDING
-            and name.startswith(NEGATIVE) == negative
+            if len(told["shape"]) in ranks and "float" in told["dtype"] and told["shape"][-1] >= SMALLEST_EMBEDDING
+            and name.startswith(NEGATIVE) == negative and "mask" not in name
         }  # fmt: skip
         if fitting:
             name = max(fitting, key=lambda name: fitting[name])
-            found[name] = {"kind": kind, "width": fitting[name]}
+            found[name] = {"kind": kind, "width": fitting[name][-1]}
     return found
 
 
@@ -174,7 +176,7 @@ class Conditioning(nn.Module):
     Args:
         hidden_size: width of the vectors.
         conditions: by the denoiser's argument names, as `choose_conditions` tells them.
-        timestep_scale: the denoiser's timestep over the scheduler's, which counts to 1000.
+        timestep_scale, timestep_offset: the denoiser's timestep is `scale * t + offset`, t the scheduler's, which counts to 1000.
         sees_timestep: whether the timestep is among what is known.
     """
 
@@ -184,9 +186,10 @@ class Conditioning(nn.Module):
         conditions: dict[str, dict[str, Any]],
         timestep_scale: float,
         sees_timestep: bool = True,
+        timestep_offset: float = 0.0,
     ) -> None:
         super().__init__()
-        self.timestep_scale = timestep_scale
+        self.timestep_scale, self.timestep_offset = timestep_scale, timestep_offset
         self.scale = ScaleEmbedding(hidden_size)
         self.timestep_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.timestep = TimestepEmbedding(256, hidden_size) if sees_timestep else None
@@ -203,8 +206,10 @@ class Conditioning(nn.Module):
         for name, embedding in zip(self.names, self.conditions, strict=True):
             if name not in inputs:
                 raise UserError(f"the adapter was trained with {name}, and this call of the denoiser has none")
-            mask = mask_of(name, inputs)
-            whole, each = embedding(inputs[name], mask)
+            value, mask = inputs[name], None
+            if value.ndim > 2:
+                value, mask = as_tokens(value, mask_of(name, inputs))
+            whole, each = embedding(value, mask)
             wholes.append(whole)
             if each is not None:
                 tokens.append(each)
@@ -223,7 +228,8 @@ class Conditioning(nn.Module):
         """
         parts = [self.scale(guidance_scale)]
         if self.timestep is not None:
-            parts.append(self.timestep(self.timestep_features(timestep.float() / self.timestep_scale)))
+            counted = (timestep.float() - self.timestep_offset) / self.timestep_scale
+            parts.append(self.timestep(self.timestep_features(counted)))
         together = torch.stack(parts, 1)
         if embedded.wholes.shape[1]:
             together = torch.cat([together, embedded.wholes], 1)
@@ -254,7 +260,24 @@ def joined(masks: list[Tensor | None], tokens: list[Tensor]) -> Tensor | None:
 
 
 def mask_of(name: str, inputs: dict[str, Any]) -> Tensor | None:
-    """The mask `[n, length]` beside token embeddings `[n, length, width]`, whatever the denoiser calls it."""
+    """The mask `[n, length]` beside token embeddings `[n, length, ...]`, whatever the denoiser calls it.
+
+    It is told by its shape. Of several that fit, each embeddings of the length have their own, in the order of the arguments.
+    """
     shape, negative = inputs[name].shape[:2], name.startswith(NEGATIVE)
-    masks = [key for key in inputs if key.endswith("mask") and key.startswith(NEGATIVE) == negative]
-    return next((inputs[key] for key in masks if getattr(inputs[key], "shape", None) == shape), None)
+    beside = {
+        key: value for key, value in inputs.items()
+        if isinstance(value, Tensor) and key.startswith(NEGATIVE) == negative and value.shape[:2] == shape
+    }  # fmt: skip
+    masks = [value for key, value in beside.items() if is_mask(key, value)]
+    tokens = [key for key, value in beside.items() if value.ndim > 2 and value.is_floating_point()]
+    own = tokens.index(name) if len(tokens) == len(masks) else 0
+    return masks[own] if masks else None
+
+
+def as_tokens(value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Embeddings `[n, length, kinds, width]` as `[n, length * kinds, width]`, and their mask."""
+    if value.ndim == 3:
+        return value, mask
+    kinds = value.shape[2:-1].numel()
+    return value.flatten(1, -2), None if mask is None else mask.repeat_interleave(kinds, 1)

@@ -12,11 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stages.adapters.adapter import GuidanceAdapter, Site
+from stages.adapters.adapter import GuidanceAdapter, Site, of_rows
 from stages.adapters.conditioning import LABEL, Known
-from stages.adapters.config import TOKENS, AdapterConfig
-from stages.adapters.layers import Inputs
+from stages.adapters.config import POOLED, TOKENS, AdapterConfig
+from stages.adapters.inputs import places_of
+from stages.adapters.looking import Seen
 from stages.adapters.sites import Shape, find_label_embedders
+from stages.arguments import argument
 from stages.denoiser import flatten, unflatten
 from stages.errors import UserError
 
@@ -46,7 +48,10 @@ class EmbeddingSite(Site):
 
 
 class Embedding(GuidanceAdapter):
-    """Corrects the prompt's token embeddings as they reach the denoiser; of a class, what its tables give, all alike."""
+    """Corrects the prompt's token embeddings as they reach the denoiser; of a class, what its tables give, all alike.
+
+    Where there is neither, it corrects the pooled embedding.
+    """
 
     variant = "embedding"
     default_sites = ()
@@ -57,42 +62,68 @@ class Embedding(GuidanceAdapter):
         return EmbeddingSite(shape[0], self.config.hidden_size, self.rank)
 
     @classmethod
+    def candidates(cls, denoiser: nn.Module) -> dict[str, Shape]:
+        return {}
+
+    @classmethod
     def find(
-        cls, denoiser: nn.Module, config: AdapterConfig, about: dict[str, Any], inputs: Inputs | None = None
+        cls, denoiser: nn.Module, config: AdapterConfig, about: dict[str, Any], seen: dict[str, Seen] | None = None
     ) -> dict[str, Shape]:
         """The condition that is corrected, with its width."""
         if config.sites:
             raise UserError("adapter.sites: the variant embedding sits at no site: leave it out")
-        tokens = {name: [told["width"]] * 2 for name, told in about["conditions"].items() if told["kind"] == TOKENS}
-        if tokens:
-            return tokens
+        by_kind = {
+            told["kind"]: {name: [told["width"]] * 2} for name, told in about["conditions"].items() if "width" in told
+        }
         tables = find_label_embedders(denoiser)
-        if not tables:
-            raise UserError(
-                f"{type(denoiser).__name__}: neither token embeddings nor a table of classes to correct: take another variant"
-            )
-        return {LABEL: next(iter(tables.values()))}
+        if TOKENS in by_kind:
+            return by_kind[TOKENS]
+        if tables:
+            return {LABEL: next(iter(tables.values()))}
+        if POOLED in by_kind:
+            return by_kind[POOLED]
+        raise UserError(
+            f"{type(denoiser).__name__}: no embeddings and no table of classes to correct: take another variant"
+        )
+
+    def find_again(self, denoiser: nn.Module) -> dict[str, Shape]:
+        return self.find(denoiser, self.config, self.about)
 
     def site_hooks(self, denoiser: nn.Module) -> Iterator[RemovableHandle]:
-        (site,) = self.sites.values()
-
         def correct(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if self.prepared is None:
                 return None
-            return self.added(output, site(output.to(self.dtype)[:, None], *self.prepared[0])[:, 0])
+            return self._corrected(output, slice(None))
 
         for name in find_label_embedders(denoiser) if LABEL in self.shapes else []:
             yield denoiser.get_submodule(name).register_forward_hook(correct)
 
     def before_forward(self, denoiser: nn.Module, given: dict[str, Any]) -> dict[str, Any] | None:
         super().before_forward(denoiser, given)
-        ((name, (width, _)),) = self.shapes.items()
+        (name,) = self.shapes
         if self.prepared is None or name == LABEL:
             return None
         inputs = flatten(given)
-        tokens = inputs[name]
+        place = places_of(inputs, next(iter(given)), self.about)[name]
+        if place.listed:
+            entries = enumerate(argument(inputs, name, place))
+            changed = {f"{name}.[{i}]": self._corrected(entry[None], slice(i, i + 1))[0] for i, entry in entries}
+        else:
+            tokens = inputs[name].movedim(place.dim, 0)
+            changed = {name: self._corrected(tokens, slice(None)).movedim(0, place.dim)}
+        argument_changed = name.partition(".")[0]  # others may hold None, which is not among the inputs
+        return given | {argument_changed: unflatten(inputs | changed)[argument_changed]}
+
+    def _corrected(self, tokens: Tensor, samples: slice) -> Tensor:
+        """Embeddings `[rows, ..., width]` of some of the samples, with the change of those that are guided."""
+        ((name, (width, _)),) = self.shapes.items()
         if tokens.shape[-1] != width:
             raise UserError(f"the adapter was made for {name} of width {width}, and was given {tokens.shape[-1]}")
+        assert self.prepared is not None
         (site,) = self.sites.values()
-        inputs[name] = self.added(tokens, site(tokens.to(self.dtype), *self.prepared[0]))
-        return unflatten(inputs)
+        prepared = (of_rows(each[samples], len(tokens)) for each in self.prepared[0])
+        change = site(tokens.to(self.dtype).reshape(len(tokens), -1, width), *prepared).view(tokens.shape)
+        if self.gate is not None:
+            gate = of_rows(self.gate[samples], len(tokens)).view(-1, *[1] * (tokens.ndim - 1))
+            change = change * gate
+        return tokens + change.to(tokens.dtype)

@@ -42,7 +42,7 @@ def describe(adapter: GuidanceAdapter, path: Path) -> None:
     """Write model card and configuration."""
     config = {"format_version": FORMAT_VERSION, "adapter": asdict(adapter.config), "sites": adapter.shapes}
     with whole(path / CARD_FILE) as part:
-        part.write_text(model_card(adapter))
+        part.write_text(model_card(adapter), encoding="utf-8")
     with whole(path / CONFIG_FILE) as part:
         part.write_text(json.dumps(config | adapter.about, indent=2) + "\n")
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.adapters.adapter import of_rows
 from stages.adapters.config import AdapterConfig
+from stages.adapters.looking import tree_map
 from stages.adapters.offset import Offset
 from stages.adapters.sites import Shape, layer_beneath
 from stages.errors import UserError
@@ -25,11 +27,12 @@ class Full(Offset):
     """
 
     variant = "full"
+    exclusive = True
 
     def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], about: dict[str, Any]) -> None:
         super().__init__(config, shapes, about)
         self._base: list[tuple[dict[str, Any], str, nn.Parameter]] = []
-        self.unguided: Tensor | None = None
+        self.unguided: Any = None
         self.weights = nn.ParameterDict(
             {name.replace(".", "/"): torch.empty(shape) for name, shape in about["weights"].items()}
         )
@@ -57,7 +60,8 @@ class Full(Offset):
             return None
         if self.guidance is not None and self.guidance.known and self.guidance.mixed:
             prepared, self.prepared = self.prepared, None
-            self.unguided = denoiser.forward(**given)[0]
+            own = tree_map(Tensor.clone, given)  # some denoisers change what they are given
+            self.unguided = denoiser.forward(**own)
             self.prepared = prepared
         self._swap(denoiser)
         return None
@@ -76,7 +80,10 @@ class Full(Offset):
             path, _, leaf = name.rpartition(".")
             parameters = layer_beneath(denoiser.get_submodule(path))._parameters
             self._base.append((parameters, leaf, parameter))
-            parameters[leaf] = self.weights[name.replace(".", "/")].to(parameter.dtype)
+            weight = self.weights[name.replace(".", "/")].to(parameter.dtype)
+            parameters[leaf] = (
+                weight if torch.is_grad_enabled() else weight.detach()
+            )  # a convolution's kernel goes by it
 
 
 def weights_of(denoiser: nn.Module) -> dict[str, nn.Parameter]:
@@ -92,8 +99,15 @@ def shapes_of(denoiser: nn.Module) -> dict[str, Shape]:
     return {name: list(parameter.shape) for name, parameter in weights_of(denoiser).items()}
 
 
-def mixed(guided: Tensor, output: Any, unguided: Tensor) -> Any:
-    """A denoiser's output with the unguided samples put in the place of their own."""
-    prediction = output[0]
-    chosen = torch.where(guided.view(-1, *[1] * (prediction.ndim - 1)), prediction, unguided)
-    return (chosen, *output[1:]) if isinstance(output, tuple) else type(output)(chosen)
+def mixed(guided: Tensor, output: Any, unguided: Any) -> Any:
+    """A denoiser's output, of any nesting, with the unguided samples put in the place of their own."""
+    if isinstance(output, dict):  # what diffusers' denoisers return by default is one too
+        return type(output)(**{name: mixed(guided, value, unguided[name]) for name, value in output.items()})
+    if isinstance(output, (tuple, list)):
+        of_samples = len(output) == len(guided) and isinstance(output, list)
+        each = guided.unbind(0) if of_samples else [guided] * len(output)
+        return type(output)(mixed(*entry) for entry in zip(each, output, unguided, strict=True))
+    if not isinstance(output, Tensor):
+        return output
+    rows = of_rows(guided, len(output)) if guided.ndim else guided
+    return torch.where(rows.view(-1, *[1] * (output.ndim - 1)) if guided.ndim else rows, output, unguided)

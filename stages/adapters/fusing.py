@@ -46,7 +46,8 @@ class FusedWeights:
             }
         except torch.OutOfMemoryError as error:
             raise UserError(
-                'no memory left to keep the base\'s own weights while a scale is fused: adapter.attach(pipe, backup_device="cpu")'
+                "no memory left to keep the base's own weights while a scale is fused: detach the adapter, and keep them elsewhere: "
+                'adapter.attach(pipe, backup_device="cpu")'
             ) from error
         self.marks: dict[str, Tensor] = {}
 

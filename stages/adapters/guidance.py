@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,8 +16,11 @@ ScaleSchedule = Sequence[Scales] | Callable[[int, float], Scales]
 Prepared = list[tuple[Tensor, ...]]  # of every site
 
 
-def as_scales(scale: Scales) -> Tensor:
+def as_scales(scale: Scales, offset: float = 0.0) -> Tensor:
     """Scales `[images]`; one below 1 is no guidance, as in diffusers.
+
+    Args:
+        offset: added to each: pipelines that guide by `c + w (c - u)` count from 0.
 
     Raises:
         UserError: it is no scale; those on a GPU are a batch in training, which must not wait for it.
@@ -27,7 +31,7 @@ def as_scales(scale: Scales) -> Tensor:
         raise UserError(f"guidance_scale={scale}: give a number, or one for each image") from error
     if scales.device.type == "cpu" and not (len(scales) and bool(scales.isfinite().all())):
         raise UserError(f"guidance_scale={scale}: give a finite number, or one for each image")
-    return scales.clamp(min=1)
+    return (scales + offset).clamp(min=1)
 
 
 def scales_of_schedule(schedule: ScaleSchedule, timesteps: Tensor) -> Tensor:
@@ -115,3 +119,23 @@ def spread(scales: Tensor, n: int) -> Tensor:
     if n % images:
         raise UserError(f"{images} guidance scales were given for a batch of {n}: one per image, or one for all")
     return scales.repeat_interleave(n // images, dim=1)
+
+
+class InForce:
+    """What is in force while a denoiser runs.
+
+    Attributes:
+        guidance: of its calls.
+        begun: whether a forward pass began.
+        prepared: of every site, computed before that pass; None where the adapter stands aside.
+        gate: `[n]`, which samples are guided; None where all are.
+    """
+
+    guidance: Guidance | None = None
+    begun: bool = False
+    prepared: Prepared | None = None
+    gate: Tensor | None = None
+
+
+class Here(InForce, threading.local):
+    """What is in force in one thread, so that calls in several threads may share an adapter."""

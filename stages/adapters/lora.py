@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.adapters.adapter import GuidanceAdapter, Site, of_rows
+from stages.adapters.adapter import GuidanceAdapter, Site
 from stages.adapters.conditioning import Conditioning, Known, ScaleAlone
 from stages.adapters.config import AdapterConfig
 from stages.adapters.fusing import LowRank, why_not_fusable
-from stages.adapters.layers import Inputs, adaptable_layers, find_blocks, find_layers, shape_of
-from stages.adapters.sites import Shape
-from stages.errors import UserError
+from stages.adapters.layers import adaptable_layers, find_layers, shape_of
+from stages.adapters.looking import Seen
+from stages.adapters.sites import CONVOLUTIONS, Shape
 
 
 class LoRASite(Site):
@@ -26,17 +26,19 @@ class LoRASite(Site):
 
     Args:
         width_in, width_out: of the layer; rank: of the change; hidden_size: of the conditioning vector, 0 without conditions.
-        kernel: height, width, stride and padding of a convolution; none of a linear layer.
+        kernel: of a convolution, as `shape_of` tells it after the widths; none of a linear layer.
     """
 
     def __init__(
         self, width_in: int, width_out: int, rank: int, hidden_size: int, kernel: tuple[int, ...] = ()
     ) -> None:
         super().__init__()
+        self.lora_A: Any  # linear or convolutional
+        self.lora_B: Any
         if kernel:
-            height, width, stride, padding = kernel
-            self.lora_A: nn.Conv2d | nn.Linear = nn.Conv2d(width_in, rank, (height, width), stride, padding, bias=False)
-            self.lora_B: nn.Conv2d | nn.Linear = nn.Conv2d(rank, width_out, 1, bias=False)
+            kind, size, stride, padding = convolution_of(kernel)
+            self.lora_A = kind(width_in, rank, size, stride, padding, bias=False)
+            self.lora_B = kind(rank, width_out, 1, bias=False)
         else:
             self.lora_A = nn.Linear(width_in, rank, bias=False)
             self.lora_B = nn.Linear(rank, width_out, bias=False)
@@ -50,12 +52,20 @@ class LoRASite(Site):
         return (gain if self.gain is None else gain * (1 + self.gain(known.vector)),)
 
     def forward(self, tokens: Tensor, *prepared: Tensor) -> Tensor:
-        low = self.lora_A(tokens)
-        gain = of_rows(prepared[0], len(low))
+        low, (gain,) = self.lora_A(tokens), prepared
         channels = 1 if self.is_convolution else low.ndim - 1
         shape = [1] * low.ndim
         shape[0], shape[channels] = gain.shape
         return self.lora_B(low * gain.view(shape))
+
+
+def convolution_of(kernel: tuple[int, ...]) -> tuple[type[Any], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The kind of a convolution, its kernel, strides and paddings, from what `shape_of` tells after the widths."""
+    if len(kernel) == 4:
+        height, width, stride, padding = kernel
+        kernel = (height, width, stride, stride, padding, padding)
+    axes = len(kernel) // 3
+    return CONVOLUTIONS[axes - 1], kernel[:axes], kernel[axes : 2 * axes], kernel[2 * axes :]
 
 
 class LoRA(GuidanceAdapter):
@@ -73,27 +83,17 @@ class LoRA(GuidanceAdapter):
         return super().new_conditioning() if self.config.conditions else ScaleAlone()
 
     @classmethod
+    def candidates(cls, denoiser: nn.Module) -> dict[str, Shape]:
+        return {name: shape_of(layer) for name, layer in adaptable_layers(denoiser).items()}
+
+    @classmethod
     def find(
-        cls, denoiser: nn.Module, config: AdapterConfig, about: dict[str, Any], inputs: Inputs | None = None
+        cls, denoiser: nn.Module, config: AdapterConfig, about: dict[str, Any], seen: dict[str, Seen] | None = None
     ) -> dict[str, Shape]:
-        return find_layers(denoiser, list(config.sites or []), inputs)
+        return find_layers(denoiser, list(config.sites or []), seen)
 
-    def start_from(self, denoiser: nn.Module) -> None:
-        self.about = self.about | {"blocks": find_blocks(denoiser, self.shapes)}
-
-    def find_again(self, denoiser: nn.Module) -> dict[str, Shape]:
-        """By name, because which layers see the image shows only in a run."""
-        every = adaptable_layers(denoiser)
-        return {name: shape_of(every[name]) for name in self.shapes if name in every}
-
-    def check_fit(self, denoiser: nn.Module) -> None:
-        super().check_fit(denoiser)
-        for name, count in find_blocks(denoiser, self.shapes).items():
-            if count != self.about["blocks"][name]:
-                raise UserError(
-                    f"the adapter does not fit this {type(denoiser).__name__}: it was made for {self.about['blocks'][name]} "
-                    f"{name}, the base has {count}: attach it to a base of the architecture it was trained on"
-                )
+    def change(self, site: nn.Module, shape: Shape, tokens: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
+        return site(tokens, *prepared)
 
     def why_unfused(self, denoiser: nn.Module) -> str | None:
         if self.config.conditions:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +16,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from stages.adapters.fusing import FusedWeights, LowRank
+from stages.adapters.guidance import Guidance
+from stages.errors import UserError
 
 RIDE = "_guidance_ride"  # among a denoiser's attributes
 
@@ -24,34 +30,98 @@ class Fused:
     strength: float = 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class Context:
+    """A scale that is in force between pipelines' calls, inside another one or none."""
+
+    guidance: Guidance
+    outer: Context | None
+
+
+class Turns:
+    """Whose turn it is on a denoiser: who changes its weights goes alone, those who leave them as they are go together.
+
+    A thread that has its turn may take it once more, also alone within alone, or together within alone.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._alone: list[int] = []  # the thread that goes alone, as often as it does
+        self._together: Counter[int] = Counter()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        me = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: {*self._alone, *self._together} <= {me})
+            self._alone.append(me)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._alone.pop()
+                self._changed.notify_all()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        self.join()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def join(self) -> None:
+        """Begin to go together."""
+        me = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: {*self._alone} <= {me})
+            self._together[me] += 1
+
+    def leave(self) -> None:
+        """End what `join` began."""
+        with self._changed:
+            self._together[threading.get_ident()] -= 1
+            self._together += Counter()  # leaves out who does not go any more
+            self._changed.notify_all()
+
+
 class Ride:
     """It lies on the denoiser itself, so that a deep copy of the denoiser has one of its own.
 
     Attributes:
-        handles: of the hooks that are there.
+        guards: of the hooks by which calls that no adapter guides wait for those that change the weights.
+        handles: of the hooks that guide; entrance: the module whose call they see, a wrapper around the denoiser perhaps.
         fused: what the weights hold; None where they are the base's own.
-        lock: held for the time of a pipeline's call, because calls at two scales cannot share the weights.
+        held: what they hold between calls, because somebody fused it.
+        contexts: open, in the order of opening, whatever thread opened them.
+        turns: of those that use the denoiser.
     """
 
     def __init__(self, backup_device: str | torch.device | None) -> None:
         self.backup_device = backup_device
+        self.guards: list[RemovableHandle] = []
         self.handles: list[RemovableHandle] = []
+        self.entrance: nn.Module | None = None
         self.fused: Fused | None = None
+        self.held: Fused | None = None
+        self.contexts: list[Context] = []
         self.weights: FusedWeights | None = None
-        self.lock = threading.RLock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, lock=threading.RLock())
+        self.turns = Turns()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ride:
-        """A copy shares the lock, because the adapter that rides on both has one guidance in force."""
+        """A copy takes turns with its original, because the adapter that rides on both moves between their devices."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        vars(copied).update(copy.deepcopy(self.__getstate__(), memo), lock=self.lock)
+        apart = {"contexts": [], "turns": self.turns}
+        own = {name: value for name, value in vars(self).items() if name not in apart}
+        vars(copied).update(copy.deepcopy(own, memo), **apart)
         return copied
+
+    @property
+    def resting(self) -> Guidance | None:
+        """What guides between pipelines' calls; None where that differs from thread to thread, or nothing does."""
+        nested = all(inner.outer is outer for outer, inner in pairwise(self.contexts))
+        return self.contexts[-1].guidance if self.contexts and nested else None
 
     def put(self, denoiser: nn.Module, fused: Fused, change: LowRank) -> None:
         """Fuse; interrupted, the base's own weights are back."""
@@ -81,13 +151,39 @@ class Ride:
 
 
 def begin_ride(denoiser: nn.Module, backup_device: str | torch.device | None) -> None:
-    vars(denoiser)[RIDE] = Ride(backup_device)
+    ride = vars(denoiser)[RIDE] = Ride(backup_device)
+    ride.guards.append(denoiser.register_forward_pre_hook(wait_for_turn))
+    ride.guards.append(denoiser.register_forward_hook(EndTurn(), always_call=True))
+
+
+def wait_for_turn(denoiser: nn.Module, args: Any) -> None:
+    """Pipelines that carry no adapter may share a denoiser: none of their passes runs on weights that a scale is in."""
+    if not torch.compiler.is_compiling():  # compiled code knows no threads
+        ride_of(denoiser).turns.join()
+
+
+class EndTurn:
+    """The first of a ridden denoiser's hooks, so that it says why the denoiser cannot be pickled. Copies share it."""
+
+    def __call__(self, denoiser: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            ride_of(denoiser).turns.leave()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EndTurn:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UserError(
+            "a denoiser that carries an adapter cannot be pickled: detach the adapter first, and attach it anew there"
+        )
 
 
 def end_ride(denoiser: nn.Module) -> None:
     """Leave a denoiser as it was."""
     ride = ride_of(denoiser)
     ride.unhook()
+    for handle in ride.guards:
+        handle.remove()
     del vars(denoiser)[RIDE]
     ride.restore()
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from stages.denoiser import bind_inputs, denoiser_of, latent_name, negative_tokens
+from stages.adapters.wrapping import unwrapped
+from stages.denoiser import bind_inputs, latent_name, negative_tokens
 from stages.errors import UserError
 
 
@@ -18,68 +19,75 @@ class StoppedError(Exception):
     """The pipeline got as far as it was wanted to."""
 
 
-class StandIn:
-    """In the denoiser's place during a guided step: answers with zeros until the unconditional call, and keeps that one.
+class Step:
+    """A guided step under way, whichever denoiser it calls.
 
     Attributes:
-        inputs: of the unconditional call, flat.
+        calls_left: before the unconditional one; inputs: of that one, flat.
     """
 
-    def __init__(self, denoiser: Any, call: int) -> None:
-        self.denoiser, self.calls_left = denoiser, call
+    def __init__(self, calls_left: int) -> None:
+        self.calls_left = calls_left
         self.inputs: dict[str, Any] = {}
+
+
+class StandIn:
+    """In a denoiser's place during a guided step: answers with zeros until the unconditional call, and keeps that one."""
+
+    def __init__(self, denoiser: Any, step: Step) -> None:
+        self.denoiser, self.step = denoiser, step
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.denoiser, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Transformer2DModelOutput:
         inputs = bind_inputs(self.denoiser, args, kwargs)
-        if not self.calls_left:
-            self.inputs = inputs
+        if not self.step.calls_left:
+            self.step.inputs = inputs
             raise StoppedError
-        self.calls_left -= 1
+        self.step.calls_left -= 1
         return Transformer2DModelOutput(torch.zeros_like(next(iter(inputs.values()))))
 
 
 def unconditional_tokens(
-    pipe: Any, call: Callable[[], Any], place: dict[str, int], generators: Any
+    pipe: Any, names: Sequence[str], call: Callable[[], Any], place: dict[str, int], generators: Any
 ) -> dict[str, Tensor]:
     """Token embeddings and masks of a guided call's unconditional pass, named `negative.NAME`, each `[n, ...]`.
 
     The pipeline prepares the call as it always does, so that prompts are encoded by its own rules, and is stopped at its first step.
 
     Args:
-        call: a guided call of the pipeline; place: its call, chunk and number of chunks (`dataset.json`'s layout).
+        names: of its denoisers; call: a guided call of the pipeline; place: its call, chunk and number of chunks (`dataset.json`'s layout).
         generators: those of the call, one, several or none: they come back as they were.
 
     Raises:
         UserError: the call makes no unconditional pass.
     """
-    name, denoiser = denoiser_of(pipe)
-    with (
-        restored(generators),
-        replaced(pipe, name, StandIn(denoiser, place["call"])) as stand_in,
-        suppress(StoppedError),
-    ):
+    step, denoisers = Step(place["call"]), {name: unwrapped(getattr(pipe, name)) for name in names}
+    with ExitStack() as stack:
+        stack.enter_context(restored(generators))
+        for name, denoiser in denoisers.items():
+            stack.enter_context(replaced(pipe, name, StandIn(denoiser, step)))
+        stack.enter_context(suppress(StoppedError))
         call()
-    latent = latent_name(denoiser)
-    rows = len(stand_in.inputs[latent]) if stand_in.inputs else 0
+    latent = latent_name(next(iter(denoisers.values())))
+    rows = len(step.inputs[latent]) if step.inputs else 0
     if not rows:
         raise UserError(
             f"{type(pipe).__name__} makes no unconditional pass in this call, and the adapter sees its tokens: give a negative_prompt"
         )
     size = rows // place["chunks"]
-    return negative_tokens(stand_in.inputs, latent, slice(place["chunk"] * size, (place["chunk"] + 1) * size))
+    return negative_tokens(step.inputs, latent, slice(place["chunk"] * size, (place["chunk"] + 1) * size))
 
 
 @contextmanager
-def replaced(pipe: Any, name: str, stand_in: StandIn) -> Iterator[StandIn]:
+def replaced(pipe: Any, name: str, stand_in: StandIn) -> Iterator[None]:
     """Within it, a pipeline has another part; its configuration does not hear of it, nor does its user's progress bar."""
     before, bar = vars(pipe)[name], getattr(pipe, "_progress_bar_config", {})
     vars(pipe)[name] = stand_in
     pipe.set_progress_bar_config(**bar | {"disable": True})
     try:
-        yield stand_in
+        yield
     finally:
         vars(pipe)[name] = before
         pipe.set_progress_bar_config(**bar)

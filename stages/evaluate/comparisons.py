@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import inspect
+import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
+import diffusers
+from diffusers import ModularPipeline
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
-from stages.base import first_line, load_pipeline, resolve
-from stages.denoiser import denoiser_of
+from stages.base import diffusers_class, first_line, load_pipeline, new_guider, resolve
+from stages.denoiser import denoiser_of, denoisers_of
 from stages.errors import UserError
 from stages.evaluate.first_steps import guided_first
 from stages.evaluate.watching import Step, counted, stepped
-from stages.sampling import Condition, Request, sample, synchronize, takes_class_labels, undecoded
+from stages.pictures import PicturePath, check_pictures
+from stages.prompts import check_columns
+from stages.sampling import (
+    Condition,
+    Request,
+    guider_of,
+    sample,
+    scale_keyword,
+    synchronize,
+    takes_class_labels,
+    undecoded,
+)
 
 NONE, CFG, ONE_PASS = "none", "cfg", "one_pass"
 CFG_FIRST_50, CFG_FIRST_60 = "cfg_first_50", "cfg_first_60"
@@ -78,12 +93,39 @@ def load_pair(
 ) -> tuple[Any, GuidanceAdapter]:
     """The pipeline, with a LoRA where one is named, and the adapter for it, not attached yet."""
     adapter = GuidanceAdapter.from_pretrained(adapter_dir)
-    base = adapter.about["base"]
-    source = {} if name_or_path else {key: base[key] for key in ("revision", "variant")}
-    pipe = load_pipeline(name_or_path or base["pretrained_model_name_or_path"], device=device, **source)
+    pipe = load_recorded(adapter.about, name_or_path, device)
     if lora is not None:
         load_lora(pipe, lora)
     return pipe, fitted(adapter, pipe)
+
+
+def load_recorded(about: dict[str, Any], name_or_path: str | None, device: str) -> Any:
+    """The teacher that an adapter's folder tells of: its pipeline's class, its scheduler, its guider.
+
+    Args:
+        name_or_path: of another base in place of the teacher's own; its scheduler keeps what belongs to its weights.
+    """
+    base, teacher = about["base"], about.get("teacher", {})
+    source = {} if name_or_path else {key: base[key] for key in ("revision", "variant")}
+    kind = "ModularPipeline" if teacher.get("guider") else base["pipeline_class"]
+    if not hasattr(diffusers, kind):
+        warnings.warn(
+            f"diffusers {diffusers.__version__} has no {kind}, of which the records are: the base's own is taken",
+            stacklevel=2,
+        )
+        kind = None
+    pipe: Any = load_pipeline(
+        name_or_path or base["pretrained_model_name_or_path"], device=device, pipeline_class=kind, **source
+    )
+    if teacher.get("guider"):
+        pipe.update_components(guider=new_guider(dict(teacher["guider"])))
+    if "scheduler_class" in teacher:
+        scheduler = diffusers_class(teacher["scheduler_class"], "the scheduler of the records")
+        own = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+        config = own if name_or_path else teacher["scheduler_config"]
+        if type(pipe.scheduler) is not scheduler or json.dumps(own, default=str) != json.dumps(config, default=str):
+            pipe.scheduler = scheduler.from_config(config)
+    return pipe
 
 
 def load_lora(pipe: Any, name_or_path: str) -> None:
@@ -109,24 +151,41 @@ def fitted(adapter: GuidanceAdapter, pipe: Any) -> GuidanceAdapter:
 def arguments_of(pipe: Any, adapter: GuidanceAdapter) -> dict[str, Any]:
     """What the adapter's teacher was told besides, as far as this pipeline takes it: not another rule's settings."""
     known = inspect.signature(type(pipe).__call__).parameters
-    return {name: value for name, value in adapter.about["arguments"].items() if name in known}
+    has_guider = guider_of(pipe) is not None  # then the pipeline takes whatever its blocks do
+    return {name: value for name, value in adapter.about["arguments"].items() if name in known or has_guider}
 
 
 def conditions_of(
-    pipe: Any, adapter: GuidanceAdapter, class_labels: list[int] | None, prompts: list[str]
+    pipe: Any,
+    adapter: GuidanceAdapter,
+    class_labels: list[int] | None,
+    prompts: list[str],
+    pictures: Mapping[str, list[str]] | None = None,
 ) -> list[Condition]:
-    """What to sample: the prompts that are given, or the classes; by default all that the adapter was trained on.
+    """What to sample: the prompts and pictures that are given, or the classes; by default all that the adapter was trained on.
+
+    Args:
+        pictures: paths by the name of the pipeline's argument, as many of each as there are prompts.
 
     Raises:
         UserError: prompts for a pipeline that takes classes, or the other way round, or a class not trained on.
     """
-    kind = type(pipe)
+    kind, told = type(pipe), {name: paths for name, paths in (pictures or {}).items() if paths}
     if not takes_class_labels(kind):
-        if not prompts:
-            raise UserError(f"prompts: not given: {kind.__name__} takes prompts, not classes")
-        return [{"prompt": prompt} for prompt in prompts]
-    if prompts:
-        raise UserError(f"prompts: {kind.__name__} takes classes: say class_labels=...")
+        takes_prompts = isinstance(pipe, ModularPipeline) or "prompt" in inspect.signature(kind.__call__).parameters
+        if not prompts and takes_prompts:
+            raise UserError(f"prompts: not given: {kind.__name__} takes prompts, not classes: say prompts=...")
+        columns: dict[str, list[Any]] = ({"prompt": prompts} if prompts else {}) | {
+            name: [PicturePath(path) for path in paths] for name, paths in told.items()
+        }
+        if differing := [name for name, values in columns.items() if len(values) != len(next(iter(columns.values())))]:
+            raise UserError(f"{differing[0]}: give as many as prompts")
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        check_columns(rows or [{}], "prompts", kind)
+        check_pictures(rows, "prompts", of_one_size=False)
+        return rows
+    if prompts or told:
+        raise UserError(f"{next(iter(told), 'prompts')}: {kind.__name__} takes classes: say class_labels=...")
     trained = list(adapter.about["sampled"]["class_labels"])
     labels = trained if class_labels is None else list(class_labels)
     if not labels or not set(labels) <= set(trained):
@@ -140,25 +199,39 @@ def sample_setting(pipe: Any, adapter: GuidanceAdapter, setting: Setting, reques
     n = len(request.seeds)
     with (
         undecoded(pipe) as latents,
-        counted(denoiser_of(pipe)[1]) as count,
+        counted(*denoisers_of(pipe).values()) as count,
         stepped(pipe, n) as steps,
         guiding(pipe, adapter, setting, steps, n),
     ):
         synchronize(pipe)
         start = time.perf_counter()
-        sample(pipe, request, setting.guidance_scale)
+        sample(pipe, *told(pipe, {} if adapter is None else adapter.about, setting, request))
         synchronize(pipe)
-        seconds = time.perf_counter() - start
+        seconds = (latents.ended or time.perf_counter()) - start
     return Samples(latents[0], count[0], seconds, steps, adapter.fused if setting.method == ONE_PASS else None)
+
+
+def told(pipe: Any, about: dict[str, Any], setting: Setting, request: Request) -> tuple[Request, float]:
+    """A request, and the scale that the pipeline is given for that of a setting; for no guidance, all that switches it off."""
+    offset = about.get("scale_offset", 0.0)
+    guides_itself = setting.method != ONE_PASS or not isinstance(pipe, ModularPipeline)
+    if setting.method != NONE and guides_itself:
+        return request, setting.guidance_scale - offset
+    off = dict(about.get("no_guidance", {}))
+    known = inspect.signature(type(pipe).__call__).parameters
+    scale = off.pop(scale_keyword(pipe), 1.0 - offset) if guider_of(pipe) is None else 1.0 - offset
+    return replace(request, arguments=request.arguments | {k: v for k, v in off.items() if k in known}), scale
 
 
 @contextmanager
 def guiding(pipe: Any, adapter: GuidanceAdapter, setting: Setting, steps: list[Step], n: int) -> Iterator[None]:
     """Within it, a call of the pipeline at the setting's scale is guided by the setting's method."""
     if setting.method == ONE_PASS:
-        adapter.attach(pipe)
+        is_modular = isinstance(pipe, ModularPipeline)  # whose call names no argument that an adapter could take
+        adapter.attach(denoiser_of(pipe)[1] if is_modular else pipe)
         try:
-            yield
+            with adapter.guidance_scale(setting.guidance_scale) if is_modular else nullcontext():
+                yield
         finally:
             adapter.detach()
     elif setting.method in FIRST_PERCENT:

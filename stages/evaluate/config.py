@@ -19,6 +19,7 @@ class EvaluateConfig:
     adapter_dir: Any = option(
         MISSING,
         "folder of the adapter, on disk or in a bucket, or its hub id; or a list of them: adapters of one base, compared in one run",
+        kind=str | list[str],
     )
     guidance_scale: list[float] = option(lambda: [1.5, 2.0, 3.0], "scales to compare at")
     methods: list[str] = option(
@@ -29,7 +30,7 @@ class EvaluateConfig:
     prompts: str | None = option(
         None,
         "where the pipeline takes prompts: a file with a column prompt and perhaps class_label (.txt, .jsonl, .csv, "
-        ".parquet)",
+        ".parquet), and with image, mask_image or video where it takes pictures: their paths, relative to the file",
     )
     reference: str | None = option(
         "stages/embedded/digits",
@@ -63,6 +64,9 @@ class SampleConfig:
         None, "one image each; by default all classes that the adapter was trained on"
     )
     prompts: list[str] = option(list, "one image each, where the pipeline takes prompts")
+    image: list[str] = option(list, "paths, one for each image, where the pipeline takes pictures")
+    mask_image: list[str] = option(list, "paths of masks, one for each image, where the pipeline takes them")
+    video: list[str] = option(list, "paths of moving pictures, one for each image, where the pipeline takes them")
     guidance_scale: float = option(2.0, "scale of the guided and the one-pass row", above=1)
     output: str = option("grid.png", "image file")
     pretrained_model_name_or_path: str | None = option(None, "the pipeline; by default the base that the adapter names")

@@ -25,7 +25,7 @@ from stages.evaluate.parts import Parts, Result
 from stages.evaluate.reference import Reference
 from stages.evaluate.worker import DISTANCES, ERROR, Facts, Worker, number_of_parts
 from stages.progress import progress
-from stages.records.storage import whole_file
+from stages.records.storage import check_folder, whole_file
 
 Begin = Callable[[Facts], list[int]]
 Makers = Callable[["Evaluation", Begin], Iterator[int]]
@@ -77,6 +77,7 @@ class Evaluation:
 
     def run(self, makers: Makers = in_process) -> list[dict[str, Any]]:
         """Make the parts that an earlier run of the same evaluation has not made, and tell the rows of all."""
+        check_folder(self.folder)
         if self.reference is not None:  # first, so that a file that is no image is told before hours of sampling
             remember_features(self.reference, self.folder / "reference_features.safetensors")
         with progress(self.config.num_samples, "evaluate", "images") as bar:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,17 +37,24 @@ def replaced(owner: Any, name: str, method: Any) -> Iterator[None]:
 
 
 @contextmanager
-def counted(denoiser: nn.Module) -> Iterator[list[int]]:
-    """Within it, the first item counts the denoiser's evaluations: one for each sample of each batch it really runs."""
-    count, forward = [0], denoiser.forward
+def counted(*denoisers: nn.Module) -> Iterator[list[int]]:
+    """Within it, the first item counts the denoisers' evaluations: one for each sample of each batch that one really runs."""
+    count = [0]
+    with ExitStack() as stack:
+        for denoiser in denoisers:
+            stack.enter_context(replaced(denoiser, "forward", _counting(denoiser, count)))
+        yield count
+
+
+def _counting(denoiser: nn.Module, count: list[int]) -> Callable[..., Any]:
+    forward = denoiser.forward
 
     @functools.wraps(forward)  # pipelines and adapters look at its signature
     def counting(*args: Any, **kwargs: Any) -> Any:
         count[0] += len(next(iter(bind_inputs(denoiser, args, kwargs).values())))
         return forward(*args, **kwargs)
 
-    with replaced(denoiser, "forward", counting):
-        yield count
+    return counting
 
 
 @contextmanager

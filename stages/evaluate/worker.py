@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ from stages.evaluate.metrics import Measure
 from stages.evaluate.parts import LAYOUT, Parts, Result
 from stages.evaluate.reference import Reference
 from stages.evaluate.threads import threads_that_pay
-from stages.pictures import to_picture
-from stages.prompts import read_prompts
+from stages.pictures import check_pictures, to_picture
+from stages.prompts import check_columns, read_prompts
 from stages.records.storage import whole_file
 from stages.sampling import Condition, Request, decode, takes_class_labels
 
@@ -112,6 +112,12 @@ class Worker:
                 )
             return conditions_of(self.pipe, self.first, None, [prompts] if prompts else [])
         rows = read_prompts(prompts)
+        check_columns(rows, f"prompts={prompts}", type(self.pipe))
+        check_pictures(rows[: self.config.num_samples], f"prompts={prompts}", of_one_size=False)
+        if self.config.clip_model is not None and "prompt" not in rows[0]:
+            raise UserError(
+                f"clip_model: prompts={prompts} has no prompts: the score is of images and prompts: leave it out"
+            )
         named = [row for row in rows if "class_label" in row]
         if named and len(named) < len(rows):
             raise UserError(
@@ -126,6 +132,7 @@ class Worker:
                 "base": adapter.about["base"]["denoiser_fingerprint"]
                 == self.first.about["base"]["denoiser_fingerprint"]
                 or self.config.pretrained_model_name_or_path is not None,
+                "teacher": self._teacher_of(adapter) == self._teacher_of(self.first),
                 "teacher.call": arguments_of(self.pipe, adapter) == self.arguments,
                 "classes": adapter.about["sampled"]["class_labels"] == self.first.about["sampled"]["class_labels"],
             }
@@ -134,6 +141,10 @@ class Worker:
                     f"adapter_dir: {name} was trained with another {differing[0]} than {next(iter(self.adapters))}: "
                     "evaluate each in a run of its own"
                 )
+
+    @staticmethod
+    def _teacher_of(adapter: GuidanceAdapter) -> list[Any]:
+        return [adapter.about["base"].get("pipeline_class"), adapter.about.get("teacher")]
 
     def _facts(self) -> Facts:
         components = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}

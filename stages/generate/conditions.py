@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import diffusers
@@ -12,8 +14,10 @@ from stages.base import first_line, resolve
 from stages.denoiser import DENOISER_NAMES
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, TeacherConfig
-from stages.prompts import read_bytes, read_prompts
-from stages.sampling import Condition, takes_class_labels
+from stages.prompts import check_columns, read_prompts, read_text
+from stages.sampling import Condition
+
+CLASS = re.compile(r"-?\d{1,18}", re.ASCII)
 
 
 def read_conditions(config: GenerateConfig) -> list[Condition]:
@@ -26,17 +30,26 @@ def read_conditions(config: GenerateConfig) -> list[Condition]:
         known = count_classes(config.teacher)
         return [{"class_label": label} for label in read_class_labels(config.class_labels, known)]
     prompts = read_prompts(config.prompts)
-    kind = getattr(diffusers, str(read_config(config.teacher).get("_class_name")), None)
-    if kind is not None and takes_class_labels(kind):
+    check_columns(prompts, f"prompts={config.prompts}", pipeline_class_of(config.teacher))
+    told, of_their_own = dict(config.teacher.call), sum("negative_prompt" in prompt for prompt in prompts)
+    if of_their_own == len(prompts) and "negative_prompt" in told:
         raise UserError(
-            f"prompts={config.prompts}: {kind.__name__} takes classes, not prompts: say class_labels=all, a list, or a file"
+            f"teacher.call.negative_prompt: each row of prompts={config.prompts} has its own: leave one of them out"
         )
-    if any(
-        "negative_prompt" in prompt for prompt in prompts
-    ):  # all have one then, or a batch would depend on its neighbours
-        common = str(dict(config.teacher.call).get("negative_prompt", ""))
-        prompts = [{"negative_prompt": common, **prompt} for prompt in prompts]
+    if of_their_own:  # all have one then, or a batch would depend on its neighbours
+        prompts = [{"negative_prompt": told.get("negative_prompt", ""), **prompt} for prompt in prompts]
     return prompts
+
+
+def makes_images_of_their_size(teacher: TeacherConfig) -> bool:
+    """Whether a teacher's pipeline takes the size of what it makes from the picture that it is given."""
+    kind = pipeline_class_of(teacher)
+    known = {} if kind is None else inspect.signature(kind.__call__).parameters
+    for name in ("height", "width"):
+        told = getattr(teacher, name) or dict(teacher.call).get(name)
+        if told is None and (name not in known or known[name].default is None):
+            return True
+    return False
 
 
 def read_class_labels(asked: Any, known: int) -> list[int]:
@@ -54,7 +67,7 @@ def read_class_labels(asked: Any, known: int) -> list[int]:
 
 def _read_words(path: str) -> list[str]:
     try:
-        return read_bytes(path).decode().split()
+        return read_text(path).split()
     except (OSError, ValueError, obstore.exceptions.BaseError) as error:
         raise UserError(
             f"{path}: no readable file of classes ({first_line(error)}): give `all`, a list, or a file"
@@ -62,8 +75,9 @@ def _read_words(path: str) -> list[str]:
 
 
 def _class_label(value: Any, known: int, named: str) -> int:
-    if isinstance(value, bool) or not str(value).lstrip("-").isdecimal():
-        raise UserError(f"{named}: {value!r} is not a class: classes are whole numbers, one per line")
+    if isinstance(value, bool) or not CLASS.fullmatch(str(value)):
+        shown = f"{value!r:.60}"
+        raise UserError(f"{named}: {shown} is not a class: classes are whole numbers, one per line")
     label = int(value)
     if not 0 <= label < known:
         raise UserError(f"{named}: class {label} is out of range: the teacher knows 0 to {known - 1}")
@@ -86,9 +100,13 @@ def count_classes(teacher: TeacherConfig) -> int:
     return int(count)
 
 
-def count_timesteps(teacher: TeacherConfig) -> int:
-    """How many timesteps a pipeline's scheduler was trained with."""
-    return int(read_config(teacher, "scheduler").get("num_train_timesteps", 1000))
+def pipeline_class_of(teacher: TeacherConfig) -> type | None:
+    """The class that a teacher's pipeline will have; None where it is not of diffusers, or where a guider guides."""
+    if teacher.guider:
+        return None
+    name = teacher.pipeline_class or str(read_config(teacher).get("_class_name"))
+    kind = getattr(diffusers, name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, DiffusionPipeline) else None
 
 
 def read_config(teacher: TeacherConfig, component: str | None = None) -> dict[str, Any]:
@@ -100,9 +118,16 @@ def read_config(teacher: TeacherConfig, component: str | None = None) -> dict[st
     # Any model and any scheduler would do: each knows only what its file is called.
     kind: Any = {None: DiffusionPipeline, "scheduler": DDIMScheduler}.get(component, UNet2DConditionModel)
     path = teacher.pretrained_model_name_or_path
+    if component is not None and read_config(teacher).get(component) in (None, [None, None]):
+        raise UserError(f"teacher.pretrained_model_name_or_path={path}: has no {component}: it cannot be recorded")
     try:
         read = kind.load_config(resolve(path), subfolder=component, revision=teacher.revision)
     except (OSError, ValueError) as error:
+        if component is not None:
+            raise UserError(
+                f"teacher.pretrained_model_name_or_path={path}: its {component} has no configuration ({first_line(error)}): "
+                "save the pipeline anew with its save_pretrained"
+            ) from error
         raise UserError(
             f"teacher.pretrained_model_name_or_path={path}: neither a folder with a diffusers pipeline nor a hub id "
             f"that can be reached ({first_line(error)})"

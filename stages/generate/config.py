@@ -57,10 +57,13 @@ class GenerateConfig:
     )
     prompts: str | None = option(
         None,
-        "a file or `s3://` object: .txt with one prompt per line, or .jsonl, .csv, .parquet with a column prompt and "
-        "perhaps negative_prompt, seed, guidance_scale, class_label",
+        "a file or `s3://` object, in UTF-8: .txt with one prompt per line, or .jsonl, .csv, .parquet with a column prompt "
+        "and perhaps negative_prompt, seed, guidance_scale, class_label; and image, mask_image, video: paths, relative to "
+        "the file, of pictures that the pipeline takes",
     )
-    class_labels: Any = option("all", "without prompts: `all`, a list, or a text file with one class per line")
+    class_labels: Any = option(
+        "all", "without prompts: `all`, a list, or a text file with one class per line", kind=str | list[int]
+    )
     num_trajectories_per_condition: int = option(1, "guided sampling runs of each prompt or class", at_least=1)
     num_trajectories: int | None = option(
         None, "in place of that: how many in all, prompts or classes taking turns", at_least=1

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections import Counter, deque
 from contextlib import suppress
 from typing import Any
 
 from stages.base import first_line
 from stages.config import to_yaml
-from stages.errors import ChangedError, StorageError, UserError
+from stages.errors import ChangedError, DamageError, StorageError, UserError
+from stages.generate.conditions import makes_images_of_their_size
 from stages.generate.config import GenerateConfig
 from stages.generate.description import check_same_config, describe_plan, is_all_of
 from stages.generate.events import Event, Failed, Fleet, Loaded, Made
@@ -18,8 +20,10 @@ from stages.generate.plan import Plan
 from stages.generate.preview import write_preview_grid
 from stages.generate.profile import Profile
 from stages.generate.telling import Telling
-from stages.records.commits import committed_units, is_committed, read_commits
+from stages.pictures import check_pictures
+from stages.records.commits import commit_name, committed_units, is_committed, read_commit, read_commits
 from stages.records.folder import open_folder
+from stages.records.manifest import misfit
 from stages.records.plans import PLACE_OF_TEACHER, plan_digests, published, read_info
 from stages.records.publication import begin_plan, publish, withdraw
 from stages.records.storage import to_json
@@ -32,7 +36,7 @@ class Driver:
     """One run of generation over one output folder, alone or beside others on the same: what another commits is not made again.
 
     Raises:
-        UserError: the folder holds a dataset of another configuration, or units are missing at the end.
+        UserError: the folder cannot be written to, or holds a dataset of another configuration; at the end, units are missing.
     """
 
     def __init__(self, config: GenerateConfig) -> None:
@@ -51,8 +55,14 @@ class Driver:
                     f"{self.root}: more prompts or classes than it holds, for no more trajectories: raise their number"
                 )
         todo = [unit for unit in range(len(self.plan)) if unit not in self.committed]
+        if todo:
+            of_one_size = makes_images_of_their_size(config.teacher)
+            check_pictures(self.plan.conditions, f"prompts={config.prompts}", of_one_size)
         random.Random().shuffle(todo)  # drivers beside each other seldom come to a unit at the same time
         self.todo = deque(todo)
+        if not self.finished:
+            check_recordable(self.plan)
+            self.root.probe()
         self.in_flight: set[int] = set()
         self.begun = False
         self.attempts: Counter[int | None] = Counter()
@@ -108,7 +118,7 @@ class Driver:
             raise ChangedError(f"{self.root}: dataset.json is gone: put it back, or take another output_dir")
         if not self._begins(there):
             raise ChangedError(
-                f"{self.root}: was begun anew by another run with another configuration, and is that one's now"
+                f"{self.root}: was begun anew by another run with another configuration, and is that one's now: take another output_dir"
             )
         assert self.info is not None
         grown = len(there["plans"]) > len(self.info["plans"])
@@ -157,11 +167,26 @@ class Driver:
                 self.attempts[None] = 0
                 self._see_facts(event.facts)
             case Made():
+                self._see_room(event)
                 self._see_made(event.unit)
             case Failed(unit=None):
                 self._see_no_worker(event)
             case Failed(unit=int(unit)):
                 self._see_failure(event, unit)
+
+    def _see_room(self, made: Made) -> None:
+        """Tell, once it is known how large a record is, of a disk that all of them will not fit on."""
+        if self.records_made or (free := self.root.free()) is None:
+            return
+        with suppress(DamageError):
+            size = read_commit(self.root, commit_name(made.unit))["size"] / made.records
+            self._tell_room(size, free, made.records)
+
+    def _tell_room(self, size: float, free: int, made: int) -> None:
+        left = size * (self.plan.num_records - sum(map(self.plan.records_of, self.committed)) - made)
+        if left > free:
+            told = f"about {left / 1e6:,.1f} MB are still to be made, and {free / 1e6:,.1f} MB are free there"
+            warnings.warn(f"{self.root}: {told}: make room, or this run ends with what fits", stacklevel=1)
 
     def _see_made(self, unit: int) -> None:
         self.in_flight.remove(unit)
@@ -250,6 +275,20 @@ class Driver:
             "seconds": seconds,
             "records_per_second": self.records_made / seconds,
         } | self.profile.summary()
+
+
+def check_recordable(plan: Plan) -> None:
+    """
+    Raises:
+        UserError: the manifest could not hold a prompt, a class or a seed, which would come out once all is made.
+    """
+    for column in ("prompt", "class_label", "seed"):
+        if found := misfit(column, [condition.get(column) for condition in plan.conditions]):
+            place, why = found
+            source = f"{plan.config.prompts}: row {place + 1}" if plan.config.prompts else "class_labels"
+            raise UserError(
+                f"{source}: {column}={plan.conditions[place][column]!r}: cannot be recorded: {why}: change it"
+            )
 
 
 def units_of(plans: list[dict[str, Any]]) -> int:

@@ -257,7 +257,10 @@ def start_ray(config: GenerateConfig) -> None:
     Raises:
         UserError: there is no such cluster, or a worker asks for more than this machine has, which no other node can join.
     """
-    if address := config.ray_address or os.environ.get("RAY_ADDRESS"):
+    if config.ray_address:
+        join(ray, config.ray_address, "ray_address")
+        return
+    if address := os.environ.get("RAY_ADDRESS"):
         join(ray, address)
         return
     join(ray, None, num_cpus=max(os.cpu_count() or 1, math.ceil(config.num_workers * config.num_cpus)))

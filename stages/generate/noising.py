@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from stages.denoiser import denoiser_of, latent_name
 from stages.errors import UserError
-from stages.generate.layout import PROBED_SCALES, PROBED_STEPS, SAME, Layout, distance
+from stages.generate.layout import Layout
+from stages.generate.probing import PROBED_SCALES, SAME, distance
 from stages.generate.recorder import Recorder
 from stages.generate.watching import Call, watched
 from stages.sampling import Request, sample, undecoded
@@ -36,8 +36,8 @@ def sampled(pipe: Any, layout: Layout, n: int) -> Iterator[list[Tensor]]:
     """
     latents: list[Tensor] = []
 
-    def check(calls: list[Call], prediction: Tensor, timestep: Any) -> None:
-        for given in (call.inputs[layout.latent] for call in calls if latents):
+    def check(calls: list[Call], received: list[Tensor], timestep: Any) -> None:
+        for given in (call.inputs[layout.arguments.latent] for call in calls if latents):
             if distance(given, as_input(pipe.scheduler, latents[0], timestep, given)) >= SAME:
                 raise UserError(
                     f"{type(pipe).__name__}: its denoiser is given something else than the latents that its scheduler "
@@ -109,4 +109,4 @@ def check_noising(pipe: Any, layout: Layout, request: Request) -> None:
     if not (hasattr(pipe.scheduler, "scale_noise") or hasattr(pipe.scheduler, "add_noise")):
         raise UserError(f"{type(pipe.scheduler).__name__}: adds no noise by itself: record with trajectory=guided")
     with undecoded(pipe), sampled(pipe, layout, 1):
-        sample(pipe, replace(request, num_inference_steps=PROBED_STEPS), PROBED_SCALES[0])
+        sample(pipe, request, PROBED_SCALES[0])

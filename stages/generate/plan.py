@@ -11,8 +11,10 @@ import numpy as np
 
 from stages.config import check_bounds
 from stages.errors import UsageError
-from stages.generate.conditions import count_timesteps, read_conditions
+from stages.generate.call_arguments import check_arguments
+from stages.generate.conditions import pipeline_class_of, read_conditions
 from stages.generate.config import GenerateConfig
+from stages.generate.steps import count_steps
 from stages.sampling import Condition
 
 GOLDEN_RATIO = 0.6180339887498949
@@ -48,12 +50,17 @@ class Plan:
     Args:
         earlier: the plans that `dataset.json` tells of as made, oldest first; their conditions are the first of this one's.
 
+    Attributes:
+        steps_per_trajectory: of the scheduler, which may take more of them than `num_inference_steps`, or fewer.
+
     Raises:
         UsageError: the configuration asks for something impossible.
     """
 
     def __init__(self, config: GenerateConfig, earlier: Sequence[dict[str, Any]] = ()) -> None:
         check(config)
+        self.steps_per_trajectory = count_steps(config.teacher, config.num_inference_steps)
+        check_recorded_steps(config, self.steps_per_trajectory)
         self.config = config
         self.conditions = read_conditions(config)
         self.turns = np.empty((0, 2), dtype=np.int64)
@@ -80,7 +87,7 @@ class Plan:
 
     @property
     def records_per_trajectory(self) -> int:
-        return self.config.num_recorded_steps or self.config.num_inference_steps
+        return self.config.num_recorded_steps or self.steps_per_trajectory
 
     @property
     def num_records(self) -> int:
@@ -99,7 +106,7 @@ class Plan:
     def evaluations_per_trajectory(self) -> int:
         """Of the teacher's denoiser: two for each guided step; diffusion trajectories run the pipeline twice."""
         runs = 2 if self.config.trajectory == "diffusion" else 1
-        return 2 * self.config.num_inference_steps * runs
+        return 2 * self.steps_per_trajectory * runs
 
     @property
     def scale_range(self) -> list[float]:
@@ -126,7 +133,7 @@ class Plan:
             seed = int(origin.generate_state(1, np.uint64)[0] >> np.uint64(1))
         steps = None
         if self.config.num_recorded_steps is not None:
-            chosen = random.choice(self.config.num_inference_steps, self.config.num_recorded_steps, replace=False)
+            chosen = random.choice(self.steps_per_trajectory, self.config.num_recorded_steps, replace=False)
             steps = sorted(chosen.tolist())
         return PlannedTrajectory(index, seed, scale, condition, steps)
 
@@ -178,8 +185,12 @@ def check(config: GenerateConfig) -> None:
         raise UsageError(
             f"num_trajectories={config.num_trajectories}: tells the same as num_trajectories_per_condition: give one of them"
         )
-    steps = config.num_inference_steps
+    check_arguments(pipeline_class_of(config.teacher), config.teacher.call, config.teacher)
+
+
+def check_recorded_steps(config: GenerateConfig, steps: int) -> None:
+    """Refuse to keep more steps of a trajectory than it has."""
     if config.num_recorded_steps is not None and config.num_recorded_steps > steps:
-        raise UsageError(f"num_recorded_steps={config.num_recorded_steps}: at most num_inference_steps={steps}")
-    if steps > (most := count_timesteps(config.teacher)):
-        raise UsageError(f"num_inference_steps={steps}: at most {most}, the timesteps of the teacher's scheduler")
+        asked = f"num_inference_steps={config.num_inference_steps}"
+        most = asked if steps == config.num_inference_steps else f"{steps}, which the teacher takes of {asked}"
+        raise UsageError(f"num_recorded_steps={config.num_recorded_steps}: at most {most}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from io import BytesIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from stages.pictures import grid, to_picture
@@ -24,8 +24,10 @@ def write_preview_grid(root: Folder) -> None:
     """Put all previews of a dataset into `preview.png`, in their order; what is no picture any more is left out."""
     pictures = []
     for name in root.list("preview"):
-        with suppress(UnidentifiedImageError):
-            pictures.append(Image.open(BytesIO(root.read(name) or b"")))
+        with suppress(OSError, SyntaxError, ValueError):  # as Pillow tells of one that is damaged, or cut off
+            picture = Image.open(BytesIO(root.read(name) or b""))
+            picture.load()
+            pictures.append(picture)
     if pictures:
         with root.whole_file("preview.png") as file:
             grid([pictures[i : i + PER_ROW] for i in range(0, len(pictures), PER_ROW)]).save(file, format="png")

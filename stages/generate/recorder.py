@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.generate.layout import Layout
+from stages.denoiser import STEP
+from stages.errors import UserError
+from stages.generate.layout import Layout, Pass, constants_of
 from stages.generate.watching import Call, watched
 
 
@@ -28,6 +30,8 @@ class Recording:
         guidance_cosine, guidance_delta: `[m]`, what `guidance_effect` finds.
         owner: `[m]`, the place in the batch of each record's trajectory; step: `[m]`, the denoising step it was.
         cond: every other tensor of the conditional pass with an entry per sample, `[n, ...]`, by the denoiser's own names.
+        steps: those that change from step to step `[m, ...]`, named `step.NAME`.
+        denoiser: `[m]`, the place of the denoiser of each record among those of the layout.
         negative: token embeddings of the unconditional pass and their masks `[n, ...]`, named `negative.NAME`.
     """
 
@@ -38,7 +42,9 @@ class Recording:
     guidance_delta: Tensor
     owner: Tensor
     step: Tensor
+    denoiser: Tensor
     cond: dict[str, Tensor]
+    steps: dict[str, Tensor]
     negative: dict[str, Tensor]
 
 
@@ -53,30 +59,58 @@ class Recorder:
         """
         self.layout, self.n, self.steps = layout, n, steps
         self.step = 0
-        self.parts: list[tuple[Tensor, ...]] = []
+        self.parts: list[dict[str, Tensor]] = []
         self.cond: dict[str, Tensor] | None = None
         self.negative: dict[str, Tensor] = {}
+        self.checked: dict[str, Any] = {}
 
-    def see_step(self, calls: list[Call], prediction: Tensor) -> None:
-        """Keep one step: the denoiser's calls in it, and what the scheduler was handed."""
-        conditional = self.layout.conditional(calls, self.n)
-        inputs = conditional.inputs
-        if self.cond is None:
-            self.cond = self.layout.conditions(inputs, self.n)
+    def see_step(self, calls: list[Call], received: list[Tensor]) -> None:
+        """Keep one step: the denoisers' calls in it, and what the scheduler and its copies received."""
+        seen = self.layout.conditional(calls, self.n)
+        self._check(calls, seen)
         self.negative = self.negative or self.layout.negative(calls, self.n)
         rows = torch.arange(self.n) if self.steps is None else (self.steps == self.step).any(1).nonzero().flatten()
         if len(rows):
-            here = rows.to(prediction.device)
-            target = self.layout.part(prediction, self.n)[here]
-            latent, timestep = inputs[self.layout.latent][here], inputs["timestep"][here]
-            step = torch.full((len(rows),), self.step)
-            effect = guidance_effect(conditional.prediction[here], target)
-            self.parts.append((latent, timestep, target, *effect, rows, step))
+            here = rows.to(seen.latent.device)
+            target = self.layout.target(received, seen)[here]
+            cosine, delta = guidance_effect(seen.prediction[here], target)
+            part = {
+                "latent": seen.latent[here],
+                "timestep": seen.timestep[here],
+                "target": target,
+                "guidance_cosine": cosine,
+                "guidance_delta": delta,
+                "owner": rows,
+                "step": torch.full((len(rows),), self.step),
+                "denoiser": torch.full((len(rows),), self.layout.denoisers.index(seen.denoiser)),
+            }
+            self.parts.append(part | {name: value[here] for name, value in seen.steps.items()})
         self.step += 1
 
+    def _check(self, calls: list[Call], seen: Pass) -> None:
+        """
+        Raises:
+            UserError: a condition or a constant is not what it was at the first step.
+        """
+        if self.cond is None:
+            self.cond = seen.cond
+        for name, value in seen.cond.items():
+            if name not in self.cond or not torch.equal(value, self.cond[name]):
+                raise UserError(
+                    f"the denoiser's {name} changes from step to step: it cannot be stored with a trajectory"
+                )
+        call = self.layout.conditional_call(calls)
+        inputs = constants_of(call.inputs, self.layout.arguments)
+        if any(
+            self.checked.get(name) is not value for name, value in inputs.items()
+        ):  # as pipelines mostly pass the same
+            self.layout.check_constants(call, self.n)
+            self.checked = inputs
+
     def recording(self) -> Recording:
-        latent, timestep, target, cosine, delta, owner, step = map(torch.cat, zip(*self.parts, strict=True))
-        return Recording(latent, timestep, target, cosine, delta, owner, step, self.cond or {}, self.negative)
+        whole = {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
+        steps = {name: whole.pop(name) for name in list(whole) if name.startswith(STEP)}
+        return Recording(**whole, cond=self.cond or {}, steps=steps, negative=self.negative)
 
 
 def guidance_effect(conditional: Tensor, guided: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,5 +130,6 @@ def guidance_effect(conditional: Tensor, guided: Tensor) -> tuple[Tensor, Tensor
 def record(pipe: Any, layout: Layout, n: int, steps: Tensor | None = None) -> Iterator[Recorder]:
     """Within it, a call of `pipe` for n samples is recorded; afterwards `pipe` is as it was."""
     recorder = Recorder(layout, n, steps)
-    with watched(pipe, lambda calls, prediction, _: recorder.see_step(calls, prediction)):
+    streams = len(layout.target_channels)
+    with watched(pipe, lambda calls, received, _: recorder.see_step(calls, received), streams=streams):
         yield recorder

@@ -29,6 +29,9 @@ class PerSampleScale(float):
         scale.values = values
         return scale
 
+    def __sub__(self, other: Any) -> Any:
+        return PerSampleScale(self.values - other) if isinstance(other, (int, float)) else float(self) - other
+
     def __mul__(self, other: Any) -> Any:
         if not isinstance(other, Tensor) or other.ndim == 0:
             return float(self) * other

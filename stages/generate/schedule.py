@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,32 +11,34 @@ import numpy as np
 import torch
 
 from stages.errors import UserError
+from stages.patching import patched
 
+DENSE = 1000  # steps of a table
 FITS = 0.02  # a table of noise levels is the scheduler's own if it gives its grid back so exactly
 
 
 @contextmanager
 def shifted_timesteps(scheduler: Any, shift: float) -> Iterator[None]:
-    """Within it, the scheduler's grid lies `shift` (in [0, 1)) of its own spacing further on, inside the training range.
+    """Within it, the scheduler's grid, and that of each copy made of it, lies `shift` (in [0, 1)) of its own spacing further on, inside the training range.
 
     Raises:
         UserError: the scheduler's noise levels do not follow from its timesteps in a way that is known here.
     """
-    set_timesteps = scheduler.set_timesteps
 
-    @functools.wraps(set_timesteps)  # pipelines look at its signature
-    def shifted(*args: Any, **kwargs: Any) -> None:
+    if "num_train_timesteps" not in scheduler.config:
+        raise UserError(
+            f"{type(scheduler).__name__}: its range of timesteps is not known: record with shift_timesteps=false"
+        )
+
+    def shifted(set_timesteps: Any, asked: Any, *args: Any, **kwargs: Any) -> None:
         set_timesteps(*args, **kwargs)
-        if getattr(scheduler, "sigmas", None) is None:
-            _move(scheduler, shift)
+        if getattr(asked, "sigmas", None) is None:
+            _move(asked, shift)
         else:
-            _spread(scheduler, shift)
+            _spread(asked, shift, _dense_table(asked, args, kwargs))
 
-    scheduler.set_timesteps = shifted
-    try:
+    with patched(scheduler, "set_timesteps", shifted, in_copies=True):
         yield
-    finally:
-        del scheduler.set_timesteps
 
 
 def _move(scheduler: Any, shift: float) -> None:
@@ -49,11 +51,31 @@ def _move(scheduler: Any, shift: float) -> None:
     scheduler.timesteps = (grid + moved).clamp(0, last)
 
 
-def _spread(scheduler: Any, shift: float) -> None:
+Table = tuple[np.ndarray, np.ndarray]  # timesteps and their noise levels, from the noisiest down
+
+
+def _dense_table(scheduler: Any, args: Any, kwargs: dict[str, Any]) -> Table | None:
+    """What the scheduler gives if it is asked for many steps; None where it was not asked for a number of them."""
+    if (not args and kwargs.get("num_inference_steps") is None) or args[:1] == (None,):
+        return None
+    dense = copy.deepcopy(scheduler)
+    vars(dense).pop("set_timesteps", None)  # its own, without a shift
+    try:
+        if args:
+            dense.set_timesteps(DENSE, *args[1:], **kwargs)
+        else:
+            dense.set_timesteps(**kwargs | {"num_inference_steps": DENSE})
+    except Exception:  # whatever a scheduler raises over so many
+        return None
+    timesteps = dense.timesteps.double().cpu().numpy()
+    return timesteps, dense.sigmas.double().cpu().numpy()[: len(timesteps)]
+
+
+def _spread(scheduler: Any, shift: float, table: Table | None) -> None:
     """Place each timestep between two of the grid's own, with the noise level that the scheduler gives that timestep."""
     grid = scheduler.timesteps.double().cpu().numpy()
     sigmas = scheduler.sigmas.double().cpu().numpy()
-    noise_level = _noise_level(scheduler, grid, sigmas[: len(grid)])
+    noise_level = _noise_level(scheduler, grid, sigmas[: len(grid)], table)
     ends = _with_ends(grid, scheduler.config.num_train_timesteps)
     places = (np.arange(len(grid)) + shift) * (len(ends) - 1) / len(grid)
     moved = np.interp(places, np.arange(len(ends)), ends)
@@ -74,13 +96,24 @@ def _with_ends(grid: np.ndarray, num_train_timesteps: int) -> np.ndarray:
     return np.concatenate([[top], inner, [0.0]])
 
 
-def _noise_level(scheduler: Any, grid: np.ndarray, sigmas: np.ndarray) -> Any:
+def _shifted_flow(times: np.ndarray, sigmas: np.ndarray, whole: int) -> Any:
+    """Of flow matching whose noise levels alone were shifted: `a x / (1 + (a - 1) x)`, with a from the middle of the grid."""
+    middle = len(times) // 2
+    x, sigma = np.clip([times[middle], sigmas[middle]], 1e-6, 1 - 1e-6)
+    a = sigma / (1 - sigma) * (1 - x) / x
+    return lambda t: a * (t / whole) / (1 + (a - 1) * (t / whole))
+
+
+def _noise_level(scheduler: Any, grid: np.ndarray, sigmas: np.ndarray, dense: Table | None) -> Any:
     """The function from timesteps to noise levels that gives the scheduler's own grid back."""
-    known = [lambda t: t / scheduler.config.num_train_timesteps]  # flow matching
+    whole = scheduler.config.num_train_timesteps
+    known = [lambda t: t / whole, _shifted_flow(grid / whole, sigmas, whole)]
     if getattr(scheduler, "alphas_cumprod", None) is not None:
         alphas = scheduler.alphas_cumprod.double().cpu().numpy()
         table = ((1 - alphas) / alphas) ** 0.5
         known.append(lambda t: np.interp(t, np.arange(len(table)), table))
+    if dense is not None and (np.diff(dense[0]) < 0).all():
+        known.append(lambda t: np.interp(t, dense[0][::-1], dense[1][::-1]))
     for level in known if (np.diff(grid) < 0).all() else []:
         if np.allclose(level(grid), sigmas, rtol=FITS, atol=1e-4):
             return level

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
+import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
-from diffusers.guiders import BaseGuidance
 from torch import Tensor
 
-from stages.base import choose_device, diffusers_class, first_line, load_pipeline, use_scheduler
-from stages.denoiser import denoiser_of, fingerprint
-from stages.errors import UserError
+from stages.arguments import LENGTH
+from stages.base import choose_device, load_pipeline, new_guider, use_scheduler
+from stages.denoiser import denoiser_of, denoisers_of, fingerprint
+from stages.errors import UsageError, UserError
+from stages.generate.call_arguments import check_arguments
 from stages.generate.config import GenerateConfig, TeacherConfig
-from stages.generate.layout import find_layout, guidance_rule
+from stages.generate.finding import find_layout
 from stages.generate.noising import check_noising, noised, sampled
 from stages.generate.plan import PlannedTrajectory, Unit
+from stages.generate.probing import PROBED_STEPS
 from stages.generate.profile import RECORDING, TEACHER, Clock
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
 from stages.generate.schedule import shifted_timesteps
+from stages.generate.steps import count_steps
+from stages.generate.unguided import guidance_rule
 from stages.records.record import Trajectory
 from stages.sampling import Condition, Request, decode, guider_of, sample, synchronize, undecoded
 
@@ -48,23 +51,26 @@ class Teacher:
         self.storage_dtype = dtype_named(config.storage_dtype, "storage_dtype")
         self.pipe: Any = load_teacher(config.teacher, self.device)
         self.arguments = dict(config.teacher.call)
+        check_arguments(None if guider_of(self.pipe) else type(self.pipe), self.arguments, config.teacher)
         self.arguments |= {k: v for k in ("height", "width") if (v := getattr(config.teacher, k)) is not None}
-        check_arguments(self.pipe, self.arguments)
-        request = Request([example], [0], config.num_inference_steps, self.arguments)
-        self.layout = find_layout(self.pipe, request)
+        probed, expected = steps_to_probe(config)
+        request = Request([example], [0], probed, self.arguments)
+        with self._shifted(0.5):
+            self.layout = find_layout(self.pipe, request, expected)
         if config.trajectory == "diffusion":
             check_noising(self.pipe, self.layout, request)
-        if not self.layout.scale_per_sample and config.batch_size > 1:
-            raise UserError(
-                f"{type(self.pipe).__name__}: its guidance cannot hold several scales in one batch: record with batch_size=1"
-            )
+        self.steps_per_trajectory = count_steps(config.teacher, config.num_inference_steps)
         self.records_negative = "negative_prompt" in example
         self.previews: dict[int, Tensor] = {}
         self.clock = Clock()
 
+    def _shifted(self, shift: float) -> AbstractContextManager[None]:
+        return shifted_timesteps(self.pipe.scheduler, shift) if self.config.shift_timesteps else nullcontext()
+
     def facts(self) -> dict[str, Any]:
         """What `dataset.json` tells of the teacher; equal on every worker of a run."""
         name, denoiser = denoiser_of(self.pipe)
+        denoisers = {name: module for name, module in denoisers_of(self.pipe).items() if name in self.layout.denoisers}
         scheduler, told = self.pipe.scheduler, self.config.teacher
         return {
             "pretrained_model_name_or_path": told.pretrained_model_name_or_path,
@@ -74,6 +80,14 @@ class Teacher:
             "denoiser_class": type(denoiser).__name__,
             "denoiser_subfolder": name,
             "denoiser_fingerprint": fingerprint(denoiser),
+            "denoisers": {
+                name: {
+                    "denoiser_class": type(module).__name__,
+                    "denoiser_fingerprint": fingerprint(module),
+                    "in_channels": getattr(module, "config", {}).get("in_channels"),
+                }
+                for name, module in denoisers.items()
+            },
             "torch_dtype": told.torch_dtype,
             "scheduler_class": type(scheduler).__name__,
             "scheduler_config": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
@@ -89,7 +103,8 @@ class Teacher:
         Raises:
             UserError: the teacher gave, or storing would give, a number that is not finite.
         """
-        size = self.config.batch_size
+        together = self.layout.scale_per_sample and not self.layout.one_sample
+        size = self.config.batch_size if together else 1
         for start in range(0, len(unit.trajectories), size):
             batch = unit.trajectories[start : start + size]
             with self.clock.spent_on(TEACHER):
@@ -100,7 +115,7 @@ class Teacher:
             yield from trajectories
 
     def _record(self, batch: list[PlannedTrajectory], shift: float) -> Recording:
-        scales = torch.tensor([planned.guidance_scale for planned in batch])
+        scales = torch.tensor([planned.guidance_scale - self.layout.scale_offset for planned in batch])
         scale = PerSampleScale(scales) if self.layout.scale_per_sample else float(scales[0])
         steps = None if batch[0].steps is None else torch.tensor([planned.steps for planned in batch])
         request = Request(
@@ -111,8 +126,7 @@ class Teacher:
         )
         with ExitStack() as stack:
             latents = stack.enter_context(undecoded(self.pipe))
-            if self.config.shift_timesteps:
-                stack.enter_context(shifted_timesteps(self.pipe.scheduler, shift))
+            stack.enter_context(self._shifted(shift))
             if self.config.trajectory == "diffusion":
                 with sampled(self.pipe, self.layout, len(batch)) as clean:
                     sample(self.pipe, request, scale)
@@ -120,6 +134,12 @@ class Teacher:
             if self.config.trajectory == "diffusion":
                 stack.enter_context(noised(self.pipe, clean[0], request.seeds, recorder))
             sample(self.pipe, request, scale)
+        if recorder.step != self.steps_per_trajectory:
+            raise UserError(
+                f"{type(self.pipe).__name__}: took {recorder.step} steps, where its scheduler makes "
+                f"{self.steps_per_trajectory} of num_inference_steps={self.config.num_inference_steps}: leave out what cuts "
+                "them (teacher.call.NAME=...)"
+            )
         shown = [i for i, planned in enumerate(batch) if planned.index < self.config.preview]
         if shown:
             images = decode(self.pipe, latents[0][shown]).cpu()
@@ -133,26 +153,36 @@ class Teacher:
 
         latent = self._stored(recording.latent, "latent", planned_at)
         target = self._stored(recording.target, "target", planned_at)
-        cond = {
+        whole = {
             name: self._stored(value, name, lambda i: f"trajectory {batch[i].index}") if value.ndim > 2 else value.cpu()
             for name, value in (recording.cond | (recording.negative if self.records_negative else {})).items()
         }
+        cond = {name: trimmed(value, whole.get(name + LENGTH)) for name, value in whole.items() if LENGTH not in name}
+        steps = {name: self._stored(value, name, planned_at) for name, value in recording.steps.items()}
         timestep = recording.timestep.cpu()
         cosine, delta = recording.guidance_cosine.cpu(), recording.guidance_delta.cpu()
         for i, planned in enumerate(batch):
-            mine = recording.owner == i
-            yield Trajectory(
-                index=planned.index,
-                seed=planned.seed,
-                guidance_scale=planned.guidance_scale,
-                condition=planned.condition,
-                latent=latent[mine],
-                timestep=timestep[mine],
-                target=target[mine],
-                cond={name: value[i] for name, value in cond.items()},
-                guidance_cosine=cosine[mine],
-                guidance_delta=delta[mine],
-            )
+            part = 0
+            for number, denoiser in enumerate(self.layout.denoisers):
+                mine = (recording.owner == i) & (recording.denoiser == number)
+                if not mine.any():
+                    continue
+                yield Trajectory(
+                    index=planned.index,
+                    part=part,
+                    seed=planned.seed,
+                    guidance_scale=planned.guidance_scale,
+                    condition=planned.condition,
+                    denoiser=denoiser,
+                    latent=latent[mine],
+                    timestep=timestep[mine],
+                    target=target[mine],
+                    steps={name: value[mine] for name, value in steps.items()},
+                    cond={name: value[i] for name, value in cond.items()},
+                    guidance_cosine=cosine[mine],
+                    guidance_delta=delta[mine],
+                )
+                part += math.ceil(int(mine.sum()) / self.config.records_per_sample)
 
     def _stored(self, values: Tensor, name: str, place: Callable[[int], str]) -> Tensor:
         """`[m, ...]` in the storage dtype on the CPU, every number of it finite."""
@@ -165,6 +195,26 @@ class Teacher:
             cause = f"does not fit into storage_dtype={self.config.storage_dtype}" if overflow else "is not finite"
             raise UserError(f"{place(first)}: the teacher's {name} {cause}")
         return stored.cpu()
+
+
+def steps_to_probe(config: GenerateConfig) -> tuple[int, int]:
+    """(`num_inference_steps` of a trial, the steps that are left of them): as few as show how a pipeline guides."""
+    few = range(PROBED_STEPS, config.num_inference_steps)
+    counted = ((asked, count_steps(config.teacher, asked)) for asked in few if _leaves_steps(config, asked))
+    whole = config.num_inference_steps, count_steps(config.teacher, config.num_inference_steps)
+    return next((pair for pair in counted if pair[1] >= PROBED_STEPS - 1), whole)
+
+
+def _leaves_steps(config: GenerateConfig, asked: int) -> bool:
+    try:
+        return count_steps(config.teacher, asked) > 0
+    except UsageError:
+        return False
+
+
+def trimmed(values: Tensor, lengths: Tensor | None) -> list[Tensor]:
+    """The values of each sample, without what they were filled up with."""
+    return [(value if lengths is None else value[: int(lengths[i])]).clone() for i, value in enumerate(values)]
 
 
 def load_teacher(config: TeacherConfig, device: str) -> Any:
@@ -183,27 +233,6 @@ def load_teacher(config: TeacherConfig, device: str) -> Any:
     if config.scheduler is not None:
         use_scheduler(pipe, config.scheduler, "teacher.scheduler")
     return pipe
-
-
-def new_guider(settings: dict[str, Any]) -> Any:
-    """A guider of diffusers from its class's `name` and its settings."""
-    kind = diffusers_class(str(settings.pop("name", None)), "teacher.guider.name")
-    if not issubclass(kind, BaseGuidance):
-        raise UserError(f"teacher.guider.name={kind.__name__}: no guider")
-    try:
-        return kind(**settings)
-    except TypeError as error:
-        raise UserError(f"teacher.guider: {kind.__name__} does not take that: {first_line(error)}") from error
-
-
-def check_arguments(pipe: Any, arguments: dict[str, Any]) -> None:
-    """Refuse what a pipeline's `__call__` does not take."""
-    known = inspect.signature(type(pipe).__call__).parameters
-    for name in arguments:
-        if guider_of(pipe) is None and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f": did you mean {near[0]}?" if near else ""
-            raise UserError(f"teacher.call.{name}: {type(pipe).__name__} takes no such argument{hint}")
 
 
 def dtype_named(name: str, key: str) -> torch.dtype:

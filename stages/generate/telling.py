@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 
@@ -13,6 +12,7 @@ from stages.generate.config import place_of
 from stages.generate.events import WAITING, Event, Failed, Loaded, Made
 from stages.generate.plan import Plan
 from stages.progress import progress
+from stages.streams import standard_error
 
 QUIET_SECONDS = 30.0  # after which a log tells the states again
 
@@ -28,7 +28,7 @@ class Telling:
         self.units, self.records = committed
         self.planned_units, self.planned_records = len(plan), plan.num_records
         self.before, self.start = self.records, time.monotonic()
-        self.terminal = sys.stderr.isatty()
+        self.terminal = standard_error().isatty()
         self.last, self.place = self.start, place_of(plan.config)
         self.bar = progress(self.planned_records, "generate", "records", initial=self.records, shown=self.terminal)
 
@@ -73,7 +73,7 @@ class Telling:
             self.say(text)
 
     def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(text, file=standard_error())
 
     def close(self) -> None:
         self.bar.close()

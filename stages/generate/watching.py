@@ -1,82 +1,106 @@
-"""Watching an unmodified pipeline at two points: at its denoiser, and at `scheduler.step`."""
+"""Watching an unmodified pipeline at two points: at its denoisers, and at `scheduler.step`."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stages.denoiser import bind_inputs, denoiser_of, latent_name
-from stages.errors import UserError
+from stages.denoiser import bind_inputs, denoisers_of, predictions_of
+from stages.patching import patched
 
 Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the denoiser: what it was given, by its own names, and what it predicted `[rows, ...]`."""
+    """One call of a denoiser.
+
+    Attributes:
+        inputs: what it was given, flat and by its own names.
+        predictions: `[rows, ...]`, mostly one.
+        denoiser: which it is, by its name in the pipeline.
+    """
 
     inputs: Inputs
-    prediction: Tensor
+    predictions: tuple[Tensor, ...]
+    denoiser: str
+
+    @property
+    def prediction(self) -> Tensor:
+        return self.predictions[0]
 
 
 @contextmanager
 def watched(
     pipe: Any,
-    see_step: Callable[[list[Call], Tensor, Any], None],
+    see_step: Callable[[list[Call], list[Tensor], Any], None],
     see_latents: Callable[[Tensor], None] = lambda latents: None,
+    streams: int | None = 1,
 ) -> Iterator[None]:
-    """Within it, `see_step` gets the denoiser's calls, the prediction and the timestep of every step that `pipe` makes.
+    """Within it, `see_step` gets the denoisers' calls, what the scheduler received and the timestep of every step of `pipe`.
 
-    `see_latents` gets the latents that the scheduler made of them.
+    What copies receive that the pipeline made of its scheduler, for sound beside pictures, comes after what the scheduler itself
+    received. `see_latents` gets the latents that the scheduler made.
+
+    Args:
+        streams: the scheduler and so many copies of it, less one; by default a step lasts until the scheduler's next.
     """
-    _, denoiser = denoiser_of(pipe)
-    name, scheduler, step = latent_name(denoiser), pipe.scheduler, pipe.scheduler.step
-    signature = inspect.signature(type(scheduler).step)
-    given: list[Inputs] = []
+    signature = inspect.signature(type(pipe.scheduler).step)
     calls: list[Call] = []
+    step_seen: list[Any] = []  # calls, what was received, timestep
+
+    def end_step() -> None:
+        if step_seen:
+            see_step(*step_seen)
+            step_seen.clear()
+
+    def watched_step(step: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        received = signature.bind(scheduler, *args, **kwargs).arguments
+        if scheduler is pipe.scheduler:
+            end_step()
+            step_seen[:] = [list(calls), [], received["timestep"]]
+            calls.clear()
+        if step_seen:
+            step_seen[1].append(received["model_output"].clone())
+            if len(step_seen[1]) == streams:
+                end_step()
+        result = step(*args, **kwargs)
+        if scheduler is pipe.scheduler:
+            see_latents(result[0])
+        return result
+
+    with ExitStack() as stack:
+        for name, denoiser in denoisers_of(pipe).items():
+            stack.enter_context(_watched_denoiser(name, denoiser, calls))
+        stack.enter_context(patched(pipe.scheduler, "step", watched_step, in_copies=True))
+        yield
+    end_step()
+
+
+@contextmanager
+def _watched_denoiser(name: str, denoiser: nn.Module, calls: list[Call]) -> Iterator[None]:
+    given: list[Inputs] = []
 
     def see_inputs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = bind_inputs(module, args, kwargs)  # before the call, which may change dictionaries it was given
         inputs.pop("return_dict", None)
-        inputs["timestep"] = _per_sample(inputs["timestep"], inputs[name])
         given.append(inputs)
 
     def see_prediction(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        prediction = output[0] if isinstance(output, tuple) else output.sample
-        calls.append(Call(given.pop(), prediction.clone()))  # pipelines may guide in place
-
-    @functools.wraps(step)  # pipelines look at its signature
-    def watched_step(*args: Any, **kwargs: Any) -> Any:
-        handed = signature.bind(scheduler, *args, **kwargs).arguments
-        see_step(list(calls), handed["model_output"], handed["timestep"])
-        calls.clear()
-        result = step(*args, **kwargs)
-        see_latents(result[0])
-        return result
+        predictions = tuple(part.clone() for part in predictions_of(output))  # pipelines may guide in place
+        calls.append(Call(given.pop(), predictions, name))
 
     handles = [
         denoiser.register_forward_pre_hook(see_inputs, with_kwargs=True),
         denoiser.register_forward_hook(see_prediction),
     ]
-    scheduler.step = watched_step
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        del scheduler.step
-
-
-def _per_sample(timestep: Any, latent: Tensor) -> Tensor:
-    """A call's timestep for each of its samples `[n]`."""
-    value = torch.as_tensor(timestep, device=latent.device)
-    if value.ndim > 1:
-        raise UserError("this teacher gives its denoiser a timestep per token: such pipelines cannot be recorded")
-    return (value.float() if value.is_floating_point() else value).expand(len(latent))

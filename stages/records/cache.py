@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from stages.errors import StorageError
+from stages.errors import StorageError, UserError
+from stages.records.filesystem import lock, sync
 from stages.records.folder import READ_SIZE, Folder
 from stages.records.storage import make_folder
 
@@ -25,11 +26,17 @@ class ShardCache:
 
     A shard is named by its SHA-256, fetched aside and put in place by a rename. Who reads or fetches a file holds a lock on
     it, of which a killed process lets go; what is locked is not removed.
+
+    Raises:
+        StorageError: the folder cannot be written to.
+        UserError: its file system has no locks.
     """
 
     def __init__(self, root: Path, limit: int) -> None:
         make_folder(root)
         self.root, self.limit = root, limit
+        with self._refusals(), self._counting():
+            pass
 
     def open(self, source: Folder, name: str, sha256: str, size: int) -> BinaryIO:
         """A copy of a shard, fetched where there is none; the shard itself where it is of another size or there is no room.
@@ -57,8 +64,7 @@ class ShardCache:
                 if original.seek(0, io.SEEK_END) == size and self._make_room(file, size):
                     original.seek(0)
                     shutil.copyfileobj(original, file, READ_SIZE)
-                    file.flush()
-                    os.fsync(file.fileno())
+                    sync(file)
                     fetched = file.tell() == size
             finally:
                 with self._counting():
@@ -87,9 +93,12 @@ class ShardCache:
             file = path.open("rb")
         except FileNotFoundError:
             return None
-        fcntl.flock(file, fcntl.LOCK_SH)
+        except PermissionError as error:
+            raise StorageError(f"{path}: another user's, not to be read: name another cache_dir, or none") from error
+        lock(file, fcntl.LOCK_SH)
         if os.fstat(file.fileno()).st_size == size and _is_at(file, path):
-            os.utime(file.fileno(), ns=(time.time_ns(), time.time_ns()))
+            with suppress(PermissionError):  # another user's: it counts as read when it was fetched
+                os.utime(file.fileno(), ns=(time.time_ns(), time.time_ns()))
             return file
         with file, self._counting():
             if _is_at(file, path):
@@ -105,20 +114,24 @@ class ShardCache:
         try:
             yield
         except OSError as error:
-            raise StorageError(f"{self.root}: cannot be written: {error.strerror or error}") from error
+            raise StorageError(
+                f"{self.root}: cannot be written: {error.strerror or error}: name another cache_dir, or none"
+            ) from error
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
     """A file that no other process or thread holds meanwhile; made where there is none."""
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if not lock(file, fcntl.LOCK_EX):
+            way_out = "name one on a local disk, or none"
+            raise UserError(f"cache_dir={path.parent}: its file system has no locks, which a cache needs: {way_out}")
         yield file
 
 
 def _removed(path: Path) -> bool:
-    with path.open("rb") as file, suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with suppress(BlockingIOError, PermissionError), path.open("r+b") as file:  # as NFS asks of who locks for itself
+        lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
         return True
     return False

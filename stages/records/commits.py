@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 from stages.errors import DamageError
-from stages.records.folder import Folder
+from stages.records.folder import Folder, unreadable
 from stages.records.manifest import unit_of
 from stages.records.shard import Sample, hash_file, write_shard
 from stages.records.storage import seal, unseal
@@ -54,12 +54,14 @@ def read_commit(root: Folder, name: str) -> dict[str, Any]:
     """One commit record.
 
     Raises:
-        UserError: it is not as it was written.
+        UserError: it is not as it was written, or this user may not read it.
     """
     try:
         commit = unseal(root.read(name) or b"")
         if commit["unit"] != unit_of(name) or not re.fullmatch(rf"shards/0*{unit_of(name)}-\w+\.tar", commit["shard"]):
             raise ValueError("of another unit")
+    except PermissionError as error:
+        raise unreadable(root, name) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamageError(
             f"{root.where(name)}: damaged: `python -m pipeline.verify {root.word('data_dir')} repair=true` sets it aside; "

@@ -11,6 +11,7 @@ snapshot, whose manifest is kept, so that a reader can stay with it.
 from __future__ import annotations
 
 import json
+import shlex
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +23,7 @@ from torch import Tensor
 from stages.errors import DamageError, UserError
 from stages.records.cache import ShardCache
 from stages.records.commits import committed_units, damage
-from stages.records.folder import Folder, open_folder
+from stages.records.folder import Folder, open_folder, unreadable
 from stages.records.manifest import decode_manifest, unit_of
 from stages.records.plans import fingerprint_of, manifest_name, of_snapshot, published, read_info
 from stages.records.record import misfit
@@ -63,7 +64,8 @@ class Dataset:
         info = read_info(self.root)
         if info is None:
             raise UserError(
-                f"{self.root}: holds no dataset: make one with `python -m pipeline.generate {self.root.word('output_dir')}`"
+                f"{self.root}: holds no dataset: name the folder of one, or make one there with "
+                f"`python -m pipeline.generate --config FILE {self.root.word('output_dir')}` and a FILE of configs/generate"
             )
         whole = published(info)
         if not whole or not info["complete"]:
@@ -94,9 +96,7 @@ class Dataset:
 
     def _unfinished(self, planned: int, done: int | None = None) -> UserError:
         done = len(committed_units(self.root)) if done is None else done
-        return UserError(
-            f"{self.root}: unfinished, {done} of {planned} units are there: run the command that began it again"
-        )
+        return UserError(f"{self.root}: unfinished, {done} of {planned} units are there: {finishing(self.root)}")
 
     def open(self, shard: str) -> BinaryIO:
         """A shard, to read samples from.
@@ -110,6 +110,8 @@ class Dataset:
             return self.cache.open(self.root, shard, *self._known[shard])
         except FileNotFoundError as error:
             raise self._damage(shard, "a shard", "no such file") from error
+        except PermissionError as error:
+            raise unreadable(self.root, shard) from error
         except OSError as error:
             raise self._damage(shard, "a shard", str(error.strerror)) from error
 
@@ -165,6 +167,18 @@ class Dataset:
                 return safetensors.torch.load(content)["timestep"]
             except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
                 raise self._damage(row["shard"], f"the timesteps of {row['key']}", "other bytes") from error
+
+
+def finishing(root: Folder) -> str:
+    """How to make what is missing of a dataset."""
+    if not root.exists("config.yaml"):
+        return "run the command that began it again, which makes the rest"
+    config, copied = root.where("config.yaml"), ""
+    if "://" in config:
+        config, copied = "config.yaml", f", with a copy of {config},"
+    return (
+        f"`python -m pipeline.generate --config {shlex.quote(config)} {root.word('output_dir')}`{copied} makes the rest"
+    )
 
 
 def read_manifest(root: Folder, plan: dict[str, Any], name: str) -> tuple[bytes | None, dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shlex
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -17,11 +18,11 @@ from obstore.exceptions import BaseError
 
 from stages.buckets import SCHEMES, open_store
 from stages.errors import StorageError, UserError
-from stages.records.storage import ASIDE, create, move, whole_file
+from stages.records.storage import ASIDE, check_folder, create, move, whole_file
 
 READ_SIZE = 1 << 22
 CREATE_ATTEMPTS = 3
-CLOCK = ".now"
+CLOCK, PROBE = ".now", ".probe"
 
 
 def open_folder(address: str | Path) -> Folder:
@@ -124,6 +125,18 @@ class Folder(ABC):
             FileNotFoundError: there is none.
         """
 
+    @abstractmethod
+    def probe(self, way_out: str = "take another output_dir") -> None:
+        """Refuse a place that cannot be written to before there is work to lose: makes a file, and removes it.
+
+        Raises:
+            StorageError: it cannot; it ends with the way out.
+        """
+
+    @abstractmethod
+    def free(self) -> int | None:
+        """Bytes that there is room for, or None where nobody knows."""
+
     def now(self) -> float:
         """The time by the same clock, which need not be this machine's."""
         self.write(CLOCK, b"")
@@ -169,6 +182,12 @@ class DiskFolder(Folder):
 
     def create(self, name: str, content: bytes) -> bool:
         return create(self.path / name, content)
+
+    def probe(self, way_out: str = "take another output_dir") -> None:
+        check_folder(self.path, way_out)
+
+    def free(self) -> int | None:
+        return shutil.disk_usage(self.path).free
 
     def delete(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
@@ -249,6 +268,17 @@ class BucketFolder(Folder):
                 return found == content
         raise self._refused(name, "written", failure) from failure
 
+    def probe(self, way_out: str = "take another output_dir") -> None:
+        try:
+            self.create(PROBE, b"")  # as commits are
+        except StorageError as error:
+            raise StorageError(f"{error}: {way_out}") from error
+        with suppress(StorageError):  # some may add and not remove
+            self.delete(PROBE)
+
+    def free(self) -> int | None:
+        return None
+
     def delete(self, name: str) -> None:
         with suppress(FileNotFoundError), self._told(name, "removed"):
             obstore.delete(self.store, name)
@@ -277,6 +307,13 @@ class BucketFolder(Folder):
 
     def _refused(self, name: str, done: str, error: Exception) -> StorageError:
         return StorageError(f"{self.where(name)}: cannot be {done}: {_reason(error)}")
+
+
+def unreadable(root: Folder, name: str) -> StorageError:
+    """A file that is another user's is not damaged: nothing is to be skipped, and nothing set aside."""
+    return StorageError(
+        f"{root.where(name)}: may not be read by this user: let its owner run `chmod -R a+rX` on the dataset"
+    )
 
 
 class _Object(io.RawIOBase):

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from stages.records.folder import READ_SIZE, Folder
+from stages.records.folder import READ_SIZE, Folder, unreadable
 from stages.records.record import from_members, misfit
 from stages.records.shard import read_members, row_of
 
@@ -38,6 +38,7 @@ def inspect_shard(root: Folder, commit: dict[str, Any], told: dict[str, Any]) ->
         told: dtype and shape of one record's tensors by name.
 
     Raises:
+        StorageError: this user may not read it.
         BrokenError: its bytes are not those that were committed; or they are, and not those of the samples that the commit names.
     """
     wrong, timesteps = None, []
@@ -52,6 +53,8 @@ def inspect_shard(root: Folder, commit: dict[str, Any], told: dict[str, Any]) ->
                 pass
     except FileNotFoundError as error:
         raise BrokenError("a shard", "no such file") from error
+    except PermissionError as error:
+        raise unreadable(root, commit["shard"]) from error
     except OSError as error:
         raise BrokenError("a shard", f"what cannot be read: {error.strerror or error}") from error
     if (found := file.digest.hexdigest()) != commit["sha256"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
         pa.field("class_label", pa.int64()),
         pa.field("prompt", pa.string()),
         pa.field("seed", pa.int64(), nullable=False),
+        pa.field("denoiser", pa.string(), nullable=False),
     ]
 )
 
@@ -56,6 +57,22 @@ def table_of(commits: Iterable[dict[str, Any]]) -> pa.Table:
             rows = []
     batches.append(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
     return pa.Table.from_batches(batches, schema=SCHEMA)
+
+
+def misfit(column: str, values: Sequence[Any]) -> tuple[int, str] | None:
+    """Which of a column's values a manifest cannot hold, and why; None if it can hold them all."""
+    kind = SCHEMA.field(column).type
+    try:
+        pa.array(values, kind)
+        return None
+    except (pa.ArrowException, OverflowError, UnicodeError, TypeError):
+        pass
+    for place, value in enumerate(values):
+        try:
+            pa.array([value], kind)
+        except (pa.ArrowException, OverflowError, UnicodeError, TypeError) as error:
+            return place, " ".join(str(error).split())
+    return None
 
 
 def encode_manifest(table: pa.Table) -> bytes:

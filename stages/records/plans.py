@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 from stages.errors import UserError
-from stages.records.folder import Folder
+from stages.records.folder import Folder, unreadable
 from stages.records.storage import seal, sha256, unseal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DATASET_FILE = "dataset.json"
 MANIFEST_FILE = "manifest.parquet"
 # What `dataset.json` tells of each snapshot, and of the newest one again beside what all have in common.
@@ -23,7 +23,7 @@ def read_info(root: Folder) -> dict[str, Any] | None:
     """The content of `dataset.json`, or None where there is none.
 
     Raises:
-        UserError: it is not readable, or of a newer schema than this version knows.
+        UserError: it is not readable, or of another schema than this version knows.
     """
     path = root.where(DATASET_FILE)
     try:
@@ -35,11 +35,14 @@ def read_info(root: Folder) -> dict[str, Any] | None:
             raise UserError(
                 f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest known here: upgrade this project"
             )
-        info = unseal(content)
-        if "plan" in info:  # from before datasets could grow
-            plan = info.pop("plan") | {key: info[key] for key in OF_A_SNAPSHOT if key in info}
-            info["plans"] = [plan]
-        return info
+        if version < SCHEMA_VERSION:
+            raise UserError(
+                f"{path}: schema {version} is of an earlier version than {SCHEMA_VERSION}: generate the dataset anew, into another "
+                "output_dir"
+            )
+        return unseal(content)
+    except PermissionError as error:
+        raise unreadable(root, DATASET_FILE) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged: not as it was written; restore it, or generate into a new folder") from error
 

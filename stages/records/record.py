@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from stages.denoiser import STEP
 
 CONDITION_PREFIX = "cond."
 PER_RECORD = ("latent", "timestep", "target", "guidance_cosine", "guidance_delta")
@@ -29,6 +31,8 @@ class Trajectory:
         timestep: `[k]`, as the denoiser was given it.
         target: `[k, ...]`, the guided prediction that the scheduler was handed, in the model's prediction type.
         cond: every other tensor that the conditional pass was given, by the denoiser's own argument names.
+        steps: `[k, ...]`, those that change from step to step, named `step.NAME`.
+        denoiser: which of the teacher's denoisers predicted, by its name in the pipeline.
         guidance_cosine: `[k]`, cosine similarity of the conditional prediction and the target, over all their elements.
         guidance_delta: `[k]`, mean square of the target less the conditional prediction.
             Both are float32, taken before anything was rounded for storage; None in datasets older than them.
@@ -43,6 +47,8 @@ class Trajectory:
     target: Tensor
     cond: dict[str, Tensor]
     part: int = 0
+    steps: dict[str, Tensor] = field(default_factory=dict)
+    denoiser: str = ""
     guidance_cosine: Tensor | None = None
     guidance_delta: Tensor | None = None
 
@@ -56,13 +62,14 @@ class Trajectory:
 
     def per_record(self) -> dict[str, Tensor]:
         """Every tensor with an entry per record `[k, ...]`, by name."""
-        return {name: value for name in PER_RECORD if (value := getattr(self, name)) is not None}
+        return {name: value for name in PER_RECORD if (value := getattr(self, name)) is not None} | self.steps
 
     def parts(self, size: int) -> Iterator[Trajectory]:
         """The same records in samples of at most `size`."""
-        for part, start in enumerate(range(0, len(self), size)):
+        for part, start in enumerate(range(0, len(self), size), start=self.part):
             chosen: Any = {name: value[start : start + size] for name, value in self.per_record().items()}
-            yield replace(self, part=part, **chosen)
+            steps = {name: chosen.pop(name) for name in self.steps}
+            yield replace(self, part=part, steps=steps, **chosen)
 
     def to_members(self) -> dict[str, bytes]:
         """The members of its sample by suffix: the tensors, and what is told of them."""
@@ -73,6 +80,7 @@ class Trajectory:
             "seed": self.seed,
             "guidance_scale": self.guidance_scale,
             "condition": self.condition,
+            "denoiser": self.denoiser,
         }
         return {
             "json": json.dumps(about, sort_keys=True).encode(),
@@ -100,7 +108,13 @@ def from_members(tensors: bytes, about: bytes) -> Trajectory:
             target=named.pop("target"),
             guidance_cosine=named.pop("guidance_cosine", None),
             guidance_delta=named.pop("guidance_delta", None),
-            cond={name.removeprefix(CONDITION_PREFIX): value for name, value in named.items()},
+            denoiser=told["denoiser"],
+            steps={name: value for name, value in named.items() if name.startswith(STEP)},
+            cond={
+                name.removeprefix(CONDITION_PREFIX): value
+                for name, value in named.items()
+                if name.startswith(CONDITION_PREFIX)
+            },
         )
     except (KeyError, TypeError, RecursionError, json.JSONDecodeError, safetensors.SafetensorError) as error:
         raise ValueError(f"not a sample of records: {error}") from error
@@ -128,13 +142,18 @@ def misfit(tensors: dict[str, Tensor], told: dict[str, dict[str, Any]]) -> str |
         if name not in tensors:
             return f"no {name}"
         found, shape = tensors[name], list(about["shape"])
-        if name in PER_RECORD:
+        if is_per_record(name):
             shape = count + shape
         elif shape and found.ndim:
             shape[0] = found.shape[0]
         if (dtype_name(found.dtype), list(found.shape)) != (about["dtype"], shape) or 0 in count:
             return f"{name} {dtype_name(found.dtype)} {list(found.shape)}, not {about['dtype']} {shape}"
     return None
+
+
+def is_per_record(name: str) -> bool:
+    """Whether a tensor of a sample has an entry for each record."""
+    return name in PER_RECORD or name.startswith(STEP)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -95,6 +95,7 @@ def row_of(trajectory: Trajectory, tensors: bytes) -> dict[str, Any]:
         "class_label": trajectory.condition.get("class_label"),
         "prompt": trajectory.condition.get("prompt"),
         "seed": trajectory.seed,
+        "denoiser": trajectory.denoiser,
     }
 
 

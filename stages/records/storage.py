@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
-import os
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from stages.errors import StorageError, UserError
+from stages.records.filesystem import lock, name_unless_taken, sync, sync_folder
 
 SEAL = "checksum"
 ASIDE = ".*.????????.tmp"  # the files of `_written_aside`
+PROBED = 4096  # bytes: a disk that is full still takes names
 
 
 def whole_file(path: Path) -> AbstractContextManager[BinaryIO]:
     """Open a file for writing that appears at `path` only when the block ends well, replacing what was there.
 
+    What is no file, such as `/dev/null`, is written into and stays what it is.
+
     Raises:
         StorageError: the disk refused; what was there is still there.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return _written_into(path)
     return _written_aside(path, lambda aside: aside.replace(path))
 
 
@@ -35,13 +42,13 @@ def create(path: Path, content: bytes) -> bool:
     """
     won = False
 
-    def link(aside: Path) -> None:
+    def put(aside: Path) -> None:
         nonlocal won
         with suppress(FileExistsError):
-            os.link(aside, path)
+            name_unless_taken(aside, path)
             won = True
 
-    with _written_aside(path, link) as file:
+    with _written_aside(path, put) as file:
         file.write(content)
     return won
 
@@ -55,10 +62,11 @@ def move(path: Path, to: Path) -> bool:
     """
     make_folder(to.parent)
     try:
-        os.link(path, to)  # a rename would replace what is there
-        _sync_folder(to.parent)
-        path.unlink()
-        _sync_folder(path.parent)
+        has_both = name_unless_taken(path, to)
+        sync_folder(to.parent)
+        if has_both:
+            path.unlink()
+        sync_folder(path.parent)
     except FileExistsError:
         return False
     except FileNotFoundError:
@@ -72,19 +80,29 @@ def move(path: Path, to: Path) -> bool:
 def alone_in(folder: Path, what: str) -> Iterator[None]:
     """Within it, no other process is alone in the folder; one that is killed lets go of it.
 
+    Where the file system has no locks, it warns, and the folder is the user's care.
+
     Args:
         what: goes on there, for the message.
 
     Raises:
         UserError: another process is.
+        StorageError: the disk refused.
     """
     make_folder(folder)
-    with (folder / ".lock").open("w") as file:
+    try:
+        file = (folder / ".lock").open("wb")
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             told = f"{folder}: {what} here: wait for it, or take another output_dir"
             raise UserError(told) from error
+        if not locked:
+            told = "its file system has no locks: goes on without, so begin no second run there meanwhile"
+            warnings.warn(f"{folder}: {told}", stacklevel=2)
         yield
 
 
@@ -95,16 +113,59 @@ def _written_aside(path: Path, put_in_place: Callable[[Path], Any]) -> Iterator[
     try:
         with aside.open("w+b") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         put_in_place(aside)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise StorageError(
             f"{path}: cannot be written: {error.strerror or error}; nothing was changed there"
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that can only be read has been told of
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _written_into(device: Path) -> Iterator[BinaryIO]:
+    content = io.BytesIO()
+    yield content
+    try:
+        device.write_bytes(content.getvalue())
+    except OSError as error:
+        raise StorageError(f"{device}: cannot be written: {error.strerror or error}") from error
+
+
+def check_file(path: Path) -> None:
+    """Refuse to begin work whose result could not be written to a file.
+
+    Raises:
+        StorageError: it could not.
+    """
+    if path.is_dir():
+        raise StorageError(f"{path}: is a folder: name a file in it")
+    if path.is_file() or not path.exists():  # else it is a device
+        check_folder(path.parent, "name a file elsewhere")
+
+
+def check_folder(folder: Path, way_out: str = "take another output_dir") -> None:
+    """Refuse to begin work whose results could not be written into a folder, which is made where there is none.
+
+    Raises:
+        StorageError: they could not; it ends with the way out.
+    """
+    probe = folder / f".probe.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        make_folder(folder)
+        with probe.open("wb") as file:
+            file.write(bytes(PROBED))
+            sync(file)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}: {way_out}") from error
+    except StorageError as error:
+        raise StorageError(f"{error}: {way_out}") from error
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -145,14 +206,6 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{path}: cannot be made: {error.strerror or error}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sha256(content: bytes) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.errors import UserError
+from stages.arguments import LENGTH
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Batch:
 
     def take(self, chosen: Tensor) -> Batch:
         return self._each(lambda value: gather(value, chosen))
+
+    def on(self, chosen: Tensor) -> Batch:
+        """As `take`, on the batch's own device."""
+        return self._each(lambda value: value[chosen])
 
     def pin(self) -> Batch:
         """In page-locked memory, from which a GPU copies without the CPU waiting for it."""
@@ -87,26 +91,65 @@ def concatenate(parts: list[Batch]) -> Batch:
         torch.cat([part.timestep for part in parts]),
         torch.cat([part.target for part in parts]),
         torch.cat([part.scale for part in parts]),
-        {name: torch.cat(padded([part.cond[name] for part in parts], 1)) for name in first.cond},
+        joined([part.cond for part in parts]),
         {name: torch.cat([part.numbers[name] for part in parts]) for name in first.numbers},
     )
+
+
+def joined(conds: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The conditions of several batches as one."""
+    names = [name for name in conds[0] if not name.endswith(LENGTH)]
+    whole = {name: torch.cat(padded([cond[name] for cond in conds], 1)) for name in names}
+    for name in names:
+        ragged = len({cond[name].shape[1:] for cond in conds}) > 1 or any(name + LENGTH in cond for cond in conds)
+        if ragged and not has_mask(name, max(conds, key=lambda cond: cond[name].shape[1:2]), 1):
+            whole[name + LENGTH] = torch.cat([lengths(name, cond) for cond in conds])
+    return whole
+
+
+def lengths(name: str, cond: dict[str, Tensor]) -> Tensor:
+    """How long each sample's own tokens are `[n]`."""
+    n, length = cond[name].shape[:2]
+    return cond.get(name + LENGTH, torch.full((n,), length))
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The conditions of several samples, by name `[n, ...]`; shorter embeddings and their masks are padded with zeros.
 
-    Raises:
-        UserError: embeddings differ in length and have no mask to tell the padding by.
+    Beside embeddings that differ in length, and have no mask to tell the padding by, are their lengths, `NAME_length` `[n]`.
     """
     collated = {}
     for name in rows[0] if rows else {}:
         values = [row[name] for row in rows]
-        if len({value.shape for value in values}) > 1 and values[0].ndim == 2 and f"{name}_mask" not in rows[0]:
-            raise UserError(
-                f"cond.{name} differs in length from sample to sample and has no mask: such data cannot be mixed"
-            )
         collated[name] = torch.stack(padded(values, 0))
+        longest = max(rows, key=lambda row: row[name].shape[:1])  # on few tokens, positions look like a mask
+        if len({value.shape for value in values}) > 1 and not has_mask(name, longest, 0):
+            collated[name + LENGTH] = torch.tensor([len(value) for value in values])
     return collated
+
+
+def has_mask(name: str, cond: dict[str, Tensor], dim: int) -> bool:
+    """Whether a condition masks another one, or is the mask: it has the same length, and no more than that."""
+    shape = cond[name].shape[: dim + 1]
+    return any(other.shape == shape and is_mask(other) for key, other in cond.items() if not key.endswith(LENGTH))
+
+
+def is_mask(value: Tensor) -> bool:
+    """Whether a tensor says of each token whether it counts."""
+    return value.dtype == torch.bool or (not value.is_floating_point() and bool((value.ge(0) & value.le(1)).all()))
+
+
+def of_one_length(batch: Batch) -> list[tuple[Tensor, Batch]]:
+    """The records of a batch `[k]` with equal lengths of every condition, and they as a batch without padding."""
+    named = {name.removesuffix(LENGTH): value for name, value in batch.cond.items() if name.endswith(LENGTH)}
+    table = torch.stack(list(named.values()), 1)
+    parts = []
+    for row in table.unique(dim=0):
+        chosen = (table == row).all(1).nonzero().flatten()
+        cond = {name: value[chosen] for name, value in batch.cond.items() if not name.endswith(LENGTH)}
+        cond |= {name: cond[name][:, :length] for name, length in zip(named, row.tolist(), strict=True)}
+        parts.append((chosen, replace(batch.on(chosen), cond=cond)))
+    return parts
 
 
 def padded(values: list[Tensor], dim: int) -> list[Tensor]:

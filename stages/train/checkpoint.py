@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -9,9 +10,9 @@ import torch
 
 from stages.base import first_line
 from stages.denoiser import flatten
-from stages.errors import UserError
+from stages.errors import StorageError, UserError
 from stages.records.dataset import Dataset
-from stages.records.storage import whole_file
+from stages.records.storage import make_folder, whole_file
 from stages.train.config import KEPT_WHEN_RESUMED, TrainConfig, effective
 
 CHECKPOINTS, UNFINISHED = "step-[0-9]*.pt", ".step-*.pt.*.tmp"
@@ -33,6 +34,24 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], total_limit:
     for old in [*every[until:], *every[:until][:-total_limit], *folder.glob(UNFINISHED)]:
         old.unlink(missing_ok=True)
     return path
+
+
+def check_room(folder: Path, size: int, count: int) -> None:
+    """Refuse to begin a run whose checkpoints would fill the disk.
+
+    Args:
+        size: bytes of each of the `count` that will be written beside those that are there.
+
+    Raises:
+        StorageError: there is less free than they take.
+    """
+    make_folder(folder)
+    free = shutil.disk_usage(folder).free
+    if size * count > free:
+        raise StorageError(
+            f"{folder}: {count} checkpoints of {size / 1e6:,.1f} MB are to be there, and {free / 1e6:,.1f} MB are free: make room, "
+            "name another output_dir, or lower checkpoints_total_limit"
+        )
 
 
 def _save(state: dict[str, Any], file: BinaryIO) -> None:
@@ -59,6 +78,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"resume_from_checkpoint={path}: no such file: name one of output_dir's checkpoints/, or `latest`"
+        ) from error
     except Exception as error:  # whatever unpickling stumbles over in a file that is none of ours
         told = first_line(error) if isinstance(error, OSError) else "damaged, or no checkpoint"
         raise UserError(
@@ -78,15 +101,17 @@ def check_resumable(state: dict[str, Any], dataset: Dataset, config: TrainConfig
     if state["dataset_fingerprint"] != dataset.fingerprint:
         raise UserError(
             f"{dataset.root}: not the dataset of the checkpoint: fingerprint {dataset.fingerprint[:12]}, "
-            f"the checkpoint has {state['dataset_fingerprint'][:12]}"
+            f"the checkpoint has {state['dataset_fingerprint'][:12]}: name that one by data_dir, or take another output_dir"
         )
     now, before = flatten(effective(config)), flatten(state["config"])
     changed = [key for key in sorted(now.keys() | before) if now.get(key) != before.get(key)]
     for key in changed:
         told = f"{key}={now.get(key)}: the checkpoint's run had {before.get(key)}"
         if key.partition(".")[0] in KEPT_WHEN_RESUMED:
-            raise UserError(f"{told}: resume with that, or begin a new run")
+            raise UserError(f"{told}: resume with that, or begin a new run in another output_dir")
         if state["step"] == config.max_train_steps:
             raise UserError(f"{told}, and has ended: raise max_train_steps, or take another output_dir")
     if state["step"] > config.max_train_steps:
-        raise UserError(f"max_train_steps={config.max_train_steps}: the checkpoint is already at step {state['step']}")
+        raise UserError(
+            f"max_train_steps={config.max_train_steps}: the checkpoint is already at step {state['step']}: raise it, or take another output_dir"
+        )

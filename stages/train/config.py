@@ -29,6 +29,7 @@ KEPT_WHEN_RESUMED = (
     "scale_range",
     "timestep_range",
     "max_trajectories",
+    "denoiser",
     "filters",
 )
 # What changes neither the weights that a run ends with nor how they are judged.
@@ -100,6 +101,9 @@ class TrainConfig:
     scale_range: list[float] | None = option(None, "train on records with a guidance scale in [LOW,HIGH] only")
     timestep_range: list[float] | None = option(None, "and a timestep, as the denoiser is given it, in [LOW,HIGH] only")
     max_trajectories: int | None = option(None, "train on so many trajectories only, the first of the plan", at_least=1)
+    denoiser: str | None = option(
+        None, "of a teacher with several denoisers, the one that the adapter is for, by its name in the pipeline"
+    )
     filters: list[Any] | None = option(
         None, "train on samples whose row of the manifest passes all of these only, such as [[class_label,in,[1,2]]]"
     )

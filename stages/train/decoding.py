@@ -40,6 +40,22 @@ class Decoder:
         self.device = device
         self.vae = load_vae(name_or_path, shape[0]).to(device)
         self.batch = from_noise_to_image(dataset, rows[:COLUMNS], skip_damaged)
+        self._try_out(name_or_path)
+
+    @torch.no_grad()
+    def _try_out(self, name_or_path: str) -> None:
+        """
+        Raises:
+            UserError: what is recorded does not decode, which the first validation would come upon.
+        """
+        try:
+            for image in self.decode(self.batch.target.float().cpu()):
+                to_picture(image)
+        except Exception as error:  # another's VAE, with latents that it may not be made for
+            told = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(
+                f"vae_name_or_path={name_or_path}: does not decode what is recorded: {told}: leave it out"
+            ) from error
 
     @torch.no_grad()
     def draw(self, student: Student) -> Image.Image:

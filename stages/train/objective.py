@@ -44,7 +44,7 @@ class Objective:
         needed = RECORDED.get(loss)
         if needed is not None and needed not in info["tensors"]:
             raise UserError(
-                f"loss={loss}: the records hold no {needed}, which newer ones do: generate the dataset again"
+                f"loss={loss}: the records hold no {needed}, which newer ones do: take another loss, or generate the dataset again in a new folder"
             )
 
     def __call__(self, prediction: Tensor, batch: Batch) -> Tensor:

@@ -46,11 +46,16 @@ class Optimization:
         return bool(torch.stack([parameter.isfinite().all() for parameter in self.parameters]).all())
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one of the batches that make a step."""
-        self.scaler.scale(loss / self.config.gradient_accumulation_steps).backward()
+        """Add the gradients of one of the batches that make a step; one without guidance asks nothing of the adapter, and has none."""
+        scaled = self.scaler.scale(loss / self.config.gradient_accumulation_steps)
+        if scaled.requires_grad:
+            scaled.backward()
 
     def step(self) -> Tensor:
         """Change the weights by the gradients that were added up, and forget these; their norm before it was clipped."""
+        for parameter in self.parameters:
+            if parameter.grad is None:  # the loss scale asks for one, and all processes must have as many
+                parameter.grad = torch.zeros_like(parameter)
         self._average_over_processes()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
@@ -66,7 +71,7 @@ class Optimization:
         """Before the loss scale is taken out, so that one process's overflow is noticed by all."""
         if not torch.distributed.is_initialized():
             return
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]  # all have one
         mean = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
         for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))

@@ -27,19 +27,44 @@ def select(dataset: Dataset, config: TrainConfig) -> tuple[list[Row], list[Row]]
     Raises:
         UserError: a filter is none, or nothing is left.
     """
-    held_out = hold_out(dataset.manifest, config.validation_share, config.seed)
+    manifest = dataset.manifest.filter(pc.field("denoiser") == choose_denoiser(dataset, config))
+    held_out = hold_out(manifest, config.validation_share, config.seed)
     training, validation = (matching(table, config) for table in held_out)
     if config.max_trajectories is not None:
         first = np.unique(training["trajectory"].to_numpy())[: config.max_trajectories]
         training = training.filter(pc.field("trajectory").isin(first))
     parts = tuple(list(in_timestep_range(dataset, table, config)) for table in (training, validation))
+    if not all(parts) and pc.count_distinct(dataset.manifest["trajectory"]).as_py() < 2:
+        raise UserError(
+            f"{dataset.root}: holds a single trajectory, and one is held out to validate with: generate more of them "
+            "(num_trajectories)"
+        )
     for rows, purpose in zip(parts, ("train on", "validate with"), strict=True):
         if not rows:
             raise UserError(
                 f"{dataset.root}: nothing is left to {purpose}: change validation_share={config.validation_share:g}, or widen "
-                "scale_range, timestep_range or filters"
+                "scale_range, timestep_range, max_trajectories or filters"
             )
     return parts[0], parts[1]
+
+
+def choose_denoiser(dataset: Dataset, config: TrainConfig) -> str:
+    """The denoiser that an adapter is trained for, by its name in the pipeline.
+
+    Raises:
+        UserError: the teacher has several, or has none of that name.
+    """
+    known = sorted(dataset.manifest["denoiser"].unique().to_pylist())
+    if config.denoiser is None and len(known) == 1:
+        return known[0]
+    if config.denoiser is None or config.denoiser not in known:
+        told = (
+            "several denoisers, each of which needs an adapter of its own" if config.denoiser is None else "no such one"
+        )
+        raise UserError(
+            f"denoiser={config.denoiser}: the teacher has {told}: say denoiser={' or denoiser='.join(known)}"
+        )
+    return config.denoiser
 
 
 def hold_out(manifest: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.Table]:

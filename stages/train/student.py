@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.conditioning import find_conditions
 from stages.adapters.guidance import Guidance, as_scales
+from stages.arguments import LENGTH, Arguments, Caller
 from stages.base import denoiser_config, load_denoiser
-from stages.denoiser import NEGATIVE, fingerprint, latent_name, unflatten
+from stages.denoiser import NEGATIVE, STEP, as_target, fingerprint, predictions_of
 from stages.errors import UserError
 from stages.records.record import CONDITION_PREFIX
-from stages.train.batch import Batch
+from stages.train.batch import Batch, of_one_length
 
 if TYPE_CHECKING:  # without it a student can be made where there is no pyarrow
     from stages.records.dataset import Dataset
@@ -33,13 +34,23 @@ BASE_KEYS = (
 )
 
 
-def describe_base(dataset: Dataset, scale_range: list[float] | None = None) -> dict[str, Any]:
+def facts_of_teacher(dataset: Dataset, denoiser: str | None = None) -> dict[str, Any]:
+    """What `dataset.json` tells of the teacher, of its denoisers that of this name; by default the first."""
+    teacher = dataset.info["teacher"]
+    name = denoiser or teacher["denoiser_subfolder"]
+    return teacher | {"denoiser_subfolder": name} | teacher["denoisers"][name]
+
+
+def describe_base(
+    dataset: Dataset, scale_range: list[float] | None = None, denoiser: str | None = None
+) -> dict[str, Any]:
     """What an adapter's folder tells of its data and its base: conditions, trained range, identity of the base.
 
     Args:
         scale_range: what the run was restricted to.
+        denoiser: which of the teacher's, by its name in the pipeline; by default the first.
     """
-    teacher, conditions = dataset.info["teacher"], dataset.info["conditions"]
+    teacher, conditions = facts_of_teacher(dataset, denoiser), dataset.info["conditions"]
     low, high = dataset.info["guidance"]["scale_range"]
     least, most = scale_range or [low, high]
     return {
@@ -49,9 +60,16 @@ def describe_base(dataset: Dataset, scale_range: list[float] | None = None) -> d
         "scale_range": [max(low, least), min(high, most)],
         "guidance_rule": dataset.info["guidance"]["rule"],
         "prediction_type": teacher["prediction_type"],
+        "timestep": teacher["layout"]["arguments"]["timestep"],
+        "axes": teacher["layout"]["arguments"]["axes"],
         "timestep_scale": teacher["layout"]["timestep_scale"],
+        "timestep_offset": teacher["layout"]["timestep_offset"],
+        "no_guidance": teacher["layout"]["no_guidance"],
+        "scale_offset": teacher["layout"]["scale_offset"],
         "unconditional": unconditional_place(teacher["layout"]),
         "base": {key: teacher[key] for key in BASE_KEYS},
+        "teacher": {key: teacher.get(key) for key in ("scheduler_class", "scheduler_config")}
+        | {"guider": dataset.info["plans"][0]["config"]["teacher"].get("guider")},
         "dataset_fingerprint": dataset.fingerprint,
     }
 
@@ -64,20 +82,21 @@ def unconditional_place(layout: dict[str, Any]) -> dict[str, int] | None:
     return {"call": call, "chunk": chunk, "chunks": layout["chunks"]}
 
 
-def example_inputs(dataset: Dataset, latent: str) -> dict[str, Any]:
+def example_inputs(dataset: Dataset) -> dict[str, Any]:
     """The denoiser's arguments for three records, flat, on the meta device."""
     tensors, n, meta = dataset.info["tensors"], 3, torch.device("meta")
 
     def empty(told: dict[str, Any]) -> Tensor:
         return torch.empty(n, *told["shape"], dtype=getattr(torch, told["dtype"]), device=meta)
 
-    constants = dataset.info["teacher"]["layout"]["constants"]
-    return {
-        latent: empty(tensors["latent"]),
-        "timestep": empty(tensors["timestep"]),
-        **{name: restored(value, meta)(n) for name, value in constants.items()},
-        **{k: empty(told) for k, told in condition_tensors(dataset).items() if not k.startswith(NEGATIVE)},
-    }
+    cond = {k: empty(told) for k, told in condition_tensors(dataset).items() if not k.startswith(NEGATIVE)}
+    cond |= {name: empty(told) for name, told in tensors.items() if name.startswith(STEP)}
+    return Caller(arguments_of(dataset), meta).flat(empty(tensors["latent"]), empty(tensors["timestep"]), cond)
+
+
+def arguments_of(dataset: Dataset) -> Arguments:
+    """How the arguments of the teacher's denoiser are laid out."""
+    return Arguments.of_facts(dataset.info["teacher"]["layout"]["arguments"])
 
 
 def condition_tensors(dataset: Dataset) -> dict[str, dict[str, Any]]:
@@ -95,47 +114,49 @@ def load_base(
     device: str = "cpu",
     mixed_precision: str = "no",
     quantization: str = "none",
+    denoiser: str | None = None,
 ) -> nn.Module:
     """The frozen denoiser that the records were made with.
 
     Args:
         mixed_precision: `bf16` or `fp16`: the base is held in it; by default as the teacher was.
         quantization: `int8`: the linear layers' weights in 8 bits.
+        denoiser: which of the teacher's, by its name in the pipeline; by default the first.
 
     Raises:
         UserError: another denoiser is found there, or other weights, than the teacher had.
     """
-    teacher = dataset.info["teacher"]
+    teacher = facts_of_teacher(dataset, denoiser)
     path = name_or_path or teacher["pretrained_model_name_or_path"]
     source = {} if name_or_path else {key: teacher[key] for key in ("revision", "variant")}
     place = path, teacher["denoiser_subfolder"], teacher["denoiser_class"]
-    check_architecture(dataset, path, denoiser_config(*place, revision=source.get("revision")))
-    denoiser = load_denoiser(*place, getattr(torch, teacher["torch_dtype"]), **source)
-    found = fingerprint(denoiser)
+    check_architecture(dataset, teacher, path, denoiser_config(*place, revision=source.get("revision")))
+    base = load_denoiser(*place, getattr(torch, teacher["torch_dtype"]), **source)
+    found = fingerprint(base)
     if found != teacher["denoiser_fingerprint"]:
         raise UserError(
             f"{path}: not the weights that made {dataset.root}: fingerprint {found[:12]}, the dataset has "
             f"{teacher['denoiser_fingerprint'][:12]}: name the teacher's own with pretrained_model_name_or_path=..."
         )
     if mixed_precision != "no":
-        cast(denoiser, PRECISION[mixed_precision])
+        cast(base, PRECISION[mixed_precision])
     if quantization == "int8":
-        quantize(denoiser)
-    return denoiser.to(device)
+        quantize(base)
+    return base.to(device)
 
 
-def check_architecture(dataset: Dataset, path: str, config: dict[str, Any]) -> None:
+def check_architecture(dataset: Dataset, teacher: dict[str, Any], path: str, config: dict[str, Any]) -> None:
     """What a denoiser's configuration tells, before its weights are loaded.
 
     Raises:
         UserError: it is another class, or takes latents of other channels, than the teacher's.
     """
-    expected, shape = dataset.info["teacher"]["denoiser_class"], dataset.info["tensors"]["latent"]["shape"]
+    expected, had = teacher["denoiser_class"], teacher["in_channels"]
     channels = config.get("in_channels")
     if config.get("_class_name", expected) != expected:
         raise UserError(f"{path}: a {config['_class_name']}, and {dataset.root} was made with a {expected}")
-    if channels is not None and channels not in (shape[0], shape[-1]):
-        raise UserError(f"{path}: takes latents of {channels} channels, and those in {dataset.root} are {shape}")
+    if channels != had:
+        raise UserError(f"{path}: takes latents of {channels} channels, and {dataset.root} was made with {had}")
 
 
 def cast(denoiser: nn.Module, dtype: torch.dtype) -> None:
@@ -164,22 +185,25 @@ class Student:
     """Predicts the guided output of a batch in one conditional pass.
 
     Args:
-        constants: the denoiser's arguments that are the same in every call, as `dataset.json` tells them.
+        arguments: of the denoiser's calls, as the teacher's were laid out.
+        channels: of each of its predictions that the target has.
         mixed_precision: as `load_base` was told.
     """
 
     def __init__(
-        self, denoiser: nn.Module, adapter: GuidanceAdapter, constants: dict[str, Any], mixed_precision: str = "no"
+        self,
+        denoiser: nn.Module,
+        adapter: GuidanceAdapter,
+        arguments: Arguments,
+        channels: list[int],
+        mixed_precision: str = "no",
     ) -> None:
         self.denoiser, self.adapter = denoiser, adapter.attach(denoiser)
         self.call: Callable[..., Any] = denoiser
-        device = next(denoiser.parameters()).device
-        self.constants: dict[str, Callable[[int], Any]] = {
-            name: restored(value, device) for name, value in constants.items()
-        }
+        self.channels = channels
+        self.caller = Caller(arguments, next(denoiser.parameters()).device)
         self.precision = PRECISION.get(mixed_precision)
         self.dtype = next(denoiser.parameters()).dtype
-        self.latent = latent_name(denoiser)
 
     @classmethod
     def create(
@@ -189,12 +213,14 @@ class Student:
         denoiser: nn.Module,
         scale_range: list[float] | None = None,
         mixed_precision: str = "no",
+        name: str | None = None,
     ) -> Student:
-        """A new adapter on the dataset's denoiser; see `describe_base` for `scale_range`."""
-        about, inputs = describe_base(dataset, scale_range), example_inputs(dataset, latent_name(denoiser))
+        """A new adapter on the dataset's denoiser of that name; see `describe_base` for `scale_range`."""
+        about, inputs = describe_base(dataset, scale_range, name), example_inputs(dataset)
         adapter = GuidanceAdapter.for_denoiser(config, denoiser, about, inputs)
         adapter.to(next(denoiser.parameters()).device)
-        return cls(denoiser, adapter, dataset.info["teacher"]["layout"]["constants"], mixed_precision)
+        channels = dataset.info["teacher"]["layout"]["target_channels"]
+        return cls(denoiser, adapter, arguments_of(dataset), channels, mixed_precision)
 
     def compile(self) -> None:
         """Run the denoiser and the adapter's hooks compiled from now on."""
@@ -217,25 +243,23 @@ class Student:
         Args:
             guided: at the batch's scales; else the base alone predicts.
         """
+        if any(name.endswith(LENGTH) for name in batch.cond):
+            return self._predict_by_length(batch, guided)
         if not guided:
             return self._forward(batch)
         negative = {name: value for name, value in batch.cond.items() if name.startswith(NEGATIVE)}
         with self.adapter.in_force(Guidance(as_scales(batch.scale)[None], negative=negative)):
             return self._forward(batch)
 
+    def _predict_by_length(self, batch: Batch, guided: bool) -> Tensor:
+        """One pass for the records of each length: the denoiser cannot be told what is padding."""
+        parts = [(chosen, self.predict(part, guided)) for chosen, part in of_one_length(batch)]
+        order = torch.cat([chosen for chosen, _ in parts]).argsort()
+        return torch.cat([prediction for _, prediction in parts])[order]
+
     def _forward(self, batch: Batch) -> Tensor:
-        constants = {name: value(len(batch)) for name, value in self.constants.items()}
-        inputs = {self.latent: batch.latent, "timestep": batch.timestep, "return_dict": False}
         cond = {name: value for name, value in batch.cond.items() if not name.startswith(NEGATIVE)}
         device = batch.latent.device.type
         with torch.autocast(device, self.precision) if self.precision else nullcontext():
-            output = self.call(**inputs, **unflatten({**constants, **cond}))[0]
-        return output[:, : batch.target.shape[1]]
-
-
-def restored(value: Any, device: torch.device) -> Callable[[int], Any]:
-    """A constant argument from its JSON, by the size of the batch (the inverse of `stages.generate.layout.constant`)."""
-    if isinstance(value, dict) and "tensor" in value:
-        tensor = torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]), device=device)
-        return lambda n: tensor
-    return lambda n: [value["each"]] * n if isinstance(value, dict) else value
+            output = self.call(**self.caller.nested(batch.latent, batch.timestep, cond), return_dict=False)
+        return as_target(predictions_of(output), self.channels)

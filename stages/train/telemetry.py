@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from PIL import Image
 from torch import Tensor
 
+from stages.base import first_line
 from stages.errors import UserError
 from stages.train.bins import BinnedMean, Range
 
@@ -104,7 +106,13 @@ def tracker_class(report_to: str) -> Any:
 
 
 class Trackers:
-    """The trackers of accelerate that a run reports to, by name; `none` is none."""
+    """The trackers of accelerate that a run reports to, by name; `none` is none.
+
+    One that fails while the run goes on is told of and left: it is no reason to end a run.
+
+    Raises:
+        UserError: one could not begin.
+    """
 
     def __init__(self, report_to: str, root: Path, step: int, settings: dict[str, Any]) -> None:
         """
@@ -112,32 +120,50 @@ class Trackers:
             step: the last one of the state that the run goes on from: TensorBoard drops what was told of later ones.
             settings: the run's configuration.
         """
-        self.trackers = []
+        self.tracker: Any = None
+        self.report_to = report_to
         kind = tracker_class(report_to)
         if kind is None or not PartialState().is_main_process:
             return
         known = {"purge_step": step + 1} if report_to == "tensorboard" else {}
-        tracker = kind(LOGS, logging_dir=root, **known) if kind.requires_logging_directory else kind(root.name)
-        tracker.start()
-        tracker.store_init_configuration(settings)
-        self.trackers.append(tracker)
+        try:
+            tracker = kind(LOGS, logging_dir=root, **known) if kind.requires_logging_directory else kind(root.name)
+            tracker.start()
+            tracker.store_init_configuration(settings)
+        except Exception as error:  # whatever another's code stumbles over: a log-in, a server, a disk
+            told = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(
+                f"report_to={report_to}: could not begin: {told}: mend that, or say report_to=none"
+            ) from error
+        self.tracker = tracker
 
     def log(self, values: dict[str, float], step: int) -> None:
-        for tracker in self.trackers:
-            tracker.log(values, step=step)
+        with self._left_if_it_fails():
+            if self.tracker is not None:
+                self.tracker.log(values, step=step)
 
     def show(self, name: str, picture: Image.Image, step: int) -> None:
         """A picture, where a tracker shows pictures."""
         pixels = np.asarray(picture)
-        for tracker in self.trackers:
-            if tracker.name == "tensorboard":
-                tracker.log_images({name: pixels.transpose(2, 0, 1)[None]}, step=step)
-            elif hasattr(tracker, "log_images"):
-                tracker.log_images({name: [pixels]}, step=step)
+        with self._left_if_it_fails():
+            if getattr(self.tracker, "name", None) == "tensorboard":
+                self.tracker.log_images({name: pixels.transpose(2, 0, 1)[None]}, step=step)
+            elif hasattr(self.tracker, "log_images"):
+                self.tracker.log_images({name: [pixels]}, step=step)
+
+    @contextmanager
+    def _left_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.tracker = None
+            told = f"{type(error).__name__}: {first_line(error)}"
+            warnings.warn(f"report_to={self.report_to}: failed, and is told no more: {told}", stacklevel=3)
 
     def __enter__(self) -> Trackers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for tracker in self.trackers:
-            tracker.finish()
+        with self._left_if_it_fails():
+            if self.tracker is not None:
+                self.tracker.finish()

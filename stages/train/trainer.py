@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+from stages.adapters import GuidanceAdapter
 from stages.adapters.folder import CONFIG_FILE
 from stages.base import choose_device
 from stages.config import check_bounds
@@ -25,15 +26,23 @@ from stages.records.cache import ShardCache
 from stages.records.dataset import Dataset
 from stages.records.folder import open_folder
 from stages.records.plans import snapshots
-from stages.records.storage import alone_in, whole_file
+from stages.records.storage import alone_in, check_folder, whole_file
 from stages.train.batch import Batch
 from stages.train.bins import Range
-from stages.train.checkpoint import check_resumable, find_checkpoint, load_checkpoint, save_checkpoint
+from stages.train.checkpoint import (
+    CHECKPOINTS,
+    check_resumable,
+    check_room,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from stages.train.compiling import told_of_compiling
 from stages.train.config import TrainConfig, check_together, effective
 from stages.train.decoding import Decoder
 from stages.train.objective import Objective
 from stages.train.optimization import Optimization
-from stages.train.selection import select, trained_scales
+from stages.train.selection import choose_denoiser, select, trained_scales
 from stages.train.stream import RecordStream
 from stages.train.student import Student, load_base
 from stages.train.telemetry import Meter, Place, Trackers, tracker_class
@@ -48,13 +57,12 @@ class Trainer:
     What costs nothing to check is checked before the base is loaded.
 
     Raises:
-        UserError: the dataset cannot be read, does not fit the base, or the folder holds another run.
+        UserError: the dataset cannot be read, does not fit the base, or the folder holds another run, has no room or cannot be
+            written to.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        check_bounds(config)
-        check_together(config)
-        tracker_class(config.report_to)
+        check(config)
         self.config = config
         self.root = Path(config.output_dir)
         self.checkpoints = self.root / "checkpoints"
@@ -69,6 +77,8 @@ class Trainer:
             check_resumable(state, self.dataset, config)
         training, held_out = select(self.dataset, config)
         objective = Objective(config.loss, self.dataset.info, self.device)
+        if self.processes.is_main_process:  # after all that can be refused without a folder
+            check_folder(self.root)
 
         torch.manual_seed(config.seed)
         self.student = self._new_student(trained_scales(training, config))
@@ -90,6 +100,19 @@ class Trainer:
         self.loss = self.unguided_loss = float("nan")
         if state is not None:
             self.restore(state)
+        if self.processes.is_main_process:
+            check_room(self.checkpoints, self._size_of_state(), self._checkpoints_to_come())
+
+    def _size_of_state(self) -> int:
+        """Bytes of a checkpoint: the weights, two moments of each, and their average where one is kept."""
+        each = sum(parameter.numel() * parameter.element_size() for parameter in self.adapter.parameters())
+        return each * (4 if self.config.use_ema else 3)
+
+    def _checkpoints_to_come(self) -> int:
+        """How many more than there are now will be there at once: each is written before the oldest is removed."""
+        config, there = self.config, len(list(self.checkpoints.glob(CHECKPOINTS)))
+        left = math.ceil((config.max_train_steps - self.step) / config.checkpointing_steps)
+        return min(left, max(1, config.checkpoints_total_limit + 1 - there))
 
     def _earlier(self) -> dict[str, Any] | None:
         """The state that the run goes on from; None where it begins."""
@@ -129,19 +152,21 @@ class Trainer:
             yield
 
     def _new_student(self, scale_range: list[float] | None) -> Student:
-        config = self.config
+        config, name = self.config, choose_denoiser(self.dataset, self.config)
         denoiser = load_base(
             self.dataset,
             config.pretrained_model_name_or_path,
             self.device,
             config.mixed_precision,
             config.quantization,
+            name,
         )
-        student = Student.create(self.dataset, config.adapter, denoiser, scale_range, config.mixed_precision)
+        student = Student.create(self.dataset, config.adapter, denoiser, scale_range, config.mixed_precision, name)
         if config.gradient_checkpointing:
             student.checkpoint_gradients()
         if config.torch_compile:
-            student.compile()
+            with told_of_compiling():
+                student.compile()
         if self.device.startswith("cuda"):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         return student
@@ -186,8 +211,12 @@ class Trainer:
         """Train to the end, write the adapter's folder, and tell the content of `training.json`.
 
         Raises:
-            UserError: a loss or a weight is not a number.
+            UserError: a loss or a weight is not a number, or nothing can be compiled.
         """
+        with told_of_compiling(self.config.torch_compile):  # each kind of pass when it first comes
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         if self.step == 0:
             self.unguided_loss, _ = self.validation.measure(self.student, guided=False)
         settings = {key: value for key, value in asdict(self.config).items() if isinstance(value, (str, int, float))}
@@ -289,6 +318,18 @@ class Trainer:
                 with whole_file(self.root / "held_out" / f"step-{self.step:08d}.png") as file:
                     picture.save(file, format="png")
         return loss, by_bin
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse what no run could carry out, before anything is read.
+
+    Raises:
+        UserError: names the option.
+    """
+    check_bounds(config)
+    check_together(config)
+    tracker_class(config.report_to)
+    GuidanceAdapter.kind(config.adapter.variant)
 
 
 def ranges_of(dataset: Dataset, scale_range: list[float]) -> tuple[Range, Range]:

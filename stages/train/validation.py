@@ -59,7 +59,9 @@ class Validation:
         mean, by_bin = self.errors.means()
         if not by_bin:
             raise UserError(
-                f"{self.dataset.root}: every record to validate with is damaged: choose others by another seed"
+                f"{self.dataset.root}: every record to validate with is damaged: "
+                f"`python -m pipeline.verify {self.dataset.root.word('data_dir')} repair=true` tells how to make them anew; a new run "
+                "with another seed holds out others"
             )
         return mean, by_bin
 

@@ -10,9 +10,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from stages.denoiser import STEP
 from stages.errors import DamageError
 from stages.records.dataset import Dataset
-from stages.records.record import CONDITION_PREFIX, PER_RECORD
+from stages.records.record import CONDITION_PREFIX, is_per_record
 from stages.train.batch import Batch, as_bytes, collate, gather
 from stages.train.selection import Row
 
@@ -24,7 +25,7 @@ class Window:
     """All records of some samples: those of each sample share its conditions, which are held once.
 
     Attributes:
-        records: every tensor `[m, ...]`, with no conditions.
+        records: every tensor `[m, ...]`, with those conditions only that change from step to step.
         owner: `[m]`, where in `cond` each record's conditions are.
         cond: `[n, ...]`, by the denoiser's argument names.
         intact: `[m]`, False for the records of damaged samples; what these hold means nothing.
@@ -42,7 +43,8 @@ class Window:
 
     def take(self, chosen: Tensor) -> Batch:
         owner = self.owner[chosen]
-        return replace(self.records.take(chosen), cond={name: gather(v, owner) for name, v in self.cond.items()})
+        records = self.records.take(chosen)
+        return replace(records, cond=records.cond | {name: gather(v, owner) for name, v in self.cond.items()})
 
 
 def load(dataset: Dataset, rows: list[Row], skip_damaged: bool = False, memory: Memory | None = None) -> Window:
@@ -71,8 +73,9 @@ def load(dataset: Dataset, rows: list[Row], skip_damaged: bool = False, memory: 
         intact[i] = True
     scale = torch.tensor([row["scale"] for row in rows], dtype=torch.float32).repeat_interleave(counts)
     main = {name: fields.pop(name) for name in ("latent", "timestep", "target")}
+    steps = {name: fields.pop(name) for name in list(fields) if name.startswith(STEP)}
     return Window(
-        Batch(**main, scale=scale, cond={}, numbers=fields),
+        Batch(**main, scale=scale, cond=steps, numbers=fields),
         (intact.cumsum(0) - 1).repeat_interleave(counts),
         collate(conditions),
         intact.repeat_interleave(counts),
@@ -83,7 +86,7 @@ def load(dataset: Dataset, rows: list[Row], skip_damaged: bool = False, memory: 
 def room(memory: Memory, dataset: Dataset, count: int) -> dict[str, Tensor]:
     """Of each tensor that the records have, the first `[count, ...]` in memory, which grows where it is too small."""
     for name, told in dataset.info["tensors"].items():
-        if name in PER_RECORD and len(memory.get(name, ())) < count:
+        if is_per_record(name) and len(memory.get(name, ())) < count:
             memory[name] = torch.empty(count, *told["shape"], dtype=getattr(torch, told["dtype"]))
     return {name: value[:count] for name, value in memory.items()}
 

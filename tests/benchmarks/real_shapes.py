@@ -29,7 +29,7 @@ from diffusers import (
 from torch import nn
 
 from stages.adapters import GuidanceAdapter
-from stages.generate.layout import find_layout
+from stages.generate.finding import find_layout
 from stages.generate.recorder import record
 from stages.generate.scale import GUIDES
 from stages.sampling import Request, sample, undecoded

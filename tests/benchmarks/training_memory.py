@@ -36,7 +36,7 @@ from stages.train.objective import squared_error
 from stages.train.optimization import Optimization
 from stages.train.student import PRECISION, Student, quantize
 from tests.benchmarks.tiny_shapes import shape_named
-from tests.real_shapes import Shape, about_of, conditions_of, inputs_of
+from tests.real_shapes import Shape, about_of, arguments_of, conditions_of, inputs_of
 
 GB = 10**9
 GOALS = {("sdxl", "lora"): {"none": 12 * GB, "int8": 8 * GB}}
@@ -68,7 +68,13 @@ class Training:
         adapter = GuidanceAdapter.for_denoiser(AdapterConfig(setup.variant), denoiser, about_of(setup.shape), inputs)
         if device != "cpu":  # a fake module cannot be moved
             adapter.to(device)
-        self.student = Student(denoiser, adapter, setup.shape.constants, setup.mixed_precision)
+        self.student = Student(
+            denoiser,
+            adapter,
+            arguments_of(setup.shape, denoiser),
+            [setup.shape.latent[0]],
+            setup.mixed_precision,
+        )
         if setup.gradient_checkpointing:
             self.student.checkpoint_gradients()
         self.optimization = Optimization(adapter, TrainConfig(mixed_precision=setup.mixed_precision), device)

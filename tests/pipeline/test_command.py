@@ -70,7 +70,8 @@ def test_the_saved_configuration_is_read_back(tmp_path: Path) -> None:
         (["--name=x"], "--name=x: not understood"),
         (["name=x", "--config"], "--config: name a YAML file"),
         (["--config", "missing.yaml"], "--config missing.yaml: No such file"),
-        (["name=[1"], r"name=\[1: not readable"),
+        (["name=x", "scales=[1"], r"scales=\[1: not readable"),
+        (["name="], "name=: empty: say name="),
     ],
 )
 def test_wrong_usage_is_told_in_one_line_that_names_the_key(words: list[str], told: str) -> None:

@@ -31,8 +31,8 @@ PLACES = ["data_dir=data", "output_dir=runs/sweep"]
         ("[1,3],[2,4]", ["[1,3]", "[2,4]"]),
         ("[[class_label,in,[1,2]]],null", ["[[class_label,in,[1,2]]]", "null"]),
         ("{a: 1, b: 2},3", ["{a: 1, b: 2}", "3"]),
-        ("'a,b',\"c,d\"", ["'a,b'", '"c,d"']),
-        ("'a,b'", ["'a,b'"]),
+        ("'a,b',\"c,d\"", ["a,b", "c,d"]),
+        ("'a,b'", ["a,b"]),
         ("s3://bucket/a,/b", ["s3://bucket/a", "/b"]),
         ("1e-3,-2", ["1e-3", "-2"]),
         ("a", ["a"]),
@@ -89,6 +89,7 @@ def test_a_name_is_one_folder_whatever_the_value(value: str, name: str) -> None:
         ([*PLACES, "seed=0,1", "--config"], "--config: name a YAML file"),
         ([*PLACES, "seed=0,-1"], "seed=-1: at least 0"),
         ([*PLACES, "adapter.variant=offset,lorra"], "adapter.variant=lorra: one of"),
+        ([*PLACES, f"pretrained_model_name_or_path={'a' * 300},b"], "pretrained_model_name_or_path=aaaa"),
     ],
 )
 def test_a_combination_that_is_refused_costs_nothing(words: list[str], told: str) -> None:

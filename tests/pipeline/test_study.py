@@ -87,7 +87,7 @@ def test_all_that_does_not_need_what_failed_is_done_first(
     study["evaluations"] |= {"data_cost": {"adapters": ["full", "bad"], "words": []}}
     suite.write_text(json.dumps(study))
     write_commands(
-        tmp_path, "import sys\nsys.exit(any(word.endswith('data/bad\"') for word in sys.argv) and 'error: no')"
+        tmp_path, "import sys\nsys.exit(any(word.endswith('data/bad') for word in sys.argv) and 'error: no')"
     )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^generate bad: no \(all of it: .*generate-bad.log\); once that is mended"):

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from pipeline.study_plan import Plan
-from stages.errors import UsageError
+from stages.errors import UsageError, UserError
 
 STUDY: dict[str, Any] = {
     "seeds": [0, 1],
-    "datasets": {"data": ["num_trajectories=12", "teacher.pretrained_model_name_or_path=teacher"]},
+    "datasets": {"data": ["num_trajectories=12", "teacher.pretrained_model_name_or_path=stages/embedded/mnist_dit"]},
     "adapters": {"one": {"data": "data", "words": []}, "two": {"data": "data", "words": [], "seeds": [7]}},
     "evaluations": {"scales": {"adapters": ["one", "two"], "words": ["num_samples=4"]}},
 }
@@ -52,10 +52,27 @@ def test_each_step_names_what_it_needs(tmp_path: Path) -> None:
         ({"evaluations": {"a": {"adapters": ["x"], "words": []}}}, "evaluations.a.adapters: x: not among the adapters"),
         ({"evaluations": {"a": {"adapters": [], "words": []}}}, r"evaluations.a: adapters=\[\]: name at least one"),
         ({"evaluations": {"a": {"adapters": ["one"], "words": ["num_samples=0"]}}}, "evaluate a: num_samples=0: at"),
+        (
+            {"datasets": {"data": [*STUDY["datasets"]["data"], "guidance_scale=[3,1]"]}},
+            "generate data: guidance_scale=",
+        ),
+        (
+            {"adapters": STUDY["adapters"] | {"one": {"data": "data", "words": ["adapter.variant=none"]}}},
+            "train one-0: adapter.variant=none",
+        ),
+        (
+            {"adapters": STUDY["adapters"] | {"one": {"data": "data", "words": ["quantization=int8"]}}},
+            "train one-0: quantization=int8: ",
+        ),
+        ({"evaluations": {"a": {"adapters": ["one"], "words": ["methods=[x]"]}}}, "evaluate a: methods=x: some of"),
+        (
+            {"evaluations": {"a": {"adapters": ["one"], "words": ["guidance_scale=[0.5]"]}}},
+            "evaluate a: guidance_scale=",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_the_file(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(UsageError, match=f"^{tmp_path}/study.yaml: {told}"):
+    with pytest.raises(UserError, match=f"^{tmp_path}/study.yaml: {told}"):
         plan_of(tmp_path, **changes)
 
 

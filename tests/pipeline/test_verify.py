@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,11 +15,15 @@ import pipeline.generate
 from pipeline.command import parse
 from pipeline.verify import VerifyConfig, main
 from stages.config import to_yaml
-from stages.errors import UserError
+from stages.errors import StorageError, UserError
 from stages.generate.config import GenerateConfig
 from stages.generate.in_process import InProcessFleet
+from stages.records.commits import read_commits
+from stages.records.dataset import Dataset
+from stages.records.folder import open_folder
 from tests.conftest import generate_config
 from tests.damages import DAMAGES, commit_of
+from tests.faulty_s3 import Fault, FaultyS3
 from tests.stages.generate.test_driver import assert_same_records
 
 
@@ -91,3 +99,90 @@ def test_a_repair_that_leaves_nothing_to_make_ends_well(damaged: Path, capsys: p
 def test_a_grace_below_nothing_is_refused(damaged: Path) -> None:
     with pytest.raises(UserError, match="grace=-1: at least 0"):
         main(VerifyConfig(str(damaged), grace=-1))
+
+
+def test_a_report_that_could_be_nowhere_is_refused_before_anything_is_read(
+    damaged: Path, tmp_path: Path, s3: FaultyS3, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for output, told in (
+        (tmp_path, "is a folder: name a file in it"),
+        (tmp_path / "file" / "v.json", "cannot be made: (File exists|Not a directory): name a file elsewhere"),
+    ):
+        with pytest.raises(StorageError, match=rf"^output={output}: .*{told}$"):
+            main(VerifyConfig(str(damaged), output=str(output)))
+    s3.faults = [Fault("PUT", "bucket", 403, times=99)]
+    told = r"^output=s3://bucket/v.json: s3://bucket/.probe: cannot be written: .*: name a file elsewhere$"
+    with pytest.raises(StorageError, match=told):
+        main(VerifyConfig(str(damaged), output="s3://bucket/v.json"))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_report_goes_where_it_is_asked_for(damaged: Path, tmp_path: Path, s3: FaultyS3) -> None:
+    (tmp_path / "pipe").symlink_to("/dev/null")
+    for output in (str(tmp_path / "new" / "v.json"), str(tmp_path / "pipe"), "s3://bucket/reports/v.json"):
+        main(VerifyConfig(str(damaged), output=output))
+    assert json.loads((tmp_path / "new" / "v.json").read_bytes())["ok"]
+    assert (tmp_path / "pipe").is_char_device()
+    assert json.loads(open_folder("s3://bucket/reports").read("v.json") or b"")["ok"]
+    assert not (damaged / "verification.json").exists()
+    assert not Path("s3:").exists()
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "commits/00001.json", "shards/*"])
+def test_what_this_user_may_not_read_is_neither_damage_nor_set_aside(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As under another's umask; root reads everything, so the system's answer is put in its place."""
+    before = sorted(path for path in damaged.rglob("*") if path.is_file())
+    forbidden = next(damaged.glob(name))
+    opened = Path.open
+
+    def refused(self: Path, *given: Any, **named: Any) -> Any:
+        if self == forbidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return opened(self, *given, **named)
+
+    monkeypatch.setattr(Path, "open", refused)
+    told = f"^{forbidden}: may not be read by this user: let its owner run `chmod -R a\\+rX` on the dataset$"
+    with pytest.raises(StorageError, match=told):
+        main(VerifyConfig(str(damaged), repair=True))
+    with pytest.raises(StorageError, match=told):
+        list(read_all(damaged))
+    assert sorted(path for path in damaged.rglob("*") if path.is_file()) == before
+
+
+def read_all(folder: Path) -> Iterator[object]:
+    """All that a reader of a dataset opens."""
+    dataset = Dataset(folder)
+    for row in dataset.manifest.to_pylist():
+        with dataset.open(row["shard"]) as file:
+            yield dataset.read(file, row)
+    yield from read_commits(dataset.root)
+
+
+def test_what_a_reader_tells_of_an_unfinished_dataset_finishes_it(
+    damaged: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.generate.fleet.RayFleet", InProcessFleet)
+    (damaged / "commits" / "00001.json").unlink()
+    with pytest.raises(UserError, match=r"unfinished, 3 of 4 units are there: `.*` makes the rest$") as caught:
+        Dataset(damaged)
+    words = shlex.split(re.search("`python -m pipeline.generate (.*)`", str(caught.value))[1])  # type: ignore[index]
+    pipeline.generate.main(parse(GenerateConfig, words))
+    assert len(Dataset(damaged).manifest) == 12
+
+
+def test_a_repair_of_what_can_only_be_read_is_refused_before_anything_is_read(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("stages.records.storage.sync", lambda _: fail_as(errno.EROFS))
+    with pytest.raises(
+        StorageError, match=f"^{damaged}: cannot be written: Read-only file system: leave repair=true out"
+    ):
+        main(VerifyConfig(str(damaged), repair=True))
+    assert capsys.readouterr().out == ""
+
+
+def fail_as(number: int) -> None:
+    raise OSError(number, os.strerror(number))

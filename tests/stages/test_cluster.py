@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import os
 import socket
+import types
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
-from stages.cluster import join
+from stages import cluster
+from stages.cluster import LONGEST_SOCKET, join
 from stages.errors import UserError
 
 
@@ -15,4 +20,62 @@ def test_a_place_where_nobody_answers_is_told_at_once(address: str) -> None:
         free.bind(("127.0.0.1", 0))
         address = address.format(free.getsockname()[1])
     with pytest.raises(UserError, match=f"ray_address={address}: no Ray cluster could be joined there: .*refused"):
-        join(ray, address)
+        join(ray, address, "ray_address")
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """In the place of ray: it tells what it was to start with, or refuses."""
+
+    def init(**given: Any) -> None:
+        if fake.refusal:
+            raise fake.refusal
+        fake.given = given
+
+    monkeypatch.setattr(cluster, "end_on_sigterm", lambda: None)
+    fake = types.SimpleNamespace(init=init, exceptions=ray.exceptions, given={}, refusal=None)
+    return fake
+
+
+def test_below_a_long_path_for_temporary_files_ray_gets_a_short_one(
+    started: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / "scratch" / ("a-job-of-a-cluster-" * 4)
+    long.mkdir(parents=True)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    for variable in ("TMPDIR", "RAY_TMPDIR"):
+        monkeypatch.setenv(variable, str(long))
+        join(started, None)
+        place = started.given["_temp_dir"]
+        assert place == f"/tmp/ray-{os.getuid()}"
+        sockets = f"{place}/session_2025-12-31_23-59-59_999999_4194304/sockets/plasma_store"
+        assert len(sockets) <= LONGEST_SOCKET
+        monkeypatch.delenv(variable)
+    join(started, None)
+    assert "_temp_dir" not in started.given
+
+
+def test_where_no_folder_is_short_enough_tmpdir_is_named(
+    started: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/" + "long" * 30)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=r"^TMPDIR=/longlong.* a folder of at most 3\d by TMPDIR or RAY_TMPDIR$"):
+        join(started, None)
+
+
+def test_ray_is_started_where_there_is_little_shared_memory_or_none(
+    started: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join(started, None, num_cpus=3)
+    assert started.given["object_store_memory"] <= 128 << 20
+    assert (started.given["num_cpus"], "_plasma_directory" in started.given) == (3, False)
+    monkeypatch.setattr(cluster, "SHARED_MEMORY", tmp_path / "none")
+    join(started, None)
+    assert Path(started.given["_plasma_directory"]).is_dir()
+
+
+def test_a_ray_that_does_not_start_is_told_as_one(started: Any) -> None:
+    started.refusal = RuntimeError("no\n room")
+    with pytest.raises(UserError, match="^Ray could not be started on this machine: no room$"):
+        join(started, None)

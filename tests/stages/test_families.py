@@ -74,11 +74,11 @@ def test_untrained_the_student_is_the_unguided_teacher(dataset: Dataset) -> None
     seen: list[Call] = []
     request = Request([{"prompt": row["prompt"]}], [row["seed"]], 4, teacher["arguments"])
     shifted = shifted_timesteps(pipe.scheduler, 0.5 * GOLDEN_RATIO)
-    with shifted, undecoded(pipe), watched(pipe, lambda calls, prediction, _: seen.append(calls[0])):
+    with shifted, undecoded(pipe), watched(pipe, lambda calls, received, _: seen.append(calls[0])):
         sample(pipe, request, 1.0)
     inputs, denoiser = seen[0].inputs, denoiser_of(pipe)[1]
     student = Student.create(dataset, ADAPTER, load_base(dataset))
-    torch.testing.assert_close(inputs[student.latent], batch.latent)
+    torch.testing.assert_close(inputs[student.caller.arguments.latent], batch.latent)
     with torch.no_grad():
         unguided = denoiser(**unflatten(inputs), return_dict=False)[0]
         predicted = student.predict(batch)

@@ -31,7 +31,7 @@ def test_of_a_video_the_first_frame_is_shown() -> None:
 def test_the_argument_that_guides_by_two_passes_is_found() -> None:
     assert scale_keyword(build("stable_diffusion")) == "guidance_scale"
     assert scale_keyword(build("qwen_image")) == "true_cfg_scale"
-    with pytest.raises(UserError, match="object takes none of"):
+    with pytest.raises(UserError, match="object cannot be guided: its call takes none of"):
         scale_keyword(object())
 
 

@@ -41,11 +41,15 @@ ABOUT = {
 STEPS = 3
 
 
-def adapter_for(denoiser: Any, variant: str = "lora", std: float = 0.1) -> GuidanceAdapter:
-    """An adapter that does something, as if it were trained."""
+def adapter_for(
+    denoiser: Any, variant: str = "lora", std: float = 0.1, about: dict[str, Any] | None = None
+) -> GuidanceAdapter:
+    """An adapter that does something, as if it were trained; its folder tells this besides."""
     torch.manual_seed(1)
     sites = ["attention", "feed_forward"] if variant == "lora" else None
-    adapter = GuidanceAdapter.for_denoiser(AdapterConfig(variant, sites, hidden_size=16, rank=4), denoiser, ABOUT)
+    adapter = GuidanceAdapter.for_denoiser(
+        AdapterConfig(variant, sites, hidden_size=16, rank=4), denoiser, ABOUT | (about or {})
+    )
     for parameter in adapter.sites.parameters():
         torch.nn.init.normal_(parameter, std=std)
     return adapter

@@ -10,6 +10,7 @@ from stages.adapters.conditioning import (
     ScaleEmbedding,
     choose_conditions,
     find_conditions,
+    mask_of,
     scale_curves,
 )
 from stages.errors import UserError
@@ -95,6 +96,10 @@ def test_conditions_are_found_by_dtype_and_shape_not_by_name() -> None:
     assert find_conditions(told(words=tokens, whole=pooled, sizes=(FLOAT, [6])), 1) == {"whole": WHOLE, "words": WORDS}
     assert find_conditions(told(words=tokens, words_mask=(INT, [77]), mask=(FLOAT, [93])), 1) == {"words": WORDS}
     assert find_conditions({}, 1) == {}
+    assert find_conditions(told(lengths=(INT, []), layers=(FLOAT, [4, 77, 64])), 1) == {"layers": WORDS}
+    assert find_conditions(told(words=tokens, layers=(FLOAT, [4, 77, 128])), 1) == {"words": WORDS}
+    assert find_conditions(told(words=tokens, axes=(FLOAT, [3, 4096])), 1) == {"words": WORDS}
+    assert find_conditions(told(one=(FLOAT, [1, 64])), 1) == {"one": WORDS}
     negative = find_conditions(told(words=tokens) | {"negative.words": {"dtype": FLOAT, "shape": [77, 64]}}, 1)
     assert negative == {"words": WORDS, "negative.words": WORDS | {"kind": "negative_tokens"}}
 
@@ -158,3 +163,29 @@ def test_timesteps_count_to_a_thousand_whatever_the_denoiser_counts_to() -> None
     scale = torch.tensor([2.0])
     one = ask(fractions, scale, torch.tensor([0.5]), {}).vector
     torch.testing.assert_close(one, ask(counting, scale, torch.tensor([500]), {}).vector)
+
+
+def test_masks_are_told_by_their_shape() -> None:
+    inputs = {
+        "clip": torch.randn(2, 5, 32),
+        "clip_counts": torch.tensor([[1, 1, 1, 0, 0]] * 2),
+        "t5": torch.randn(2, 5, 32),
+        "t5_counts": torch.tensor([[True] * 4 + [False]] * 2),
+        "others": torch.randn(2, 7, 32),
+        "pooled": torch.randn(2, 7),
+        "negative.clip": torch.randn(2, 5, 32),
+    }
+    assert mask_of("clip", inputs) is inputs["clip_counts"]
+    assert mask_of("t5", inputs) is inputs["t5_counts"]
+    assert mask_of("others", inputs) is None
+    assert mask_of("negative.clip", inputs) is None
+
+
+def test_several_embeddings_of_a_token_are_as_many_tokens() -> None:
+    torch.manual_seed(0)
+    known = Conditioning(16, {"layers": {"kind": "tokens", "width": 32}}, 1.0)
+    layers, counts = torch.randn(1, 3, 2, 32), torch.tensor([[1, 1, 0]])
+    seen = ask(known, torch.tensor([2.0]), torch.tensor([9]), {"layers": layers, "counts": counts})
+    assert seen.tokens is not None
+    assert seen.tokens.shape == (1, 6, 16)
+    assert seen.mask.tolist() == [[True, True, True, True, False, False]]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
-from stages.adapters.lora import LoRASite
+from stages.adapters.adapter import of_rows
 from stages.denoiser import fingerprint
 from stages.errors import UserError
 from tests.conftest import VARIANTS, small_adapter, tiny_dit
@@ -203,11 +203,7 @@ def test_a_base_of_other_shapes_is_refused_with_its_first_site(variant: str) -> 
         adapter.attach(wider)
     if variant != "embedding":  # it sits at no site: how deep the base is does not matter to it
         deeper = type(pipe.transformer).from_config({**pipe.transformer.config, "num_layers": 3})
-        sites, blocks = (
-            r"at transformer_blocks.2.attn1 it was made for no site",
-            "for 2 transformer_blocks, the base has 3",
-        )
-        with pytest.raises(UserError, match=blocks if variant == "lora" else sites):
+        with pytest.raises(UserError, match="for 2 transformer_blocks, the base has 3"):
             adapter.attach(deeper)
     adapter.attach(pipe.transformer)
     with pytest.raises(UserError, match="attached already"):
@@ -245,12 +241,9 @@ def test_an_unknown_variant_is_named() -> None:
         GuidanceAdapter.for_denoiser(AdapterConfig("magic"), tiny_dit().transformer, ABOUT)
 
 
-def test_a_layer_may_see_several_rows_of_each_sample() -> None:
-    site = LoRASite(6, 5, rank=2, hidden_size=0)
-    torch.nn.init.normal_(site.lora_B.weight)
-    rows, gain = torch.randn(4, 6), torch.tensor([[1.0, 2.0], [-1.0, 0.5]])
-    together = site(rows, gain)
-    for sample, each in enumerate(gain):
-        torch.testing.assert_close(
-            together[2 * sample : 2 * sample + 2], site(rows[2 * sample : 2 * sample + 2], each[None])
-        )
+@pytest.mark.parametrize(("tiled", "rows"), [(False, [1.0, 1.0, 2.0, 2.0]), (True, [1.0, 2.0, 1.0, 2.0])])
+def test_a_layer_may_see_several_rows_of_each_sample(tiled: bool, rows: list[float]) -> None:
+    assert of_rows(torch.tensor([1.0, 2.0]), 4, tiled).tolist() == rows
+    assert of_rows(torch.tensor([[1.0], [2.0]]), 4, tiled).tolist() == [[row] for row in rows]
+    with pytest.raises(UserError, match="given 3 rows for 2 samples"):
+        of_rows(torch.tensor([1.0, 2.0]), 3, tiled)

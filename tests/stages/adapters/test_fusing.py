@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stages.adapters import AdapterConfig, GuidanceAdapter, fusing
+from stages.adapters.riding import ride_of
 from stages.denoiser import denoiser_of, fingerprint, unflatten
 from stages.errors import UserError
 from tests.families import ARGUMENTS, FAMILIES, PROMPTS, build
@@ -40,7 +41,9 @@ def everywhere(pipe: Any, inputs: dict[str, Any] | None = None) -> GuidanceAdapt
 
 
 def hooks_of(denoiser: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in denoiser.modules())
+    """How many guide; those by which threads take turns are there in any case."""
+    every = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in denoiser.modules())
+    return every - len(ride_of(denoiser).guards)
 
 
 @pytest.fixture
@@ -527,11 +530,18 @@ def test_autocast_does_not_reach_the_weights(pipe: Any, adapter: GuidanceAdapter
 
 def test_several_scales_and_fused_projections_are_refused(pipe: Any, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe)
+    expected = final(pipe, 3.0)
     with pytest.raises(UserError, match=r"guidance_scale=\[2.0, 3.0\]: one scale is fused for all images"):
         adapter.fuse([2.0, 3.0])  # type: ignore[arg-type]
     pipe.unet.fuse_qkv_projections()
     with pytest.raises(UserError, match="runs query, key and value as one layer, .*: unfuse_qkv_projections"):
         final(pipe, 3.0)
+    with pytest.raises(UserError, match="unfuse_qkv_projections"):
+        adapter.fuse(3.0)
+    with pytest.raises(UserError, match="unfuse_qkv_projections"), adapter.guidance_scale(3.0):
+        pass
+    pipe.unet.unfuse_qkv_projections()
+    assert torch.equal(final(pipe, 3.0), expected)
 
 
 def test_copies_in_two_threads_keep_their_scales(pipe: Any, adapter: GuidanceAdapter) -> None:

@@ -14,7 +14,7 @@ from stages.denoiser import denoiser_of, latent_name
 from stages.errors import UserError
 from stages.evaluate.comparisons import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE, Samples, Setting, sample_setting
 from stages.evaluate.first_steps import cut, guided_first
-from stages.generate.layout import find_layout
+from stages.generate.finding import find_layout
 from stages.sampling import Request
 from stages.train.student import unconditional_place
 from tests.conftest import tiny_dit

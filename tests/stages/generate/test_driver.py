@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,14 +16,15 @@ from stages.generate.config import GenerateConfig
 from stages.generate.driver import Driver
 from stages.generate.events import Event, Failed
 from stages.generate.in_process import InProcessFleet
+from stages.generate.teacher import Teacher
 from stages.records.commits import committed_units, read_commits
 from stages.records.dataset import Dataset
 from stages.records.folder import DiskFolder, open_folder
 from stages.records.plans import read_info, snapshots, write_info
-from stages.records.storage import seal, unseal
 from stages.records.verification import verify
 from tests.conftest import fill, generate, generate_config
 from tests.faults_table import survived
+from tests.faulty_s3 import Fault, FaultyS3
 
 
 def records(root: Path | str) -> dict[str, dict[str, torch.Tensor]]:
@@ -438,49 +440,6 @@ def test_a_file_of_classes_that_was_changed_is_noticed(tiny_teacher: Path, tmp_p
         Driver(replace(config, class_labels=str(tmp_path / "same.txt"), num_trajectories=9))
 
 
-def older(root: Path) -> None:
-    """Make a dataset as it was before datasets could grow."""
-    info = unseal((root / "dataset.json").read_bytes())
-    (plan,) = info.pop("plans")
-    info["plan"] = {key: plan[key] for key in ("units", "trajectories")}
-    for key in ("count", "sha256"):
-        del info["conditions"][key]
-    (root / "dataset.json").write_bytes(seal(info))
-    shutil.rmtree(root / "manifests", ignore_errors=True)
-    for path in (root / "commits").iterdir():
-        commit = unseal(path.read_bytes())
-        del commit["plan"]
-        path.write_bytes(seal(commit))
-
-
-def test_an_older_dataset_is_read_and_grows(damaged: Path, tiny_teacher: Path) -> None:
-    older(damaged)
-    old = Dataset(damaged)
-    assert verify(damaged)["ok"]
-    assert Driver(generate_config(tiny_teacher, damaged)).finished
-    with pytest.raises(UserError, match=r"class_labels=all, not \[0, 1\]"):
-        Driver(generate_config(tiny_teacher, damaged, class_labels=[0, 1]))
-    config = generate_config(tiny_teacher, damaged, num_trajectories=14)
-    with pytest.raises(KeyboardInterrupt):
-        Driver(config).run(Faulty(config, {}, die_after=0))
-    assert Dataset(damaged).fingerprint == old.fingerprint
-    Driver(config).run(InProcessFleet(config))
-    assert len(Dataset(damaged).manifest) == 14
-    assert Dataset(damaged, snapshot=old.fingerprint).manifest.equals(old.manifest)
-    assert verify(damaged)["ok"]
-
-
-def test_an_older_unfinished_dataset_goes_on(tiny_teacher: Path, tmp_path: Path, shared_dataset: Path) -> None:
-    config = generate_config(tiny_teacher, tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        Driver(config).run(Faulty(config, {}, die_after=2))
-    older(tmp_path)
-    with pytest.raises(UserError, match="unfinished, 2 of 4 units"):
-        Dataset(tmp_path)
-    Driver(config).run(InProcessFleet(config))
-    assert_same_records(tmp_path, shared_dataset)
-
-
 def test_a_moved_commit_is_made_again_in_every_snapshot(
     damaged: Path, tiny_teacher: Path, shared_dataset: Path
 ) -> None:
@@ -500,3 +459,69 @@ def test_a_moved_commit_is_made_again_in_every_snapshot(
     for row in dataset.manifest.to_pylist():
         with dataset.open(row["shard"]) as file:
             assert torch.equal(dataset.read(file, row)["latent"], known[row["key"]]["latent"])
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("seed", 2**63),
+        ("class_label", 2**70),
+        ("prompt", "half of a pair \ud83d"),
+        ("prompt", 3),
+        ("class_label", "three"),
+    ],
+)
+def test_what_the_manifest_cannot_hold_is_refused_before_the_teacher_is_loaded(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str, value: Any
+) -> None:
+    conditions = [{"prompt": "a cat", "class_label": 3, "seed": 2**63 - 1}, {column: value}]
+    monkeypatch.setattr("stages.generate.plan.read_conditions", lambda _: conditions)
+    config = generate_config(tiny_teacher, tmp_path, prompts="p.jsonl")
+    with pytest.raises(UserError, match=rf"^p\.jsonl: row 2: {column}={re.escape(repr(value))}: cannot be recorded: "):
+        Driver(config)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_teacher_is_loaded(
+    tiny_teacher: Path, tmp_path: Path, s3: FaultyS3
+) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "data"):
+        with pytest.raises(StorageError, match=rf"^{output}: cannot be made: "):
+            Driver(generate_config(tiny_teacher, output))
+    s3.faults = [Fault("PUT", "bucket/data", 403, times=99)]
+    with pytest.raises(StorageError, match=r"^s3://bucket/data/\.probe: cannot be written: "):
+        Driver(generate_config(tiny_teacher, "s3://bucket/data"))
+    s3.faults = [Fault("DELETE", "bucket/data", 403, times=99)]
+    Driver(generate_config(tiny_teacher, "s3://bucket/data"))
+
+
+def test_a_disk_that_is_too_small_is_told_of_once_a_unit_is_made(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = generate_config(tiny_teacher, tmp_path)
+    monkeypatch.setattr(DiskFolder, "free", lambda _: 10_000)
+    with pytest.warns(UserWarning, match=r"about 0\.\d MB are still to be made, and 0\.0 MB are free there") as told:
+        Driver(config).run(InProcessFleet(config))
+    assert len([warning for warning in told if "still to be made" in str(warning.message)]) == 1
+
+
+def test_a_teacher_told_of_in_tuples_and_arrays_is_known_again(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = generate_config(tiny_teacher, tmp_path)
+    for attempt in range(2):
+        fleet = Faulty(config, {}, die_after=2 if attempt == 0 else None)
+        facts = Teacher.facts
+
+        def told(self: Teacher, facts: Any = facts) -> dict[str, Any]:
+            return facts(self) | {"scheduler_config": {"betas": np.linspace(0, 1, 3), "range": (0.5, 1.15)}}
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Teacher, "facts", told)
+            if attempt == 0:
+                with pytest.raises(KeyboardInterrupt):
+                    Driver(config).run(fleet)
+            else:
+                Driver(config).run(fleet)
+    info = read_info(open_folder(tmp_path))
+    assert info is not None
+    assert info["complete"]
+    assert info["teacher"]["scheduler_config"] == {"betas": [0, 0.5, 1], "range": [0.5, 1.15]}

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.denoiser import denoiser_of, unflatten
-from stages.generate.layout import Layout, find_layout
+from stages.arguments import Caller
+from stages.denoiser import as_target, denoiser_of, predictions_of
+from stages.generate.finding import find_layout
+from stages.generate.layout import Layout, Pass
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
 from stages.generate.watching import watched
@@ -58,12 +60,12 @@ def test_a_mixed_batch_ends_where_the_untouched_pipeline_ends(
         torch.testing.assert_close(recorded[1][i], latents[0][0], atol=2e-4, rtol=2e-4)
 
 
-def predictions(denoiser: Any, layout: Layout, inputs: dict[str, Any]) -> Tensor:
+def predictions(denoiser: Any, layout: Layout, seen: Pass) -> Tensor:
     """A pass of its own for these inputs, the guided channels of it."""
-    given = {name: value for name, value in inputs.items() if name != layout.latent}
+    caller = Caller(layout.arguments, torch.device("cpu"))
     with torch.no_grad():
-        output = denoiser(inputs[layout.latent], **unflatten(given), return_dict=False)[0]
-    return output[:, : layout.target_channels]
+        output = denoiser(**caller.nested(seen.latent, seen.timestep, seen.cond), return_dict=False)
+    return as_target(predictions_of(output), layout.target_channels)
 
 
 def test_targets_are_guidance_by_hand_from_two_separate_passes(
@@ -71,13 +73,13 @@ def test_targets_are_guidance_by_hand_from_two_separate_passes(
 ) -> None:
     recording, _ = recorded
     denoiser, steps = denoiser_of(pipe)[1], []
-    with undecoded(pipe), watched(pipe, lambda calls, prediction, _: steps.append((calls, prediction.clone()))):
+    with undecoded(pipe), watched(pipe, lambda calls, received, _: steps.append((calls, received[0]))):
         sample(pipe, ask(family, 0, 1), PerSampleScale(torch.tensor(SCALES)))
     assert len(steps) == STEPS
     null = replace(layout, call=layout.calls - 1 - layout.call, chunk=layout.chunks - 1 - layout.chunk)
     for step, (calls, prediction) in enumerate(steps):
-        c = predictions(denoiser, layout, layout.conditional(calls, 2).inputs)
-        u = predictions(denoiser, layout, null.conditional(calls, 2).inputs)
+        c = predictions(denoiser, layout, layout.conditional(calls, 2))
+        u = predictions(denoiser, layout, null.conditional(calls, 2))
         expected = u + torch.tensor(SCALES).view(2, *[1] * (c.ndim - 1)) * (c - u)
         if family == "qwen_image":  # keeps the norm of the conditional prediction, token by token
             expected = expected * c.norm(dim=-1, keepdim=True) / expected.norm(dim=-1, keepdim=True)
@@ -109,4 +111,4 @@ def test_what_is_recorded_belongs_to_the_conditional_pass(recorded: tuple[Record
     assert len(recording.latent) == len(recording.target) == len(recording.timestep) == 2 * STEPS
     assert {len(value) for value in recording.cond.values()} == {2}
     assert not torch.equal(recording.cond["encoder_hidden_states"][0], recording.cond["encoder_hidden_states"][1])
-    assert set(layout.per_sample) <= set(recording.cond)
+    assert set(layout.arguments.conditions) <= set(recording.cond)

@@ -15,11 +15,14 @@ from diffusers import (
 from torch import Tensor
 from torch.nn import functional
 
-from stages.denoiser import denoiser_of, unflatten
+from stages.arguments import Arguments, Axis, Caller, encoded
+from stages.denoiser import denoiser_of
 from stages.errors import UserError
-from stages.generate.layout import Layout, constant, find_layout, guidance_rule
+from stages.generate.finding import find_layout
+from stages.generate.layout import Layout
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
+from stages.generate.unguided import guidance_rule
 from stages.generate.watching import Call, watched
 from stages.sampling import Request, sample, undecoded
 from tests.conftest import tiny_dit
@@ -36,7 +39,7 @@ def ask(*places: int, **arguments: Any) -> Request:
 def targets_alone(pipe: Any, request: Request, scale: float) -> Tensor:
     """What the untouched pipeline hands its scheduler `[steps, c, h, w]`, for one prompt."""
     seen: list[Tensor] = []
-    with undecoded(pipe), watched(pipe, lambda _, prediction, t: seen.append(prediction[0].clone())):
+    with undecoded(pipe), watched(pipe, lambda _, received, t: seen.append(received[0][0])):
         sample(pipe, request, scale)
     return torch.stack(seen)
 
@@ -44,9 +47,9 @@ def targets_alone(pipe: Any, request: Request, scale: float) -> Tensor:
 @torch.no_grad()
 def conditional_alone(pipe: Any, layout: Layout, recording: Recording) -> Tensor:
     """What the untouched denoiser predicts for what was recorded `[m, ...]`, in a pass of its own."""
-    cond = {name: value[recording.owner] for name, value in recording.cond.items() if name in layout.per_sample}
-    inputs = {"timestep": recording.timestep, "return_dict": False} | unflatten(cond)
-    return denoiser_of(pipe)[1](recording.latent, **inputs)[0]
+    cond = {name: value[recording.owner] for name, value in recording.cond.items()}
+    caller = Caller(layout.arguments, torch.device("cpu"))
+    return denoiser_of(pipe)[1](**caller.nested(recording.latent, recording.timestep, cond), return_dict=False)[0]
 
 
 def pag() -> Any:
@@ -124,7 +127,7 @@ def test_the_conditional_part_is_found_wherever_it_lies() -> None:
 
 
 def test_a_pipeline_whose_parts_are_alike_is_refused() -> None:
-    with pytest.raises(UserError, match="StableDiffusionPipeline: .* is not certain: .* all are alike"):
+    with pytest.raises(UserError, match="StableDiffusionPipeline cannot .* is not certain: .* all are alike"):
         find_layout(build("stable_diffusion"), ask(0, negative_prompt=PROMPTS[0]))
 
 
@@ -135,7 +138,9 @@ def test_a_pipeline_that_guides_by_another_argument_is_refused() -> None:
 
     pipe = build("stable_diffusion")
     pipe.__class__ = Renamed
-    with pytest.raises(UserError, match="Renamed takes none of true_cfg_scale, guidance_scale: name its argument"):
+    with pytest.raises(
+        UserError, match="Renamed cannot be guided: its call takes none of true_cfg_scale, guidance_scale"
+    ):
         find_layout(pipe, ask(0))
 
 
@@ -149,23 +154,23 @@ def test_scales_that_cannot_be_mixed_are_noticed() -> None:
     assert not find_layout(pipe, ask(0)).scale_per_sample
 
 
-def test_a_pipeline_that_reshapes_the_prediction_is_refused() -> None:
-    class Flattening(type(build("stable_diffusion"))):  # type: ignore[misc]
+def test_a_pipeline_that_turns_the_prediction_is_refused() -> None:
+    class Turning(type(build("stable_diffusion"))):  # type: ignore[misc]
         def __call__(self, *args: Any, guidance_scale: float = 1.0, **kwargs: Any) -> Any:
             step = self.scheduler.step
 
-            def flat(output: Tensor, timestep: Any, latent: Tensor, **options: Any) -> Any:
-                return (step(output.flatten(2), timestep, latent.flatten(2), **options)[0].view_as(latent),)
+            def turned(output: Tensor, timestep: Any, latent: Tensor, **options: Any) -> Any:
+                return (step(output.mT, timestep, latent.mT, **options)[0].mT,)
 
-            self.scheduler.step = flat
+            self.scheduler.step = turned
             try:
                 return super().__call__(*args, guidance_scale=guidance_scale, **kwargs)
             finally:
                 self.scheduler.step = step
 
     pipe = build("stable_diffusion")
-    pipe.__class__ = Flattening
-    with pytest.raises(UserError, match="Flattening: its scheduler is handed another shape than its denoiser predicts"):
+    pipe.__class__ = Turning
+    with pytest.raises(UserError, match="Turning: its scheduler receives something else than its denoiser predicts"):
         find_layout(pipe, ask(0))
 
 
@@ -177,31 +182,69 @@ def test_a_teacher_that_guidance_does_not_change_is_refused() -> None:
         find_layout(pipe, ask(0))
 
 
-def test_arguments_are_constants_or_belong_to_samples() -> None:
-    assert constant([[(1, 4, 4)]] * 2, 2) == {"each": [[1, 4, 4]]}
-    assert constant([[(1, 4, 4)]] * 2, 3) == [[[1, 4, 4]], [[1, 4, 4]]]
-    assert constant(torch.eye(2), 2) == {"tensor": [[1.0, 0.0], [0.0, 1.0]], "dtype": "float32"}
-    assert constant("word", 1) == "word"
-    chroma = Layout(
-        "x", 1, 0, 2, 1, ("prompt",), ("prompt_mask",), {"ids": constant(torch.arange(3), 4)}, 1.0, 4, False
-    )
-    prompt = torch.arange(12.0).view(2, 3, 2)
-    found = chroma.conditions({"x": torch.zeros(2), "prompt": prompt, "ids": torch.arange(3)}, 2)
-    assert torch.equal(found["prompt"], prompt)
-    assert torch.equal(found["prompt_mask"], torch.ones(2, 3, dtype=torch.bool))
+def layout_of(calls: int, chunks: int, **changes: Any) -> Layout:
+    arguments = Arguments("x", "t", {"x": Axis(), "prompt": Axis()}, {"ids": encoded(torch.arange(3), 4)})
+    told = {
+        "arguments": arguments,
+        "calls": calls,
+        "call": calls - 1,
+        "chunks": chunks,
+        "chunk": chunks - 1,
+        "masks": ("prompt_mask",),
+        "denoisers": ("unet",),
+        "timestep_scale": 1.0,
+        "timestep_offset": 0.0,
+        "target_channels": (4,),
+        "target_signs": (1,),
+        "learned_variance": False,
+        "no_guidance": {},
+    }
+    return Layout(**told | changes)
+
+
+def call_of(rows: int, value: float = 0.0, **inputs: Any) -> Call:
+    given = {
+        "x": torch.full((rows, 8), value),
+        "t": torch.tensor(3),
+        "prompt": torch.ones(rows, 3, 2),
+        "ids": torch.arange(3),
+    }
+    return Call(given | inputs, (torch.full((rows, 8), -value),), "unet")
+
+
+def test_conditions_are_masked_and_constants_are_compared() -> None:
+    layout = layout_of(1, 2)
+    found = layout.conditional([call_of(4)], 2)
+    assert torch.equal(found.cond["prompt"], torch.ones(2, 3, 2))
+    assert torch.equal(found.cond["prompt_mask"], torch.ones(2, 3, dtype=torch.bool))
+    assert torch.equal(found.timestep, torch.tensor([3, 3]))
+    layout.check_constants(call_of(4), 2)
     with pytest.raises(UserError, match="ids changes from call to call"):
-        chroma.conditions({"prompt": prompt, "ids": torch.arange(4)}, 2)
+        layout.check_constants(call_of(4, ids=torch.arange(4)), 2)
 
 
 def test_a_step_without_guidance_has_the_conditional_call_alone() -> None:
-    layout = replace(Layout("x", 2, 1, 1, 0, (), (), {}, 1.0, 4, False))
-    first, second = (Call({"x": torch.full((2,), x)}, torch.full((2, 8), -x)) for x in (0.0, 1.0))
+    layout = layout_of(2, 1)
+    first, second = call_of(2, 0.0), call_of(2, 1.0)
     for calls, given in (([first, second], second), ([first], first)):
         found = layout.conditional(calls, 2)
-        assert torch.equal(found.inputs["x"], given.inputs["x"])
+        assert torch.equal(found.latent, given.inputs["x"])
         assert torch.equal(found.prediction, given.prediction[:, :4])
     with pytest.raises(UserError, match="3 denoiser calls in one step where 2 were found"):
         layout.conditional([first] * 3, 2)
+    with pytest.raises(UserError, match="6 rows in a denoiser call for 2 samples where 1 for each"):
+        layout.conditional([call_of(6)], 2)
+
+
+def test_a_target_is_what_the_denoiser_would_have_had_to_predict() -> None:
+    layout = layout_of(1, 2, target_signs=(-1,))
+    seen = layout.conditional([call_of(4, 2.0)], 2)
+    received = torch.arange(8.0).view(2, 4)
+    assert torch.equal(layout.target([received], seen), -received)
+    sound = layout_of(1, 1, target_channels=(4, 2), target_signs=(1, -1))
+    two = replace(call_of(1), predictions=(torch.zeros(1, 8), torch.zeros(1, 2, 3)))
+    target = sound.target([torch.ones(1, 4), torch.ones(1, 2, 3)], sound.conditional([two], 1))
+    assert target.tolist() == [[1.0] * 4 + [-1.0] * 6]
 
 
 def test_facts_are_json(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from diffusers import IPNDMScheduler
 from torch import Tensor
 from torch.nn import functional
 
-from stages.denoiser import denoiser_of, unflatten
+from stages.arguments import Caller
+from stages.denoiser import as_target, denoiser_of, predictions_of
 from stages.errors import UserError
-from stages.generate.layout import Layout, find_layout
+from stages.generate.finding import find_layout
+from stages.generate.layout import Layout, Pass
 from stages.generate.noising import check_noising, noise_of, noised, sampled
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
@@ -67,9 +69,9 @@ def recorded(pipe: Any, layout: Layout, request: Request, scale: float) -> tuple
         with record(pipe, layout, n) as recorder, noised(pipe, clean[0], request.seeds, recorder):
             see_step = recorder.see_step
 
-            def see(calls: list[Call], prediction: Tensor) -> None:
-                steps.append((calls, prediction.clone()))
-                see_step(calls, prediction)
+            def see(calls: list[Call], received: list[Tensor]) -> None:
+                steps.append((calls, received[0]))
+                see_step(calls, received)
 
             recorder.see_step = see  # type: ignore[method-assign]
             sample(pipe, request, scale)
@@ -117,12 +119,12 @@ def test_latents_are_the_pipelines_own_samples_noised_by_hand(
         torch.testing.assert_close(told.double(), pipe.scheduler.timesteps.double(), atol=1e-3, rtol=1e-3)
 
 
-def predictions(denoiser: Any, layout: Layout, inputs: dict[str, Any]) -> Tensor:
+def predictions(denoiser: Any, layout: Layout, seen: Pass) -> Tensor:
     """A pass of its own for these inputs, the guided channels of it."""
-    given = {name: value for name, value in inputs.items() if name != layout.latent}
+    caller = Caller(layout.arguments, torch.device("cpu"))
     with torch.no_grad():
-        output = denoiser(inputs[layout.latent], **unflatten(given), return_dict=False)[0]
-    return output[:, : layout.target_channels]
+        output = denoiser(**caller.nested(seen.latent, seen.timestep, seen.cond), return_dict=False)
+    return as_target(predictions_of(output), layout.target_channels)
 
 
 def test_targets_are_guidance_by_hand_at_these_latents(
@@ -133,10 +135,10 @@ def test_targets_are_guidance_by_hand_at_these_latents(
     null = replace(layout, call=layout.calls - 1 - layout.call, chunk=layout.chunks - 1 - layout.chunk)
     for step, (calls, _) in enumerate(steps):
         mine = recording.step == step
-        conditional, unconditional = (each.conditional(calls, 2).inputs for each in (layout, null))
-        assert torch.equal(conditional[layout.latent], recording.latent[mine])
-        assert torch.equal(unconditional[layout.latent], recording.latent[mine])
-        c, u = (predictions(denoiser, layout, inputs) for inputs in (conditional, unconditional))
+        conditional, unconditional = (each.conditional(calls, 2) for each in (layout, null))
+        assert torch.equal(conditional.latent, recording.latent[mine])
+        assert torch.equal(unconditional.latent, recording.latent[mine])
+        c, u = (predictions(denoiser, layout, seen) for seen in (conditional, unconditional))
         g = u + torch.tensor(SCALES).view(2, *[1] * (c.ndim - 1)) * (c - u)
         if family == "qwen_image":  # keeps the norm of the conditional prediction, token by token
             g = g * c.norm(dim=-1, keepdim=True) / g.norm(dim=-1, keepdim=True)
@@ -192,7 +194,9 @@ def test_a_denoiser_that_is_given_something_else_is_refused() -> None:
     pipe = tiny_dit()
 
     def shrink(module: Any, args: Any, kwargs: Any) -> Any:
-        return (0.9 * args[0], *args[1:]), kwargs
+        if args:
+            return (0.9 * args[0], *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": 0.9 * kwargs["hidden_states"]}
 
     pipe.transformer.register_forward_pre_hook(shrink, with_kwargs=True)
     layout = find_layout(pipe, ask("dit", 0))

@@ -29,3 +29,8 @@ def test_nothing_is_decoded_where_nobody_looks(tiny_teacher: Path, tmp_path: Pat
     write_preview_grid(open_folder(shown))
     with Image.open(shown / "preview.png") as sheet:
         assert sheet.size == (3 * 32 * 2, 32 * 2)
+    whole = (shown / "preview" / "00002.png").read_bytes()
+    (shown / "preview" / "00002.png").write_bytes(whole[: len(whole) // 2])
+    write_preview_grid(open_folder(shown))
+    with Image.open(shown / "preview.png") as sheet:
+        assert sheet.size == (2 * 32 * 2, 32 * 2)

@@ -26,8 +26,8 @@ def test_a_call_is_seen_as_it_was_whatever_is_done_to_it_afterwards(return_dict:
     pipe.scheduler.set_timesteps(2)
     latent, steps, after = torch.ones(2, 1, 2, 2), [], []
 
-    def see(calls: list[Call], prediction: Tensor, timestep: int) -> None:
-        steps.append((calls, prediction, timestep))
+    def see(calls: list[Call], received: list[Tensor], timestep: int) -> None:
+        steps.append((calls, received[0], timestep))
 
     with watched(pipe, see, after.append):
         for timestep in pipe.scheduler.timesteps:

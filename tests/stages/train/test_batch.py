@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.errors import UserError
-from stages.train.batch import Batch, collate, concatenate, gather
+from stages.train.batch import Batch, collate, concatenate, gather, of_one_length
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool])
@@ -29,6 +28,31 @@ def test_embeddings_of_several_lengths_are_padded_with_their_masks() -> None:
     assert torch.equal(concatenate(parts).cond["words_mask"], cond["words_mask"])
 
 
-def test_embeddings_of_several_lengths_without_a_mask_are_refused() -> None:
-    with pytest.raises(UserError, match="cond.words differs in length .* has no mask"):
-        collate([{"words": torch.ones(2, 3)}, {"words": torch.ones(4, 3)}])
+def test_embeddings_of_several_lengths_without_a_mask_are_told_with_their_lengths() -> None:
+    rows = [{"words": torch.ones(length, 3), "place": torch.arange(length)} for length in (2, 4, 2)]
+    cond = collate(rows)
+    assert cond["words_length"].tolist() == cond["place_length"].tolist() == [2, 4, 2]
+    one = Batch(torch.arange(3.0), torch.arange(3), torch.arange(3.0), torch.ones(3), cond)
+    other = Batch(
+        torch.ones(1),
+        torch.ones(1),
+        torch.ones(1),
+        torch.ones(1),
+        collate([{"words": torch.ones(5, 3), "place": torch.arange(5)}]),
+    )
+    whole = concatenate([one, other])
+    assert whole.cond["words_length"].tolist() == [2, 4, 2, 5]
+    parts = of_one_length(whole)
+    assert [chosen.tolist() for chosen, _ in parts] == [[0, 2], [1], [3]]
+    for chosen, part in parts:
+        assert set(part.cond) == {"words", "place"}
+        assert part.cond["words"].shape[1] == whole.cond["words_length"][chosen[0]]
+        assert bool((part.cond["words"] == 1).all())
+        assert torch.equal(part.latent, whole.latent[chosen])
+
+
+def test_what_is_no_mask_tells_no_padding() -> None:
+    """Positions of tokens are whole numbers of the same length."""
+    tokens = [{"words": torch.ones(n, 3), "words_mask": torch.ones(n, dtype=torch.bool)} for n in (2, 4)]
+    assert "words_length" not in collate(tokens)
+    assert "words_length" in collate([{"words": torch.ones(n, 3), "place": torch.arange(n)} for n in (3, 4)])

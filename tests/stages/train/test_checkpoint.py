@@ -46,7 +46,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_resumed_from_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="missing.pt: not readable"):
+    with pytest.raises(UserError, match="missing.pt: no such file: name one of output_dir.s checkpoints/, or `latest`"):
         load_checkpoint(tmp_path / "missing.pt")
     for content in (b"no checkpoint", b"hi", b""):
         (tmp_path / "broken.pt").write_bytes(content)

@@ -71,3 +71,17 @@ def test_what_has_no_vae_is_named(dataset: Dataset, tiny_teacher: Path, tmp_path
     dataset.info["tensors"]["latent"]["shape"] = [64, 16]
     with pytest.raises(UserError, match=r"latents \[64, 16\] are not those of images"):
         Decoder(str(tmp_path), dataset, [], "cpu")
+
+
+def test_a_vae_that_does_not_decode_the_records_is_refused_at_the_start(
+    dataset: Dataset, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*_: Any) -> None:
+        raise RuntimeError("of other sizes\nthan these")
+
+    monkeypatch.setattr(AutoencoderKL, "decode", decode)
+    told = (
+        f"vae_name_or_path={tiny_teacher}: does not decode what is recorded: RuntimeError: of other sizes: leave it out"
+    )
+    with pytest.raises(UserError, match=told):
+        Decoder(str(tiny_teacher), dataset, dataset.manifest.to_pylist(), "cpu")

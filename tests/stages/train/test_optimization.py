@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.adapters import GuidanceAdapter
+from stages.arguments import Arguments, Axis
+from stages.train import optimization as optimization_module
 from stages.train.batch import Batch
 from stages.train.config import TrainConfig
 from stages.train.objective import squared_error
@@ -81,7 +83,8 @@ def test_no_step_makes_the_device_wait(variant: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **options: adamw(*args, **options))
     denoiser = tiny_dit().transformer.requires_grad_(False)
     adapter = GuidanceAdapter.for_denoiser(small_adapter(variant), denoiser, ABOUT)
-    student = Student(denoiser.to("meta"), adapter.to("meta"), {})
+    places = {"hidden_states": Axis(), "class_labels": Axis()}
+    student = Student(denoiser.to("meta"), adapter.to("meta"), Arguments("hidden_states", "timestep", places, {}), [4])
     optimization, meter = Optimization(adapter, config(use_ema=True), "meta"), Meter((1.0, 6.0), (0.0, 999.0), "meta")
     batch = Batch(
         torch.randn(4, 4, 8, 8), torch.arange(4), torch.randn(4, 4, 8, 8), torch.full((4,), 2.0),
@@ -94,3 +97,39 @@ def test_no_step_makes_the_device_wait(variant: str, monkeypatch: pytest.MonkeyP
         norm = optimization.step()
     with pytest.raises(RuntimeError, match="meta"):
         float(norm)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "fp16"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_batches_without_guidance_make_a_step_that_adds_nothing(mixed_precision: str, parts: int) -> None:
+    module = layer()
+    changes = {"mixed_precision": mixed_precision, "use_ema": True, "gradient_accumulation_steps": parts}
+    optimization = Optimization(module, config(**changes), "cpu")
+    before, unguided = module.weight.clone(), torch.tensor(0.1)
+    for _ in range(parts):
+        optimization.backward(unguided)
+    assert float(optimization.step()) == 0
+    assert torch.equal(module.weight, before)
+    optimization.backward(loss_of(module, torch.randn(8, 3)))
+    for _ in range(parts - 1):
+        optimization.backward(unguided)
+    assert float(optimization.step()) > 0
+    assert not torch.equal(module.weight, before)
+    assert optimization.schedule.last_epoch == 2
+
+
+def test_a_process_without_guidance_has_as_many_gradients_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def reduced(gradients: Tensor, _: str) -> Tensor:
+        sizes.append(len(gradients))
+        return gradients
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(optimization_module, "reduce", reduced)
+    module = layer()
+    optimization = Optimization(module, config(), "cpu")
+    for loss in (torch.tensor(0.0), loss_of(module, torch.randn(2, 3))):
+        optimization.backward(loss)
+        optimization.step()
+    assert sizes == [4, 4]

@@ -4,15 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 
 from stages.errors import UserError
 from stages.records.dataset import Dataset
-from stages.train.selection import hold_out, select
+from stages.train.selection import choose_denoiser, hold_out, select
 from stages.train.trainer import Trainer
 from stages.train.window import load
-from tests.conftest import train_config
+from tests.conftest import generate, generate_config, train_config
 
 
 def selected(dataset: Dataset, **changes: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -116,3 +117,23 @@ def test_and_those_that_a_filter_left(dataset: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(train_config(dataset.root, tmp_path, filters=[["scale", "<", 4.0]], validation_share=0.4))
     low, high = trainer.adapter.about["scale_range"]
     assert 1.0 <= low < high < 4.0
+
+
+def test_of_a_single_trajectory_there_is_nothing_to_train_on(tiny_teacher: Path, tmp_path: Path) -> None:
+    one = Dataset(generate(generate_config(tiny_teacher, tmp_path, num_trajectories=1)))
+    with pytest.raises(UserError, match=r"holds a single trajectory, .*: generate more of them \(num_trajectories\)$"):
+        selected(one)
+
+
+def test_of_several_denoisers_one_is_trained_for(dataset: Dataset, tmp_path: Path) -> None:
+    config = train_config(dataset.root.where("."), tmp_path)
+    assert choose_denoiser(dataset, config) == "transformer"
+    names = pa.array(["transformer", "transformer_2"] * (len(dataset.manifest) // 2))
+    dataset.manifest = dataset.manifest.set_column(dataset.manifest.column_names.index("denoiser"), "denoiser", names)
+    with pytest.raises(UserError, match="denoiser=None: .* say denoiser=transformer or denoiser=transformer_2"):
+        select(dataset, config)
+    config.denoiser = "transformer_3"
+    with pytest.raises(UserError, match="denoiser=transformer_3: the teacher has no such one"):
+        select(dataset, config)
+    config.denoiser = "transformer_2"
+    assert {row["denoiser"] for part in select(dataset, config) for row in part} == {"transformer_2"}

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch._dynamo.utils import counters
 import pipeline.train
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.denoiser import fingerprint
-from stages.errors import UserError
+from stages.errors import StorageError, UserError
 from stages.records.dataset import Dataset
 from stages.records.folder import open_folder
 from stages.records.repair import repair
@@ -29,7 +30,6 @@ from stages.train.selection import select
 from stages.train.trainer import Trainer
 from tests.conftest import VARIANTS, generate, generate_config, small_adapter, train_config
 from tests.damages import DAMAGES
-from tests.stages.generate.test_driver import older
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -226,6 +226,81 @@ def test_a_tracker_that_is_not_here_is_named(shared_dataset: Path, tmp_path: Pat
         Trainer(train_config(shared_dataset, tmp_path, report_to=report_to)).run()
 
 
+class BrokenTracker:
+    """A tracker that fails at one of the things that a run asks of it."""
+
+    name, requires_logging_directory = "paper", False
+
+    def __init__(self, fails_at: str) -> None:
+        self.fails_at, self.told = fails_at, []  # type: ignore[var-annotated]
+
+    def __call__(self, _: str) -> BrokenTracker:
+        return self
+
+    def _do(self, what: str) -> None:
+        self.told.append(what)
+        if what == self.fails_at:
+            raise ConnectionError("no route to host\nat all")
+
+    def start(self) -> None:
+        self._do("start")
+
+    def store_init_configuration(self, _: Any) -> None:
+        self._do("configuration")
+
+    def log(self, _: Any, step: int) -> None:
+        self._do("log")
+
+    def finish(self) -> None:
+        self._do("finish")
+
+
+@pytest.mark.parametrize("fails_at", ["start", "configuration"])
+def test_a_tracker_that_cannot_begin_is_told_before_the_first_step(
+    shared_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
+) -> None:
+    tracker = BrokenTracker(fails_at)
+    monkeypatch.setattr("stages.train.telemetry.tracker_class", lambda _: tracker)
+    trainer = Trainer(train_config(shared_dataset, tmp_path))
+    with pytest.raises(
+        UserError, match="report_to=none: could not begin: ConnectionError: no route to host: mend that"
+    ):
+        trainer.run()
+    assert trainer.step == 0
+
+
+@pytest.mark.parametrize("fails_at", ["log", "finish"])
+def test_a_tracker_that_fails_later_is_left_and_the_run_goes_on(
+    shared_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
+) -> None:
+    tracker = BrokenTracker(fails_at)
+    monkeypatch.setattr("stages.train.telemetry.tracker_class", lambda _: tracker)
+    with pytest.warns(UserWarning, match="failed, and is told no more: ConnectionError: no route to host$"):
+        pipeline.train.main(train_config(shared_dataset, tmp_path))
+    assert tracker.told.count(fails_at) == 1
+    assert (tmp_path / "training.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_base_is_loaded(
+    shared_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("stages.train.trainer.load_base", lambda *_: pytest.fail("the base was loaded"))
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(StorageError, match=rf"^{output}: cannot be made: "):
+            Trainer(train_config(shared_dataset, output))
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused_before_the_first_step(
+    shared_dataset: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    """Real: a disk of one megabyte, where something can be mounted."""
+    changes = {"adapter": small_adapter("full"), "checkpointing_steps": 1, "checkpoints_total_limit": 50}
+    with pytest.raises(StorageError, match="12 checkpoints of .* MB are to be there, and .* MB are free: make room"):
+        Trainer(train_config(shared_dataset, small_disk / "run", **changes))
+    Trainer(train_config(shared_dataset, tmp_path, **changes))
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_and_keeps_the_adapter_in_fp32(
     shared_dataset: Path, tmp_path: Path, precision: str
@@ -341,7 +416,7 @@ def test_what_does_not_fit_is_refused_before_the_base_is_loaded(
     (newer / "dataset.json").write_text(json.dumps(info | {"schema_version": 99}))
     checkpoint = str(tiny_adapter / "checkpoints" / "step-00000008.pt")
     refused: list[tuple[Path, dict[str, Any], str]] = [
-        (shared_dataset, {"pretrained_model_name_or_path": str(bases["channels"])}, r"takes latents of 16 channels, .* are \[4, 8, 8\]"),
+        (shared_dataset, {"pretrained_model_name_or_path": str(bases["channels"])}, r"takes latents of 16 channels, and .* was made with 4"),
         (shared_dataset, {"pretrained_model_name_or_path": str(bases["class"])}, "a UNet2DConditionModel, and .* made with a DiTTransformer2D"),
         (newer, {}, "schema 99 is newer"),
         (shared_dataset, {"resume_from_checkpoint": checkpoint, "seed": 1}, "seed=1: the checkpoint's run had 0"),
@@ -360,6 +435,64 @@ def test_held_out_predictions_are_shown_through_a_vae(shared_dataset: Path, tiny
     assert [
         image.step for image in events.Images("held_out/0" if "held_out/0" in events.Tags()["images"] else "held_out")
     ] == [6, 12]
+
+
+@pytest.fixture(scope="module")
+def scales_with_1(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half of its trajectories are without guidance."""
+    scales = {"guidance_scale": [1.0, 3.0], "guidance_scale_distribution": "list"}
+    return generate(generate_config(tiny_teacher, tmp_path_factory.mktemp("data") / "with_1", **scales))
+
+
+SETTINGS = {
+    "one record": {"train_batch_size": 1},
+    "several batches": {"train_batch_size": 1, "gradient_accumulation_steps": 2},
+    "bf16": {"train_batch_size": 1, "mixed_precision": "bf16", "use_ema": True},
+    "fp16": {"train_batch_size": 1, "mixed_precision": "fp16"},
+    "checkpointed": {"train_batch_size": 1, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_batches_without_guidance_are_steps_like_others(
+    scales_with_1: Path, tmp_path: Path, variant: str, setting: str
+) -> None:
+    if variant == "full" and setting == "checkpointed":
+        pytest.skip("full cannot be")
+    changes = {"adapter": small_adapter(variant), "loss": "l2"} | SETTINGS[setting]
+    trainer = Trainer(train_config(scales_with_1, tmp_path, **changes))
+    batches = iter(trainer.stream)
+    kinds = set()
+    for step in range(12):
+        trainer.train_step(batches)
+        guided = max(float(losses.max()) for _, losses in trainer.meter.batches) > 1e-3  # else what was rounded is left
+        assert (float(trainer.meter.norms[-1]) > 0) == guided
+        kinds.add(guided)
+        trainer.meter._clear()
+        assert trainer.step == step + 1
+    assert kinds == {True, False}
+    assert trainer.optimization.is_finite()
+
+
+def test_a_dataset_without_any_guidance_is_trained_on_to_the_end(tiny_teacher: Path, tmp_path: Path) -> None:
+    data = generate(generate_config(tiny_teacher, tmp_path / "data", guidance_scale=[1.0, 1.0]))
+    pipeline.train.main(train_config(data, tmp_path / "run", report_to="tensorboard"))
+    told = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert told["steps"] == 12
+    assert told["validation_loss"] == told["validation_loss_unguided"] < 1e-4
+
+
+def test_compiled_it_takes_batches_without_guidance_among_others(scales_with_1: Path, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    trainer = Trainer(train_config(scales_with_1, tmp_path, train_batch_size=1))
+    trainer.student.call = torch.compile(trainer.student.denoiser, backend="eager")
+    by_scale = {float(batch.scale[0]): batch for batch in islice(trainer.stream, 20)}
+    for scale in (1.0, 3.0, 1.0):
+        trainer.train_step(iter([by_scale[scale]]))
+    assert trainer.step == 3
+    assert [float(norm) > 0 for norm in trainer.meter.norms] == [False, True, False]
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "l1"])
@@ -453,17 +586,11 @@ def test_the_first_process_tells_the_others_what_to_read(
     assert Trainer(train_config(damaged, tmp_path)).dataset.fingerprint == first
 
 
-@pytest.mark.parametrize("from_before_fingerprints", [False, True])
 def test_a_run_is_resumed_exactly_after_a_repair(
-    damaged: Path, tiny_teacher: Path, tiny_adapter: Path, tmp_path: Path, from_before_fingerprints: bool
+    damaged: Path, tiny_teacher: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_adapter / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "step-00000012.pt").unlink()
-    if from_before_fingerprints:
-        older(damaged)
-        manifest = Dataset(damaged).info["manifest_sha256"]
-        path = tmp_path / "checkpoints" / "step-00000008.pt"
-        torch.save(torch.load(path, weights_only=True) | {"dataset_fingerprint": manifest}, path)
     names = set(Dataset(damaged).manifest["shard"].to_pylist())
     DAMAGES["two shards swapped"](damaged)
     repair(survey(open_folder(damaged), deep=True), grace=0)

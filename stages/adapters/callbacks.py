@@ -1,0 +1,131 @@
+"""Callbacks that change a pipeline's guidance on the way: the adapter's guidance changes with it, or a warning says that it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stages.adapters.asking import guiders_of, is_setting
+from stages.adapters.saying import warn
+
+if TYPE_CHECKING:
+    from stages.adapters.controller import Course
+
+CALLBACK, INPUTS = "callback", "callback_on_step_end_tensor_inputs"
+LATENTS = "latents"
+
+
+def watch(arguments: dict[str, Any], pipe: Any, courses: list[Course], keyword: str | None) -> None:
+    """Put a watched callback in the place of each among the arguments of a call.
+
+    Args:
+        keyword: by which the pipeline is told its scale; None where a guider knows it.
+    """
+    for name, value in list(arguments.items()):
+        if name.startswith(CALLBACK) and callable(value):
+            if INPUTS in arguments and hasattr(
+                value, "tensor_inputs"
+            ):  # one of diffusers' own, which the pipeline asks
+                arguments[INPUTS] = value.tensor_inputs
+            arguments[name] = watched(value, pipe, courses, keyword)
+
+
+def watched(callback: Callable[..., Any], pipe: Any, courses: list[Course], keyword: str | None) -> Callable[..., Any]:
+    """A callback that finds the adapter's scale in the pipeline, and whose changes of it are done by the adapter.
+
+    The pipeline goes on in one pass. Conditions that come back with fewer rows, as from a callback that takes the unconditional half
+    away, are left as they were; of such as come back doubled, the conditional half is taken.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        timestep = next((arg for arg in args if isinstance(arg, Tensor) and arg.ndim == 0), None)
+        given = next((dict(arg) for arg in (*args, *kwargs.values()) if isinstance(arg, dict)), {})
+        before = settings_of(pipe)
+        shown = Shown(show(pipe, courses, timestep), settings_of(pipe))
+        try:
+            returned = callback(*args, **kwargs)
+            follow(pipe, courses, shown, f"_{keyword}")
+            warn_of_changes(pipe, shown, {f"_{keyword}", *(course.attribute for course in courses)})
+        finally:
+            vars(pipe).update(before)
+            for guider in guiders_of(pipe).values():
+                guider.disable()
+        return same_rows(returned, given) if isinstance(returned, dict) else returned
+
+    return call
+
+
+class Shown(NamedTuple):
+    """What a callback finds: scales by course, and what the pipeline keeps of its guidance."""
+
+    scales: list[Any]
+    settings: dict[str, Any]
+
+
+def settings_of(pipe: Any) -> dict[str, Any]:
+    """What a pipeline keeps of its call's guidance: `_guidance_scale` and others."""
+    return {name: value for name, value in vars(pipe).items() if name.startswith("_") and is_setting(name)}
+
+
+def show(pipe: Any, courses: list[Course], timestep: Tensor | None) -> list[Any]:
+    """Have a pipeline and its guiders name the adapters' scales as their own; those that are named, by course."""
+    scales = [course.scale_at(timestep) for course in courses]
+    for course, scale in zip(courses, scales, strict=True):
+        if course.attribute in vars(pipe):
+            vars(pipe)[course.attribute] = scale
+    for guider in guiders_of(pipe).values():
+        guider.enable()
+        guider.guidance_scale = scales[0]
+    return scales
+
+
+def follow(pipe: Any, courses: list[Course], shown: Shown, main: str) -> None:
+    """Have the adapters guide at the scales that a pipeline and its guiders name now, where they are others than were shown.
+
+    Args:
+        main: the attribute by which the pipeline decides whether it guides at all.
+    """
+    off, guiders = 1.0 - courses[0].offset, guiders_of(pipe).values()
+    scale = vars(pipe).get(main)
+    cut = scale is not shown.settings.get(main) and is_off(scale, off)
+    cut = cut or not all(guider._enabled for guider in guiders)
+    for course, before in zip(courses, shown.scales, strict=True):
+        named = [vars(pipe).get(course.attribute, before), *(guider.guidance_scale for guider in guiders)]
+        changed = [now for now in named if now is not before]
+        if cut or changed:
+            course.change(off if cut else changed[0])
+
+
+def is_off(scale: Any, off: float) -> bool:
+    return scale is None or bool((torch.as_tensor(scale) <= off).all())
+
+
+def warn_of_changes(pipe: Any, shown: Shown, scales: set[str]) -> None:
+    """Say what else of the guidance a callback changed: one pass does not know it."""
+    for name, value in settings_of(pipe).items():
+        before = shown.settings.get(name)
+        if name not in scales and value is not before and value != before:
+            warn(
+                f"a callback set {name.removeprefix('_')} to {value}, which does not change the guidance of an adapter: "
+                "change guidance_scale, or detach the adapter for such calls"
+            )
+
+
+def same_rows(returned: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What a callback returned, its conditions with as many rows as the pipeline's single pass has."""
+    if rows(returned.get(LATENTS)) != rows(given.get(LATENTS)):
+        return returned
+    fitted = dict(returned)
+    for name, value in returned.items():
+        had, has = rows(given.get(name)), rows(value)
+        if name == LATENTS or not had or had == has:
+            continue
+        fitted[name] = value[-had:] if has > had else given[name]
+    return fitted
+
+
+def rows(value: Any) -> int:
+    return len(value) if isinstance(value, Tensor) and value.ndim else 0

@@ -1,0 +1,122 @@
+"""What an adapter reads of a denoiser's call: how many samples it has, their timesteps and conditions, sample first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.arguments import Axis, argument, stacked
+from stages.denoiser import MASK
+
+Inputs = dict[str, Any]  # a denoiser's arguments, flat
+
+
+@dataclass
+class Samples:
+    """The samples of one call.
+
+    Attributes:
+        count: how many there are; device: where.
+        timestep: `[n]`, as the denoiser is given them.
+        conditions: what belongs to the samples, `[n, ...]` by name; the latent is not among them.
+        ragged: whether tensors that come as a list, one for each sample, differ in length.
+    """
+
+    count: int
+    device: torch.device
+    timestep: Tensor
+    conditions: dict[str, Tensor]
+    ragged: bool
+
+
+def samples_of(flat: Inputs, latent: str, about: dict[str, Any], wanted: bool = True) -> Samples:
+    """Read a call.
+
+    Args:
+        flat: the denoiser's arguments; latent: what the denoiser calls it.
+        about: what the adapter's folder tells.
+        wanted: whether the conditions are.
+    """
+    places = places_of(flat, latent, about)
+    value = argument(flat, latent, places[latent])
+    count = places[latent].of_samples(value)
+    device = (value[0] if places[latent].listed else value).device
+    timestep = of_each(torch.as_tensor(flat[timestep_name(about)], device=device), count, about)
+    others = {name: place for name, place in places.items() if name not in (latent, timestep_name(about))}
+    conditions = dict(_conditions(flat, others, count)) if wanted else {}
+    return Samples(
+        count, device, timestep, conditions, any(_is_ragged(flat, name, place) for name, place in places.items())
+    )
+
+
+def timestep_name(about: dict[str, Any]) -> str:
+    return str(about.get("timestep", "timestep"))
+
+
+def of_each(timestep: Tensor, count: int, about: dict[str, Any]) -> Tensor:
+    """The timestep of each sample `[n]`; of tokens that have their own, the noisiest, because others are held."""
+    if timestep.numel() == 1 or timestep.numel() % count:
+        return timestep.flatten()[:1].expand(count)
+    tokens = timestep.reshape(count, -1)
+    if tokens.shape[1] == 1:
+        return tokens[:, 0]
+    return tokens.amax(1) if about.get("timestep_scale", 1.0) > 0 else tokens.amin(1)
+
+
+def places_of(flat: Inputs, latent: str, about: dict[str, Any]) -> dict[str, Axis]:
+    """Where each argument has its samples, as the folder tells, or else as shapes do."""
+    if told := about.get("axes"):
+        return {name: Axis(**place) for name, place in told.items()}
+    listed = Axis(listed=True)
+    first = Axis() if latent in flat else listed
+    count = first.of_samples(argument(flat, latent, first))
+    lists = {name.rpartition(".[")[0] for name in flat if name.endswith(f".[{count - 1}]")}
+    found = {name: listed for name in lists if len(argument(flat, name, listed) or []) == count}
+    for name, value in flat.items():
+        if isinstance(value, Tensor) and value.ndim and name.rpartition(".[")[0] not in found:
+            place = _place_of(value, count)
+            found |= {} if place is None else {name: place}
+    return {latent: first} | found
+
+
+def _place_of(value: Tensor, count: int) -> Axis | None:
+    if len(value) == count:
+        return Axis()
+    if value.ndim < 3 or not value.is_floating_point():
+        return None
+    if len(value) and len(value) % count == 0:
+        return Axis(rows=len(value) // count)
+    return Axis(dim=1) if value.shape[1] == count else None
+
+
+def _conditions(flat: Inputs, places: dict[str, Axis], count: int) -> Iterator[tuple[str, Tensor]]:
+    for name, place in places.items():
+        value = argument(flat, name, place)
+        if isinstance(value, Tensor) and not place.shared:  # a call may have another number of frames than the records
+            place = replace(place, rows=value.shape[place.dim] // count)
+        taken = None if value is None else place.taken(value, 0, count)
+        if isinstance(taken, list):
+            taken, lengths = stacked(taken)
+            assert lengths is not None
+            positions = torch.arange(taken.shape[1])
+            yield name + MASK, (positions < lengths[:, None]).to(taken.device)
+        if taken is not None:
+            yield name, taken
+
+
+def _is_ragged(flat: Inputs, name: str, place: Axis) -> bool:
+    return place.listed and len({entry.shape for entry in argument(flat, name, place) or []}) > 1
+
+
+def entries_of(flat: Inputs, name: str, sample: int) -> list[str]:
+    """Under which names a list has its entry for a sample."""
+    return [key for key in (f"{name}.[{sample}]",) if key in flat]
+
+
+def is_mask(name: str, value: Tensor) -> bool:
+    """Whether a tensor may tell which tokens `[n, length]` count: of whole numbers by its shape, else by its name too."""
+    return value.ndim == 2 and (not value.is_floating_point() or "mask" in name)

@@ -1,0 +1,59 @@
+"""What other libraries put around a denoiser or make of its layers, and the denoiser beneath."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+
+def layers_of(module: nn.Module) -> Iterator[nn.Module]:
+    """A module, then what it wraps, down to the denoiser: beneath `torch.compile`, peft, data parallelism and engines."""
+    while True:
+        yield module
+        if (inner := _inside(module)) is None:
+            return
+        module = inner
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The denoiser itself."""
+    *_, innermost = layers_of(module)
+    return innermost
+
+
+def entrance_of(module: nn.Module) -> nn.Module:
+    """The innermost module whose hooks see every call: peft calls the `forward` of what it wraps, which has no hooks run."""
+    innermost = module
+    for layer in layers_of(module):
+        if not _is_of_peft(innermost):
+            innermost = layer
+    return innermost
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether any part of a module runs compiled."""
+    compiled = any(getattr(layer, "_orig_mod", None) is not None for layer in layers_of(module))
+    return compiled or any(part._compiled_call_impl is not None for part in module.modules())
+
+
+def _inside(module: Any) -> nn.Module | None:
+    if _is_of_peft(module):
+        return module.get_base_model()
+    inner = getattr(module, "_orig_mod", None)
+    if inner is None and list(module._modules) == ["module"]:
+        inner = module.module
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return callable(getattr(type(module), "get_base_model", None))
+
+
+def runs_fused_projections(module: nn.Module) -> bool:
+    """Whether an attention module runs query, key and value as one layer. The older ones go on saying so once they do not."""
+    if isinstance(module, Attention):
+        return type(module.processor).__name__.startswith("Fused")
+    return bool(getattr(module, "fused_projections", False))

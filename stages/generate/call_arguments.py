@@ -1,0 +1,77 @@
+"""What a teacher's call may be told beside the options that decide the rest of it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from stages.errors import UsageError
+from stages.generate.config import TeacherConfig
+from stages.pictures import PICTURES
+from stages.sampling import SCALE_KEYWORDS
+
+NOTHING = "nothing on a command line can be one"
+# Arguments of pipelines, and what decides them here.
+DECIDED = {
+    "prompt": "say prompts=FILE",
+    "class_labels": "say class_labels=...",
+    **{name: f"give prompts=FILE a column {name}" for name in PICTURES},
+    "num_inference_steps": "say num_inference_steps=...",
+    "timesteps": "say num_inference_steps=...",
+    "sigmas": "say num_inference_steps=...",
+    "generator": "say seed=..., or give prompts=FILE a column seed",
+    "latents": "say seed=..., or give prompts=FILE a column seed",
+    **{
+        f"num_{what}_per_prompt": "say num_trajectories_per_condition=..." for what in ("images", "videos", "waveforms")
+    },
+    "output_type": "nothing but records is put out; preview=... shows images",
+    "return_dict": "nothing but records is put out",
+    "callback": NOTHING,
+    "callback_steps": NOTHING,
+    "callback_on_step_end": NOTHING,
+    "callback_on_step_end_tensor_inputs": NOTHING,
+}
+TENSORS = ("_embeds", "_attention_mask")  # in the names of what only a program can give
+
+
+def check_arguments(pipeline_class: type | None, arguments: Mapping[str, Any], teacher: TeacherConfig) -> None:
+    """Refuse what an option decides, and what a pipeline's `__call__` does not take.
+
+    Args:
+        pipeline_class: None where it is not known, or where a guider guides: then not every argument can be judged.
+        arguments: `teacher.call`.
+
+    Raises:
+        UsageError: names the argument, and what to say in place of it.
+    """
+    known = None if pipeline_class is None else inspect.signature(pipeline_class.__call__).parameters
+    keyword = "guidance_scale" if known is None else next((name for name in SCALE_KEYWORDS if name in known), None)
+    decided = {keyword: "say guidance_scale=[LOWEST,HIGHEST]"} | DECIDED
+    for name, value in arguments.items():
+        told = f"teacher.call.{name}"
+        if name in decided:
+            raise UsageError(f"{told}: decided elsewhere: leave it out: {decided[name]}")
+        if name in ("height", "width") and getattr(teacher, name) is not None:
+            raise UsageError(f"{told}: decided by teacher.{name}={getattr(teacher, name)}: leave one of them out")
+        if known is not None and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean {near[0]}?" if near else ": leave it out"
+            assert pipeline_class is not None
+            raise UsageError(f"{told}: {pipeline_class.__name__} takes no such argument{hint}")
+        if any(part in name for part in TENSORS):
+            raise UsageError(f"{told}: {NOTHING}: leave it out: say prompts=FILE")
+        if is_number(value) and (name == "negative_prompt" or (known is not None and takes_text(known[name]))):
+            raise UsageError(f"""{told}={value}: not a text: put it into quotes: {told}='"{value}"'""")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float))
+
+
+def takes_text(parameter: inspect.Parameter) -> bool:
+    """Whether an argument is declared to be a text, and no number either."""
+    words = set(re.findall(r"\w+", str(parameter.annotation)))
+    return "str" in words and not words & {"int", "float", "bool"}

@@ -1,0 +1,265 @@
+"""The layout of a pipeline's guided steps, found by trying.
+
+Pipelines double the batch or call the denoiser twice, put the conditional part first or last, and name and nest their
+arguments as they like. None of it is assumed: passes without guidance show what the conditional inputs look like, and which
+of them belong to a sample, and a guided run is searched for them. What is not certain is refused before anything is recorded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.arguments import Arguments, encoded
+from stages.denoiser import MASK, denoiser_of, denoisers_of, part_of
+from stages.errors import UserError
+from stages.generate.layout import Layout, constants_of
+from stages.generate.probing import (
+    DIFFERENT,
+    PROBED_SCALES,
+    SAME,
+    DoesNotRunError,
+    Seen,
+    distance,
+    has_rows,
+    probe,
+    probe_at,
+    told_rows,
+    uncertain,
+)
+from stages.generate.sample_axes import find_arguments, relation_of_timesteps
+from stages.generate.scale import PerSampleScale
+from stages.generate.trial import check_trial
+from stages.generate.unguided import Unguided, without_guidance
+from stages.generate.watching import Call
+from stages.pictures import PICTURES
+from stages.sampling import Request, guider_of, scale_keyword
+
+TRUSTED = 0.25  # how far mixed scales may be from separate runs, as a share of what the scales change
+JUST_ABOVE, OFFSET = 1.001, 0.25  # a number, and the share of what 2 adds that is no rounding
+
+
+def find_layout(pipe: Any, request: Request, expected_steps: int | None = None) -> Layout:
+    """Try a pipeline out on the first condition of `request`, for its `num_inference_steps`: three do.
+
+    Args:
+        expected_steps: how many its scheduler should take of them.
+
+    Raises:
+        UserError: what was found is not certain.
+    """
+    once = replace(request, conditions=request.conditions[:1], seeds=[0])
+    twice = replace(once, conditions=[*once.conditions, *once.conditions], seeds=[0, 0])
+    unguided = without_guidance(pipe, once, twice)
+    taken = len(unguided.one)
+    if expected_steps is not None and taken != expected_steps:
+        raise UserError(
+            f"{type(pipe).__name__} cannot be recorded so: it takes {taken} steps, where its scheduler makes {expected_steps}: "
+            "leave out what cuts or repeats them (teacher.call.NAME=...)"
+        )
+    try:
+        guided = probe(pipe, once if unguided.two is None else twice, PROBED_SCALES[0])
+    except DoesNotRunError:
+        if unguided.two is None:
+            raise
+        unguided = replace(unguided, two=None)  # guided, it takes one sample only
+        guided = probe(pipe, once, PROBED_SCALES[0])
+    if len(guided) != taken:
+        raise uncertain(pipe, f"it makes {len(guided)} steps with guidance and {taken} without")
+    several = once if unguided.two is None else twice
+    layout = place_conditional(pipe, find_arguments(pipe, unguided), unguided, guided, len(several.seeds))
+    # Some pipelines take several pictures as several of one sample.
+    pictured = not {*PICTURES}.isdisjoint(once.conditions[0])
+    layout = replace(
+        layout,
+        one_sample=layout.one_sample or pictured,
+        scale_per_sample=scales_mix(pipe, several, layout),
+        scale_offset=scale_offset(pipe, once, unguided),
+    )
+    check_trial(pipe, layout, layout.conditional(unguided.steps[-1].calls, len(several.seeds)))
+    return layout
+
+
+Place = tuple[int, int]  # of a part of a guided step: its call, and its chunk of that
+
+
+def place_conditional(pipe: Any, arguments: Arguments, unguided: Unguided, guided: list[Seen], n: int) -> Layout:
+    """The layout of a guided step for n equal samples, in which the inputs of a pass without guidance are found again."""
+    (number, chunk), unconditional = find_parts(pipe, arguments, unguided, guided, n)
+    alone, call, denoiser = unguided.steps[-1].calls[0], guided[-1].calls[number], denoiser_of(pipe)[1]
+    rows = arguments.rows(call.inputs)
+    for name, value in constants_of(call.inputs, arguments).items():
+        if name not in alone.inputs and has_rows(value, rows):
+            raise UserError(
+                f"{type(pipe).__name__} cannot be recorded: its denoiser is given {name} with guidance only, which one pass would "
+                "not have: take another class (teacher.pipeline_class=...)"
+            )
+    arguments = replace(arguments, constants=_told_constants(pipe, call, arguments))
+    parameters = inspect.signature(denoiser.forward).parameters
+    targets = _find_targets(pipe, arguments, unguided.steps[-1])
+    scale, offset = relation_of_timesteps(pipe, arguments, unguided.one)
+    return Layout(
+        arguments=arguments,
+        calls=len(guided[-1].calls),
+        call=number,
+        chunks=rows // n,
+        chunk=chunk,
+        masks=tuple(k for k in parameters if k.endswith(MASK) and k.removesuffix(MASK) in parameters),
+        denoisers=tuple(denoisers_of(pipe)),
+        timestep_scale=scale,
+        timestep_offset=offset,
+        target_channels=tuple(channels for _, channels in targets),
+        target_signs=tuple(sign for sign, _ in targets),
+        learned_variance=alone.prediction.shape[1] == 2 * targets[0][1],
+        no_guidance=unguided.settings,
+        unconditional=unconditional,
+        one_sample=unguided.two is None or unguided.mixed_up or bool(unguided.following),
+    )
+
+
+def find_parts(
+    pipe: Any, arguments: Arguments, unguided: Unguided, guided: list[Seen], n: int
+) -> tuple[Place, Place | None]:
+    """Where the conditional part of a guided step is, and the unconditional one where there is one such part.
+
+    Raises:
+        UserError: it is not certain.
+    """
+    step = guided[-1]
+    rows = [arguments.rows(call.inputs) for call in step.calls]
+    if any(count % n for count in rows):
+        raise uncertain(pipe, f"a guided step for {n} samples has {told_rows(rows)}")
+    places = [(number, chunk) for number, count in enumerate(rows) for chunk in range(count // n)]
+    if len(places) == 1:
+        raise UserError(
+            f"{type(pipe).__name__} cannot be recorded: it calls its denoiser once per step at every scale: its guidance is "
+            "distilled already, comes from another network, or needs an argument (teacher.call.NAME=..., a negative_prompt)"
+        )
+    reference = arguments.samples(unguided.steps[-1].calls[0].inputs, 0, n)
+    apart = {place: _unlikeness(arguments, reference, step.calls[place[0]].inputs, place[1] * n, n) for place in places}
+    if any(SAME <= unlikeness < DIFFERENT for unlikeness in apart.values()):
+        raise uncertain(pipe, f"of the {len(places)} parts of a guided step some are too much alike")
+    same = [place for place in places if apart[place] < SAME]
+    different = [place for place in places if place not in same]
+    if not (same and different):
+        told = "all are alike" if same else "none is like the pass without guidance"
+        raise uncertain(pipe, f"of the {len(places)} parts of a guided step {told}")
+    conditional = min(same, key=lambda place: _unlike_prediction(arguments, unguided.steps[0], guided[0], place, n))
+    return conditional, different[0] if len(different) == 1 else None
+
+
+def _unlikeness(arguments: Arguments, reference: dict[str, Any], call: dict[str, Any], begin: int, n: int) -> float:
+    """How far the inputs of a run of n samples in a call are from those of a pass without guidance."""
+    samples = arguments.samples(call, begin, begin + n)
+    compared = [name for name in arguments.conditions if name in reference and name in samples]
+    return max((distance(reference[name], samples[name]) for name in compared), default=float("inf"))
+
+
+def _unlike_prediction(arguments: Arguments, alone: Seen, guided: Seen, place: Place, n: int) -> float:
+    """How far what a part of the first guided step predicted is from the pass without guidance, whose latents are the same.
+
+    It tells the conditional part from one with the same inputs and a perturbed network.
+    """
+    number, chunk = place
+    if number >= len(guided.calls) or arguments.rows(guided.calls[number].inputs) < (chunk + 1) * n:
+        return float("inf")
+    return distance(alone.calls[0].prediction, guided.calls[number].prediction[chunk * n : (chunk + 1) * n])
+
+
+def _told_constants(pipe: Any, call: Call, arguments: Arguments) -> dict[str, Any]:
+    constants, rows = constants_of(call.inputs, arguments), arguments.rows(call.inputs)
+    told = {}
+    for name, value in constants.items():
+        try:
+            told[name] = encoded(value, rows)
+        except TypeError as error:
+            raise UserError(
+                f"{type(pipe).__name__} cannot be recorded: its denoiser is given {name}, {error}, which cannot be stored with "
+                "records: switch that off (teacher.call.NAME=...), or take another class (teacher.pipeline_class=...)"
+            ) from error
+    return told
+
+
+def _find_targets(pipe: Any, arguments: Arguments, step: Seen) -> list[tuple[int, int]]:
+    """As `_find_target` of each prediction of a step without guidance that a scheduler steps by.
+
+    Raises:
+        UserError: a second latent changes from step to step whose prediction no copy of the scheduler receives.
+    """
+    call = step.calls[0]
+    shapes = {call.inputs[name].shape for name in arguments.steps if isinstance(call.inputs.get(name), Tensor)}
+    if len(call.predictions) < len(step.received) or shapes & {
+        part.shape for part in call.predictions[len(step.received) :]
+    }:
+        raise UserError(
+            f"{type(pipe).__name__} cannot be recorded: its denoiser predicts {len(call.predictions)} latents, of which its "
+            f"scheduler and copies of it step {len(step.received)}: take another class (teacher.pipeline_class=...)"
+        )
+    return [_find_target(pipe, own, received) for own, received in zip(call.predictions, step.received, strict=False)]
+
+
+def _find_target(pipe: Any, prediction: Tensor, handed: Tensor) -> tuple[int, int]:
+    """(1, or -1 where the scheduler receives minus the prediction; which channels of it), from a pass without guidance.
+
+    Raises:
+        UserError: the scheduler receives something else.
+    """
+    count = handed.shape[1] if handed.ndim > 1 else 0
+    fits = False
+    for channels in (count, -count) if count else ():
+        own = part_of(prediction, channels)
+        fits = own.numel() == handed.numel()
+        for sign in (1, -1) if fits else ():
+            if distance(sign * own.reshape(handed.shape), handed) < SAME:
+                return sign, channels
+    told = "something else than" if fits else "another shape than"
+    raise UserError(
+        f"{type(pipe).__name__}: its scheduler receives {told} its denoiser predicts, so that the records could not be "
+        "trained on: such pipelines cannot be recorded; take another pipeline class of the model (teacher.pipeline_class)"
+    )
+
+
+def scales_mix(pipe: Any, several: Request, layout: Layout) -> bool:
+    """Whether two scales in one call give what each gives alone.
+
+    Raises:
+        UserError: the scale changes nothing.
+    """
+    n = len(several.seeds)
+    low, high = (layout.part(probe(pipe, several, scale)[-1].prediction, n) for scale in PROBED_SCALES)
+    effect = float((high - low).float().norm())
+    if effect == 0 or not torch.isfinite(torch.tensor(effect)):
+        raise UserError(
+            f"{type(pipe).__name__}: the prediction is the same at scales {PROBED_SCALES[0]:g} and {PROBED_SCALES[1]:g}, or "
+            "not a number: this teacher cannot be guided"
+        )
+    if n == 1:
+        return False
+    try:
+        mixed = layout.part(probe(pipe, several, PerSampleScale(torch.tensor(PROBED_SCALES)))[-1].prediction, n)
+    except DoesNotRunError:
+        return False
+    error = float((mixed[0] - low[0]).float().norm() + (mixed[1] - high[1]).float().norm())
+    return error < TRUSTED * effect
+
+
+def scale_offset(pipe: Any, once: Request, unguided: Unguided) -> float:
+    """`w` less the pipeline's number: 0 where it guides by `u + w (c - u)`, 1 by `c + w (c - u)`.
+
+    Up to a number just above 1 the former adds nothing to the conditional prediction, and the latter as much as from there to 2.
+    """
+    guider = guider_of(pipe)
+    if guider is not None:
+        return float(getattr(guider, "use_original_formulation", False))
+    keyword = scale_keyword(pipe)
+    at_one, at_two = (probe_at(pipe, once, unguided.settings | {keyword: scale}) for scale in (JUST_ABOVE, 2.0))
+    for none, one, two in zip(unguided.one, at_one, at_two, strict=True):
+        c, at_1, at_2 = (step.prediction.float() for step in (none, one, two))
+        if c.shape == at_2.shape and distance(c, at_2) > 0:  # the first guided step: so far all have the same latents
+            apart = float(((at_1 - c) - (at_2 - at_1)).norm())  # another term of the guidance points elsewhere
+            return float(apart < OFFSET * float((at_2 - at_1).norm()))
+    return 0.0

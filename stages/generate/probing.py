@@ -1,0 +1,111 @@
+"""A pipeline run on trial: a few steps, of which everything is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.arguments import Axis, argument
+from stages.base import first_line
+from stages.denoiser import denoiser_of, denoisers_of, latent_name
+from stages.errors import UserError
+from stages.generate.watching import Call, watched
+from stages.sampling import Request, guider_of, sample, scale_keyword, undecoded
+
+PROBED_STEPS = 3  # the last is judged: some rules of guidance leave the first one out
+PROBED_SCALES = (3.0, 7.0)
+SAME, DIFFERENT = 0.02, 0.05  # relative distances: text encoders round differently in other batches
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One step of a probe: the denoisers' calls, what the scheduler and its copies received, and the scheduler's timestep."""
+
+    calls: list[Call]
+    received: list[Tensor]
+    timestep: float
+
+    @property
+    def prediction(self) -> Tensor:
+        return self.received[0]
+
+
+class DoesNotRunError(UserError):
+    """A pipeline's own code ended in an error."""
+
+
+def probe(pipe: Any, request: Request, guidance_scale: float) -> list[Seen]:
+    """Run a pipeline for a few steps and keep what was seen.
+
+    Raises:
+        DoesNotRunError: the pipeline does not run so.
+    """
+    steps: list[Seen] = []
+    parts: list[Any] = [part for part in denoisers_of(pipe).values() if hasattr(part, "attn_processors")]
+    processors = [(part, dict(part.attn_processors)) for part in parts]
+    try:
+        with undecoded(pipe), watched(pipe, lambda c, r, t: steps.append(Seen(c, r, float(t))), streams=None):
+            sample(pipe, request, guidance_scale)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a pipeline's own code raises over its arguments
+        for part, before in processors:
+            part.set_attn_processor(before)  # which a pipeline that fails leaves as its guidance changed them
+        raise DoesNotRunError(
+            f"{type(pipe).__name__} does not run at scale {guidance_scale:g}: {type(error).__name__}: {first_line(error)}: give "
+            "its call what it needs (teacher.call.NAME=..., a column of the prompts)"
+        ) from error
+    return steps
+
+
+def probe_at(pipe: Any, request: Request, settings: dict[str, float]) -> list[Seen]:
+    """Run a pipeline for a few steps with such settings of its guidance, the scale among them; a guider has none."""
+    others = dict(settings)
+    scale = 1.0 if guider_of(pipe) is not None else others.pop(scale_keyword(pipe))
+    return probe(pipe, replace(request, arguments=request.arguments | others), scale)
+
+
+def rows_of(pipe: Any, calls: list[Call]) -> list[int]:
+    """Rows in each call of a step."""
+    latent = latent_name(denoiser_of(pipe)[1])
+    return [len(argument(call.inputs, latent, Axis(listed=latent not in call.inputs))) for call in calls]
+
+
+def told_rows(rows: list[int]) -> str:
+    return (
+        "its scheduler steps without a denoiser's call before"
+        if not rows
+        else f"its denoiser sees {' and '.join(map(str, rows))} rows"
+    )
+
+
+def has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def distance(one: Any, other: Any) -> float:
+    """How far a tensor is from another, relative to their size; infinite where their shapes differ."""
+    if isinstance(one, list) or isinstance(other, list):
+        alike = isinstance(one, list) and isinstance(other, list) and len(one) == len(other)
+        return max(map(distance, one, other)) if alike else float("inf")
+    if one.shape != other.shape:
+        return float("inf")
+    if not one.is_floating_point() and not one.is_complex():
+        return 0.0 if torch.equal(one, other) else float("inf")
+    one, other = one.to(torch.complex64 if one.is_complex() else torch.float32), other
+    size = torch.maximum(one.norm(), other.to(one).norm())
+    return float((one - other.to(one)).norm() / size.clamp(min=1e-12))
+
+
+def uncertain(pipe: Any, found: str) -> UserError:
+    return UserError(
+        f"{type(pipe).__name__} cannot be recorded: where the conditional pass lies is not certain: {found}: give its call "
+        "what it needs (teacher.call.NAME=..., a column of the prompts), or take another class (teacher.pipeline_class=...)"
+    )

@@ -1,0 +1,1 @@
+"""Guided pipelines of diffusers, each tiny and made without a download."""

@@ -1,0 +1,30 @@
+"""The page of the zoo: `python -m tests.pipelines_zoo.table > tests/pipelines_zoo/README.md`."""
+
+from __future__ import annotations
+
+import sys
+
+from tests.pipelines_zoo.gathered import gather
+from tests.pipelines_zoo.refusals import REFUSALS
+
+HEAD = """# Pipelines
+
+Guided pipelines of diffusers 0.42, each built tiny with random weights and taken from end to end by `make test-all`
+(`tests/test_pipelines.py`): its records are what the untouched pipeline does; a student that predicts the records exactly
+ends where two passes end; one pass of an untrained adapter is no guidance, with one row for each sample in each step; an
+adapter is trained for two steps, gives the same fused as by hooks, and is exported.
+
+"""
+
+
+def page() -> str:
+    zoo = gather()
+    works = sorted(name for name in zoo if name not in REFUSALS)
+    rows = [f"| `{name}` | works |" for name in works]
+    rows += [f"| `{name}` | refused: {REFUSALS[name]} |" for name in sorted(REFUSALS)]
+    told = f"Of {len(zoo)}, {len(works)} work; the others are refused before a trajectory is made, in a line that says:\n\n"
+    return HEAD + told + "\n".join(["| pipeline | |", "| --- | --- |", *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

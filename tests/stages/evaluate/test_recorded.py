@@ -1,0 +1,101 @@
+"""The teacher that is judged is the teacher that was recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPAGPipeline, StableDiffusionPipeline
+
+from stages.adapters import GuidanceAdapter
+from stages.adapters.card import loading, model_card
+from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, arguments_of, load_pair, sample_setting
+from stages.generate.config import TeacherConfig
+from stages.sampling import Request
+from stages.train.trainer import Trainer
+from tests.conftest import generate, generate_config, small_adapter, train_config
+from tests.families import PROMPTS, save
+
+
+def trained(folder: Path, family: str, **told: Any) -> Path:
+    """The folder of an adapter that was trained for a step on what such a teacher made."""
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    config = generate_config(save(family, folder / "teacher"), folder / "data", prompts=str(folder / "prompts.txt"))
+    config.teacher = TeacherConfig(str(folder / "teacher"), **told)
+    config.num_trajectories, config.num_inference_steps = 4, 2
+    run = train_config(generate(config), folder / "run", max_train_steps=1, adapter=small_adapter())
+    Trainer(run).run()
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(
+        tmp_path_factory.mktemp("recorded"),
+        "stable_diffusion",
+        pipeline_class="StableDiffusionPAGPipeline",
+        scheduler="DDIMScheduler",
+        call={"pag_scale": 2.0, "pag_adaptive_scale": 0.0},
+    )
+
+
+def request_of(pipe: Any, adapter: GuidanceAdapter, steps: int = 2) -> Request:
+    return Request([{"prompt": PROMPTS[0]}], [0], steps, arguments_of(pipe, adapter))
+
+
+def test_its_class_scheduler_and_arguments_are_those_of_the_records(adapter_dir: Path) -> None:
+    pipe, adapter = load_pair(str(adapter_dir), None, "cpu")
+    assert type(pipe) is StableDiffusionPAGPipeline
+    assert type(pipe.scheduler) is DDIMScheduler
+    assert arguments_of(pipe, adapter) == {"pag_scale": 2.0, "pag_adaptive_scale": 0.0}
+    passes = {
+        method: sample_setting(pipe, adapter, Setting(method, scale), request_of(pipe, adapter)).denoiser_evaluations
+        / 2
+        for method, scale in ((NONE, 1.0), (CFG, 3.0), (ONE_PASS, 3.0))
+    }
+    assert passes == {NONE: 1, CFG: 3, ONE_PASS: 1}
+
+
+def test_a_scheduler_that_was_configured_otherwise_is_so_again(adapter_dir: Path, tmp_path: Path) -> None:
+    about = json.loads((adapter_dir / "adapter_config.json").read_text())
+    recorded = dict(load_pair(str(adapter_dir), None, "cpu")[0].scheduler.config)
+    assert recorded.items() >= about["teacher"]["scheduler_config"].items()
+    pipe: Any = StableDiffusionPipeline.from_pretrained(about["base"]["pretrained_model_name_or_path"])
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, beta_end=0.05)
+    pipe.save_pretrained(tmp_path)
+    other = load_pair(str(adapter_dir), str(tmp_path), "cpu")[0]
+    assert type(other.scheduler) is DDIMScheduler
+    assert other.scheduler.config.beta_end == 0.05  # which belongs to the other base's weights
+
+
+def test_the_card_tells_of_it_and_how_it_is_loaded(adapter_dir: Path) -> None:
+    adapter = GuidanceAdapter.from_pretrained(adapter_dir)
+    card = model_card(adapter)
+    assert "| teacher | StableDiffusionPAGPipeline |" in card
+    assert "| its scheduler | DDIMScheduler |" in card
+    assert '"pag_scale": 2.0' in card
+    assert "from diffusers import DDIMScheduler, StableDiffusionPAGPipeline" in card
+    assert "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)" in card
+    names: dict[str, Any] = {}
+    exec(loading(adapter.about), names)
+    assert type(names["pipe"]) is StableDiffusionPAGPipeline
+
+
+def test_an_older_folder_is_sampled_by_its_class(adapter_dir: Path) -> None:
+    adapter = GuidanceAdapter.from_pretrained(adapter_dir)
+    del adapter.about["teacher"]
+    assert "from diffusers import StableDiffusionPAGPipeline\n" in model_card(adapter)
+
+
+def test_a_guider_guides_as_it_did(tmp_path: Path) -> None:
+    guider = {"name": "AdaptiveProjectedGuidance", "eta": 0.5}
+    pipe, adapter = load_pair(str(trained(tmp_path, "stable_diffusion_xl", guider=guider)), None, "cpu")
+    assert type(pipe.guider).__name__ == "AdaptiveProjectedGuidance"
+    assert pipe.guider.eta == 0.5
+    found = {}
+    for method, scale in ((NONE, 1.0), (CFG, 3.0), (ONE_PASS, 3.0)):
+        found[method] = sample_setting(pipe, adapter, Setting(method, scale), request_of(pipe, adapter))
+    assert [samples.denoiser_evaluations for samples in found.values()] == [2, 4, 2]
+    assert "its guider" in model_card(adapter)
