@@ -93,7 +93,7 @@ class Recorder:
             UserError: a condition or a constant is not what it was at the first step.
         """
         if self.cond is None:
-            self.cond = seen.cond
+            self.cond = {name: value.clone() for name, value in seen.cond.items()}  # pipelines may write into it
         for name, value in seen.cond.items():
             if name not in self.cond or not torch.equal(value, self.cond[name]):
                 raise UserError(

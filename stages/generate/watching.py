@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stages.denoiser import bind_inputs, denoisers_of, predictions_of
+from stages.denoiser import bind_inputs, denoisers_of, latent_name, predictions_of
 from stages.patching import patched
 
 Inputs = dict[str, Any]
@@ -85,10 +85,13 @@ def watched(
 @contextmanager
 def _watched_denoiser(name: str, denoiser: nn.Module, calls: list[Call]) -> Iterator[None]:
     given: list[Inputs] = []
+    latent = latent_name(denoiser)
 
     def see_inputs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = bind_inputs(module, args, kwargs)  # before the call, which may change dictionaries it was given
         inputs.pop("return_dict", None)
+        # Some pipelines write the next latents into the last.
+        inputs |= {key: value.clone() for key, value in inputs.items() if key.partition(".")[0] == latent}
         given.append(inputs)
 
     def see_prediction(module: Any, args: tuple[Any, ...], output: Any) -> None:

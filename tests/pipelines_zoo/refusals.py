@@ -4,7 +4,6 @@ from __future__ import annotations
 
 DISTILLED = "calls its denoiser once per step at every scale"
 OTHERWISE = "its scheduler receives something else than its denoiser predicts"
-UNLIKE = "its denoiser does not predict the same from records"
 TURNED = "its scheduler receives another shape than its denoiser predicts"
 UNCERTAIN = "where the conditional pass lies is not certain: "
 CACHED = "which cannot be stored with records"
@@ -22,9 +21,6 @@ REFUSALS: dict[str, str] = {
     "HeliosPipeline (two chunks)": "it takes 6 steps, where its scheduler makes 3",
     "I2VGenXLPipeline": OTHERWISE,
     "Ideogram4Pipeline": DISTILLED,
-    "Kandinsky5I2IPipeline": UNLIKE,
-    "Kandinsky5I2VPipeline": UNLIKE,
-    "Kandinsky5T2VPipeline": UNLIKE,
     "LTXImageToVideoPipeline": TURNED,
     "LongCatAudioDiTPipeline": "its scheduler has no configuration",
     "QwenImage21Pipeline": CACHED,

@@ -41,3 +41,16 @@ def test_a_call_is_seen_as_it_was_whatever_is_done_to_it_afterwards(return_dict:
         assert [float(call.inputs["extras.shift"]) for call in calls] == [1, 2]
         assert [call.prediction.unique().tolist() for call in calls] == [[3], [4]]
         assert prediction.unique().tolist() == [6]
+
+
+def test_a_latent_is_seen_as_it_was_though_the_next_is_written_into_it() -> None:
+    pipe = SimpleNamespace(unet=Doubling(), scheduler=DDIMScheduler())
+    pipe.scheduler.set_timesteps(3)
+    latent, seen = torch.ones(1, 1, 2, 2), []
+    with watched(pipe, lambda calls, received, timestep: seen.append(calls[0]), streams=None):
+        for timestep in pipe.scheduler.timesteps:
+            prediction = pipe.unet(latent, timestep, {"shift": torch.tensor(0.0)})[0]
+            latent.copy_(pipe.scheduler.step(prediction, timestep, latent)[0])
+    assert len(seen) == 3
+    for call in seen:
+        assert torch.equal(call.prediction, 2 * call.inputs["sample"])
