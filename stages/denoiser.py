@@ -89,6 +89,11 @@ def bind_inputs(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return flatten(given) | dict.fromkeys(needed)
 
 
+def samples_in(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Samples in one denoiser call, those of every part of a doubled batch counted: of its latent, a tensor or a list."""
+    return len(next(iter(inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments.values())))
+
+
 def negative_tokens(inputs: dict[str, Any], latent: str, rows: slice) -> dict[str, Tensor]:
     """The token embeddings `[n, length, width]` of an unconditional pass and their masks, named `negative.NAME`.
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stages.denoiser import denoiser_of, latent_name
+from stages.denoiser import denoisers_of, latent_name
 from stages.errors import UserError
-from stages.evaluate.watching import Step, replaced
+from stages.evaluate.watching import Step
+from stages.patching import patched
 
 Forward = Callable[..., Any]
 
@@ -32,16 +32,21 @@ def guided_first(pipe: Any, place: dict[str, int] | None, percent: int, steps: l
     Raises:
         UserError: where the conditional part lies is not known in time.
     """
-    denoiser: Any = denoiser_of(pipe)[1]
-    forward = denoiser.forward
-    conditional = once_per_step(forward, steps) if _in_calls(pipe, place) else _of_chunks(denoiser, forward, place, n)
+    in_calls = _in_calls(pipe, place)
+    conditional: dict[int, Forward] = {}
 
-    @functools.wraps(forward)  # pipelines and adapters look at its signature
-    def first(*args: Any, **kwargs: Any) -> Any:
+    def first(forward: Forward, denoiser: Any, *args: Any, **kwargs: Any) -> Any:
         guided = -(-percent * len(pipe.scheduler.timesteps) // 100)
-        return (forward if len(steps) < guided else conditional)(*args, **kwargs)
+        if len(steps) < guided:
+            return forward(*args, **kwargs)
+        if id(denoiser) not in conditional:
+            alone = once_per_step(forward, steps) if in_calls else _of_chunks(denoiser, forward, place, n)
+            conditional[id(denoiser)] = alone
+        return conditional[id(denoiser)](*args, **kwargs)
 
-    with replaced(denoiser, "forward", first):
+    with ExitStack() as stack:
+        for denoiser in denoisers_of(pipe).values():
+            stack.enter_context(patched(denoiser, "forward", first))
         yield
 
 
