@@ -32,8 +32,8 @@ def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
     known = flatten(defining(GenerateConfig()))  # an older version's dataset lacks the options that came later
     old, new = known | flatten(told_plan["config"]), flatten(defining(plan.config))
     made, told = "manifest_sha256" in told_plan, told_plan["conditions"]
-    count = told.get("count", len(plan.conditions))
-    goes_on = digest(plan.conditions[:count]) == told.get("sha256") and (made or count == len(plan.conditions))
+    count = told["count"]
+    goes_on = digest(plan.conditions[:count]) == told["sha256"] and (made or count == len(plan.conditions))
     for key in sorted(old.keys() | new.keys()):
         if key in COUNTS and made and None not in (old[key], new[key]) and old[key] < new[key]:
             continue
@@ -45,7 +45,7 @@ def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
                 f"{root}: holds a dataset of another configuration: {key}={old.get(key)}, not {new.get(key)}: "
                 f"{way_out}, or take another output_dir"
             )
-    if "sha256" in told and not goes_on:
+    if not goes_on:
         key = "class_labels" if plan.config.prompts is None else "prompts"
         raise UserError(
             f"{root}: holds a dataset of other {key}: {key}={new[key]} no longer names {'first ' if made else ''}the "
@@ -69,8 +69,6 @@ def check_still_same(root: Any, info: dict[str, Any] | None, plan: Plan, facts: 
     config = told["config"] | {
         "teacher": told["config"]["teacher"] | {PLACE_OF_TEACHER: here["teacher"][PLACE_OF_TEACHER]}
     }
-    if "sha256" not in told["conditions"]:  # an older dataset's: their files cannot be told from others
-        config |= {key: here[key] for key in CONDITIONS}
     try:
         check_same_config(root, told | {"config": config}, plan)
     except UserError as error:

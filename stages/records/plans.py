@@ -79,7 +79,7 @@ def _without_place(teacher: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def is_of_plan(commit: dict[str, Any], digests: list[tuple[int, str]]) -> bool:
-    """Whether a commit's unit was made by the plan that it belongs to; older commits do not tell, and no plan has those beyond all."""
+    """Whether a commit's unit was made by the plan that it belongs to, if it names one; no plan has those beyond all."""
     digest = next((digest for end, digest in digests if commit["unit"] < end), None)
     return commit.get("plan") is None or digest is None or commit["plan"] == digest
 
@@ -90,8 +90,8 @@ def of_snapshot(info: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint_of(plan: dict[str, Any]) -> str:
-    """What tells a snapshot from any other; datasets from before there were fingerprints have their manifest's SHA-256."""
-    return plan.get("fingerprint", plan["manifest_sha256"])
+    """What tells a snapshot from any other."""
+    return str(plan["fingerprint"])
 
 
 def snapshots(root: Folder) -> list[str]:

@@ -37,10 +37,8 @@ def begin_plan(root: Folder, info: dict[str, Any], plan: dict[str, Any]) -> dict
         The new description.
     """
     info = info | {"plans": [*info["plans"], plan]}
-    if (number := len(published(info))) == 0:
+    if not published(info):
         info = of_snapshot(info, plan)
-    elif (content := root.read(MANIFEST_FILE)) and sha256(content) == info["manifest_sha256"]:
-        root.write(manifest_copy(number), content)  # for datasets from before there were copies
     write_info(root, info)
     return info
 
@@ -113,15 +111,12 @@ def _publish_plan(root: Folder, number: int, plan: dict[str, Any], table: pa.Tab
     content = kept if kept is not None and table.equals(before) else encode_manifest(table)
     if root.read(name := manifest_copy(number)) != content:
         root.write(name, content)
-    of_rows = fingerprint(table)
-    if before is not None and "fingerprint" not in plan and fingerprint(before) == of_rows:
-        of_rows = plan["manifest_sha256"]  # as the checkpoints know a dataset from before there were fingerprints
     counts = {
         "trajectories": pc.count_distinct(table["trajectory"]).as_py(),
         "samples": len(table),
         "records": pc.sum(table["records"]).as_py(),
     }
-    return content, {"counts": counts, "manifest_sha256": sha256(content), "fingerprint": of_rows}
+    return content, {"counts": counts, "manifest_sha256": sha256(content), "fingerprint": fingerprint(table)}
 
 
 def _as_published(root: Folder, number: int, plan: dict[str, Any]) -> bytes | None:

@@ -50,7 +50,8 @@ class Child:
         try:
             self.rows.send("begin")
             while True:
-                if not self.rows.poll(max(0.0, start + limit - time.monotonic())):
+                left = start + limit - time.monotonic()
+                if left <= 0 or not self.rows.poll(left):
                     error = f"stopped after {limit:.0f} s"
                     break
                 told = self.rows.recv()
