@@ -14,6 +14,7 @@ COMPILERS = (
     "torch._dynamo",
     "triton",
 )  # not imported: that alone fails without a folder to write to
+BACKENDS = ("torch._inductor", "triton")  # what the tracer itself refuses is an error of this project
 OF_THE_MACHINE = (OSError, ImportError, LookupError, subprocess.SubprocessError)  # no folder, no header, no user's name
 FRAMES, MOST_TOLD = 4, 300
 
@@ -41,7 +42,8 @@ def told_of_compiling(asked: bool = True) -> Iterator[None]:
 
 def _of_a_compiler(error: Exception) -> bool:
     """Whether a compiler refused, or stumbled over what this machine lacks."""
-    if any(kind.__module__.startswith(COMPILERS) for kind in type(error).__mro__):
+    kinds = type(error).__mro__
+    if any(kind.__module__.startswith(BACKENDS) or kind.__name__ == "BackendCompilerFailed" for kind in kinds):
         return True
     frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
     inside = any(f"/{name.replace('.', '/')}/" in frame.filename for name in COMPILERS for frame in frames)
