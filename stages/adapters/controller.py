@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -146,6 +147,7 @@ class Course:
     def _by_step(self) -> Iterator[None]:
         """Within it, the guidance follows the timesteps as soon as the pipeline has set them."""
         scheduler, timestep = self.pipe.scheduler, self.adapter.about.get("timestep", "timestep")
+        thread = threading.get_ident()
 
         def plan(set_timesteps: Callable[..., None], owner: Any, *args: Any, **kwargs: Any) -> None:
             set_timesteps(*args, **kwargs)
@@ -162,6 +164,8 @@ class Course:
 
         @torch.compiler.disable
         def steer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if threading.get_ident() != thread:  # a pass of another call, on the denoiser that both share
+                return
             if self.waits:
                 raise UserError(
                     f"{type(self.pipe).__name__} runs before its scheduler has set the timesteps, which a schedule of scales goes "

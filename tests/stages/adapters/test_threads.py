@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
 from stages.adapters.riding import Turns
+from stages.patching import patched
 from tests.conftest import VARIANTS
 from tests.families import PROMPTS, build
 from tests.stages.adapters.test_compositions import adapter_for
@@ -26,8 +27,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:the guidance is not fused")
 
 
 def another(pipe: Any) -> Any:
-    """A pipeline with a scheduler of its own on the same denoiser, as each request of a server has."""
-    other = StableDiffusionPipeline.from_pipe(pipe)
+    """A pipeline on the same denoiser, as each request of a server has.
+
+    It has a tokenizer of its own: a fast tokenizer keeps how it pads and truncates on itself, and one thread would
+    change it under another.
+    """
+    other = StableDiffusionPipeline.from_pipe(pipe, tokenizer=copy.deepcopy(pipe.tokenizer))
     other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     other.set_progress_bar_config(disable=True)
     return other
@@ -207,6 +212,30 @@ def test_a_schedule_in_one_thread_and_a_scale_in_another(pipe: Any) -> None:
     found = at_once(scheduled, lambda: final(other, 2.0))
     for one, of_itself in zip(found, expected, strict=True):
         torch.testing.assert_close(one, of_itself)
+
+
+def test_a_schedule_that_waits_for_its_timesteps_lets_calls_of_other_threads_pass(pipe: Any) -> None:
+    other, begun, ended = another(pipe), threading.Event(), threading.Event()
+    adapter = adapter_for(pipe.unet, "cross_attention").attach(pipe).attach(other)
+    expected = final(other, 2.0)
+
+    def set_timesteps(own: Callable[..., None], owner: Any, *args: Any, **kwargs: Any) -> None:
+        begun.set()
+        ended.wait(PATIENCE)
+        own(*args, **kwargs)
+
+    def scheduled() -> Tensor:
+        with patched(pipe.scheduler, "set_timesteps", set_timesteps), adapter.guidance_schedule([3.0] * STEPS):
+            return final(pipe)
+
+    def meanwhile() -> Tensor:
+        begun.wait(PATIENCE)
+        try:
+            return final(other, 2.0)
+        finally:
+            ended.set()
+
+    torch.testing.assert_close(at_once(scheduled, meanwhile)[1], expected)
 
 
 @pytest.mark.parametrize("variant", ["lora", "full"])
