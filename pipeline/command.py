@@ -1,29 +1,18 @@
-"""What the commands share: a configuration from a file and `key=value` words, help, and errors in one line."""
+"""What the commands share: how each starts, and how it ends, with errors in one line."""
 
 from __future__ import annotations
 
-import difflib
 import errno
-import logging
 import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from collections.abc import Callable
+from typing import NoReturn
 
-import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from pipeline.words import Plain, fitted, read_word, read_yaml
+from stages.configuration.parsing import Config, help_text, parse
 from stages.errors import UsageError, UserError
 from stages.signals import end_on_sigterm
-from stages.streams import steady
+from stages.streams import steady, tell_plainly
 
-Config = TypeVar("Config")
-Layer = list[tuple[str, Any]]  # options and their values, from one place
 FAILURE, WRONG_USAGE = 1, 2
 MULTIRUN = "--multirun"
 # A disk's, not a defect of ours.
@@ -39,10 +28,13 @@ def run(
     main: Callable[[Config], None],
     description: str,
     multirun: Callable[[list[str]], None] | None = None,
+    argument: str | None = None,
 ) -> NoReturn:
     """Parse the command line into `config_class`, call `main`, and exit: 0 done, 1 a failure, 2 wrong usage.
 
-    Where a command has a `multirun`, `--multirun` calls that instead, with the other words as they are.
+    Args:
+        multirun: what `--multirun` calls instead of `main`, with the other words as they are.
+        argument: the option that the first word gives, without its key.
     """
     end_on_sigterm()
     words = sys.argv[1:]
@@ -52,6 +44,8 @@ def run(
     tell_plainly()
     try:
         check_encoding(words)
+        if argument and words and "=" not in words[0] and not words[0].startswith("-"):
+            words[0] = f"{argument}={words[0]}"
         if multirun and MULTIRUN in words:
             multirun([word for word in words if word != MULTIRUN])
         else:
@@ -59,6 +53,12 @@ def run(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_USAGE if isinstance(error, UsageError) else FAILURE)
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        way_out = "pip install '.[generate]', or to train and evaluate on one GPU set CUDA_VISIBLE_DEVICES=0"
+        print(f"error: ray is not installed: {way_out}", file=sys.stderr)
+        sys.exit(FAILURE)
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
@@ -81,132 +81,3 @@ def check_encoding(words: list[str]) -> None:
         if any("\ud800" <= character <= "\udfff" for character in word):  # bytes that Python could not read
             way_out = "set PYTHONUTF8=1 if it is UTF-8, else give it another name"
             raise UsageError(f"{word}: not text in {sys.getfilesystemencoding()}: {way_out}")
-
-
-def tell_plainly() -> None:
-    """Have warnings told in a line, and libraries say no more than their errors."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to us; a user can do nothing about them
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    for library in ("diffusers", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-
-
-def parse(config_class: type[Config], words: list[str]) -> Config:
-    """The defaults of `config_class`, then the file after `--config`, then each `key=value`, checked key by key.
-
-    Raises:
-        UsageError: an unknown key, a value of another type, a missing one, or a file that cannot be read.
-    """
-    known = {name: kind for name, kind, *_ in options(config_class)}
-    files, words = files_and_words(words)
-    layers = [read_file(Path(file), known) for file in files] + [word_of(word, known) for word in words]
-    config = OmegaConf.structured(config_class)
-    for layer in layers:
-        merge(config, layer, known)
-    try:
-        if missing := sorted(OmegaConf.missing_keys(config)):
-            raise UsageError(f"{missing[0]}: not given: say {missing[0]}=...")
-        result = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise UsageError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(result, config_class)
-    return result
-
-
-def files_and_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """What follows each `--config`, and the other words."""
-    files, words = [], list(words)
-    while "--config" in words:
-        place = words.index("--config")
-        if place + 1 == len(words):
-            raise UsageError("--config: name a YAML file after it")
-        files.append(words[place + 1])
-        del words[place : place + 2]
-    return files, words
-
-
-def read_file(path: Path, known: Mapping[str, Any]) -> Layer:
-    """The options that a YAML file tells.
-
-    Args:
-        known: the options' types.
-    """
-    try:
-        content = read_yaml(path.expanduser().read_bytes())
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from error
-    if content is None or (isinstance(content, Plain) and content.value is None):
-        return []
-    if not isinstance(content, dict):
-        raise UsageError(f"--config {path}: holds no keys")
-    return list(leaves(content, known))
-
-
-def leaves(content: Mapping[Any, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys with their values, going no deeper than the keys that are known."""
-    for key, value in content.items():
-        name = f"{prefix}{key.text if isinstance(key, Plain) else key}"
-        if isinstance(value, dict) and name not in known:
-            yield from leaves(value, known, f"{name}.")
-        else:
-            yield name, fitted(name, value, known.get(name, Any))
-
-
-def word_of(word: str, known: Mapping[str, Any]) -> Layer:
-    """The option that a word tells; below one that holds keys of the user's, such as `teacher.call`, the key and its value."""
-    if "=" not in word or word.startswith("-"):
-        raise UsageError(f"{word}: not understood: options are `--config FILE`, `--help` and `key=value`")
-    key, text = word.split("=", 1)
-    owner = key
-    while owner not in known and "." in owner:
-        owner = owner.rpartition(".")[0]
-    if owner == key or owner not in known:
-        return [(key, read_word(key, text, known.get(key, Any)))]
-    value = read_word(key, text, str if ".env_vars." in key else Any)
-    for name in reversed(key.removeprefix(f"{owner}.").split(".")):
-        value = {name: value}
-    return [(owner, value)]
-
-
-def merge(config: DictConfig, layer: Layer, known: Mapping[str, Any]) -> None:
-    """Merge one layer, a key at a time, so that an error names its key."""
-    for key, value in layer:
-        if key not in known:
-            if any(name.startswith(f"{key}.") for name in known):
-                raise UsageError(f"{key}: holds keys of its own: say {key}.NAME=..., --help lists them")
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f": did you mean {near[0]}?" if near else ": --help lists the keys"
-            raise UsageError(f"{key}: no such key{hint}")
-        try:
-            OmegaConf.update(config, key, value)
-            OmegaConf.select(config, key)
-        except OmegaConfBaseException as error:
-            told = str(error).splitlines()[0]
-            within = error.full_key if str(error.full_key).startswith(f"{key}.") else None
-            if "is not a ListConfig" in told:
-                told = "a list is asked for" if within else f"a list is asked for: say {key}=[{value}]"
-            raise UsageError(f"{within or f'{key}={value}'}: {told}") from error
-
-
-def options(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
-    """(dotted key, type, default, meaning) of every option of a dataclass and of those inside it."""
-    kinds = get_type_hints(config_class)
-    for option in fields(config_class):
-        kind = kinds[option.name]
-        if is_dataclass(kind):
-            yield from options(kind, f"{prefix}{option.name}.")
-        else:
-            default = option.default_factory() if callable(option.default_factory) else option.default
-            told = option.metadata
-            yield prefix + option.name, told.get("kind") or kind, default, told.get("help", "")
-
-
-def help_text(config_class: type[Any], description: str) -> str:
-    lines = [description, "", "usage: --config FILE key=value ...", ""]
-    for key, kind, default, meaning in options(config_class):
-        name = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
-        shown = "required" if default == MISSING else f"default {default}"
-        lines.append(f"  {key}  ({name.replace('typing.', '')}, {shown})\n      {meaning}")
-    return "\n".join(lines)

@@ -2,31 +2,25 @@
 
 python -m pipeline.evaluate adapter_dir=runs/mnist_dit guidance_scale=[1.5,2,3]
 python -m pipeline.evaluate adapter_dir=[runs/lora,runs/offset] output_dir=runs/compared
-python -m pipeline.evaluate suite=configs/evaluate/claims.yaml output_dir=runs/claims
 
-The same command again goes on where an interrupted one stopped. Several GPUs share the work through Ray, several cores by processes. With `suite=` it makes a whole
-study: datasets, adapters, evaluations, and the claims that they bear out or not; then only output_dir and jobs can be given beside it.
+The same command again goes on where an interrupted one stopped. Several GPUs share the work through Ray, several cores by processes.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from pipeline.command import run
-from pipeline.evaluation_fleet import over_ray
-from pipeline.evaluation_processes import over_cores
-from pipeline.multirun import has_several_gpus
-from pipeline.study import StudyConfig
-from pipeline.study import main as study
 from stages.adapters import GuidanceAdapter
 from stages.adapters.folder import describe
-from stages.config import to_yaml
+from stages.base.loading import has_several_gpus
+from stages.configuration.options import to_yaml
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluation import Evaluation
+from stages.evaluate.evaluation import Evaluation, Makers
+from stages.evaluate.processes import over_cores
 from stages.evaluate.report import table, write_report
-from stages.records.storage import whole_file, write_json
+from stages.storage.files import whole_file, write_json
 
 
 def main(config: EvaluateConfig) -> None:
@@ -38,8 +32,7 @@ def main(config: EvaluateConfig) -> None:
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Evaluate, and write all that a person or a program reads of it into the evaluation's folder."""
     evaluation = Evaluation(config)
-    shared = has_several_gpus() and config.device in ("auto", "cuda")
-    rows = evaluation.run(over_ray if shared else over_cores)
+    rows = evaluation.run(makers(config))
     with whole_file(evaluation.folder / "config.yaml") as file:
         file.write(to_yaml(config).encode())
     write_json(evaluation.folder / "evaluation.json", {**evaluation.about, "rows": rows})
@@ -48,6 +41,15 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if config.output_dir is None and as_trained and "frechet_distance" in rows[0]:
         tell_in_card(Path(config.adapter_dir), rows)
     return evaluation
+
+
+def makers(config: EvaluateConfig) -> Makers:
+    """Several GPUs make the parts through Ray, where there are several, else this machine's cores do."""
+    if has_several_gpus() and config.device in ("auto", "cuda"):
+        from stages.evaluate.fleet import over_ray  # imports Ray
+
+        return over_ray
+    return over_cores
 
 
 def tell_in_card(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -59,6 +61,4 @@ def tell_in_card(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    if any(word.startswith("suite=") for word in sys.argv):
-        run(StudyConfig, study, __doc__)
     run(EvaluateConfig, main, __doc__)

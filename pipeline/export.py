@@ -17,12 +17,12 @@ from pipeline.command import run
 from stages.adapters import GuidanceAdapter
 from stages.adapters.export import DIFFUSERS, FORMATS, KOHYA, export, how_to_load, prepared
 from stages.adapters.folder import describe
-from stages.base import choose_device
-from stages.config import check_bounds, option
+from stages.base.loading import choose_device
+from stages.base.prompts import read_prompts
+from stages.configuration.options import check_bounds, option
 from stages.evaluate.comparisons import conditions_of, load_pair
 from stages.evaluate.dial import measure_dial
-from stages.prompts import read_prompts
-from stages.records.storage import check_folder
+from stages.storage.files import check_folder
 
 
 @dataclass

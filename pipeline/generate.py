@@ -6,7 +6,6 @@ python -m pipeline.generate --config configs/generate/mnist_dit.yaml output_dir=
 from __future__ import annotations
 
 from pipeline.command import run
-from stages.errors import UserError
 from stages.generate.config import GenerateConfig
 from stages.generate.driver import Driver
 
@@ -17,12 +16,8 @@ def main(config: GenerateConfig) -> None:
     if driver.finished:
         print(f"{root}: already finished, {len(driver.plan)} units; nothing to do")
         return
-    try:
-        from stages.generate.fleet import RayFleet  # ray takes seconds to import: not before something is to be done
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise UserError("ray: it runs the teachers, and is not installed: pip install '.[generate]'") from error
+    from stages.generate.fleet import RayFleet  # ray takes seconds to import: not before something is to be done
+
     summary = driver.run(RayFleet(config))
     assert driver.info is not None
     size = driver.info["counts"]["bytes"]

@@ -8,16 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.command import run
-from stages.base import choose_device
-from stages.config import check_bounds
+from stages.base.loading import choose_device
+from stages.base.pictures import PICTURES, grid, to_picture
+from stages.base.sampling import Request, decode
+from stages.configuration.options import check_bounds
 from stages.errors import UserError
 from stages.evaluate.comparisons import arguments_of, conditions_of, load_pair, sample_setting, settings
 from stages.evaluate.config import SampleConfig
 from stages.evaluate.report import TITLES
 from stages.evaluate.threads import threads_that_pay
-from stages.pictures import PICTURES, grid, to_picture
-from stages.records.storage import check_file, whole_file
-from stages.sampling import Request, decode
+from stages.storage.files import check_file, whole_file
 
 
 def main(config: SampleConfig) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command import run
-from pipeline.multirun import multirun
-from stages.config import to_yaml
-from stages.records.storage import whole_file, write_json
+from stages.configuration.options import to_yaml
+from stages.storage.files import whole_file, write_json
+from stages.study.multirun import multirun
 from stages.train.config import TrainConfig
 from stages.train.trainer import Trainer
 

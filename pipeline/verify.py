@@ -13,14 +13,14 @@ from typing import Any
 from omegaconf import MISSING
 
 from pipeline.command import run
-from stages.config import check_bounds, option
+from stages.configuration.options import check_bounds, option
 from stages.errors import StorageError, UserError
 from stages.records.dataset import finishing
-from stages.records.folder import Folder, open_folder
 from stages.records.plans import DATASET_FILE, MANIFEST_FILE
 from stages.records.repair import repair
-from stages.records.storage import check_file, to_json, whole_file
 from stages.records.verification import survey
+from stages.storage.files import check_file, to_json, whole_file
+from stages.storage.folder import Folder, open_folder
 
 NAMED_ORPHANS = 5
 REPORT = "verification.json"

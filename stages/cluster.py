@@ -1,4 +1,7 @@
-"""Joining a Ray cluster, or starting one on this machine; `ray` itself is imported by who asks, because few commands have it."""
+"""Joining a Ray cluster, or starting one on this machine.
+
+This module imports Ray, which takes seconds and is an optional dependency: commands import it when they need it.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,12 @@ import logging
 import os
 import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from stages.errors import UserError
 from stages.signals import end_on_sigterm
@@ -19,7 +26,7 @@ OBJECT_STORE = 100 << 20  # what passes between our processes is small: it fits 
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def join(ray: Any, address: str | None, key: str = "RAY_ADDRESS", **local: Any) -> None:
+def join(address: str | None, key: str = "RAY_ADDRESS", **local: Any) -> None:
     """Join the cluster at an address, else start Ray on this machine with what `ray.init` is to be given for that.
 
     Args:
@@ -44,6 +51,23 @@ def join(ray: Any, address: str | None, key: str = "RAY_ADDRESS", **local: Any) 
             ) from error
         raise UserError(f"Ray could not be started on this machine: {told}") from error
     end_on_sigterm()
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within it, Ray is there: the cluster of RAY_ADDRESS, else this machine. What was started here is ended here.
+
+    Raises:
+        UserError: as `join`.
+    """
+    ours = not ray.is_initialized()
+    if ours:
+        join(os.environ.get("RAY_ADDRESS"))
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
 
 
 def _places() -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -100,3 +102,11 @@ def _hold_descriptors() -> None:
             os.dup2(opened, descriptor)  # which a child inherits
             if opened != descriptor:
                 os.close(opened)
+
+
+def tell_plainly() -> None:
+    """Have warnings told in a line, and libraries say no more than their errors."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to us; a user can do nothing about them
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    for library in ("diffusers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)

@@ -21,7 +21,7 @@ from stages.generate.in_process import InProcessFleet
 from stages.records.dataset import Dataset
 from stages.train.config import TrainConfig
 from stages.train.trainer import Trainer
-from tests.faulty_s3 import FaultyS3
+from tests.support.faulty_s3 import FaultyS3
 
 torch.set_num_threads(1)  # these matrices are so small that a second thread only waits
 VARIANTS = [

@@ -8,16 +8,16 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from pipeline.command import parse
-from pipeline.study_plan import StudyFile
 from stages.adapters import GuidanceAdapter
-from stages.config import check_bounds
-from stages.evaluate.claims import CLAIMS
+from stages.configuration.options import check_bounds
+from stages.configuration.parsing import parse
 from stages.evaluate.config import EvaluateConfig
 from stages.generate.call_arguments import check_arguments
 from stages.generate.config import GenerateConfig
+from stages.study.claims import CLAIMS
+from stages.study.plan import StudyFile
 from stages.train.config import TrainConfig
-from tests.real_shapes import SHAPES
+from tests.support.real_shapes import SHAPES
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PIPELINES = {  # of the families that are tried tiny in tests/pipelines_zoo
@@ -66,7 +66,7 @@ def test_a_variants_configuration_is_understood(path: Path) -> None:
 
 
 def test_the_study_of_the_claims_is_understood() -> None:
-    plan = parse(StudyFile, ["--config", str(CONFIGS / "evaluate" / "claims.yaml")])
+    plan = parse(StudyFile, ["--config", str(CONFIGS / "study" / "claims.yaml")])
     for words in plan.datasets.values():
         check_bounds(parse(GenerateConfig, [*words, "output_dir=data"]))
     for adapter in plan.adapters.values():

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from stages.adapters import GuidanceAdapter
-from stages.arguments import Arguments
-from stages.base import load_pipeline
-from stages.denoiser import denoisers_of, predictions_of
+from stages.base.arguments import Arguments
+from stages.base.denoiser import denoisers_of, predictions_of
+from stages.base.loading import load_pipeline
+from stages.base.sampling import Request, guider_of, sample, scale_keyword, undecoded
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.layout import Layout
 from stages.generate.plan import GOLDEN_RATIO
-from stages.generate.schedule import shifted_timesteps
+from stages.generate.timesteps import shifted_timesteps
 from stages.generate.watching import Call, watched
 from stages.records.dataset import Dataset
-from stages.sampling import Request, guider_of, sample, scale_keyword, undecoded
 from stages.train.student import Student, load_base
 from stages.train.trainer import Trainer
 from stages.train.window import load

@@ -21,9 +21,9 @@ from stages.adapters.fusing import LowRank
 from stages.adapters.guidance import Prepared
 from stages.adapters.inputs import Inputs, samples_of
 from stages.adapters.layers import find_blocks
-from stages.adapters.looking import Seen, Spot, argument_in, look
 from stages.adapters.sites import Shape, every_site, find_sites, layer_beneath, width_axis
-from stages.denoiser import flatten
+from stages.adapters.trial_forward import Seen, Spot, argument_in, look
+from stages.base.denoiser import flatten
 from stages.errors import UserError
 
 

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from stages.adapters.asking import check_pipeline
+from stages.adapters.attachment import begin_ride, end_ride, is_ridden, ride_of
+from stages.adapters.call_arguments import check_pipeline
 from stages.adapters.guiding import Guiding
 from stages.adapters.one_pass import begin_one_pass, end_one_pass, riders_of
-from stages.adapters.riding import begin_ride, end_ride, is_ridden, ride_of
-from stages.adapters.wrapping import entrance_of, layers_of, unwrapped
+from stages.adapters.wrappers import entrance_of, layers_of, unwrapped
 from stages.errors import UserError
 
 Self = TypeVar("Self", bound="Attachable")

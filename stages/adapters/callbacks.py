@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stages.adapters.asking import guiders_of, is_setting
+from stages.adapters.call_arguments import guiders_of, is_setting
 from stages.adapters.saying import warn
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stages.adapters.config import NEGATIVE_TOKENS, POOLED, TIMESTEP, TOKENS
 from stages.adapters.inputs import is_mask
-from stages.denoiser import NEGATIVE
+from stages.base.denoiser import NEGATIVE
 from stages.errors import UserError
 
 FREQUENCIES = 64

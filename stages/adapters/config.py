@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stages.config import option
+from stages.configuration.options import option
 
 TIMESTEP, POOLED, TOKENS, NEGATIVE_TOKENS = "timestep", "pooled", "tokens", "negative_tokens"
 

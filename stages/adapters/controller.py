@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stages.adapters.asking import CallArguments, guiders_of
+from stages.adapters.attachment import Context, ride_of
+from stages.adapters.call_arguments import CallArguments, guiders_of
 from stages.adapters.callbacks import watch
 from stages.adapters.guidance import Guidance, Scales, as_scales, scales_of_schedule
-from stages.adapters.riding import Context, ride_of
 from stages.adapters.unconditional import unconditional_tokens
-from stages.denoiser import bind_inputs, denoisers_of
+from stages.base.denoiser import bind_inputs, denoisers_of
+from stages.base.patching import patched
 from stages.errors import UserError
-from stages.patching import patched
 
 if TYPE_CHECKING:
     from stages.adapters.attaching import Attachable

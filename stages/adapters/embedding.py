@@ -16,10 +16,10 @@ from stages.adapters.adapter import GuidanceAdapter, Site, of_rows
 from stages.adapters.conditioning import LABEL, Known
 from stages.adapters.config import POOLED, TOKENS, AdapterConfig
 from stages.adapters.inputs import places_of
-from stages.adapters.looking import Seen
 from stages.adapters.sites import Shape, find_label_embedders
-from stages.arguments import argument
-from stages.denoiser import flatten, unflatten
+from stages.adapters.trial_forward import Seen
+from stages.base.arguments import argument
+from stages.base.denoiser import flatten, unflatten
 from stages.errors import UserError
 
 

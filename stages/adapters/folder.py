@@ -17,9 +17,9 @@ from obstore.exceptions import BaseError
 from safetensors.torch import load_file
 
 from stages.adapters.card import model_card
-from stages.base import first_line
-from stages.buckets import SCHEMES, read_object
+from stages.base.loading import first_line
 from stages.errors import UserError
+from stages.storage.buckets import SCHEMES, read_object
 
 if TYPE_CHECKING:
     from stages.adapters.adapter import GuidanceAdapter

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stages.adapters.attachment import Context, Fused, is_ridden, ride_of
 from stages.adapters.fusing import LowRank
 from stages.adapters.guidance import Guidance, Here, InForce, Prepared, Scales, ScaleSchedule, as_scales
-from stages.adapters.riding import Context, Fused, is_ridden, ride_of
 from stages.adapters.saying import warn
-from stages.adapters.wrapping import entrance_of, is_compiled, runs_fused_projections, unwrapped
-from stages.denoiser import denoiser_of
+from stages.adapters.wrappers import entrance_of, is_compiled, runs_fused_projections, unwrapped
+from stages.base.denoiser import denoiser_of
 from stages.errors import UserError
 
 Self = TypeVar("Self", bound="Guiding")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 from torch import Tensor
 
-from stages.denoiser import fingerprint
+from stages.base.denoiser import fingerprint
 
 if TYPE_CHECKING:
     from stages.adapters.adapter import GuidanceAdapter

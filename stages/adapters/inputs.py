@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.arguments import Axis, argument, stacked
-from stages.denoiser import MASK
+from stages.base.arguments import Axis, argument, stacked
+from stages.base.denoiser import MASK
 
 Inputs = dict[str, Any]  # a denoiser's arguments, flat
 

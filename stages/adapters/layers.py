@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from stages.adapters.inputs import Inputs
-from stages.adapters.looking import Seen, look
 from stages.adapters.sites import (
     ATTENTION,
     CONVOLUTIONS,
@@ -21,6 +20,7 @@ from stages.adapters.sites import (
     width_in,
     width_out,
 )
+from stages.adapters.trial_forward import Seen, look
 from stages.errors import UserError
 
 CONDITIONING, CONVOLUTION = "conditioning", "convolution"

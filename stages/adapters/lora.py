@@ -15,8 +15,8 @@ from stages.adapters.conditioning import Conditioning, Known, ScaleAlone
 from stages.adapters.config import AdapterConfig
 from stages.adapters.fusing import LowRank, why_not_fusable
 from stages.adapters.layers import adaptable_layers, find_layers, shape_of
-from stages.adapters.looking import Seen
 from stages.adapters.sites import CONVOLUTIONS, Shape
+from stages.adapters.trial_forward import Seen
 
 
 class LoRASite(Site):

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.adapters.asking import SCALE, keyword_of
+from stages.adapters.call_arguments import SCALE, keyword_of
 from stages.adapters.controller import Controller
 from stages.errors import UserError
 

@@ -10,8 +10,8 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from stages.adapters.wrapping import unwrapped
-from stages.denoiser import bind_inputs, latent_name, negative_tokens
+from stages.adapters.wrappers import unwrapped
+from stages.base.denoiser import bind_inputs, latent_name, negative_tokens
 from stages.errors import UserError
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.multimodal.clip_score import CLIPScore
 
-from stages.base import first_line, quieten, resolve
-from stages.denoiser import fingerprint
+from stages.base.denoiser import fingerprint
+from stages.base.loading import first_line, quieten, resolve
+from stages.base.sampling import Condition
 from stages.errors import UserError
-from stages.sampling import Condition
 
 
 class ClipJudge:

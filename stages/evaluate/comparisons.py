@@ -16,14 +16,11 @@ from diffusers import ModularPipeline
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
-from stages.base import diffusers_class, first_line, load_pipeline, new_guider, resolve
-from stages.denoiser import denoiser_of, denoisers_of
-from stages.errors import UserError
-from stages.evaluate.first_steps import guided_first
-from stages.evaluate.watching import Step, counted, stepped
-from stages.pictures import PicturePath, check_pictures
-from stages.prompts import check_columns
-from stages.sampling import (
+from stages.base.denoiser import denoiser_of, denoisers_of
+from stages.base.loading import diffusers_class, first_line, load_pipeline, new_guider, resolve
+from stages.base.pictures import PicturePath, check_pictures
+from stages.base.prompts import check_columns
+from stages.base.sampling import (
     Condition,
     Request,
     guider_of,
@@ -33,6 +30,9 @@ from stages.sampling import (
     takes_class_labels,
     undecoded,
 )
+from stages.errors import UserError
+from stages.evaluate.first_steps import guided_first
+from stages.evaluate.watching import Step, counted, stepped
 
 NONE, CFG, ONE_PASS = "none", "cfg", "one_pass"
 CFG_FIRST_50, CFG_FIRST_60 = "cfg_first_50", "cfg_first_60"

@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from stages.config import option
+from stages.configuration.options import option
 from stages.evaluate.comparisons import COMPARED
-from stages.evaluate.networks import CLASSIFIER, NETWORKS
+from stages.evaluate.feature_extractors import CLASSIFIER, NETWORKS
 
 MOST = 2**31 - 1
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
-from stages.denoiser import denoiser_of
+from stages.base.denoiser import denoiser_of
+from stages.base.sampling import Condition, Request
 from stages.evaluate.comparisons import CFG, NONE, Setting, arguments_of, sample_setting
 from stages.evaluate.effective_scale import effective_scale, squared_distances
 from stages.evaluate.threads import threads_that_pay
-from stages.sampling import Condition, Request
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
 BEYOND = 1.5  # where CFG is measured last: the scale that this strength would mean, did the strength scale the guidance

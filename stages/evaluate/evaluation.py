@@ -13,9 +13,9 @@ import yaml
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
-from stages.base import choose_device
-from stages.config import check_bounds
-from stages.denoiser import fingerprint
+from stages.base.denoiser import fingerprint
+from stages.base.loading import choose_device
+from stages.configuration.options import check_bounds
 from stages.errors import UserError
 from stages.evaluate.comparisons import CFG, NONE, Setting, measured_scales, settings
 from stages.evaluate.config import EvaluateConfig
@@ -25,7 +25,7 @@ from stages.evaluate.parts import Parts, Result
 from stages.evaluate.reference import Reference
 from stages.evaluate.worker import DISTANCES, ERROR, Facts, Worker, number_of_parts
 from stages.progress import progress
-from stages.records.storage import check_folder, whole_file
+from stages.storage.files import check_folder, whole_file
 
 Begin = Callable[[Facts], list[int]]
 Makers = Callable[["Evaluation", Begin], Iterator[int]]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.denoiser import denoisers_of, latent_name
+from stages.base.denoiser import denoisers_of, latent_name
+from stages.base.patching import patched
 from stages.errors import UserError
 from stages.evaluate.watching import Step
-from stages.patching import patched
 
 Forward = Callable[..., Any]
 

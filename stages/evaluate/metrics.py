@@ -13,11 +13,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from stages.denoiser import fingerprint
+from stages.base.denoiser import fingerprint
+from stages.base.sampling import Condition
 from stages.embedded.attributes import attributes, read_caption
 from stages.errors import UserError
 from stages.evaluate.reference import Reference
-from stages.sampling import Condition
 
 FEATURES, SCORES = "features", "scores"
 KID_SUBSETS, KID_SUBSET_SIZE = 10, 1000  # a tenth of the usual subsets: they overlap where there are few images

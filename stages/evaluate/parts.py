@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import UserError
-from stages.records.storage import whole_file
+from stages.storage.files import whole_file
 
 SHOWN = "shown"
 LAYOUT = 2  # counts up when older parts hold something else

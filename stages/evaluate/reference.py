@@ -13,11 +13,11 @@ from PIL import Image, UnidentifiedImageError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.base import first_line, resolve
-from stages.denoiser import fingerprint
+from stages.base.denoiser import fingerprint
+from stages.base.loading import first_line, resolve
 from stages.embedded.digits import to_images
 from stages.errors import UserError
-from stages.evaluate.networks import (
+from stages.evaluate.feature_extractors import (
     CLASSIFIER,
     ClassifierNetwork,
     FeatureNetwork,

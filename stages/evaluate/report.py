@@ -12,9 +12,9 @@ import jinja2
 import matplotlib
 from torch import Tensor
 
+from stages.base.pictures import grid, to_picture
 from stages.evaluate.comparisons import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE, ONE_PASS, Setting
-from stages.pictures import grid, to_picture
-from stages.records.storage import whole_file
+from stages.storage.files import whole_file
 
 matplotlib.use("Agg")
 
@@ -200,7 +200,7 @@ def write_report(folder: Path, rows: list[Row], shown: dict[Setting, Tensor], ab
         with whole_file(folder / f"{name}.png") as file:
             file.write(content)
     page = render(
-        "report.html.j2",
+        Path(__file__).with_name("report.html.j2"),
         rows=rows,
         cells=cells_of(rows),
         over_scale=as_pictures(over_scale),
@@ -214,11 +214,11 @@ def write_report(folder: Path, rows: list[Row], shown: dict[Setting, Tensor], ab
     return path
 
 
-def render(template: str, **values: Any) -> bytes:
-    """A page from a template beside this file."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+def render(template: Path, **values: Any) -> bytes:
+    """A page from a template; it may use the others of its folder, and those of this one."""
+    loader = jinja2.FileSystemLoader([template.parent, Path(__file__).parent])
     templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    return templates.get_template(template).render(**values).encode()
+    return templates.get_template(template.name).render(**values).encode()
 
 
 def as_pictures(plots: dict[str, tuple[str, bytes]]) -> list[dict[str, str]]:

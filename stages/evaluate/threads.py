@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stages.denoiser import denoiser_of
+from stages.base.denoiser import denoiser_of
 
 ONE_THREAD_BELOW = 30_000_000  # parameters
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stages.denoiser import samples_in
-from stages.patching import patched
+from stages.base.denoiser import samples_in
+from stages.base.patching import patched
 
 
 @dataclass(frozen=True)

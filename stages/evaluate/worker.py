@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.adapters import GuidanceAdapter
-from stages.base import choose_device, use_scheduler
-from stages.denoiser import denoiser_of, fingerprint
+from stages.base.denoiser import denoiser_of, fingerprint
+from stages.base.loading import choose_device, use_scheduler
+from stages.base.pictures import check_pictures, to_picture
+from stages.base.prompts import check_columns, read_prompts
+from stages.base.sampling import Condition, Request, decode, takes_class_labels
 from stages.errors import UserError
 from stages.evaluate.clip_score import ClipJudge
 from stages.evaluate.comparisons import (
@@ -37,10 +40,7 @@ from stages.evaluate.metrics import Measure
 from stages.evaluate.parts import LAYOUT, Parts, Result
 from stages.evaluate.reference import Reference
 from stages.evaluate.threads import threads_that_pay
-from stages.pictures import check_pictures, to_picture
-from stages.prompts import check_columns, read_prompts
-from stages.records.storage import whole_file
-from stages.sampling import Condition, Request, decode, takes_class_labels
+from stages.storage.files import whole_file
 
 SHOWN, SHOWN_SIZE = 10, 256
 ERROR = "error."  # before the scale of the CFG that a setting's latents are compared with at each step

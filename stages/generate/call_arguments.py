@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from stages.base.pictures import PICTURES
+from stages.base.sampling import SCALE_KEYWORDS
 from stages.errors import UsageError
 from stages.generate.config import TeacherConfig
-from stages.pictures import PICTURES
-from stages.sampling import SCALE_KEYWORDS
 
 NOTHING = "nothing on a command line can be one"
 # Arguments of pipelines, and what decides them here.

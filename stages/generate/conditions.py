@@ -10,12 +10,12 @@ import diffusers
 import obstore
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 
-from stages.base import first_line, resolve
-from stages.denoiser import DENOISER_NAMES
+from stages.base.denoiser import DENOISER_NAMES
+from stages.base.loading import first_line, resolve
+from stages.base.prompts import check_columns, read_prompts, read_text
+from stages.base.sampling import Condition
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, TeacherConfig
-from stages.prompts import check_columns, read_prompts, read_text
-from stages.sampling import Condition
 
 CLASS = re.compile(r"-?\d{1,18}", re.ASCII)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from stages.config import option
+from stages.configuration.options import option
 
 EXECUTION_KEYS = frozenset(
     {

@@ -9,24 +9,24 @@ from collections import Counter, deque
 from contextlib import suppress
 from typing import Any
 
-from stages.base import first_line
-from stages.config import to_yaml
+from stages.base.loading import first_line
+from stages.base.pictures import check_pictures
+from stages.configuration.options import to_yaml
 from stages.errors import ChangedError, DamageError, StorageError, UserError
+from stages.generate.compatibility import check_same_config, describe_plan, is_all_of
 from stages.generate.conditions import makes_images_of_their_size
 from stages.generate.config import GenerateConfig
-from stages.generate.description import check_same_config, describe_plan, is_all_of
 from stages.generate.events import Event, Failed, Fleet, Loaded, Made
 from stages.generate.plan import Plan
 from stages.generate.preview import write_preview_grid
 from stages.generate.profile import Profile
 from stages.generate.telling import Telling
-from stages.pictures import check_pictures
 from stages.records.commits import commit_name, committed_units, is_committed, read_commit, read_commits
-from stages.records.folder import open_folder
 from stages.records.manifest import misfit
 from stages.records.plans import PLACE_OF_TEACHER, plan_digests, published, read_info
 from stages.records.publication import begin_plan, publish, withdraw
-from stages.records.storage import to_json
+from stages.storage.files import to_json
+from stages.storage.folder import open_folder
 
 MAX_ATTEMPTS = 3
 POLL_SECONDS = 1.0

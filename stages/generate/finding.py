@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.arguments import Arguments, encoded
-from stages.denoiser import MASK, denoiser_of, denoisers_of, part_of
+from stages.base.arguments import Arguments, encoded
+from stages.base.denoiser import MASK, denoiser_of, denoisers_of, part_of
+from stages.base.pictures import PICTURES
+from stages.base.sampling import Request, guider_of, scale_keyword
 from stages.errors import UserError
 from stages.generate.layout import Layout, constants_of
 from stages.generate.probing import (
@@ -36,8 +38,6 @@ from stages.generate.scale import PerSampleScale
 from stages.generate.trial import check_trial
 from stages.generate.unguided import Unguided, without_guidance
 from stages.generate.watching import Call
-from stages.pictures import PICTURES
-from stages.sampling import Request, guider_of, scale_keyword
 
 TRUSTED = 0.25  # how far mixed scales may be from separate runs, as a share of what the scales change
 JUST_ABOVE, OFFSET = 1.001, 0.25  # a number, and the share of what 2 adds that is no rounding

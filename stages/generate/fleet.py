@@ -14,21 +14,17 @@ from enum import Enum
 from itertools import count
 from typing import Any
 
-# Read by ray when it is imported: its workers keep the devices that they see, and nothing is sent home.
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
-from stages.base import located
+from stages.base.loading import located
 from stages.cluster import join
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, place_of
 from stages.generate.events import WAITING, Event, Failed, Loaded, Made
 from stages.generate.unit import UnitWorker
-from stages.records.folder import absolute
 from stages.signals import end_on_sigterm
+from stages.storage.folder import absolute
 
 MOST_TOLD = 1000  # characters of what pip says
 UNITS_WRITTEN = 1  # beside the one that is sampled; more would only fill the memory
@@ -258,12 +254,12 @@ def start_ray(config: GenerateConfig) -> None:
         UserError: there is no such cluster, or a worker asks for more than this machine has, which no other node can join.
     """
     if config.ray_address:
-        join(ray, config.ray_address, "ray_address")
+        join(config.ray_address, "ray_address")
         return
     if address := os.environ.get("RAY_ADDRESS"):
-        join(ray, address)
+        join(address)
         return
-    join(ray, None, num_cpus=max(os.cpu_count() or 1, math.ceil(config.num_workers * config.num_cpus)))
+    join(None, num_cpus=max(os.cpu_count() or 1, math.ceil(config.num_workers * config.num_cpus)))
     there = ray.cluster_resources()
     if any(there.get(name, 0) < amount for name, amount in {"GPU": config.num_gpus, **config.resources}.items()):
         ray.shutdown()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.arguments import LENGTH, Arguments, encoded, stacked
-from stages.denoiser import MASK, NEGATIVE, STEP, as_target, negative_tokens, part_of
+from stages.base.arguments import LENGTH, Arguments, encoded, stacked
+from stages.base.denoiser import MASK, NEGATIVE, STEP, as_target, negative_tokens, part_of
 from stages.errors import UserError
 from stages.generate.watching import Call
 

@@ -18,13 +18,13 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from stages.denoiser import denoiser_of, latent_name
+from stages.base.denoiser import denoiser_of, latent_name
+from stages.base.sampling import Request, sample, undecoded
 from stages.errors import UserError
 from stages.generate.layout import Layout
 from stages.generate.probing import PROBED_SCALES, SAME, distance
 from stages.generate.recorder import Recorder
 from stages.generate.watching import Call, watched
-from stages.sampling import Request, sample, undecoded
 
 
 @contextmanager

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from stages.config import check_bounds
+from stages.base.sampling import Condition
+from stages.configuration.options import check_bounds
 from stages.errors import UsageError
 from stages.generate.call_arguments import check_arguments
 from stages.generate.conditions import pipeline_class_of, read_conditions
 from stages.generate.config import GenerateConfig
 from stages.generate.steps import count_steps
-from stages.sampling import Condition
 
 GOLDEN_RATIO = 0.6180339887498949
 

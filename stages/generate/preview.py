@@ -8,8 +8,8 @@ from io import BytesIO
 from PIL import Image
 from torch import Tensor
 
-from stages.pictures import grid, to_picture
-from stages.records.folder import Folder
+from stages.base.pictures import grid, to_picture
+from stages.storage.folder import Folder
 
 PER_ROW = 8
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.arguments import Axis, argument
-from stages.base import first_line
-from stages.denoiser import denoiser_of, denoisers_of, latent_name
+from stages.base.arguments import Axis, argument
+from stages.base.denoiser import denoiser_of, denoisers_of, latent_name
+from stages.base.loading import first_line
+from stages.base.sampling import Request, guider_of, sample, scale_keyword, undecoded
 from stages.errors import UserError
 from stages.generate.watching import Call, watched
-from stages.sampling import Request, guider_of, sample, scale_keyword, undecoded
 
 PROBED_STEPS = 3  # the last is judged: some rules of guidance leave the first one out
 PROBED_SCALES = (3.0, 7.0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.denoiser import STEP
+from stages.base.denoiser import STEP
 from stages.errors import UserError
 from stages.generate.layout import Layout, Pass, constants_of
 from stages.generate.watching import Call, watched

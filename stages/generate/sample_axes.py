@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.arguments import Arguments, Axis, argument
-from stages.denoiser import TIMESTEP_NAMES, denoiser_of, latent_name
+from stages.base.arguments import Arguments, Axis, argument
+from stages.base.denoiser import TIMESTEP_NAMES, denoiser_of, latent_name
 from stages.generate.probing import (
     Seen,
     is_number,

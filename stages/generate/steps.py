@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 
-from stages.base import diffusers_class, first_line
+from stages.base.loading import diffusers_class, first_line
 from stages.errors import UsageError, UserError
 from stages.generate.conditions import pipeline_class_of, read_config
 from stages.generate.config import TeacherConfig

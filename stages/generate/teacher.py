@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.arguments import LENGTH
-from stages.base import choose_device, load_pipeline, new_guider, use_scheduler
-from stages.denoiser import denoiser_of, denoisers_of, fingerprint
+from stages.base.arguments import LENGTH
+from stages.base.denoiser import denoiser_of, denoisers_of, fingerprint
+from stages.base.loading import choose_device, load_pipeline, new_guider, use_scheduler
+from stages.base.sampling import Condition, Request, decode, guider_of, sample, synchronize, undecoded
 from stages.errors import UsageError, UserError
 from stages.generate.call_arguments import check_arguments
 from stages.generate.config import GenerateConfig, TeacherConfig
@@ -23,11 +24,10 @@ from stages.generate.probing import PROBED_STEPS
 from stages.generate.profile import RECORDING, TEACHER, Clock
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
-from stages.generate.schedule import shifted_timesteps
 from stages.generate.steps import count_steps
+from stages.generate.timesteps import shifted_timesteps
 from stages.generate.unguided import guidance_rule
-from stages.records.record import Trajectory
-from stages.sampling import Condition, Request, decode, guider_of, sample, synchronize, undecoded
+from stages.records.trajectory import Trajectory
 
 
 class Teacher:

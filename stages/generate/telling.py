@@ -7,7 +7,7 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from stages.base import first_line
+from stages.base.loading import first_line
 from stages.generate.config import place_of
 from stages.generate.events import WAITING, Event, Failed, Loaded, Made
 from stages.generate.plan import Plan

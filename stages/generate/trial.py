@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
-from stages.arguments import Caller
-from stages.base import first_line
-from stages.denoiser import as_target, denoisers_of, predictions_of
+from stages.base.arguments import Caller
+from stages.base.denoiser import as_target, denoisers_of, predictions_of
+from stages.base.loading import first_line
 from stages.errors import UserError
 from stages.generate.layout import Layout, Pass
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.arguments import encoded
+from stages.base.arguments import encoded
+from stages.base.sampling import Request, guider_of, scale_keyword
 from stages.errors import UserError
 from stages.generate.probing import (
     DIFFERENT,
@@ -26,7 +27,6 @@ from stages.generate.probing import (
     uncertain,
 )
 from stages.generate.watching import Call
-from stages.sampling import Request, guider_of, scale_keyword
 
 ROUNDING = 1e-3  # relative distance of predictions in float32 that are the same
 

@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
+from stages.generate.compatibility import check_still_same
 from stages.generate.config import GenerateConfig
-from stages.generate.description import check_still_same
 from stages.generate.plan import Plan
 from stages.generate.preview import write_preview
 from stages.generate.profile import ENCODING, WRITING, Clock
 from stages.generate.teacher import Teacher
 from stages.records.commits import commit_unit
-from stages.records.folder import open_folder
 from stages.records.plans import plan_digests, published, read_info
-from stages.records.record import Trajectory
 from stages.records.shard import encode
+from stages.records.trajectory import Trajectory
+from stages.storage.folder import open_folder
 
 
 @dataclass

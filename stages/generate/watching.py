@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stages.denoiser import bind_inputs, denoisers_of, latent_name, predictions_of
-from stages.patching import patched
+from stages.base.denoiser import bind_inputs, denoisers_of, latent_name, predictions_of
+from stages.base.patching import patched
 
 Inputs = dict[str, Any]
 

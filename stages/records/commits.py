@@ -11,10 +11,10 @@ from itertools import chain
 from typing import Any
 
 from stages.errors import DamageError
-from stages.records.folder import Folder, unreadable
 from stages.records.manifest import unit_of
 from stages.records.shard import Sample, hash_file, write_shard
-from stages.records.storage import seal, unseal
+from stages.storage.files import seal, unseal
+from stages.storage.folder import Folder, unreadable
 
 COMMITS_AT_ONCE = 1024
 READERS = 16  # a request to a bucket mostly waits

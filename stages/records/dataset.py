@@ -21,13 +21,13 @@ import safetensors.torch
 from torch import Tensor
 
 from stages.errors import DamageError, UserError
-from stages.records.cache import ShardCache
 from stages.records.commits import committed_units, damage
-from stages.records.folder import Folder, open_folder, unreadable
 from stages.records.manifest import decode_manifest, unit_of
 from stages.records.plans import fingerprint_of, manifest_name, of_snapshot, published, read_info
-from stages.records.record import misfit
-from stages.records.storage import sha256
+from stages.records.trajectory import misfit
+from stages.storage.cache import ShardCache
+from stages.storage.files import sha256
+from stages.storage.folder import Folder, open_folder, unreadable
 
 SKIPPED = "; training leaves it out with on_damage=skip"
 

@@ -8,9 +8,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from stages.records.folder import READ_SIZE, Folder, unreadable
-from stages.records.record import from_members, misfit
 from stages.records.shard import read_members, row_of
+from stages.records.trajectory import from_members, misfit
+from stages.storage.folder import READ_SIZE, Folder, unreadable
 
 Member = tuple[str, int, bytes]
 

@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 
 from stages.errors import UserError
 from stages.records.commits import commit_name, damage
-from stages.records.folder import Folder
 from stages.records.manifest import decode_manifest, encode_manifest, fingerprint, table_of
 from stages.records.plans import (
     MANIFEST_FILE,
@@ -23,7 +22,8 @@ from stages.records.plans import (
     published,
     write_info,
 )
-from stages.records.storage import sha256
+from stages.storage.files import sha256
+from stages.storage.folder import Folder
 
 
 def begin_plan(root: Folder, info: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from contextlib import suppress
 from itertools import count
 
 from stages.records.commits import commit_name, is_committed
-from stages.records.folder import Folder
 from stages.records.manifest import unit_of
 from stages.records.plans import published, read_info
 from stages.records.publication import publish
 from stages.records.verification import Problem, Survey, is_named, unit_of_file
+from stages.storage.folder import Folder
 
 QUARANTINE = "quarantine"
 Repair = dict[str, str]  # a problem, and what was `done` about it

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from stages.records.folder import READ_SIZE
-from stages.records.record import Trajectory, describe
+from stages.records.trajectory import Trajectory, describe
+from stages.storage.folder import READ_SIZE
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from stages.errors import DamageError, UserError
 from stages.progress import progress
 from stages.records.commits import READERS, commit_name, commit_names, read_commit
 from stages.records.dataset import read_manifest, size_problems
-from stages.records.folder import Folder, open_folder
 from stages.records.inspection import BrokenError, inspect_shard
 from stages.records.manifest import SCHEMA, decode_manifest, table_of, unit_of
 from stages.records.plans import (
@@ -29,6 +28,7 @@ from stages.records.plans import (
     published,
     read_info,
 )
+from stages.storage.folder import Folder, open_folder
 
 SCALE_BINS = 10
 TIMESTEP_BINS = 10

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.arguments import LENGTH
+from stages.base.arguments import LENGTH
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any, BinaryIO
 
 import torch
 
-from stages.base import first_line
-from stages.denoiser import flatten
+from stages.base.denoiser import flatten
+from stages.base.loading import first_line
 from stages.errors import StorageError, UserError
 from stages.records.dataset import Dataset
-from stages.records.storage import make_folder, whole_file
+from stages.storage.files import make_folder, whole_file
 from stages.train.config import KEPT_WHEN_RESUMED, TrainConfig, effective
 
 CHECKPOINTS, UNFINISHED = "step-[0-9]*.pt", ".step-*.pt.*.tmp"

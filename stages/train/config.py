@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from stages.adapters import AdapterConfig
-from stages.config import option
+from stages.configuration.options import option
 from stages.errors import UsageError
 
 LOSSES = ("rms", "l2", "l1", "noise_weighted", "guidance_weighted", "guidance_delta")

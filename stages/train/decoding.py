@@ -9,9 +9,9 @@ from diffusers import AutoModel, DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
-from stages.base import first_line, resolve
+from stages.base.loading import first_line, resolve
+from stages.base.pictures import grid, to_picture
 from stages.errors import UserError
-from stages.pictures import grid, to_picture
 from stages.records.dataset import Dataset
 from stages.train.batch import Batch
 from stages.train.objective import noise_levels

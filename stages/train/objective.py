@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.base import diffusers_class
+from stages.base.loading import diffusers_class
 from stages.errors import UserError
 from stages.train.batch import Batch
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.base import first_line
+from stages.base.loading import first_line
 from stages.errors import DamageError, UserError
 from stages.records.dataset import Dataset
 from stages.train.config import TrainConfig

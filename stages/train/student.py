@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.conditioning import find_conditions
 from stages.adapters.guidance import Guidance, as_scales
-from stages.arguments import LENGTH, Arguments, Caller
-from stages.base import denoiser_config, load_denoiser
-from stages.denoiser import NEGATIVE, STEP, as_target, fingerprint, predictions_of
+from stages.base.arguments import LENGTH, Arguments, Caller
+from stages.base.denoiser import NEGATIVE, STEP, as_target, fingerprint, predictions_of
+from stages.base.loading import denoiser_config, load_denoiser
 from stages.errors import UserError
-from stages.records.record import CONDITION_PREFIX
+from stages.records.trajectory import CONDITION_PREFIX
 from stages.train.batch import Batch, of_one_length
 
 if TYPE_CHECKING:  # without it a student can be made where there is no pyarrow

@@ -16,7 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from PIL import Image
 from torch import Tensor
 
-from stages.base import first_line
+from stages.base.loading import first_line
 from stages.errors import UserError
 from stages.train.bins import BinnedMean, Range
 

@@ -18,15 +18,15 @@ from tqdm import tqdm
 
 from stages.adapters import GuidanceAdapter
 from stages.adapters.folder import CONFIG_FILE
-from stages.base import choose_device
-from stages.config import check_bounds
+from stages.base.loading import choose_device
+from stages.configuration.options import check_bounds
 from stages.errors import UserError
 from stages.progress import progress
-from stages.records.cache import ShardCache
 from stages.records.dataset import Dataset
-from stages.records.folder import open_folder
 from stages.records.plans import snapshots
-from stages.records.storage import alone_in, check_folder, whole_file
+from stages.storage.cache import ShardCache
+from stages.storage.files import alone_in, check_folder, whole_file
+from stages.storage.folder import open_folder
 from stages.train.batch import Batch
 from stages.train.bins import Range
 from stages.train.checkpoint import (

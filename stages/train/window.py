@@ -10,10 +10,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from stages.denoiser import STEP
+from stages.base.denoiser import STEP
 from stages.errors import DamageError
 from stages.records.dataset import Dataset
-from stages.records.record import CONDITION_PREFIX, is_per_record
+from stages.records.trajectory import CONDITION_PREFIX, is_per_record
 from stages.train.batch import Batch, as_bytes, collate, gather
 from stages.train.selection import Row
 

@@ -11,9 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipeline.command import parse
 from pipeline.evaluate import evaluate
 from stages.adapters import GuidanceAdapter
+from stages.configuration.parsing import parse
 from stages.evaluate.config import EvaluateConfig
 
 

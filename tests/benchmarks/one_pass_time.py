@@ -21,10 +21,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
-from stages.denoiser import uncompiled, unflatten
+from stages.base.denoiser import uncompiled, unflatten
 from tests.benchmarks.measuring import device_name, ratios, spread, take_turns, timed
 from tests.benchmarks.tiny_shapes import shape_named
-from tests.real_shapes import Shape, about_of, inputs_of, parameters
+from tests.support.real_shapes import Shape, about_of, inputs_of, parameters
 
 SCALES = (2.0, 5.0)
 PASSES = 4  # of one measurement, as a sampler has them: queued one behind the other

@@ -29,17 +29,17 @@ from diffusers import (
 from torch import nn
 
 from stages.adapters import GuidanceAdapter
+from stages.base.sampling import Request, sample, undecoded
 from stages.generate.finding import find_layout
 from stages.generate.recorder import record
 from stages.generate.scale import GUIDES
-from stages.sampling import Request, sample, undecoded
 from stages.train.objective import squared_error
 from tests.benchmarks.measuring import device_name, ratios, spread, take_turns, timed
 from tests.benchmarks.one_pass_time import DEFAULT, new_denoiser
 from tests.benchmarks.tiny_shapes import shape_named
 from tests.benchmarks.training_memory import Setup, Training, records
-from tests.families import NO_CHECKER, PROMPTS, clip, vae
-from tests.real_shapes import POOLED, TOKENS, Shape
+from tests.support.families import NO_CHECKER, PROMPTS, clip, vae
+from tests.support.real_shapes import POOLED, TOKENS, Shape
 
 MADE_UP = 4  # batches of records
 SECONDS = 10.0  # of each measurement

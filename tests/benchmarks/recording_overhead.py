@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import torch
 
+from stages.base.sampling import Request, sample, undecoded
 from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.plan import Plan
 from stages.generate.scale import GUIDES
 from stages.generate.teacher import Teacher
-from stages.sampling import Request, sample, undecoded
 
 ROUNDS, STEPS = 15, 20
 

@@ -33,8 +33,8 @@ from stages.generate.events import Event, Loaded, Made
 from stages.generate.fleet import RayFleet
 from stages.records.commits import commit_name
 from stages.records.dataset import Dataset
-from stages.records.storage import seal
-from tests.sleeping_worker import FACTS, SleepingWorker, made_up_commit, sleeping_config
+from stages.storage.files import seal
+from tests.support.sleeping_worker import FACTS, SleepingWorker, made_up_commit, sleeping_config
 
 TEACHER = Path("stages/embedded/mnist_dit")
 UNIT_SECONDS = 2.0

@@ -33,10 +33,10 @@ from torch.utils.data import Dataset as ItemDataset
 
 from stages.records.commits import commit_unit
 from stages.records.dataset import Dataset
-from stages.records.folder import open_folder
 from stages.records.publication import publish
-from stages.records.record import Trajectory
 from stages.records.shard import encode
+from stages.records.trajectory import Trajectory
+from stages.storage.folder import open_folder
 from stages.train.batch import Batch
 from stages.train.stream import RecordStream
 from stages.train.window import Memory, load

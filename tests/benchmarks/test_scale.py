@@ -20,7 +20,7 @@ from tests.benchmarks.scale import (
     missed,
     resumed,
 )
-from tests.sleeping_worker import sleeping_config
+from tests.support.sleeping_worker import sleeping_config
 
 FLOOR = 0.5  # at units a tenth as long, on cores that others use too
 AT_ONCE = 64  # commits in memory, so that it shows soon what is kept of each

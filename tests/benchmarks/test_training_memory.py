@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from tests.benchmarks import training_memory
 from tests.benchmarks.tiny_shapes import shape_named
 from tests.benchmarks.training_memory import GOALS, Setup, Training, main, modelled
-from tests.real_shapes import TOKENS, Shape, on_meta, parameters
+from tests.support.real_shapes import TOKENS, Shape, on_meta, parameters
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 SDXL = shape_named("sdxl")

@@ -7,8 +7,8 @@ from typing import Any
 
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
-from tests.families import WIDTH
-from tests.real_shapes import DIT, POOLED, SD35, SDXL_UNET, SHAPES, TIME_IDS, TOKENS, Shape
+from tests.support.families import WIDTH
+from tests.support.real_shapes import DIT, POOLED, SD35, SDXL_UNET, SHAPES, TIME_IDS, TOKENS, Shape
 
 UNET: dict[str, Any] = {
     "sample_size": 8,

@@ -36,7 +36,7 @@ from stages.train.objective import squared_error
 from stages.train.optimization import Optimization
 from stages.train.student import PRECISION, Student, quantize
 from tests.benchmarks.tiny_shapes import shape_named
-from tests.real_shapes import Shape, about_of, arguments_of, conditions_of, inputs_of
+from tests.support.real_shapes import Shape, about_of, arguments_of, conditions_of, inputs_of
 
 GB = 10**9
 GOALS = {("sdxl", "lora"): {"none": 12 * GB, "int8": 8 * GB}}

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.command import files_and_words, parse
-from stages.config import check_bounds
+from stages.configuration.options import check_bounds
+from stages.configuration.parsing import files_and_words, parse
 from stages.generate.config import GenerateConfig
 from stages.train.config import TrainConfig, check_together
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from omegaconf import MISSING
 
-from pipeline.command import help_text, parse, run
-from stages.config import to_yaml
+from pipeline.command import run
+from stages.configuration.options import to_yaml
+from stages.configuration.parsing import help_text, parse
 from stages.errors import UsageError, UserError
 from stages.generate.config import GenerateConfig
 from stages.train.config import TrainConfig

@@ -20,11 +20,11 @@ import pytest
 import torch
 
 from pipeline.evaluate import evaluate
-from pipeline.evaluation_fleet import Fleet, over_ray
-from pipeline.evaluation_processes import Child, over_cores, over_processes
 from stages.errors import UserError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation
+from stages.evaluate.fleet import Fleet, over_ray
+from stages.evaluate.processes import Child, over_cores, over_processes
 from tests.stages.evaluate.test_evaluation import without_times
 
 ROOT = Path(__file__).parents[2]
@@ -197,12 +197,10 @@ class KillsAWorker(Fleet):
 def test_a_killed_worker_is_replaced_and_loses_nothing(
     undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    import ray
-
     run = Evaluation(
         config(tiny_adapter, tmp_path, batch_size=20)
     )  # one part: the condition is looked at while it is made
-    fleet = KillsAWorker(ray, run, {"num_cpus": 1})
+    fleet = KillsAWorker(run, {"num_cpus": 1})
     rows = run.run(lambda _, begin: fleet.run(begin, 1))
     assert fleet.killed == 1
     assert len(parts_in(tmp_path)) == 1

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import safetensors
 
-from pipeline.command import parse
 from pipeline.export import ExportConfig, main
 from stages.adapters import GuidanceAdapter
+from stages.configuration.parsing import parse
 from stages.errors import UsageError, UserError
 from tests.conftest import small_adapter, tiny_dit
 from tests.stages.adapters.test_export import new_adapter

@@ -12,10 +12,10 @@ import ray
 import pipeline.generate
 from stages.errors import UserError
 from stages.records.commits import read_commits
-from stages.records.folder import open_folder
+from stages.storage.folder import open_folder
 from tests.conftest import generate, generate_config
-from tests.faults_table import survived
-from tests.soak import check, kill_command, start_command, until, worker_processes
+from tests.support.faults_table import survived
+from tests.support.soak import check, kill_command, start_command, until, worker_processes
 
 UNITS = 60
 

@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 import pipeline.sample
-from pipeline.command import parse
+from stages.base.prompts import read_prompts
+from stages.base.sampling import Request
+from stages.configuration.parsing import parse
 from stages.errors import UserError
 from stages.evaluate.comparisons import CFG, ONE_PASS, Setting, arguments_of, load_pair, sample_setting
 from stages.evaluate.config import SampleConfig
 from stages.generate.config import TeacherConfig
-from stages.prompts import read_prompts
 from stages.records.dataset import Dataset
-from stages.sampling import Request
 from stages.train.trainer import Trainer
 from tests.conftest import generate, generate_config, small_adapter, train_config
 from tests.pipelines_zoo.gathered import gather

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from pipeline import evaluate
-from pipeline.study import Study, StudyConfig
 from stages.errors import UsageError, UserError
-from stages.records.storage import alone_in
-from tests.sleepers import as_soon_as_they_sleep, write_commands, write_sleepers
+from stages.storage.files import alone_in
+from stages.study.study import Study, StudyConfig
+from tests.support.sleepers import as_soon_as_they_sleep, write_commands, write_sleepers
 
 TINY = ["train_batch_size=8", "max_train_steps=4", "validation_share=0.2", "device=cpu"]
 
 
 @pytest.fixture
-def suite(tiny_teacher: Path, tmp_path: Path) -> Path:
+def study_file(tiny_teacher: Path, tmp_path: Path) -> Path:
     small = ["num_trajectories=12", "num_inference_steps=4", "trajectories_per_unit=3", "device=cpu"]
     adapter = {"data": "tiny", "words": [*TINY, "adapter.hidden_size=16", "adapter.rank=4"]}
     study = {
@@ -40,12 +40,12 @@ def suite(tiny_teacher: Path, tmp_path: Path) -> Path:
 
 
 def test_a_study_is_made_judged_and_told(
-    suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "claims"
-    monkeypatch.setattr(sys, "argv", ["evaluate", f"suite={suite}", f"output_dir={output}", "jobs=2"])
+    monkeypatch.setattr(sys, "argv", ["study", str(study_file), f"output_dir={output}", "jobs=2"])
     with pytest.raises(SystemExit) as ended:
-        evaluate.run(evaluate.StudyConfig, evaluate.study, "")
+        runpy.run_module("pipeline.study", run_name="__main__")
     printed = capsys.readouterr()
     assert ended.value.code == 0, printed.err
     told = json.loads((output / "claims.json").read_text())
@@ -70,28 +70,28 @@ def test_a_study_is_made_judged_and_told(
     ],
 )
 def test_a_file_that_is_refused_is_named_before_anything_is_begun(
-    suite: Path, tmp_path: Path, evaluation: dict
+    study_file: Path, tmp_path: Path, evaluation: dict
 ) -> None:
-    suite.write_text(json.dumps(json.loads(suite.read_text()) | {"evaluations": {"scales": evaluation}}))
-    with pytest.raises(UsageError, match=f"^{suite}: evaluat"):
-        Study(StudyConfig(str(suite), str(tmp_path / "claims")))
+    study_file.write_text(json.dumps(json.loads(study_file.read_text()) | {"evaluations": {"scales": evaluation}}))
+    with pytest.raises(UsageError, match=f"^{study_file}: evaluat"):
+        Study(StudyConfig(str(study_file), str(tmp_path / "claims")))
     assert not (tmp_path / "claims").exists()
 
 
 def test_all_that_does_not_need_what_failed_is_done_first(
-    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study = json.loads(suite.read_text())
+    study = json.loads(study_file.read_text())
     study["datasets"] = {"bad": study["datasets"]["tiny"]} | study["datasets"]
     study["adapters"]["bad"] = {"data": "bad", "words": TINY}
     study["evaluations"] |= {"data_cost": {"adapters": ["full", "bad"], "words": []}}
-    suite.write_text(json.dumps(study))
+    study_file.write_text(json.dumps(study))
     write_commands(
         tmp_path, "import sys\nsys.exit(any(word.endswith('data/bad') for word in sys.argv) and 'error: no')"
     )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^generate bad: no \(all of it: .*generate-bad.log\); once that is mended"):
-        Study(StudyConfig(str(suite), "claims", jobs=1)).run()
+        Study(StudyConfig(str(study_file), "claims", jobs=1)).run()
     assert capsys.readouterr().out.splitlines() == [
         "generate bad: no",
         "generate tiny: ",
@@ -104,23 +104,23 @@ def test_all_that_does_not_need_what_failed_is_done_first(
     ]
 
 
-def test_one_study_at_a_time_is_made_in_a_folder(suite: Path, tmp_path: Path) -> None:
-    study = Study(StudyConfig(str(suite), str(tmp_path / "claims")))
+def test_one_study_at_a_time_is_made_in_a_folder(study_file: Path, tmp_path: Path) -> None:
+    study = Study(StudyConfig(str(study_file), str(tmp_path / "claims")))
     with alone_in(tmp_path / "claims", "a test goes on"), pytest.raises(UserError, match="another study is being made"):
         study.run()
 
 
 def test_an_interruption_ends_what_runs_and_begins_no_more(
-    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of the study's process alone, as by SIGTERM; a terminal interrupts the others too."""
-    study = json.loads(suite.read_text())
+    study = json.loads(study_file.read_text())
     study["datasets"]["other"] = study["datasets"]["tiny"]
-    suite.write_text(json.dumps(study))
+    study_file.write_text(json.dumps(study))
     write_sleepers(tmp_path)
     monkeypatch.chdir(tmp_path)
     as_soon_as_they_sleep(tmp_path, 1, lambda _: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        Study(StudyConfig(str(suite), str(tmp_path / "claims"))).run()
+        Study(StudyConfig(str(study_file), str(tmp_path / "claims"))).run()
     assert capsys.readouterr().out == "generate tiny: ended by signal 15 after: begun\n"
     assert len(list(tmp_path.glob("*.pid"))) == 1

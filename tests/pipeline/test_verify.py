@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 
 import pipeline.generate
-from pipeline.command import parse
 from pipeline.verify import VerifyConfig, main
-from stages.config import to_yaml
+from stages.configuration.options import to_yaml
+from stages.configuration.parsing import parse
 from stages.errors import StorageError, UserError
 from stages.generate.config import GenerateConfig
 from stages.generate.in_process import InProcessFleet
 from stages.records.commits import read_commits
 from stages.records.dataset import Dataset
-from stages.records.folder import open_folder
+from stages.storage.folder import open_folder
 from tests.conftest import generate_config
-from tests.damages import DAMAGES, commit_of
-from tests.faulty_s3 import Fault, FaultyS3
 from tests.stages.generate.test_driver import assert_same_records
+from tests.support.damages import DAMAGES, commit_of
+from tests.support.faulty_s3 import Fault, FaultyS3
 
 
 def test_what_is_in_a_dataset_is_told(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +176,7 @@ def test_what_a_reader_tells_of_an_unfinished_dataset_finishes_it(
 def test_a_repair_of_what_can_only_be_read_is_refused_before_anything_is_read(
     damaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("stages.records.storage.sync", lambda _: fail_as(errno.EROFS))
+    monkeypatch.setattr("stages.storage.files.sync", lambda _: fail_as(errno.EROFS))
     with pytest.raises(
         StorageError, match=f"^{damaged}: cannot be written: Read-only file system: leave repair=true out"
     ):

@@ -18,10 +18,10 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from torch import nn
 
-from tests.families import WIDTH, clip, enliven, unet, vae
 from tests.pipelines_zoo.encoders import clip_vision
 from tests.pipelines_zoo.specimen import Specimen
 from tests.pipelines_zoo.unets import SMALL, ddim, movq, simple_unet
+from tests.support.families import WIDTH, clip, enliven, unet, vae
 
 
 def prior_transformer() -> PriorTransformer:

@@ -1,4 +1,4 @@
-"""Tiny encoders of texts and pictures with random weights, made from configurations, beyond those of `tests/families.py`."""
+"""Tiny encoders of texts and pictures with random weights, made from configurations, beyond those of `tests/support/families.py`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from tests.families import WIDTH, clip, lively, trained
+from tests.support.families import WIDTH, clip, lively, trained
 
 CHAT = """{%- for message in messages -%}
 <|im_start|>{{ message['role'] }}

@@ -20,10 +20,10 @@ from diffusers import (
 from torch import nn
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
-from tests.families import WIDTH, chroma, clip, enliven, t5, vae
 from tests.pipelines_zoo.encoders import bytes_tokenizer, language_model, mistral3, qwen3
 from tests.pipelines_zoo.images import SHORT, SMALL, shifting, stirred
 from tests.pipelines_zoo.specimen import Specimen
+from tests.support.families import WIDTH, chroma, clip, enliven, t5, vae
 
 
 def flux_transformer(**changes: Any) -> nn.Module:

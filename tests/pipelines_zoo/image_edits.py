@@ -27,13 +27,13 @@ from diffusers import (
 )
 from torch import nn
 
-from tests.families import PROMPTS, WIDTH, chroma, qwen_image
 from tests.pipelines_zoo.encoders import qwen2_5_vl, qwen3_vl
 from tests.pipelines_zoo.fluxes import flux_parts
 from tests.pipelines_zoo.images import SHORT, SMALL, shifting, stirred, z_image
 from tests.pipelines_zoo.pictures import picture
 from tests.pipelines_zoo.readers import flat_vae, kandinsky5_parts, longcat_parts
 from tests.pipelines_zoo.specimen import Specimen
+from tests.support.families import PROMPTS, WIDTH, chroma, qwen_image
 
 PICTURED = tuple({"prompt": prompt, "image": picture(place)} for place, prompt in enumerate(PROMPTS))
 LONG = tuple(asked | {"prompt": f"{asked['prompt']}, " * 12} for asked in PICTURED)  # beside a long template

@@ -1,4 +1,4 @@
-"""Transformers that make images from text: those beyond `tests/families.py`."""
+"""Transformers that make images from text: those beyond `tests/support/families.py`."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ from diffusers import (
 from torch import nn
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5EncoderModel
 
-from tests.families import WIDTH, clip, enliven, lively, stable_diffusion_3, t5, vae, wan
 from tests.pipelines_zoo.encoders import bytes_tokenizer, gemma, gemma2, glm, language_model, qwen2_5_vl, qwen3
 from tests.pipelines_zoo.specimen import Specimen
+from tests.support.families import WIDTH, clip, enliven, lively, stable_diffusion_3, t5, vae, wan
 
 SMALL = {"height": 32, "width": 32}
 SHORT = {"max_sequence_length": 32}

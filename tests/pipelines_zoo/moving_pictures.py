@@ -20,7 +20,6 @@ from diffusers import (
 )
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import DEFAULT_PROMPT_TEMPLATE
 
-from tests.families import clip, t5, unet, vae
 from tests.pipelines_zoo.specimen import Specimen
 from tests.pipelines_zoo.unets import ddim, motion
 from tests.pipelines_zoo.video_encoders import llava, siglip_vision
@@ -39,6 +38,7 @@ from tests.pipelines_zoo.videos import (
     ltx,
 )
 from tests.pipelines_zoo.wan_videos import WITH_PICTURES, WITH_VIDEOS
+from tests.support.families import clip, t5, unet, vae
 
 
 def hunyuan_video_from_picture(**changes: Any) -> Any:

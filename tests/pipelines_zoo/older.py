@@ -37,10 +37,10 @@ from transformers import (
     SpeechT5HifiGanConfig,
 )
 
-from tests.families import WIDTH, enliven, lively, t5, trained, vae
 from tests.pipelines_zoo.encoders import bert
 from tests.pipelines_zoo.specimen import Specimen
 from tests.pipelines_zoo.unets import SMALL, ddim
+from tests.support.families import WIDTH, enliven, lively, t5, trained, vae
 
 
 def hunyuan_dit(kind: type, **changes: Any) -> Any:

@@ -24,12 +24,12 @@ from diffusers import (
 )
 from torch import nn
 
-from tests.families import WIDTH, enliven, lively, t5
 from tests.pipelines_zoo.checker import Approving
 from tests.pipelines_zoo.encoders import gemma2
 from tests.pipelines_zoo.specimen import Specimen
 from tests.pipelines_zoo.video_encoders import qwen2_5_vl, qwen2_vl, t5gemma2
 from tests.pipelines_zoo.wan_videos import SIZES, WITH_PICTURES, unipc, wan_vae
+from tests.support.families import WIDTH, enliven, lively, t5
 
 
 def cosmos_transformer(**changes: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from stages.pictures import to_picture
+from stages.base.pictures import to_picture
 
 
 @functools.cache

@@ -39,7 +39,6 @@ from transformers import (
     T5EncoderModel,
 )
 
-from tests.families import WIDTH, clip, qwen_image, vae
 from tests.pipelines_zoo.encoders import (
     CHAT,
     CHAT_TOKENS,
@@ -53,6 +52,7 @@ from tests.pipelines_zoo.encoders import (
 from tests.pipelines_zoo.fluxes import flux2_vae
 from tests.pipelines_zoo.images import SMALL, shifting, stirred
 from tests.pipelines_zoo.specimen import Specimen
+from tests.support.families import WIDTH, clip, qwen_image, vae
 
 
 def ovis_image() -> Any:

@@ -22,10 +22,10 @@ from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAud
 from torch import nn
 from transformers import Qwen3Config, Qwen3Model, T5GemmaConfig, T5GemmaEncoderModel
 
-from tests.families import WIDTH, enliven, lively, t5
 from tests.pipelines_zoo.encoders import bytes_tokenizer, language_model, language_model_sizes
 from tests.pipelines_zoo.specimen import Specimen
 from tests.pipelines_zoo.video_encoders import chat_tokenizer
+from tests.support.families import WIDTH, enliven, lively, t5
 
 TOLD = SFT_GEN_PROMPT + DEFAULT_DIT_INSTRUCTION + "- bpm: N/A - timesignature: N/A - keyscale: N/A - duration: seconds"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stages.sampling import Condition
+from stages.base.sampling import Condition
 
 PROMPTS: tuple[Condition, ...] = ({"prompt": "a bold seven leaning right"}, {"prompt": "a thin zero"})
 

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from stages.sampling import SCALE_KEYWORDS, Condition
+from stages.base.sampling import SCALE_KEYWORDS, Condition
 from tests.pipelines_zoo.gathered import gather
 from tests.pipelines_zoo.specimen import Specimen
 

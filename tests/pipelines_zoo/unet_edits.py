@@ -28,8 +28,7 @@ from diffusers import (
 )
 from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
-from stages.sampling import Condition
-from tests.families import WIDTH, clip, enliven, unet, vae
+from stages.base.sampling import Condition
 from tests.pipelines_zoo.encoders import clip_vision
 from tests.pipelines_zoo.pictures import mask, picture
 from tests.pipelines_zoo.specimen import PROMPTS, Specimen
@@ -42,6 +41,7 @@ from tests.pipelines_zoo.unets import (
     stable_diffusion,
     stable_diffusion_xl,
 )
+from tests.support.families import WIDTH, clip, enliven, unet, vae
 
 
 def pictured(**others: Any) -> tuple[Condition, ...]:

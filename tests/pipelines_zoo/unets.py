@@ -25,10 +25,10 @@ from diffusers import (
 )
 from torch import nn
 
-from tests import families
-from tests.families import NO_CHECKER, WIDTH, clip, enliven, t5, unet, vae
 from tests.pipelines_zoo.encoders import two_clips
 from tests.pipelines_zoo.specimen import Specimen
+from tests.support import families
+from tests.support.families import NO_CHECKER, WIDTH, clip, enliven, t5, unet, vae
 
 SMALL = {"height": 32, "width": 32}
 SHORT = {**SMALL, "max_sequence_length": 32}

@@ -15,9 +15,9 @@ from diffusers import (
     UNet3DConditionModel,
 )
 
-from tests.families import WIDTH, clip, enliven, unet, vae
 from tests.pipelines_zoo.specimen import Specimen
 from tests.pipelines_zoo.unets import SMALL, ddim, stable_diffusion
+from tests.support.families import WIDTH, clip, enliven, unet, vae
 
 
 def text_to_video() -> Any:

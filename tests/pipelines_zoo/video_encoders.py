@@ -24,7 +24,6 @@ from transformers import (
     T5Tokenizer,
 )
 
-from tests.families import WIDTH, lively, trained
 from tests.pipelines_zoo.encoders import (
     CHAT,
     CHAT_TOKENS,
@@ -33,6 +32,7 @@ from tests.pipelines_zoo.encoders import (
     language_model_sizes,
     qwen2_5_vl_text,
 )
+from tests.support.families import WIDTH, lively, trained
 
 
 def chat_tokenizer(text: str = "") -> Any:

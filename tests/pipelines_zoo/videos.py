@@ -35,10 +35,10 @@ from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, T5Config, T5EncoderModel
 
-from tests.families import WIDTH, clip, enliven, lively, t5
 from tests.pipelines_zoo.encoders import gemma3, qwen2_5_vl_text
 from tests.pipelines_zoo.specimen import Specimen
 from tests.pipelines_zoo.video_encoders import chat_tokenizer, llama, qwen2_5_vl
+from tests.support.families import WIDTH, clip, enliven, lively, t5
 
 
 def hunyuan_video_transformer(**changes: Any) -> Any:

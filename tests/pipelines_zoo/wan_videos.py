@@ -30,10 +30,10 @@ from diffusers import (
     WanVideoToVideoPipeline,
 )
 
-from tests.families import WIDTH, enliven, lively, t5
 from tests.pipelines_zoo.encoders import clip_vision
 from tests.pipelines_zoo.pictures import picture, video
 from tests.pipelines_zoo.specimen import PROMPTS, Specimen
+from tests.support.families import WIDTH, enliven, lively, t5
 
 WITH_PICTURES = tuple(condition | {"image": picture(seed)} for seed, condition in enumerate(PROMPTS))
 WITH_VIDEOS = tuple(condition | {"video": video(seed)} for seed, condition in enumerate(PROMPTS))

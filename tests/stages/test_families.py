@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from stages.base import load_pipeline
-from stages.denoiser import denoiser_of, unflatten
+from stages.base.denoiser import denoiser_of, unflatten
+from stages.base.loading import load_pipeline
+from stages.base.sampling import CALL_DEFAULTS, Request, sample, undecoded
 from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, conditions_of, load_pair, sample_setting
 from stages.generate.config import TeacherConfig
 from stages.generate.plan import GOLDEN_RATIO
-from stages.generate.schedule import shifted_timesteps
+from stages.generate.timesteps import shifted_timesteps
 from stages.generate.watching import Call, watched
 from stages.records.dataset import Dataset
 from stages.records.verification import verify
-from stages.sampling import CALL_DEFAULTS, Request, sample, undecoded
 from stages.train.student import Student, load_base
 from stages.train.trainer import Trainer
 from stages.train.window import load
 from tests.conftest import generate, generate_config, small_adapter, train_config
-from tests.families import ARGUMENTS, FAMILIES, PROMPTS, save
+from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, save
 
 ADAPTER = small_adapter()
 NEGATIVE_PROMPTS = ["grey", "a blurry one leaning left"]

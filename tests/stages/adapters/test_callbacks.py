@@ -12,9 +12,9 @@ from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback, SDX
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
-from tests.families import PROMPTS, build
 from tests.pipelines_zoo.gathered import gather
 from tests.stages.adapters.test_compositions import adapter_for
+from tests.support.families import PROMPTS, build
 
 STEPS = 4
 pytestmark = pytest.mark.filterwarnings("ignore:the guidance is not fused")

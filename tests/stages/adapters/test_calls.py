@@ -18,14 +18,14 @@ from diffusers import (
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
-from stages.denoiser import denoisers_of
+from stages.base.denoiser import denoisers_of
 from stages.errors import UserError
 from stages.generate.watching import Call, watched
 from tests.conftest import tiny_dit
-from tests.families import PROMPTS, build
 from tests.pipelines_zoo.gathered import gather
 from tests.stages.adapters.test_compositions import adapter_for
 from tests.stages.adapters.test_contract import new_adapter
+from tests.support.families import PROMPTS, build
 
 STEPS = 3
 pytestmark = pytest.mark.filterwarnings("ignore:the guidance is not fused")

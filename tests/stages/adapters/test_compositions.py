@@ -26,10 +26,10 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
+from stages.base.sampling import undecoded
 from stages.evaluate.comparisons import counted
-from stages.sampling import undecoded
 from tests.conftest import VARIANTS
-from tests.families import NO_CHECKER, PROMPTS, WIDTH, build, enliven
+from tests.support.families import NO_CHECKER, PROMPTS, WIDTH, build, enliven
 
 ABOUT = {
     "conditions": {"encoder_hidden_states": {"kind": "tokens", "width": WIDTH}},

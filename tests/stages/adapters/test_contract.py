@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.adapter import of_rows
-from stages.denoiser import fingerprint
+from stages.base.denoiser import fingerprint
 from stages.errors import UserError
 from tests.conftest import VARIANTS, small_adapter, tiny_dit
 

@@ -23,12 +23,12 @@ from torch import Tensor
 from stages.adapters import AdapterConfig, GuidanceAdapter, LoRA
 from stages.adapters.export import FORMATS, how_to_load
 from stages.adapters.lora import LoRASite
-from stages.denoiser import denoiser_of, fingerprint
+from stages.base.denoiser import denoiser_of, fingerprint
+from stages.base.sampling import CALL_DEFAULTS
 from stages.errors import UserError
-from stages.sampling import CALL_DEFAULTS
-from tests import stock_tools
 from tests.conftest import tiny_dit
-from tests.families import ARGUMENTS, FAMILIES, PROMPTS, WIDTH, build
+from tests.support import stock_tools
+from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, WIDTH, build
 
 SCALE, HIDDEN_SIZE = 3.0, 16
 DIT = "dit"

@@ -14,9 +14,9 @@ from stages.adapters import GuidanceAdapter
 from stages.adapters.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from stages.errors import UserError
 from tests.conftest import tiny_dit
-from tests.faulty_s3 import FaultyS3
-from tests.hub import hub
 from tests.stages.adapters.test_contract import new_adapter
+from tests.support.faulty_s3 import FaultyS3
+from tests.support.hub import hub
 
 
 @pytest.fixture

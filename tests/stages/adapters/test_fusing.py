@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stages.adapters import AdapterConfig, GuidanceAdapter, fusing
-from stages.adapters.riding import ride_of
-from stages.denoiser import denoiser_of, fingerprint, unflatten
+from stages.adapters.attachment import ride_of
+from stages.base.denoiser import denoiser_of, fingerprint, unflatten
 from stages.errors import UserError
-from tests.families import ARGUMENTS, FAMILIES, PROMPTS, build
 from tests.stages.adapters.test_compositions import ABOUT, STEPS, adapter_for, final, unlike
 from tests.stages.adapters.test_layers import inputs_of
+from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, build
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 

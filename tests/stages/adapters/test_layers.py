@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from stages.adapters.layers import CONDITIONING, find_blocks, find_layers, look_at_layers
-from stages.denoiser import bind_inputs, denoiser_of, latent_name, unflatten
+from stages.base.denoiser import bind_inputs, denoiser_of, latent_name, unflatten
+from stages.base.sampling import CALL_DEFAULTS, scale_keyword, undecoded
 from stages.errors import UserError
-from stages.sampling import CALL_DEFAULTS, scale_keyword, undecoded
 from tests.conftest import tiny_dit
-from tests.families import ARGUMENTS, FAMILIES, PROMPTS, build
+from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, build
 
 
 def inputs_of(pipe: Any, **arguments: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from stages.adapters.layers import adaptable_layers
 from stages.adapters.naming import NAMINGS, naming_of
 from stages.errors import UserError
-from tests.real_shapes import SHAPES, Shape, on_meta
+from tests.support.real_shapes import SHAPES, Shape, on_meta
 
 NAMED = [shape for shape in SHAPES if type(on_meta(shape.config)).__name__ in NAMINGS]
 

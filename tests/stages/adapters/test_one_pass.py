@@ -10,9 +10,9 @@ import torch
 from diffusers import DiTPipeline
 
 from stages.adapters import GuidanceAdapter
+from stages.base.sampling import undecoded
 from stages.errors import UserError
 from stages.evaluate.comparisons import counted
-from stages.sampling import undecoded
 from tests.conftest import tiny_dit
 from tests.stages.adapters.test_contract import new_adapter
 

@@ -14,11 +14,11 @@ from diffusers import (
 from torch import nn
 
 from stages.adapters.sites import blocks_of, find_projections, find_sites, is_attention, is_feed_forward, width_axis
-from stages.denoiser import denoiser_of, unflatten
+from stages.base.denoiser import denoiser_of, unflatten
 from stages.errors import UserError
 from tests.conftest import tiny_dit
-from tests.families import ARGUMENTS, FAMILIES, PROMPTS, build
 from tests.stages.adapters.test_layers import inputs_of
+from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, build
 
 
 def test_a_dit_has_its_self_attention_and_feed_forward() -> None:

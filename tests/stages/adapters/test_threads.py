@@ -15,12 +15,12 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
-from stages.adapters.riding import Turns
-from stages.patching import patched
+from stages.adapters.attachment import Turns
+from stages.base.patching import patched
 from tests.conftest import VARIANTS
-from tests.families import PROMPTS, build
 from tests.stages.adapters.test_compositions import adapter_for
 from tests.stages.adapters.test_fusing import everywhere
+from tests.support.families import PROMPTS, build
 
 STEPS, PATIENCE = 4, 60.0
 pytestmark = pytest.mark.filterwarnings("ignore:the guidance is not fused")

@@ -10,10 +10,10 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from stages.base.prompts import read_prompts
+from stages.base.sampling import Request, decode, sample, undecoded
 from stages.embedded.attributes import read_caption
 from stages.evaluate.metrics import Measure, Reference
-from stages.prompts import read_prompts
-from stages.sampling import Request, decode, sample, undecoded
 
 FOLDER = Path(__file__).parents[3] / "stages" / "embedded" / "mnist_sd"
 

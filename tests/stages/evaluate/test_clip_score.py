@@ -10,7 +10,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from stages.errors import UserError
 from stages.evaluate.clip_score import ClipJudge, as_tensor
-from tests.families import PROMPTS
+from tests.support.families import PROMPTS
 
 IMAGES = torch.rand(2, 3, 40, 50, generator=torch.Generator().manual_seed(0)) * 2 - 1
 CONDITIONS = [{"prompt": prompt} for prompt in PROMPTS]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.base import load_pipeline
+from stages.base.loading import load_pipeline
+from stages.base.sampling import Request
 from stages.errors import UserError
 from stages.evaluate.comparisons import (
     CFG,
@@ -18,7 +19,6 @@ from stages.evaluate.comparisons import (
     sample_setting,
     settings,
 )
-from stages.sampling import Request
 from tests.conftest import save_pipeline, tiny_dit
 
 CONDITIONS = [{"class_label": 1}, {"class_label": 2}]

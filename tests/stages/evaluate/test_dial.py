@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.command import parse
 from stages.adapters import GuidanceAdapter
-from stages.base import load_pipeline
-from stages.denoiser import denoiser_of, fingerprint
+from stages.base.denoiser import denoiser_of, fingerprint
+from stages.base.loading import load_pipeline
+from stages.configuration.parsing import parse
 from stages.errors import UserError
 from stages.evaluate.comparisons import conditions_of
 from stages.evaluate.dial import STRENGTHS, measure_dial

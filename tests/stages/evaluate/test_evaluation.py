@@ -16,8 +16,8 @@ from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation, Worker
 from stages.train.trainer import Trainer
 from tests.conftest import generate, generate_config, small_adapter, train_config
-from tests.families import PROMPTS, save
 from tests.stages.evaluate.test_clip_score import save_tiny_clip
+from tests.support.families import PROMPTS, save
 
 TIMES = ("seconds_per_image", "time_relative_to_none")
 

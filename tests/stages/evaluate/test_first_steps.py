@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.denoiser import denoiser_of, latent_name
+from stages.base.denoiser import denoiser_of, latent_name
+from stages.base.sampling import Request
 from stages.errors import UserError
 from stages.evaluate.comparisons import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE, Samples, Setting, sample_setting
 from stages.evaluate.first_steps import cut, guided_first
 from stages.generate.finding import find_layout
-from stages.sampling import Request
 from stages.train.student import unconditional_place
 from tests.conftest import tiny_dit
-from tests.families import ARGUMENTS, FAMILIES, PROMPTS, build
+from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, build
 
 SCALE, STEPS = 3.0, 5
 CONDITIONS = [{"class_label": 1}, {"class_label": 2}]

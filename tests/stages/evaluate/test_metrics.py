@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from stages.base.sampling import Condition
 from stages.embedded.attributes import attributes, caption
 from stages.errors import UserError
 from stages.evaluate.metrics import (
@@ -15,7 +16,6 @@ from stages.evaluate.metrics import (
     share_inside,
 )
 from stages.evaluate.reference import Reference
-from stages.sampling import Condition
 
 DIGITS = "stages/embedded/digits"
 METRICS = {"frechet_distance", "kernel_distance", "inception_score", "precision", "recall"}

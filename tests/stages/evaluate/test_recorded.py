@@ -11,12 +11,12 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPAGP
 
 from stages.adapters import GuidanceAdapter
 from stages.adapters.card import loading, model_card
+from stages.base.sampling import Request
 from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, arguments_of, load_pair, sample_setting
 from stages.generate.config import TeacherConfig
-from stages.sampling import Request
 from stages.train.trainer import Trainer
 from tests.conftest import generate, generate_config, small_adapter, train_config
-from tests.families import PROMPTS, save
+from tests.support.families import PROMPTS, save
 
 
 def trained(folder: Path, family: str, **told: Any) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stages.errors import UserError
 from stages.evaluate import reference as module
 from stages.evaluate.evaluation import remember_features
-from stages.evaluate.networks import InceptionNetwork, to_inception
+from stages.evaluate.feature_extractors import InceptionNetwork, to_inception
 from stages.evaluate.reference import Reference
 
 

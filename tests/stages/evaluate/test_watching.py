@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.base.sampling import Request
 from stages.evaluate.comparisons import CFG, CFG_FIRST_50, Setting, sample_setting
 from stages.evaluate.watching import counted
-from stages.sampling import Request
 from tests.pipelines_zoo.gathered import gather
 
 

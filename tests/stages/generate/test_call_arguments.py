@@ -11,7 +11,7 @@ from stages.generate.call_arguments import check_arguments
 from stages.generate.config import TeacherConfig
 from stages.generate.plan import Plan
 from tests.conftest import generate_config
-from tests.families import save
+from tests.support.families import save
 
 TEACHER = TeacherConfig("somewhere", height=64)
 

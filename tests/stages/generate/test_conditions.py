@@ -5,12 +5,12 @@ from pathlib import Path
 import diffusers
 import pytest
 
+from stages.base.prompts import check_columns, read_prompts
 from stages.errors import UserError
 from stages.generate.conditions import count_classes, read_class_labels, read_conditions
 from stages.generate.config import TeacherConfig
-from stages.prompts import check_columns, read_prompts
 from tests.conftest import generate_config
-from tests.families import save
+from tests.support.families import save
 
 
 def test_classes_come_from_all_a_list_or_a_file(tiny_teacher: Path, tmp_path: Path) -> None:

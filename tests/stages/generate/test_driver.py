@@ -19,12 +19,12 @@ from stages.generate.in_process import InProcessFleet
 from stages.generate.teacher import Teacher
 from stages.records.commits import committed_units, read_commits
 from stages.records.dataset import Dataset
-from stages.records.folder import DiskFolder, open_folder
 from stages.records.plans import read_info, snapshots, write_info
 from stages.records.verification import verify
+from stages.storage.folder import DiskFolder, open_folder
 from tests.conftest import fill, generate, generate_config
-from tests.faults_table import survived
-from tests.faulty_s3 import Fault, FaultyS3
+from tests.support.faults_table import survived
+from tests.support.faulty_s3 import Fault, FaultyS3
 
 
 def records(root: Path | str) -> dict[str, dict[str, torch.Tensor]]:

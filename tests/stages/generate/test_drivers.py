@@ -16,14 +16,14 @@ from stages.generate.events import Event, Failed
 from stages.generate.in_process import InProcessFleet
 from stages.records.commits import commit_unit, committed_units
 from stages.records.dataset import Dataset
-from stages.records.folder import open_folder
 from stages.records.plans import snapshots
 from stages.records.repair import repair
 from stages.records.verification import survey, verify
+from stages.storage.folder import open_folder
 from tests.conftest import generate, generate_config
-from tests.faults_table import survived
 from tests.stages.generate.test_driver import Faulty, assert_same_records
 from tests.stages.records.test_repair import samples_of
+from tests.support.faults_table import survived
 
 
 class Interrupted(InProcessFleet):

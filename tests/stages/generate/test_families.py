@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.arguments import Caller
-from stages.denoiser import as_target, denoiser_of, predictions_of
+from stages.base.arguments import Caller
+from stages.base.denoiser import as_target, denoiser_of, predictions_of
+from stages.base.sampling import Request, sample, undecoded
 from stages.generate.finding import find_layout
 from stages.generate.layout import Layout, Pass
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
 from stages.generate.watching import watched
-from stages.sampling import Request, sample, undecoded
-from tests.families import ARGUMENTS, FAMILIES, PROMPTS, build
+from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, build
 
 SCALES, STEPS = (3.0, 7.0), 4
 

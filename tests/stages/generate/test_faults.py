@@ -18,8 +18,9 @@ from stages.generate.in_process import InProcessFleet
 from stages.records.dataset import Dataset
 from stages.records.verification import verify
 from tests.conftest import fill, generate, generate_config
-from tests.faults_table import survived
-from tests.faulty_worker import (
+from tests.stages.generate.test_driver import assert_same_records
+from tests.support.faults_table import survived
+from tests.support.faulty_worker import (
     AFTER_COMMIT,
     BEFORE_COMMIT,
     BEFORE_WRITE,
@@ -39,8 +40,7 @@ from tests.faulty_worker import (
     jumping_clock,
     write_faults,
 )
-from tests.sleeping_worker import NeverStarts
-from tests.stages.generate.test_driver import assert_same_records
+from tests.support.sleeping_worker import NeverStarts
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 UNITS = {"num_trajectories": 24, "num_workers": 2}  # eight units of three trajectories
@@ -142,7 +142,7 @@ def test_a_unit_that_always_kills_is_quarantined_and_takes_no_other_along(
 
 
 def test_nodes_that_die_stand_still_and_join(tiny_teacher: Path, tmp_path: Path, undisturbed: Path) -> None:
-    words = [sys.executable, "-m", "tests.cluster_faults", str(tiny_teacher), str(tmp_path)]
+    words = [sys.executable, "-m", "tests.support.cluster_faults", str(tiny_teacher), str(tmp_path)]
     ran = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     told = json.loads(next(line for line in ran.stdout.splitlines() if line.startswith("{")))  # Ray prints there too

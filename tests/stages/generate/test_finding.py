@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from stages.arguments import Axis
+from stages.base.arguments import Axis
+from stages.base.sampling import Request
 from stages.errors import UserError
 from stages.generate.finding import find_layout
 from stages.generate.layout import Layout
-from stages.sampling import Request
-from tests.families import build
 from tests.pipelines_zoo.gathered import gather
+from tests.support.families import build
 
 ZOO = gather()
 

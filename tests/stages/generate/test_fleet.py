@@ -18,8 +18,8 @@ from stages.generate.events import Event, Failed, Loaded
 from stages.generate.fleet import MOST_TOLD, RayFleet, start_ray, told_of
 from stages.records.verification import verify
 from tests.conftest import generate_config
-from tests.sleeping_worker import SleepingWorker, sleeping_config
 from tests.stages.generate.test_driver import assert_same_records
+from tests.support.sleeping_worker import SleepingWorker, sleeping_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

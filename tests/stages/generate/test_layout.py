@@ -15,8 +15,9 @@ from diffusers import (
 from torch import Tensor
 from torch.nn import functional
 
-from stages.arguments import Arguments, Axis, Caller, encoded
-from stages.denoiser import denoiser_of
+from stages.base.arguments import Arguments, Axis, Caller, encoded
+from stages.base.denoiser import denoiser_of
+from stages.base.sampling import Request, sample, undecoded
 from stages.errors import UserError
 from stages.generate.finding import find_layout
 from stages.generate.layout import Layout
@@ -24,9 +25,8 @@ from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
 from stages.generate.unguided import guidance_rule
 from stages.generate.watching import Call, watched
-from stages.sampling import Request, sample, undecoded
 from tests.conftest import tiny_dit
-from tests.families import PROMPTS, build, save
+from tests.support.families import PROMPTS, build, save
 
 SCALES, STEPS = (3.0, 7.0), 4
 TOLERANCE = 1e-4

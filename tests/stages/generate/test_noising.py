@@ -14,19 +14,19 @@ from diffusers import IPNDMScheduler
 from torch import Tensor
 from torch.nn import functional
 
-from stages.arguments import Caller
-from stages.denoiser import as_target, denoiser_of, predictions_of
+from stages.base.arguments import Caller
+from stages.base.denoiser import as_target, denoiser_of, predictions_of
+from stages.base.sampling import Request, sample, undecoded
 from stages.errors import UserError
 from stages.generate.finding import find_layout
 from stages.generate.layout import Layout, Pass
 from stages.generate.noising import check_noising, noise_of, noised, sampled
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
-from stages.generate.schedule import shifted_timesteps
+from stages.generate.timesteps import shifted_timesteps
 from stages.generate.watching import Call, watched
-from stages.sampling import Request, sample, undecoded
 from tests.conftest import tiny_dit
-from tests.families import ARGUMENTS, FAMILIES, PROMPTS, build
+from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, build
 
 SCALES, SEEDS, STEPS, SHIFT = (3.0, 7.0), (4, 5), 4, 0.4
 

@@ -10,7 +10,7 @@ import pytest
 from stages.errors import UserError
 from stages.generate.plan import Plan
 from tests.conftest import generate_config
-from tests.families import save
+from tests.support.families import save
 
 
 def plan(teacher: Path, **changes: Any) -> Plan:

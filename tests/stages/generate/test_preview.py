@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from stages.generate.preview import write_preview, write_preview_grid
-from stages.records.folder import open_folder
+from stages.storage.folder import open_folder
 from tests.conftest import generate, generate_config
 
 

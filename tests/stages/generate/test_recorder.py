@@ -9,10 +9,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from stages.base.sampling import Request, sample, undecoded
 from stages.generate.finding import find_layout
 from stages.generate.recorder import Recording, guidance_effect, record
 from stages.generate.scale import PerSampleScale
-from stages.sampling import Request, sample, undecoded
 from tests.conftest import tiny_dit
 
 SCALES, STEPS = [3.0, 7.0], 5

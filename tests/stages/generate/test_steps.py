@@ -10,14 +10,14 @@ import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 
+from stages.base.sampling import Request, sample, undecoded
 from stages.errors import UserError
 from stages.generate.config import TeacherConfig
 from stages.generate.plan import Plan
 from stages.generate.steps import count_steps, timesteps_of
 from stages.generate.watching import watched
-from stages.sampling import Request, sample, undecoded
 from tests.conftest import generate_config
-from tests.families import PROMPTS, build, save
+from tests.support.families import PROMPTS, build, save
 
 SCHEDULERS = {
     "DDIMScheduler": 10,

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from stages.base import new_guider
+from stages.base.loading import new_guider
+from stages.base.sampling import Request, sample, undecoded
 from stages.errors import UserError
 from stages.generate.config import TRAJECTORIES
 from stages.generate.noising import noise_of
 from stages.generate.plan import Plan
 from stages.generate.teacher import Teacher, dtype_named
-from stages.sampling import Request, sample, undecoded
 from tests.conftest import generate_config
-from tests.families import PROMPTS, save
+from tests.support.families import PROMPTS, save
 
 
 def teacher(folder: Path, **changes: Any) -> tuple[Teacher, Plan]:

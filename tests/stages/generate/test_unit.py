@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from stages.errors import ChangedError
-from stages.generate.description import describe_plan
+from stages.generate.compatibility import describe_plan
 from stages.generate.profile import ENCODING, RECORDING, TEACHER, WRITING
 from stages.generate.unit import UnitWorker
 from stages.records.commits import read_commits
-from stages.records.folder import open_folder
 from stages.records.plans import plan_digests
 from stages.records.publication import begin_plan
+from stages.storage.folder import open_folder
 from tests.conftest import generate_config
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from stages.errors import UserError
 from stages.records.commits import commit_unit, read_commits
-from stages.records.folder import open_folder
 from stages.records.shard import encode
-from tests.stages.records.test_record import trajectory
+from stages.storage.folder import open_folder
+from tests.stages.records.test_trajectory import trajectory
 
 
 def test_the_first_attempt_wins_and_the_loser_takes_its_shard_away(tmp_path: Path) -> None:

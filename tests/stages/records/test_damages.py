@@ -1,4 +1,4 @@
-"""Every damage of tests/damages.py: found, named, never read in silence, and mended to the dataset that was there."""
+"""Every damage of tests/support/damages.py: found, named, never read in silence, and mended to the dataset that was there."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from stages.errors import DamageError, UserError
 from stages.generate.driver import Driver
 from stages.generate.in_process import InProcessFleet
 from stages.records.dataset import Dataset
-from stages.records.folder import open_folder
-from stages.records.record import decode
 from stages.records.repair import repair
+from stages.records.trajectory import decode
 from stages.records.verification import survey, verify
+from stages.storage.folder import open_folder
 from stages.train.stream import RecordStream
 from tests.conftest import generate_config
-from tests.damages import DAMAGES, ESCAPED, SEALED, UNPICKLED, Damage
-from tests.faults_table import survived
 from tests.stages.generate.test_driver import assert_same_records, records
 from tests.stages.train.test_stream import identity
+from tests.support.damages import DAMAGES, ESCAPED, SEALED, UNPICKLED, Damage
+from tests.support.faults_table import survived
 
 ALL = DAMAGES | SEALED
 UNREADABLE = [name for name in SEALED if "tensor" in name or "header" in name or "records" in name]

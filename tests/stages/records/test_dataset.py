@@ -11,8 +11,8 @@ import pytest
 from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.records.plans import snapshots
-from tests.damages import SEALED
 from tests.stages.records.test_plans import change_info
+from tests.support.damages import SEALED
 
 
 def first_shard(root: Path) -> Path:

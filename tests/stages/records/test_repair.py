@@ -10,19 +10,19 @@ import pytest
 from stages.errors import UserError
 from stages.generate.driver import Driver
 from stages.generate.in_process import InProcessFleet
-from stages.records import folder as folder_module
 from stages.records.commits import commit_unit
 from stages.records.dataset import Dataset
-from stages.records.folder import DiskFolder, open_folder
 from stages.records.plans import snapshots
 from stages.records.repair import repair
 from stages.records.shard import encode
 from stages.records.verification import survey, verify
+from stages.storage import folder as folder_module
+from stages.storage.folder import DiskFolder, open_folder
 from tests.conftest import generate, generate_config
-from tests.damages import DAMAGES, commit_of, publish_again
-from tests.faults_table import survived
 from tests.stages.generate.test_driver import Faulty, assert_same_records
-from tests.stages.records.test_record import trajectory
+from tests.stages.records.test_trajectory import trajectory
+from tests.support.damages import DAMAGES, commit_of, publish_again
+from tests.support.faults_table import survived
 
 DAY = 86400.0
 

@@ -12,8 +12,8 @@ import torch
 import webdataset
 
 from stages.records.dataset import Dataset
-from stages.records.record import Trajectory, decode
 from stages.records.shard import encode, hash_file, read_members, write_shard
+from stages.records.trajectory import Trajectory, decode
 
 
 def test_the_stock_reader_reads_the_shards(dataset: Dataset) -> None:

@@ -7,9 +7,9 @@ import pytest
 from stages.errors import UserError
 from stages.generate.driver import Driver
 from stages.records.dataset import Dataset
-from stages.records.folder import DiskFolder
-from stages.records.storage import seal, unseal
 from stages.records.verification import verify
+from stages.storage.files import seal, unseal
+from stages.storage.folder import DiskFolder
 from tests.conftest import generate, generate_config
 from tests.stages.generate.test_driver import Faulty
 from tests.stages.records.test_plans import change_info

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.adapters import GuidanceAdapter
-from stages.arguments import Arguments, Axis
+from stages.base.arguments import Arguments, Axis
 from stages.train import optimization as optimization_module
 from stages.train.batch import Batch
 from stages.train.config import TrainConfig

@@ -14,13 +14,13 @@ import torch
 from stages.errors import UserError
 from stages.records.commits import commit_unit
 from stages.records.dataset import Dataset
-from stages.records.folder import open_folder
 from stages.records.publication import publish
 from stages.records.shard import encode
+from stages.storage.folder import open_folder
 from stages.train.batch import Batch
 from stages.train.stream import RecordStream
 from stages.train.window import Window, load
-from tests.stages.records.test_record import trajectory
+from tests.stages.records.test_trajectory import trajectory
 
 
 def stream(dataset: Dataset, **changes: Any) -> RecordStream:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stages.adapters import AdapterConfig
-from stages.base import load_pipeline
+from stages.base.loading import load_pipeline
 from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.train.objective import squared_error

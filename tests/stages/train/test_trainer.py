@@ -17,19 +17,19 @@ from torch._dynamo.utils import counters
 
 import pipeline.train
 from stages.adapters import AdapterConfig, GuidanceAdapter
-from stages.denoiser import fingerprint
+from stages.base.denoiser import fingerprint
 from stages.errors import StorageError, UserError
 from stages.records.dataset import Dataset
-from stages.records.folder import open_folder
 from stages.records.repair import repair
 from stages.records.verification import survey
+from stages.storage.folder import open_folder
 from stages.train import trainer, validation
 from stages.train.batch import Batch
 from stages.train.config import LOSSES
 from stages.train.selection import select
 from stages.train.trainer import Trainer
 from tests.conftest import VARIANTS, generate, generate_config, small_adapter, train_config
-from tests.damages import DAMAGES
+from tests.support.damages import DAMAGES
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

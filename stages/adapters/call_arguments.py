@@ -1,0 +1,242 @@
+"""What a call of an attached pipeline asks for, read from its arguments: the adapter's scale, and what the pipeline is told."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+from diffusers.guiders import BaseGuidance
+
+from stages.adapters.guidance import Scales, as_scales
+from stages.adapters.saying import warn
+from stages.base.denoiser import denoisers_of
+from stages.base.sampling import scale_keyword
+from stages.errors import UserError
+
+if TYPE_CHECKING:
+    from stages.adapters.guiding import Guiding
+
+NO_GUIDANCE = 1.0  # where no folder tells what was tried: diffusers' pipelines run the unconditional pass only above 1
+SCALE = "guidance_scale"  # what callers name the adapter's scale by, whatever the pipeline calls its own
+SETTING = re.compile(
+    r"(^|_)(guidance|cfg|pag|sag|slg|stg|apg|rescale|renorm)(_|$)"
+)  # names of what shapes the guidance
+NO_SETTING = re.compile(r"^control_guidance_|_(latents|positions)$")
+MANY = 8  # classes that a warning lists
+
+
+class CallArguments:
+    """The arguments of one call of a pipeline.
+
+    Args:
+        signature: of the stock `__call__`; riders: the adapters on the pipeline, by the component that each guides.
+
+    Attributes:
+        given: what the caller named; keyword: by which the pipeline is told its own scale, None where a guider knows it.
+    """
+
+    def __init__(
+        self, pipe: Any, signature: inspect.Signature, riders: dict[str, Guiding], args: Any, kwargs: dict[str, Any]
+    ) -> None:
+        self.pipe, self.riders, self.keyword = pipe, riders, keyword_of(pipe, signature)
+        self.added = {SCALE: kwargs.pop(SCALE)} if self.keyword is None and SCALE in kwargs else {}
+        self.bound = signature.bind(pipe, *args, **kwargs)
+        self.given = dict(self.bound.arguments) | self.added
+        self.bound.apply_defaults()
+        self.arguments = self.bound.arguments
+
+    def scale_of(self, component: str, held: float | None) -> Scales:
+        """The scale `w` of `u + w (c - u)` that the call asks of the adapter of a component.
+
+        Args:
+            held: what is fused, for a call that names none.
+        """
+        own = self.keyword_of(component)
+        if own is not None and own != self.keyword and self.arguments.get(own) is not None:
+            return self._scales(component, self.arguments[own])
+        for name in (self.keyword, SCALE):
+            if name in self.given and (name == self.keyword or self.given[name] is not None):
+                return self._scales(component, self.given[name])
+        if held is not None:
+            return held
+        return self._scales(component, self.arguments[self.keyword] if self.keyword else guider_scale(self.pipe))
+
+    def _scales(self, component: str, number: Scales) -> torch.Tensor:
+        """The scales `w` for the pipeline's number; up to the one that switches its guidance off, none."""
+        about = self.riders[component].about
+        offset = about.get("scale_offset", 0.0)
+        scales = as_scales(number, offset)
+        off = about.get("no_guidance", {}).get(self.keyword, 1.0 - offset)
+        return torch.where(scales <= off + offset, 1.0, scales)
+
+    def keyword_of(self, component: str) -> str | None:
+        """By which the pipeline is told the scale of one of several denoisers: `guidance_scale_2` for `transformer_2`."""
+        number = re.search(r"_\d+$", component)
+        numbered = f"{self.keyword}{number.group()}" if number else None
+        return numbered if numbered in self.arguments else self.keyword
+
+    def switch_off(self) -> dict[str, Any]:
+        """Have the pipeline make one pass without its own guidance; the settings that this changed, as they are now."""
+        off: dict[str, Any] = {} if self.keyword is None else {self.keyword: NO_GUIDANCE}
+        for adapter in self.riders.values():
+            off |= adapter.about.get("no_guidance", {})
+        if self.keyword is not None:
+            numbered = [name for name in self.arguments if re.fullmatch(rf"{self.keyword}_\d+", name)]
+            off |= {name: off.get(name, off[self.keyword]) for name in numbered if self.arguments[name] is not None}
+            off = {
+                name: value for name, value in off.items() if name not in numbered or self.arguments[name] is not None
+            }
+        embedded = self._embedded()
+        off = {name: value for name, value in off.items() if name in self.arguments and name not in embedded}
+        self.arguments.update(embedded | off)
+        return off
+
+    def _embedded(self) -> dict[str, Any]:
+        """What the pipeline embeds: as the caller said it beside the adapter's scale, else as it was recorded."""
+        if self.keyword in (None, SCALE) or SCALE not in self.arguments:
+            return {}
+        if self.keyword in self.given and SCALE in self.given:
+            return {SCALE: self.given[SCALE]}
+        return {SCALE: self.recorded(SCALE)}
+
+    def recorded(self, name: str) -> Any:
+        """An argument's value in the calls that the adapters were trained on."""
+        default = self.bound.signature.parameters[name].default
+        for adapter in self.riders.values():
+            rule, arguments = adapter.about.get("guidance_rule"), adapter.about.get("arguments", {})
+            default = (rule if isinstance(rule, dict) else {}).get(name, arguments.get(name, default))
+        return default
+
+    # What the call asks for and does not get
+
+    def warn(self) -> None:
+        """Say what the call asks for that one pass does not do."""
+        for adapter in self.riders.values():
+            self._warn_of_negatives(adapter)
+            self._warn_of_classes(adapter)
+        scales = {self.keyword, *map(self.keyword_of, self.riders)}
+        if self.keyword in (None, SCALE) or self.keyword not in self.given:
+            scales.add(SCALE)
+        for name, value in self.given.items():
+            if name not in scales and is_setting(name) and not alike(value, self.recorded(name)):
+                warn(
+                    f"{name}={value} does not change the guidance of this adapter, which was recorded with "
+                    f"{name}={self.recorded(name)}: leave it out, or train an adapter on records made so"
+                )
+        for name in denoisers_of(self.pipe).keys() - self.riders.keys():
+            warn(
+                f"{name} carries no adapter, so that its steps run without guidance: attach the adapter made for it too"
+            )
+
+    def _warn_of_negatives(self, adapter: Guiding) -> None:
+        """Say once that a negative prompt does nothing, where the adapter was not trained to see it."""
+        if adapter.sees_negative or adapter.warned_of_negative:
+            return
+        recorded = {name: value for name, value in adapter.about["arguments"].items() if name.startswith("negative_")}
+        known = {""} | {value.strip() for value in recorded.values() if isinstance(value, str)}
+        for name, value in self.given.items():
+            if not name.startswith("negative_") or value is None or alike(value, recorded.get(name)):
+                continue
+            texts = [value] if isinstance(value, str) else value
+            is_text = isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)
+            unseen = [f" ({text})" for text in texts if text.strip() not in known] if is_text else [""]
+            if unseen:
+                adapter.warned_of_negative = True
+                warn(
+                    f"{name}{unseen[0]} does nothing: this adapter was not trained to see negative prompts "
+                    "(adapter.conditions=[...,negative_tokens])"
+                )
+                return
+
+    def _warn_of_classes(self, adapter: Guiding) -> None:
+        trained = (adapter.about.get("sampled") or {}).get("class_labels") or []
+        asked = self.given.get("class_labels")
+        if not trained or asked is None:
+            return
+        unseen = [label for label in torch.as_tensor(asked).flatten().tolist() if label not in trained]
+        if unseen:
+            known = f"{', '.join(map(str, trained[:MANY]))}{', ...' if len(trained) > MANY else ''}"
+            warn(
+                f"class_labels={unseen[0]} is none of the classes whose guidance this adapter was trained on ({known}): "
+                "name one of these, or train on records of it"
+            )
+
+
+# The pipeline
+
+
+def guiders_of(pipe: Any) -> dict[str, Any]:
+    """The guiders among a pipeline's components, by name."""
+    return {name: value for name, value in vars(pipe).items() if isinstance(value, BaseGuidance)}
+
+
+def guider_scale(pipe: Any) -> float:
+    """The scale of a pipeline's guider."""
+    scales = [guider.guidance_scale for guider in guiders_of(pipe).values() if hasattr(guider, "guidance_scale")]
+    return float(scales[0]) if scales else NO_GUIDANCE
+
+
+def keyword_of(pipe: Any, signature: inspect.Signature) -> str | None:
+    """The argument of a pipeline's stock call by which it is told its own scale; None where a guider knows it.
+
+    Raises:
+        UserError: the pipeline has neither.
+    """
+    if guiders_of(pipe) and SCALE not in signature.parameters:
+        return None
+    return scale_keyword(pipe)
+
+
+def check_pipeline(adapter: Guiding, pipe: Any, stock: type[Any]) -> None:
+    """
+    Raises:
+        UserError: a pipeline has no scale, or guides in another way than the one that the adapter was trained on.
+    """
+    keyword, off, kind = (
+        keyword_of(pipe, inspect.signature(stock.__call__)),
+        adapter.about.get("no_guidance", {}),
+        stock,
+    )
+    recorded = recorded_class(adapter)
+    if recorded is None or recorded.__name__ == kind.__name__ or guiders_of(pipe):
+        return
+    name, there_keyword = recorded.__name__, scale_keyword(object.__new__(recorded))
+    if keyword != there_keyword:
+        raise UserError(f"{kind.__name__} guides by {keyword}, the {name} of the records by {there_keyword}: {WAY_OUT}")
+    here, there = (inspect.signature(each.__call__).parameters for each in (kind, recorded))
+    more = [s for s in here if is_setting(s) and s not in there and s not in off and here[s].default]
+    lost = [s for s in off if s in there and s not in here]
+    for setting, words in [(s, "too") for s in more] + [(s, "no more") for s in lost]:
+        raise UserError(
+            f"{kind.__name__} guides by {setting} {words}, otherwise than the {name} of the records: {WAY_OUT}"
+        )
+
+
+def recorded_class(adapter: Guiding) -> type[Any] | None:
+    """The class of the pipeline that the adapter was trained on; None where it is not known, or a guider guided it."""
+    rule, base = adapter.about.get("guidance_rule"), adapter.about.get("base", {})
+    name = (rule.get("pipeline") if isinstance(rule, dict) else None) or base.get("pipeline_class")
+    kind = getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        return None
+    return kind if SCALE in inspect.signature(kind.__call__).parameters else None
+
+
+WAY_OUT = "attach the adapter to the pipeline class it was trained on, or train one on records of this"
+
+
+def is_setting(name: str) -> bool:
+    """Whether an argument shapes the guidance, by what diffusers calls such arguments."""
+    return bool(SETTING.search(name)) and not NO_SETTING.search(name)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values of an argument mean the same; tensors never do."""
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return False
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return list(one) == list(other)
+    return bool(one == other) or (not one and not other)

@@ -1,0 +1,146 @@
+"""The base model: a stock diffusers pipeline, or its denoiser alone, from a folder or a hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ModularPipeline
+from diffusers.guiders import BaseGuidance
+from torch import nn
+
+from stages.errors import UserError
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
+def resolve(name_or_path: str) -> str:
+    """A path as given, or the same below the project (so that what ships is found from any directory), or a name on a hub."""
+    for path in (Path(name_or_path), PROJECT_ROOT / name_or_path):
+        if path.exists():
+            return str(path)
+    return name_or_path
+
+
+def located(name_or_path: str) -> str:
+    """As `resolve`, but a path is told from the root, so that a process in another folder finds it too."""
+    path = Path(resolve(name_or_path))
+    return str(path.resolve()) if path.exists() else name_or_path
+
+
+def has_several_gpus() -> bool:
+    """Whether this machine has several GPUs, or RAY_ADDRESS names a cluster that may."""
+    return bool(os.environ.get("RAY_ADDRESS")) or torch.cuda.device_count() > 1
+
+
+def choose_device(name: str) -> str:
+    """`auto` is a GPU where there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu" or (name.startswith("cuda") and torch.cuda.is_available()):
+        return name
+    raise UserError(f"device={name}: not here: `auto` takes what there is")
+
+
+def load_pipeline(
+    name_or_path: str,
+    torch_dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    pipeline_class: str | None = None,
+    **source: str | None,
+) -> DiffusionPipeline:
+    """The stock pipeline of a folder or a hub id, quiet and on its device.
+
+    Args:
+        pipeline_class: by its name in diffusers; by default the one that the model names.
+        source: `revision` and `variant` of the weights.
+    """
+    quieten()
+    kind = diffusers_class(pipeline_class or "DiffusionPipeline", "teacher.pipeline_class")
+    try:
+        pipe = kind.from_pretrained(resolve(name_or_path), torch_dtype=torch_dtype, **source)
+        if isinstance(pipe, ModularPipeline):
+            pipe.load_components(torch_dtype=torch_dtype)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{name_or_path}: no {kind.__name__} could be loaded from it: {first_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def use_scheduler(pipe: Any, name: str, key: str) -> None:
+    """Put a scheduler of diffusers in place of a pipeline's own, with its configuration.
+
+    Args:
+        name: of the class; key: of the option that names it.
+    """
+    kind = diffusers_class(name, key)
+    if not hasattr(kind, "set_timesteps"):
+        raise UserError(f"{key}={name}: no scheduler")
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+
+
+def new_guider(settings: dict[str, Any]) -> Any:
+    """A guider of diffusers from its class's `name` and its settings."""
+    kind = diffusers_class(str(settings.pop("name", None)), "teacher.guider.name")
+    if not issubclass(kind, BaseGuidance):
+        raise UserError(f"teacher.guider.name={kind.__name__}: no guider")
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise UserError(f"teacher.guider: {kind.__name__} does not take that: {first_line(error)}") from error
+
+
+def quieten() -> None:
+    """Keep what libraries say while they load from users: of loading, this project's own errors tell."""
+    diffusers.utils.logging.disable_progress_bar()
+    if diffusers.utils.is_transformers_available():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+
+
+def diffusers_class(name: str, key: str) -> Any:
+    """A class of diffusers by its name."""
+    kind = getattr(diffusers, name, None)
+    if not isinstance(kind, type):
+        raise UserError(f"{key}={name}: diffusers {diffusers.__version__} has no such class")
+    return kind
+
+
+def load_denoiser(
+    name_or_path: str, subfolder: str, class_name: str, torch_dtype: torch.dtype, **source: str | None
+) -> nn.Module:
+    """The denoiser alone, frozen: no text encoder, no VAE, no scheduler is loaded."""
+    kind = diffusers_class(class_name, "denoiser_class")
+    with _named(name_or_path, class_name):
+        denoiser = kind.from_pretrained(resolve(name_or_path), subfolder=subfolder, torch_dtype=torch_dtype, **source)
+    return denoiser.eval().requires_grad_(False)
+
+
+def denoiser_config(name_or_path: str, subfolder: str, class_name: str, **source: str | None) -> dict[str, Any]:
+    """The configuration of a denoiser, read without its weights; `_class_name` is what it really is."""
+    kind = diffusers_class(class_name, "denoiser_class")
+    with _named(name_or_path, class_name):
+        return kind.load_config(resolve(name_or_path), subfolder=subfolder, **source)
+
+
+@contextmanager
+def _named(name_or_path: str, class_name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name_or_path}: no {class_name} could be loaded from it ({first_line(error)}): "
+            "name where it is with pretrained_model_name_or_path=..."
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, without the pages that libraries add."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,174 @@
+"""What a study's file names, checked whole before anything is begun, and the steps that make it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import MISSING
+
+from stages.configuration.options import check_bounds, option
+from stages.configuration.parsing import parse
+from stages.errors import UsageError, UserError
+from stages.evaluate.comparisons import settings
+from stages.evaluate.config import EvaluateConfig
+from stages.generate.config import GenerateConfig
+from stages.generate.plan import check as check_generation
+from stages.train.config import TrainConfig
+from stages.train.trainer import check as check_training
+
+NAME = re.compile(r"\w[\w.-]*")
+
+
+def check_evaluation(config: EvaluateConfig) -> None:
+    check_bounds(config)
+    settings(config.guidance_scale, config.methods)
+
+
+# What each command refuses by itself once it runs, after the hours of those before it.
+CHECKS: dict[str, tuple[Any, Callable[[Any], object]]] = {
+    "generate": (GenerateConfig, check_generation),
+    "train": (TrainConfig, check_training),
+    "evaluate": (EvaluateConfig, check_evaluation),
+}
+
+
+@dataclass
+class AdapterPlan:
+    data: str = option(MISSING, "the dataset that it is trained on")
+    words: list[str] = option(MISSING, "of pipeline.train")
+    seeds: list[int] | None = option(None, "one run each; by default the study's")
+
+
+@dataclass
+class EvaluationPlan:
+    adapters: list[str] = option(MISSING, "all runs of each are compared")
+    words: list[str] = option(MISSING, "of pipeline.evaluate")
+
+
+@dataclass
+class StudyFile:
+    """What a study's file holds, by the names of what is made."""
+
+    seeds: list[int] = option(MISSING, "of the adapters that name none")
+    datasets: dict[str, list[str]] = option(MISSING, "words of pipeline.generate")
+    adapters: dict[str, AdapterPlan] = option(MISSING, "each with its dataset and words of pipeline.train")
+    evaluations: dict[str, EvaluationPlan] = option(MISSING, "each with its adapters and words of pipeline.evaluate")
+
+
+class Step(NamedTuple):
+    """One command of a study: the folder that it makes, and those that it needs."""
+
+    command: str
+    name: str
+    words: list[str]
+    output: Path
+    needs: list[Path]
+
+    def __str__(self) -> str:
+        return f"{self.command} {self.name}"
+
+
+class Run(NamedTuple):
+    """One training of an adapter."""
+
+    name: str
+    seed: int
+    data: Path
+    folder: Path
+
+
+class Plan:
+    """The steps of a study's file, in the order of their kinds.
+
+    Args:
+        root: folder of everything that they make.
+
+    Raises:
+        UsageError: the file, or the words of one of its commands, are not understood.
+    """
+
+    def __init__(self, study: str, root: Path) -> None:
+        self.root = root
+        try:
+            self.file = parse(StudyFile, ["--config", study])
+            self._check_names()
+            self.steps = {
+                "datasets": list(self._datasets()),
+                "adapters": list(self._adapters()),
+                "evaluations": list(self._evaluations()),
+            }
+            self._check_words()
+        except UserError as error:
+            raise type(error)(f"{study}: {str(error).removeprefix(f'--config {study}: ')}") from error
+
+    def _check_names(self) -> None:
+        file = self.file
+        for kind in ("datasets", "adapters", "evaluations"):
+            for name in getattr(file, kind):
+                if not NAME.fullmatch(name):
+                    raise UsageError(f"{kind}: {name}: a name is of letters, digits, _, - and .")
+        for name, adapter in file.adapters.items():
+            check_each_once(f"adapters.{name}: seeds", self._seeds(name))
+            check_among(f"adapters.{name}.data", adapter.data, "datasets", file.datasets)
+        for name, evaluation in file.evaluations.items():
+            check_each_once(f"evaluations.{name}: adapters", evaluation.adapters)
+            for adapter_name in evaluation.adapters:
+                check_among(f"evaluations.{name}.adapters", adapter_name, "adapters", file.adapters)
+
+    def _check_words(self) -> None:
+        for step in itertools.chain(*self.steps.values()):
+            config, check = CHECKS[step.command]
+            try:
+                check(parse(config, step.words))
+            except UserError as error:
+                raise type(error)(f"{step}: {error}") from error
+
+    def _seeds(self, adapter: str) -> list[int]:
+        own = self.file.adapters[adapter].seeds
+        return self.file.seeds if own is None else own
+
+    def runs(self, adapter: str) -> Iterator[Run]:
+        """Of one adapter, a run for each seed."""
+        data = self.root / "data" / self.file.adapters[adapter].data
+        for seed in self._seeds(adapter):
+            yield Run(adapter, seed, data, self.root / "adapters" / f"{adapter}-{seed}")
+
+    def _datasets(self) -> Iterator[Step]:
+        for name, words in self.file.datasets.items():
+            output = self.root / "data" / name
+            yield Step("generate", name, [*words, word("output_dir", str(output))], output, [])
+
+    def _adapters(self) -> Iterator[Step]:
+        for name, adapter in self.file.adapters.items():
+            for run in self.runs(name):
+                words = [*adapter.words, word("data_dir", str(run.data)), word("output_dir", str(run.folder))]
+                words += [f"seed={run.seed}", "resume_from_checkpoint=latest", "report_to=none"]
+                yield Step("train", run.folder.name, words, run.folder, [run.data])
+
+    def _evaluations(self) -> Iterator[Step]:
+        for name, evaluation in self.file.evaluations.items():
+            folders = [run.folder for adapter in evaluation.adapters for run in self.runs(adapter)]
+            output = self.root / "evaluations" / name
+            words = [word("adapter_dir", [str(folder) for folder in folders]), word("output_dir", str(output))]
+            yield Step("evaluate", name, [*evaluation.words, *words], output, folders)
+
+
+def word(key: str, value: Any) -> str:
+    """`key=value` as a command takes it, whatever characters the value holds."""
+    return f"{key}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+
+
+def check_each_once(key: str, values: Sequence[Any]) -> None:
+    if not values or len(set(values)) < len(values):
+        raise UsageError(f"{key}={list(values)}: name at least one, and each once")
+
+
+def check_among(key: str, name: str, kind: str, names: Container[str]) -> None:
+    if name not in names:
+        raise UsageError(f"{key}: {name}: not among the {kind}")

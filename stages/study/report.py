@@ -1,0 +1,135 @@
+"""The report of a study: its claims, what they were judged by, and each evaluation, in one file that opens anywhere."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+
+from stages.evaluate.report import (
+    PLOTS,
+    Row,
+    as_pictures,
+    as_source,
+    cells_of,
+    finished,
+    plot_over_scale,
+    plot_over_time,
+    render,
+)
+from stages.storage.files import whole_file
+from stages.study.claims import Claim
+
+VERDICTS = {True: "holds", False: "does not hold"}
+
+
+def table_of_claims(claims: list[Claim]) -> str:
+    """The claims as lines for a terminal."""
+    return "\n".join(f"{VERDICTS[claim.holds]}: {claim.text} ({claim.goal}): {claim.found}" for claim in claims)
+
+
+def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], about: dict[str, Any]) -> Path:
+    """Write `claims.html`, one self-contained file, from the rows and from the grids of images that the evaluations left.
+
+    Its tables stand in `claims.md` too, with what the seeds of an adapter have in the mean.
+    """
+    names = dict.fromkeys(row["evaluation"] for row in rows)
+    sections = [
+        section(name, folder / "evaluations" / name, [r for r in rows if r["evaluation"] == name]) for name in names
+    ]
+    with whole_file(folder / "claims.md") as file:
+        file.write("\n\n".join(tables_of(claims, rows)).encode() + b"\n")
+    path = folder / "claims.html"
+    with whole_file(path) as file:
+        file.write(
+            render(
+                Path(__file__).with_name("report.html.j2"),
+                claims=claims,
+                verdicts=VERDICTS,
+                sections=sections,
+                about=about,
+            )
+        )
+    return path
+
+
+def tables_of(claims: list[Claim], rows: list[Row]) -> Iterator[str]:
+    """The claims, and each evaluation, as tables in Markdown."""
+    yield markdown([["", "claim", "goal", "found"], *([VERDICTS[c.holds], c.text, c.goal, c.found] for c in claims)])
+    for name in dict.fromkeys(row["evaluation"] for row in rows):
+        yield f"`{name}`\n\n" + markdown(cells_of(over_seeds([row for row in rows if row["evaluation"] == name])))
+
+
+def markdown(cells: list[list[str]]) -> str:
+    """A table, its first line the head."""
+    head, *lines = [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join([head, "| --- " * len(cells[0]) + "|", *lines])
+
+
+def section(name: str, folder: Path, rows: list[Row]) -> dict[str, Any]:
+    """What the report tells of one evaluation: plots of what the seeds have in the mean, and grids with the table's rows."""
+    means = over_seeds(rows)
+    scales = sorted({curve["guidance_scale"] for row in means for curve in row["error_by_timestep"]})
+    plots = {key: (PLOTS[key], plot_over_scale(means, key)) for key in ("frechet_distance", "gap_closed")}
+    if len({row["teacher_evaluations"] for row in means if row["name"]}) > 1:
+        plots["cost"] = ("Frechet distance against the teacher's evaluations", plot_over_cost(means))
+    plots |= {
+        f"error_{scale}": (f"distance to CFG at scale {scale:g}", plot_over_time(means, scale)) for scale in scales
+    }
+    grids = [
+        {
+            "title": f"from the same noise, scale {scale:g}: the table's rows in their order",
+            "source": as_source(png.read_bytes()),
+        }
+        for scale in scales
+        if (png := folder / f"grid_at_scale_{scale:g}.png").exists()
+    ]
+    return {"name": name, "cells": cells_of(rows), "pictures": as_pictures(plots) + grids}
+
+
+def over_seeds(rows: list[Row]) -> list[Row]:
+    """One row for all seeds of an adapter at a scale, under the adapter's name in the study."""
+    alike: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        alike.setdefault((row["method"], row["guidance_scale"], row["name"]), []).append(row)
+    return [
+        group[0]
+        | {"adapter": name}
+        | {
+            key: statistics.fmean(row[key] for row in group)
+            for key, told in group[0].items()
+            if isinstance(told, float)
+        }
+        | {"error_by_timestep": mean_curves([row["error_by_timestep"] for row in group])}
+        for (_, _, name), group in alike.items()
+    ]
+
+
+def mean_curves(told: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The mean, at each timestep, of curves that are told for the same scales."""
+    return [
+        same_scale[0] | {"error": [statistics.fmean(e) for e in zip(*(c["error"] for c in same_scale), strict=True)]}
+        for same_scale in zip(*told, strict=True)
+    ]
+
+
+def plot_over_cost(rows: list[Row]) -> bytes:
+    """The Frechet distance against what the teacher evaluated for the records, as PNG; a line per scale."""
+    figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    ones = [row for row in rows if row["name"]]
+    for scale in sorted({row["guidance_scale"] for row in ones}):
+        points = sorted(
+            (row["teacher_evaluations"], row["frechet_distance"], row["name"])
+            for row in ones
+            if row["guidance_scale"] == scale
+        )
+        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", linestyle="", label=f"scale {scale:g}")
+        for evaluations, distance, name in points:
+            axes.annotate(name, (evaluations, distance), fontsize=7)
+    axes.set_xscale("log")
+    axes.set_xlabel("evaluations of the teacher")
+    axes.set_title("Frechet distance against the teacher's evaluations", fontsize=10)
+    return finished(figure, axes)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+from diffusers import DDIMScheduler
+
+from stages.base.patching import patched
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, amount: int = 1) -> int:
+        self.count += amount
+        return self.count
+
+
+def doubled(own: Any, counter: Counter, amount: int = 1) -> int:
+    return int(own(2 * amount))
+
+
+def test_a_method_is_another_for_a_time_and_looks_the_same() -> None:
+    counter = Counter()
+    with patched(counter, "add", doubled):
+        assert counter.add(3) == 6
+        assert list(inspect.signature(counter.add).parameters) == ["amount"]
+        with patched(counter, "add", doubled):
+            assert counter.add(1) == 6 + 4
+        assert counter.add(1) == 12
+    assert counter.add(1) == 13
+    assert "add" not in vars(counter)
+
+
+def test_a_patch_of_someone_else_is_there_again_afterwards() -> None:
+    counter = Counter()
+    theirs = counter.add = lambda amount=1: -1  # type: ignore[method-assign,assignment]
+    with patched(counter, "add", doubled):
+        assert counter.add() == -1
+    assert counter.add is theirs
+
+
+def test_a_deep_copy_goes_by_its_own_count_patched_or_not() -> None:
+    for in_copies, expected in ((False, 1), (True, 2)):
+        counter = Counter()
+        with patched(counter, "add", doubled, in_copies):
+            copied = copy.deepcopy(counter)
+            assert copied.add() == expected
+            assert counter.count == 0
+        assert copied.add() == 2 * expected
+
+
+def test_the_class_of_a_scheduler_stays_what_it_was() -> None:
+    scheduler = DDIMScheduler()
+    with patched(scheduler, "set_timesteps", lambda own, owner, *args, **kwargs: own(*args, **kwargs)):
+        assert type(scheduler) is DDIMScheduler
+        scheduler.set_timesteps(3)
+    assert len(scheduler.timesteps) == 3

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stages.records.trajectory import PER_RECORD, Trajectory, describe, from_members
+
+
+def trajectory(steps: int = 5) -> Trajectory:
+    return Trajectory(
+        index=7,
+        seed=11,
+        guidance_scale=2.5,
+        condition={"class_label": 3},
+        latent=torch.randn(steps, 4, 2, 2, dtype=torch.float16),
+        timestep=torch.arange(steps).flip(0),
+        target=torch.randn(steps, 4, 2, 2, dtype=torch.float16),
+        cond={"class_labels": torch.tensor(3)},
+        guidance_cosine=torch.rand(steps),
+        guidance_delta=torch.rand(steps),
+    )
+
+
+def test_members_round_trip_bit_for_bit() -> None:
+    before = trajectory()
+    members = before.to_members()
+    after = from_members(members["safetensors"], members["json"])
+    assert (after.index, after.part, after.seed, after.guidance_scale, after.condition) == (
+        7,
+        0,
+        11,
+        2.5,
+        {"class_label": 3},
+    )
+    for name in PER_RECORD:
+        assert torch.equal(getattr(after, name), getattr(before, name))
+        assert getattr(after, name).dtype == getattr(before, name).dtype
+    assert after.cond.keys() == before.cond.keys()
+    assert torch.equal(after.cond["class_labels"], before.cond["class_labels"])
+
+
+def test_samples_older_than_the_effect_of_guidance_are_read_as_they_are() -> None:
+    before = replace(trajectory(), guidance_cosine=None, guidance_delta=None)
+    members = before.to_members()
+    after = from_members(members["safetensors"], members["json"])
+    assert after.guidance_cosine is after.guidance_delta is None
+    assert after.cond.keys() == before.cond.keys()
+    assert [len(part) for part in after.parts(2)] == [2, 2, 1]
+    assert describe(after).keys() == {"latent", "timestep", "target", "cond.class_labels"}
+
+
+def test_parts_hold_every_record_once_in_order() -> None:
+    whole = trajectory(5)
+    parts = list(whole.parts(2))
+    assert [len(part) for part in parts] == [2, 2, 1]
+    for name in PER_RECORD:
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    assert len({part.key for part in parts}) == 3
+    assert all(set(part.key) <= set("0123456789_") for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "about"),
+    [(b"not safetensors", b"{}"), (b"", b"no json"), (trajectory().to_members()["safetensors"], b"{}")],
+)
+def test_what_is_not_a_sample_is_refused(tensors: bytes, about: bytes) -> None:
+    with pytest.raises(ValueError, match="not a sample"):
+        from_members(tensors, about)
+
+
+def test_the_description_is_of_one_record() -> None:
+    told = describe(trajectory())
+    assert told["latent"] == {"dtype": "float16", "shape": [4, 2, 2]}
+    assert told["guidance_cosine"] == told["guidance_delta"] == {"dtype": "float32", "shape": []}
+    assert told["timestep"] == {"dtype": "int64", "shape": []}
+    assert told["cond.class_labels"] == {"dtype": "int64", "shape": []}
