@@ -20,7 +20,7 @@ def test_a_place_where_nobody_answers_is_told_at_once(address: str) -> None:
         free.bind(("127.0.0.1", 0))
         address = address.format(free.getsockname()[1])
     with pytest.raises(UserError, match=f"ray_address={address}: no Ray cluster could be joined there: .*refused"):
-        join(ray, address, "ray_address")
+        join(address, "ray_address")
 
 
 @pytest.fixture
@@ -34,6 +34,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
     monkeypatch.setattr(cluster, "end_on_sigterm", lambda: None)
     fake = types.SimpleNamespace(init=init, exceptions=ray.exceptions, given={}, refusal=None)
+    monkeypatch.setattr(cluster, "ray", fake)
     return fake
 
 
@@ -45,13 +46,13 @@ def test_below_a_long_path_for_temporary_files_ray_gets_a_short_one(
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     for variable in ("TMPDIR", "RAY_TMPDIR"):
         monkeypatch.setenv(variable, str(long))
-        join(started, None)
+        join(None)
         place = started.given["_temp_dir"]
         assert place == f"/tmp/ray-{os.getuid()}"
         sockets = f"{place}/session_2025-12-31_23-59-59_999999_4194304/sockets/plasma_store"
         assert len(sockets) <= LONGEST_SOCKET
         monkeypatch.delenv(variable)
-    join(started, None)
+    join(None)
     assert "_temp_dir" not in started.given
 
 
@@ -61,21 +62,21 @@ def test_where_no_folder_is_short_enough_tmpdir_is_named(
     monkeypatch.setenv("TMPDIR", "/" + "long" * 30)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=r"^TMPDIR=/longlong.* a folder of at most 3\d by TMPDIR or RAY_TMPDIR$"):
-        join(started, None)
+        join(None)
 
 
 def test_ray_is_started_where_there_is_little_shared_memory_or_none(
     started: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    join(started, None, num_cpus=3)
+    join(None, num_cpus=3)
     assert started.given["object_store_memory"] <= 128 << 20
     assert (started.given["num_cpus"], "_plasma_directory" in started.given) == (3, False)
     monkeypatch.setattr(cluster, "SHARED_MEMORY", tmp_path / "none")
-    join(started, None)
+    join(None)
     assert Path(started.given["_plasma_directory"]).is_dir()
 
 
 def test_a_ray_that_does_not_start_is_told_as_one(started: Any) -> None:
     started.refusal = RuntimeError("no\n room")
     with pytest.raises(UserError, match="^Ray could not be started on this machine: no room$"):
-        join(started, None)
+        join(None)
