@@ -107,6 +107,7 @@ def test_help_lists_every_key_with_its_default_and_meaning(config: type) -> None
         (UserError("thing: way out"), 1, "error: thing: way out\n"),
         (UsageError("key: way out"), 2, "error: key: way out\n"),
         (KeyboardInterrupt(), 1, "error: interrupted"),
+        (ModuleNotFoundError(name="ray"), 1, "error: ray is not installed: pip install '.[generate]'"),
         (OSError(errno.ENOSPC, "No space left on device", "logs"), 1, "error: logs: No space left on device\n"),
     ],
 )
@@ -126,6 +127,25 @@ def test_exit_status_and_one_line(
         run(Example, main, "")
     assert exited.value.code == status
     assert capsys.readouterr().err.startswith(told)
+
+
+def test_the_first_word_may_be_an_option_without_its_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for word in ("x", "name=x"):
+        monkeypatch.setattr(sys, "argv", ["command", word])
+        with pytest.raises(SystemExit):
+            run(Example, lambda config: print(config.name), "", argument="name")
+        assert capsys.readouterr().out == "x\n"
+
+
+def test_another_module_that_is_missing_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(config: Example) -> None:
+        raise ModuleNotFoundError(name="stages.nowhere")
+
+    monkeypatch.setattr(sys, "argv", ["command", "name=x"])
+    with pytest.raises(ModuleNotFoundError):
+        run(Example, main, "")
 
 
 def test_an_error_of_ours_stays_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
