@@ -50,7 +50,7 @@ def bars(counts: dict[str, int]) -> str:
     )
 
 
-def told(name: str, histogram: Any) -> str:
+def format_histogram(name: str, histogram: Any) -> str:
     if isinstance(histogram, list):
         histogram = {f"{bin['from']:.4g} to {bin['to']:.4g}": bin["count"] for bin in histogram}
     return f"{name}:\n{bars(histogram)}" if histogram else f"{name}: none"
@@ -117,8 +117,8 @@ def report(root: Folder, output: str | None, found: dict[str, Any]) -> None:
         try:
             root.write(REPORT, content)
         except StorageError as error:
-            told = str(error).partition("; ")[0]
-            warnings.warn(f"{told}: say output=FILE to have the report elsewhere", stacklevel=1)
+            format_histogram = str(error).partition("; ")[0]
+            warnings.warn(f"{format_histogram}: say output=FILE to have the report elsewhere", stacklevel=1)
     elif "://" in output:
         folder, name = place_of(output)
         folder.write(name, content)
@@ -129,7 +129,7 @@ def report(root: Folder, output: str | None, found: dict[str, Any]) -> None:
 
 def tell(root: Folder, found: dict[str, Any]) -> None:
     for name, histogram in found["histograms"].items():
-        print(told(name, histogram))
+        print(format_histogram(name, histogram))
     print(
         f"{root}: {found['trajectories']:,} trajectories, {found['records']:,} records, {found['shards']:,} shards, "
         f"{found['bytes']:,} bytes"

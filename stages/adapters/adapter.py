@@ -157,7 +157,7 @@ class GuidanceAdapter(Attachable):
         candidates = kind.candidates(denoiser)
         seen = look(denoiser, candidates, inputs, about) if inputs is not None and candidates else None
         shapes = kind.find(denoiser, config, about, seen)
-        spots = {} if seen is None else {name: told for name in shapes if (told := seen[name].told())}
+        spots = {} if seen is None else {name: spec for name in shapes if (spec := seen[name].spec())}
         about = about | {"blocks": find_blocks(denoiser, shapes)} | ({"spots": spots} if spots else {})
         adapter = kind(config, shapes, about)
         adapter.start_from(denoiser)
@@ -173,7 +173,7 @@ class GuidanceAdapter(Attachable):
         found = self.find_again(denoiser)
         for name in [*self.shapes, *found]:
             if found.get(name) != self.shapes.get(name):
-                here, there = (told(shapes.get(name)) for shapes in (self.shapes, found))
+                here, there = (format_shape(shapes.get(name)) for shapes in (self.shapes, found))
                 raise UserError(
                     f"the adapter does not fit this {type(denoiser).__name__}: at {name} it was made for {here}, "
                     f"the base has {there}: attach it to a base of the architecture it was trained on"
@@ -354,7 +354,7 @@ def of_rows(values: Tensor, rows: int, tiled: bool = False) -> Tensor:
     return values.repeat(count, *[1] * (values.ndim - 1)) if tiled else values.repeat_interleave(count, dim=0)
 
 
-def told(shape: Shape | None) -> str:
+def format_shape(shape: Shape | None) -> str:
     """A site's shape for a person."""
     if shape is None:
         return "no site"

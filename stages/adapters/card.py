@@ -85,7 +85,7 @@ def model_card(adapter: GuidanceAdapter) -> str:
 def teacher_of(about: dict[str, Any]) -> dict[str, str]:
     """What was recorded: the pipeline, how it guided, its scheduler, and what its call was told."""
     base, teacher, rule = about["base"], about.get("teacher", {}), about.get("guidance_rule")
-    told = {
+    facts = {
         "teacher": base.get("pipeline_class"),
         "its guidance": as_code(rule) if isinstance(rule, dict) else rule,
         "its guider": as_code(teacher.get("guider")),
@@ -93,7 +93,7 @@ def teacher_of(about: dict[str, Any]) -> dict[str, str]:
         "configured as": as_code(teacher.get("scheduler_config")),
         "its call was told": as_code(about.get("arguments")),
     }
-    return {name: value for name, value in told.items() if value}
+    return {name: value for name, value in facts.items() if value}
 
 
 def as_code(values: dict[str, Any] | None) -> str:

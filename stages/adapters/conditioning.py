@@ -60,14 +60,14 @@ def find_conditions(tensors: dict[str, dict[str, Any]], num_classes: int) -> dic
         `[length, several, width]` or `[several, length, width]`, serve where there is nothing else.
     """
     found: dict[str, dict[str, Any]] = {}
-    for name, told in tensors.items():
-        if told["shape"] == [] and "int" in told["dtype"] and num_classes > 1 and not found:
+    for name, spec in tensors.items():
+        if spec["shape"] == [] and "int" in spec["dtype"] and num_classes > 1 and not found:
             found[name] = {"kind": LABEL, "classes": num_classes}
     for kind, ranks, negative in ((POOLED, (1,), False), (TOKENS, (2, 3), False), (NEGATIVE_TOKENS, (2, 3), True)):
         fitting = {
-            name: (kind == POOLED or told["shape"][0] >= FEWEST_TOKENS, -len(told["shape"]), told["shape"][-1])
-            for name, told in tensors.items()
-            if len(told["shape"]) in ranks and "float" in told["dtype"] and told["shape"][-1] >= SMALLEST_EMBEDDING
+            name: (kind == POOLED or spec["shape"][0] >= FEWEST_TOKENS, -len(spec["shape"]), spec["shape"][-1])
+            for name, spec in tensors.items()
+            if len(spec["shape"]) in ranks and "float" in spec["dtype"] and spec["shape"][-1] >= SMALLEST_EMBEDDING
             and name.startswith(NEGATIVE) == negative and "mask" not in name
         }  # fmt: skip
         if fitting:
@@ -87,7 +87,7 @@ def choose_conditions(found: dict[str, dict[str, Any]], wanted: list[str]) -> di
     if unknown := set(wanted) - {TIMESTEP, POOLED, TOKENS, NEGATIVE_TOKENS}:
         known = f"{TIMESTEP}, {POOLED}, {TOKENS}, {NEGATIVE_TOKENS}"
         raise UserError(f"adapter.conditions: unknown {sorted(unknown)[0]}: any of {known}")
-    by_kind = {told["kind"]: (name, told) for name, told in found.items()}
+    by_kind = {spec["kind"]: (name, spec) for name, spec in found.items()}
     chosen = [by_kind[kind] for kind in (TOKENS, NEGATIVE_TOKENS) if kind in wanted and kind in by_kind]
     if NEGATIVE_TOKENS in wanted and NEGATIVE_TOKENS not in by_kind:
         raise UserError(
@@ -96,8 +96,8 @@ def choose_conditions(found: dict[str, dict[str, Any]], wanted: list[str]) -> di
     if POOLED in wanted:
         whole = by_kind.get(LABEL) or by_kind.get(POOLED)
         if whole is None and TOKENS in by_kind and TOKENS not in wanted:
-            name, told = by_kind[TOKENS]
-            whole = name, told | {"kind": MEAN}
+            name, spec = by_kind[TOKENS]
+            whole = name, spec | {"kind": MEAN}
         chosen = [whole, *chosen] if whole else chosen
     return dict(chosen)
 

@@ -73,7 +73,7 @@ class Embedding(GuidanceAdapter):
         if config.sites:
             raise UserError("adapter.sites: the variant embedding sits at no site: leave it out")
         by_kind = {
-            told["kind"]: {name: [told["width"]] * 2} for name, told in about["conditions"].items() if "width" in told
+            spec["kind"]: {name: [spec["width"]] * 2} for name, spec in about["conditions"].items() if "width" in spec
         }
         tables = find_label_embedders(denoiser)
         if TOKENS in by_kind:

@@ -49,8 +49,8 @@ def export(adapter: GuidanceAdapter, path: Path, guidance_scale: float, format: 
     weights, tensors, implementation = prepared(adapter, path, guidance_scale, format)
     adapter.warn_outside(as_scales(guidance_scale))
     file = path if format == KOHYA else path / (LORA_FILE if format == DIFFUSERS else WEIGHTS_FILE)
-    told = header(adapter, guidance_scale, implementation) | for_diffusers(adapter, weights, format)
-    content = with_header(tensors, told)
+    header_fields = header(adapter, guidance_scale, implementation) | for_diffusers(adapter, weights, format)
+    content = with_header(tensors, header_fields)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -72,8 +72,8 @@ def named(name_or_path: str | Path) -> Iterator[None]:
         RuntimeError,
         safetensors.SafetensorError,
     ) as error:
-        told = " ".join(str(error).split())[:MOST_TOLD]  # torch names what is wrong with the weights in its second line
-        raise UserError(f"{name_or_path}: not an adapter: {told}") from error
+        message = " ".join(str(error).split())[:MOST_TOLD]  # torch names what is wrong with the weights in its second line
+        raise UserError(f"{name_or_path}: not an adapter: {message}") from error
 
 
 def load(

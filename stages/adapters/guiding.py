@@ -48,7 +48,7 @@ class Guiding(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.fused: bool | None = None
-        self.told: set[str] = set()  # why calls ran unfused
+        self.warned: set[str] = set()  # why calls ran unfused
         self.warned_of_negative = False
         self._exact: dict[str, Tensor] = {}  # the sites' weights, while they have a pipeline's precision
         self._begin_apart()
@@ -420,8 +420,8 @@ class Guiding(nn.Module, ABC):
             warn(f"guidance_scale {outside[0]:g} is outside {trained} this adapter was trained at")
 
     def tell_once(self, message: str) -> None:
-        if message not in self.told:
-            self.told.add(message)
+        if message not in self.warned:
+            self.warned.add(message)
             warn(message)
 
     # Hooks

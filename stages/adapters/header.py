@@ -52,7 +52,7 @@ def header(adapter: GuidanceAdapter, guidance_scale: float, implementation: str)
     about = adapter.about
     base, name = about["base"], about["base"]["pretrained_model_name_or_path"]
     low, high = about["scale_range"]
-    told = {
+    fields = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture(about)}/lora",
@@ -72,8 +72,8 @@ def header(adapter: GuidanceAdapter, guidance_scale: float, implementation: str)
         "guidance.dial": dial(about, guidance_scale),
     }
     if prediction := about.get("prediction_type"):
-        told["modelspec.prediction_type"] = PREDICTIONS.get(prediction, prediction)
-    return {field: text for field, text in told.items() if text is not None}
+        fields["modelspec.prediction_type"] = PREDICTIONS.get(prediction, prediction)
+    return {field: text for field, text in fields.items() if text is not None}
 
 
 def architecture(about: dict[str, Any]) -> str:

@@ -69,8 +69,8 @@ def of_each(timestep: Tensor, count: int, about: dict[str, Any]) -> Tensor:
 
 def places_of(flat: Inputs, latent: str, about: dict[str, Any]) -> dict[str, Axis]:
     """Where each argument has its samples, as the folder tells, or else as shapes do."""
-    if told := about.get("axes"):
-        return {name: Axis(**place) for name, place in told.items()}
+    if axes := about.get("axes"):
+        return {name: Axis(**place) for name, place in axes.items()}
     listed = Axis(listed=True)
     first = Axis() if latent in flat else listed
     count = first.of_samples(argument(flat, latent, first))

@@ -56,7 +56,7 @@ class Seen:
     crosses: bool
     spot: Spot | None
 
-    def told(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, Any]:
         """Of its spot what differs from the usual, for the adapter's folder."""
         return {name: value for name, value in asdict(self.spot or USUAL).items() if value != getattr(USUAL, name)}
 
@@ -177,12 +177,12 @@ def calls_by_values(
     of_latent = {name: value for name, value in other.items() if name == latent or name.startswith(f"{latent}.[")}
     variants = [one, one | of_latent, *(exchanged(one, other, i, places) for i in (0, samples - 1))]
 
-    def told(value: Tensor) -> Given:
+    def describe_value(value: Tensor) -> Given:
         return Given(tuple(value.shape), False, tuple(fingerprint_along(value, dim) for dim in (0, 1)))
 
     half = like.dtype in (torch.float16, torch.bfloat16)
     with torch.autocast(like.device.type, like.dtype) if half else nullcontext():
-        return [watched(denoiser, widths, unflatten(given), told) for given in variants]
+        return [watched(denoiser, widths, unflatten(given), describe_value) for given in variants]
 
 
 def fingerprint_along(value: Tensor, dim: int) -> Tensor:
@@ -192,25 +192,25 @@ def fingerprint_along(value: Tensor, dim: int) -> Tensor:
 
 
 def watched(
-    model: nn.Module, widths: dict[str, list[int]], given: dict[str, Any], told: Callable[[Tensor], Given]
+    model: nn.Module, widths: dict[str, list[int]], given: dict[str, Any], describe_value: Callable[[Tensor], Given]
 ) -> Calls:
     """The calls of modules in one forward pass."""
     calls: Calls = {}
-    with hooked(model, widths, calls, told):
+    with hooked(model, widths, calls, describe_value):
         model(**given)
     return calls
 
 
 @contextmanager
 def hooked(
-    model: nn.Module, widths: dict[str, list[int]], calls: Calls, told: Callable[[Tensor], Given]
+    model: nn.Module, widths: dict[str, list[int]], calls: Calls, describe_value: Callable[[Tensor], Given]
 ) -> Iterator[None]:
     def watch(name: str, module: nn.Module) -> Any:
         names = parameters_of(module)
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             bound = dict(enumerate(args)) | {names.index(key): v for key, v in kwargs.items() if key in names}
-            given = {i: told(v) for i, v in sorted(bound.items()) if is_tokens(v)}
+            given = {i: describe_value(v) for i, v in sorted(bound.items()) if is_tokens(v)}
             outputs = output if isinstance(output, (tuple, list)) else [output]
             gave = [tuple(each.shape) if isinstance(each, Tensor) else () for each in outputs]
             calls.setdefault(name, []).append(Call(given, gave))

@@ -87,15 +87,15 @@ def _told(pipe: Any, conditions: Sequence[Condition], negative_prompt: str | Non
     """The conditions as the pipeline's `__call__` takes them; `negative_prompt` is of those that have none of their own."""
     if takes_class_labels(type(pipe)):
         return {"class_labels": [condition["class_label"] for condition in conditions]}
-    told: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     if any("prompt" in condition for condition in conditions):
-        told["prompt"] = [condition["prompt"] for condition in conditions]
+        named["prompt"] = [condition["prompt"] for condition in conditions]
         if negative_prompt is not None or any("negative_prompt" in condition for condition in conditions):
-            told["negative_prompt"] = [c.get("negative_prompt", negative_prompt or "") for c in conditions]
+            named["negative_prompt"] = [c.get("negative_prompt", negative_prompt or "") for c in conditions]
     for name in PICTURES:
         if any(name in condition for condition in conditions):
-            told[name] = [open_picture(name, condition[name]) for condition in conditions]
-    return told
+            named[name] = [open_picture(name, condition[name]) for condition in conditions]
+    return named
 
 
 def takes_class_labels(pipeline_class: type) -> bool:

@@ -111,11 +111,11 @@ def merge(config: DictConfig, layer: Layer, known: Mapping[str, Any]) -> None:
             OmegaConf.update(config, key, value)
             OmegaConf.select(config, key)
         except OmegaConfBaseException as error:
-            told = str(error).splitlines()[0]
+            message = str(error).splitlines()[0]
             within = error.full_key if str(error.full_key).startswith(f"{key}.") else None
-            if "is not a ListConfig" in told:
-                told = "a list is asked for" if within else f"a list is asked for: say {key}=[{value}]"
-            raise UsageError(f"{within or f'{key}={value}'}: {told}") from error
+            if "is not a ListConfig" in message:
+                message = "a list is asked for" if within else f"a list is asked for: say {key}=[{value}]"
+            raise UsageError(f"{within or f'{key}={value}'}: {message}") from error
 
 
 def options(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
@@ -127,8 +127,8 @@ def options(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any
             yield from options(kind, f"{prefix}{option.name}.")
         else:
             default = option.default_factory() if callable(option.default_factory) else option.default
-            told = option.metadata
-            yield prefix + option.name, told.get("kind") or kind, default, told.get("help", "")
+            metadata = option.metadata
+            yield prefix + option.name, metadata.get("kind") or kind, default, metadata.get("help", "")
 
 
 def help_text(config_class: type[Any], description: str) -> str:

@@ -170,13 +170,13 @@ def conditions_of(
     Raises:
         UserError: prompts for a pipeline that takes classes, or the other way round, or a class not trained on.
     """
-    kind, told = type(pipe), {name: paths for name, paths in (pictures or {}).items() if paths}
+    kind, given = type(pipe), {name: paths for name, paths in (pictures or {}).items() if paths}
     if not takes_class_labels(kind):
         takes_prompts = isinstance(pipe, ModularPipeline) or "prompt" in inspect.signature(kind.__call__).parameters
         if not prompts and takes_prompts:
             raise UserError(f"prompts: not given: {kind.__name__} takes prompts, not classes: say prompts=...")
         columns: dict[str, list[Any]] = ({"prompt": prompts} if prompts else {}) | {
-            name: [PicturePath(path) for path in paths] for name, paths in told.items()
+            name: [PicturePath(path) for path in paths] for name, paths in given.items()
         }
         if differing := [name for name, values in columns.items() if len(values) != len(next(iter(columns.values())))]:
             raise UserError(f"{differing[0]}: give as many as prompts")
@@ -184,8 +184,8 @@ def conditions_of(
         check_columns(rows or [{}], "prompts", kind)
         check_pictures(rows, "prompts", of_one_size=False)
         return rows
-    if prompts or told:
-        raise UserError(f"{next(iter(told), 'prompts')}: {kind.__name__} takes classes: say class_labels=...")
+    if prompts or given:
+        raise UserError(f"{next(iter(given), 'prompts')}: {kind.__name__} takes classes: say class_labels=...")
     trained = list(adapter.about["sampled"]["class_labels"])
     labels = trained if class_labels is None else list(class_labels)
     if not labels or not set(labels) <= set(trained):
@@ -205,13 +205,13 @@ def sample_setting(pipe: Any, adapter: GuidanceAdapter, setting: Setting, reques
     ):
         synchronize(pipe)
         start = time.perf_counter()
-        sample(pipe, *told(pipe, {} if adapter is None else adapter.about, setting, request))
+        sample(pipe, *with_guidance(pipe, {} if adapter is None else adapter.about, setting, request))
         synchronize(pipe)
         seconds = (latents.ended or time.perf_counter()) - start
     return Samples(latents[0], count[0], seconds, steps, adapter.fused if setting.method == ONE_PASS else None)
 
 
-def told(pipe: Any, about: dict[str, Any], setting: Setting, request: Request) -> tuple[Request, float]:
+def with_guidance(pipe: Any, about: dict[str, Any], setting: Setting, request: Request) -> tuple[Request, float]:
     """A request, and the scale that the pipeline is given for that of a setting; for no guidance, all that switches it off."""
     offset = about.get("scale_offset", 0.0)
     guides_itself = setting.method != ONE_PASS or not isinstance(pipe, ModularPipeline)

@@ -112,7 +112,7 @@ class Evaluation:
 
     def _rows(self) -> list[dict[str, Any]]:
         total, timesteps = self.config.num_samples, self.parts.timesteps()
-        adapters = {told["adapter"]: told for told in self.about["adapters"]}
+        adapters = {info["adapter"]: info for info in self.about["adapters"]}
         closeness = self._closeness()
         rows = []
         for number, setting in enumerate(self.settings):

@@ -25,7 +25,7 @@ class Column(NamedTuple):
     """A column of the table: its head, and how a value is told."""
 
     title: str
-    told: Callable[[Any], str]
+    format: Callable[[Any], str]
 
 
 TITLES = {
@@ -90,7 +90,7 @@ def cells_of(rows: list[Row]) -> list[list[str]]:
     if len(adapters_in(rows)) < 2:
         shown.pop("adapter", None)
     head = [column.title for column in shown.values()]
-    return [head, *([column.told(row[name]) for name, column in shown.items()] for row in rows)]
+    return [head, *([column.format(row[name]) for name, column in shown.items()] for row in rows)]
 
 
 def table(rows: list[Row]) -> str:

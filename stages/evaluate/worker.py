@@ -128,7 +128,7 @@ class Worker:
     def _check_alike(self) -> None:
         """Adapters that are compared share the samples of their base, and so must have been trained for the same."""
         for name, adapter in self.adapters.items():
-            told = {
+            checks = {
                 "base": adapter.about["base"]["denoiser_fingerprint"]
                 == self.first.about["base"]["denoiser_fingerprint"]
                 or self.config.pretrained_model_name_or_path is not None,
@@ -136,7 +136,7 @@ class Worker:
                 "teacher.call": arguments_of(self.pipe, adapter) == self.arguments,
                 "classes": adapter.about["sampled"]["class_labels"] == self.first.about["sampled"]["class_labels"],
             }
-            if differing := [what for what, alike in told.items() if not alike]:
+            if differing := [what for what, alike in checks.items() if not alike]:
                 raise UserError(
                     f"adapter_dir: {name} was trained with another {differing[0]} than {next(iter(self.adapters))}: "
                     "evaluate each in a run of its own"
@@ -149,7 +149,7 @@ class Worker:
     def _facts(self) -> Facts:
         components = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
         parted = ("num_samples", "num_inference_steps", "batch_size", "seed", "save_images", "features")
-        told = {
+        facts = {
             "layout": LAYOUT,
             "config": {key: getattr(self.config, key) for key in parted},
             "settings": [(s.method, s.guidance_scale, s.adapter) for s in self.settings],
@@ -160,7 +160,7 @@ class Worker:
             "conditions": self.conditions,
             "judges": [judge.fingerprint for judge in self.judges],
         }
-        identity = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+        identity = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
         device = torch.cuda.get_device_name(self.pipe.device) if self.pipe.device.type == "cuda" else "cpu"
         return Facts(identity, sum(p.numel() for p in denoiser_of(self.pipe)[1].parameters()), device)
 

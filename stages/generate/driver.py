@@ -185,8 +185,8 @@ class Driver:
     def _tell_room(self, size: float, free: int, made: int) -> None:
         left = size * (self.plan.num_records - sum(map(self.plan.records_of, self.committed)) - made)
         if left > free:
-            told = f"about {left / 1e6:,.1f} MB are still to be made, and {free / 1e6:,.1f} MB are free there"
-            warnings.warn(f"{self.root}: {told}: make room, or this run ends with what fits", stacklevel=1)
+            message = f"about {left / 1e6:,.1f} MB are still to be made, and {free / 1e6:,.1f} MB are free there"
+            warnings.warn(f"{self.root}: {message}: make room, or this run ends with what fits", stacklevel=1)
 
     def _see_made(self, unit: int) -> None:
         self.in_flight.remove(unit)
@@ -297,5 +297,5 @@ def units_of(plans: list[dict[str, Any]]) -> int:
 
 def reason_of(error: BaseException) -> str:
     """One line, which for what is not told to a user begins with the kind of error."""
-    told = first_line(error)
-    return told if isinstance(error, UserError) else f"{type(error).__name__}: {told}"
+    message = first_line(error)
+    return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"

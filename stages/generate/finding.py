@@ -146,8 +146,8 @@ def find_parts(
     same = [place for place in places if apart[place] < SAME]
     different = [place for place in places if place not in same]
     if not (same and different):
-        told = "all are alike" if same else "none is like the pass without guidance"
-        raise uncertain(pipe, f"of the {len(places)} parts of a guided step {told}")
+        message = "all are alike" if same else "none is like the pass without guidance"
+        raise uncertain(pipe, f"of the {len(places)} parts of a guided step {message}")
     conditional = min(same, key=lambda place: _unlike_prediction(arguments, unguided.steps[0], guided[0], place, n))
     return conditional, different[0] if len(different) == 1 else None
 
@@ -172,16 +172,16 @@ def _unlike_prediction(arguments: Arguments, alone: Seen, guided: Seen, place: P
 
 def _told_constants(pipe: Any, call: Call, arguments: Arguments) -> dict[str, Any]:
     constants, rows = constants_of(call.inputs, arguments), arguments.rows(call.inputs)
-    told = {}
+    values = {}
     for name, value in constants.items():
         try:
-            told[name] = encoded(value, rows)
+            values[name] = encoded(value, rows)
         except TypeError as error:
             raise UserError(
                 f"{type(pipe).__name__} cannot be recorded: its denoiser is given {name}, {error}, which cannot be stored with "
                 "records: switch that off (teacher.call.NAME=...), or take another class (teacher.pipeline_class=...)"
             ) from error
-    return told
+    return values
 
 
 def _find_targets(pipe: Any, arguments: Arguments, step: Seen) -> list[tuple[int, int]]:
@@ -216,9 +216,9 @@ def _find_target(pipe: Any, prediction: Tensor, handed: Tensor) -> tuple[int, in
         for sign in (1, -1) if fits else ():
             if distance(sign * own.reshape(handed.shape), handed) < SAME:
                 return sign, channels
-    told = "something else than" if fits else "another shape than"
+    message = "something else than" if fits else "another shape than"
     raise UserError(
-        f"{type(pipe).__name__}: its scheduler receives {told} its denoiser predicts, so that the records could not be "
+        f"{type(pipe).__name__}: its scheduler receives {message} its denoiser predicts, so that the records could not be "
         "trained on: such pipelines cannot be recorded; take another pipeline class of the model (teacher.pipeline_class)"
     )
 

@@ -234,8 +234,8 @@ def named(config: GenerateConfig) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        told = " ".join(" ".join(map(str, error.args)).split())
-        raise UserError(f"{place_of(config)}: Ray cannot keep that for a worker: {told}") from error
+        message = " ".join(" ".join(map(str, error.args)).split())
+        raise UserError(f"{place_of(config)}: Ray cannot keep that for a worker: {message}") from error
 
 
 def told_of(error: RayError) -> RayError:

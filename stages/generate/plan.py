@@ -169,18 +169,18 @@ def check(config: GenerateConfig) -> None:
     """Refuse what no run could carry out, before anything is loaded."""
     check_bounds(config)
     scale = config.guidance_scale
-    told = f"guidance_scale={list(scale)}"
+    option = f"guidance_scale={list(scale)}"
     if config.guidance_scale_distribution == "list":
         if not scale:
-            raise UsageError(f"{told}: empty: name the scales to draw from")
+            raise UsageError(f"{option}: empty: name the scales to draw from")
     elif len(scale) != 2:
-        raise UsageError(f"{told}: give the lowest and the highest scale, e.g. [1, 6]")
+        raise UsageError(f"{option}: give the lowest and the highest scale, e.g. [1, 6]")
     elif scale[0] > scale[1]:
-        raise UsageError(f"{told}: the range is upside down: lowest scale first")
+        raise UsageError(f"{option}: the range is upside down: lowest scale first")
     if not all(value >= 1 for value in scale):
-        raise UsageError(f"{told}: scales below 1 are not guidance: begin at 1 or above")
+        raise UsageError(f"{option}: scales below 1 are not guidance: begin at 1 or above")
     if not all(value < float("inf") for value in scale):
-        raise UsageError(f"{told}: endless: give finite scales")
+        raise UsageError(f"{option}: endless: give finite scales")
     if config.num_trajectories is not None and config.num_trajectories_per_condition != 1:
         raise UsageError(
             f"num_trajectories={config.num_trajectories}: tells the same as num_trajectories_per_condition: give one of them"

@@ -63,9 +63,9 @@ def guidance_rule(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         settings = {name: value for name, value in guider.config.items() if not name.startswith("_")}
         return {"name": type(guider).__name__} | {k: v for k, v in settings.items() if k != "guidance_scale"}
     defaults = inspect.signature(type(pipe).__call__).parameters
-    told = {name: arguments.get(name, p.default) for name, p in defaults.items()}
+    values = {name: arguments.get(name, p.default) for name, p in defaults.items()}
     keyword = scale_keyword(pipe)
-    named = {k: v for k, v in told.items() if _is_of_guidance(k) and k != keyword and is_number(v)}
+    named = {k: v for k, v in values.items() if _is_of_guidance(k) and k != keyword and is_number(v)}
     return {"name": "ClassifierFreeGuidance", "pipeline": type(pipe).__name__} | named
 
 

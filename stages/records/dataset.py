@@ -72,8 +72,8 @@ class Dataset:
             raise self._unfinished(sum(plan["units"] for plan in whole or info["plans"]))
         known = [fingerprint_of(plan) for plan in whole]
         if snapshot is not None and snapshot not in known:
-            told = ", ".join(fingerprint[:12] for fingerprint in known)
-            raise UserError(f"{self.root}: has no snapshot {snapshot[:12]}, only {told}")
+            message = ", ".join(fingerprint[:12] for fingerprint in known)
+            raise UserError(f"{self.root}: has no snapshot {snapshot[:12]}, only {message}")
         number = len(known) if snapshot is None else 1 + known.index(snapshot)
         self.newest, self.fingerprint = number == len(known), known[number - 1]
         self.info = of_snapshot(info, whole[number - 1])
@@ -141,10 +141,10 @@ class Dataset:
         return sample
 
     def _damage(self, shard: str, expected: str, found: str) -> DamageError:
-        told = f"{damage(self.root, {'shard': shard, 'expected': expected, 'found': found})}{SKIPPED}"
+        message = f"{damage(self.root, {'shard': shard, 'expected': expected, 'found': found})}{SKIPPED}"
         if self.cache is not None:
-            told += f"; if that finds none, its copy in {self.cache.root} is damaged: remove {self._known[shard][0]}"
-        return DamageError(told)
+            message += f"; if that finds none, its copy in {self.cache.root} is damaged: remove {self._known[shard][0]}"
+        return DamageError(message)
 
     def timesteps(self, row: dict[str, Any]) -> Tensor:
         """The timesteps `[k]` of one sample, read without the rest of it, and so not checked.
@@ -162,8 +162,8 @@ class Dataset:
                     raise ValueError("beyond the sample")
                 file.seek(row["offset"] + 8 + length + begin)
                 alone = {"timestep": header["timestep"] | {"data_offsets": [0, end - begin]}}
-                told = json.dumps(alone).encode()
-                content = len(told).to_bytes(8, "little") + told + file.read(end - begin)
+                own_header = json.dumps(alone).encode()
+                content = len(own_header).to_bytes(8, "little") + own_header + file.read(end - begin)
                 return safetensors.torch.load(content)["timestep"]
             except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
                 raise self._damage(row["shard"], f"the timesteps of {row['key']}", "other bytes") from error
@@ -195,6 +195,6 @@ def size_problems(committed: dict[str, int], there: dict[str, int]) -> list[dict
     problems = []
     for shard, size in committed.items():
         if (found := there.get(shard)) != size:
-            told = "no such file" if found is None else f"{found} bytes"
-            problems.append({"shard": shard, "expected": f"{size} bytes", "found": told})
+            message = "no such file" if found is None else f"{found} bytes"
+            problems.append({"shard": shard, "expected": f"{size} bytes", "found": message})
     return problems

@@ -78,8 +78,8 @@ def publish(
             if commit["unit"] != unit:
                 raise gone(unit)
             if not is_of_plan(commit, digests):
-                told = {"shard": commit_name(unit), "expected": OF_THE_PLAN, "found": "one of another"}
-                raise damage(root, told)
+                problem = {"shard": commit_name(unit), "expected": OF_THE_PLAN, "found": "one of another"}
+                raise damage(root, problem)
             rows.append(rows[-1] + len(commit["samples"]))
             size.append(size[-1] + commit["size"])
             tensors.update({} if tensors else commit["tensors"])

@@ -95,20 +95,20 @@ def from_members(tensors: bytes, about: bytes) -> Trajectory:
         ValueError: the bytes are not those of a sample.
     """
     try:
-        told = json.loads(about)
+        fields = json.loads(about)
         named = safetensors.torch.load(tensors)
         return Trajectory(
-            index=told["trajectory"],
-            part=told["part"],
-            seed=told["seed"],
-            guidance_scale=told["guidance_scale"],
-            condition=told["condition"],
+            index=fields["trajectory"],
+            part=fields["part"],
+            seed=fields["seed"],
+            guidance_scale=fields["guidance_scale"],
+            condition=fields["condition"],
             latent=named.pop("latent"),
             timestep=named.pop("timestep"),
             target=named.pop("target"),
             guidance_cosine=named.pop("guidance_cosine", None),
             guidance_delta=named.pop("guidance_delta", None),
-            denoiser=told["denoiser"],
+            denoiser=fields["denoiser"],
             steps={name: value for name, value in named.items() if name.startswith(STEP)},
             cond={
                 name.removeprefix(CONDITION_PREFIX): value
@@ -132,13 +132,13 @@ def describe(trajectory: Trajectory) -> dict[str, dict[str, Any]]:
     return {name: {"dtype": dtype_name(value.dtype), "shape": list(value.shape)} for name, value in tensors.items()}
 
 
-def misfit(tensors: dict[str, Tensor], told: dict[str, dict[str, Any]]) -> str | None:
+def misfit(tensors: dict[str, Tensor], specs: dict[str, dict[str, Any]]) -> str | None:
     """What keeps the tensors of a sample from being those that `dataset.json` tells of; None where nothing does.
 
     Conditions may differ in length from sample to sample.
     """
     count = list(tensors["timestep"].shape[:1]) if "timestep" in tensors else []
-    for name, about in told.items():
+    for name, about in specs.items():
         if name not in tensors:
             return f"no {name}"
         found, shape = tensors[name], list(about["shape"])

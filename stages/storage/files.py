@@ -98,11 +98,11 @@ def alone_in(folder: Path, what: str) -> Iterator[None]:
         try:
             locked = lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            told = f"{folder}: {what} here: wait for it, or take another output_dir"
-            raise UserError(told) from error
+            message = f"{folder}: {what} here: wait for it, or take another output_dir"
+            raise UserError(message) from error
         if not locked:
-            told = "its file system has no locks: goes on without, so begin no second run there meanwhile"
-            warnings.warn(f"{folder}: {told}", stacklevel=2)
+            message = "its file system has no locks: goes on without, so begin no second run there meanwhile"
+            warnings.warn(f"{folder}: {message}", stacklevel=2)
         yield
 
 

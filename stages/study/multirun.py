@@ -178,8 +178,8 @@ def measured(run: Run) -> dict[str, Any]:
     """The row of a run that is done; `gap_left` is the share of the base's own loss without guidance that is left."""
     training = json.loads((run.folder / "training.json").read_bytes())
     loss, unguided = training["validation_loss"], training["validation_loss_unguided"]
-    told = {key: training[key] for key in COLUMNS if key in training} | {"validation_loss_unguided": unguided}
-    return described(run) | told | ({"gap_left": loss / unguided} if unguided else {})
+    measures = {key: training[key] for key in COLUMNS if key in training} | {"validation_loss_unguided": unguided}
+    return described(run) | measures | ({"gap_left": loss / unguided} if unguided else {})
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -100,19 +100,19 @@ def over_seeds(rows: list[Row]) -> list[Row]:
         | {"adapter": name}
         | {
             key: statistics.fmean(row[key] for row in group)
-            for key, told in group[0].items()
-            if isinstance(told, float)
+            for key, value in group[0].items()
+            if isinstance(value, float)
         }
         | {"error_by_timestep": mean_curves([row["error_by_timestep"] for row in group])}
         for (_, _, name), group in alike.items()
     ]
 
 
-def mean_curves(told: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def mean_curves(curves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The mean, at each timestep, of curves that are told for the same scales."""
     return [
         same_scale[0] | {"error": [statistics.fmean(e) for e in zip(*(c["error"] for c in same_scale), strict=True)]}
-        for same_scale in zip(*told, strict=True)
+        for same_scale in zip(*curves, strict=True)
     ]
 
 

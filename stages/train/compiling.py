@@ -33,11 +33,11 @@ def told_of_compiling(asked: bool = True) -> Iterator[None]:
     except Exception as error:
         if not (asked and _of_a_compiler(error)):
             raise
-        told = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:MOST_TOLD]
+        message = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:MOST_TOLD]
         way_out = (
             "give it a C++ compiler, such as g++, and a folder to write to (TORCHINDUCTOR_CACHE_DIR), or leave it out"
         )
-        raise UserError(f"torch_compile=true: {told or type(error).__name__}: {way_out}") from error
+        raise UserError(f"torch_compile=true: {message or type(error).__name__}: {way_out}") from error
 
 
 def _of_a_compiler(error: Exception) -> bool:

@@ -243,9 +243,9 @@ class Trainer:
         low, high = self.adapter.about["scale_range"]
         if low < high:  # else there is no other scale to ask for
             self.adapter.about["guidance_gain"] = guidance_gain(validation_loss, self.unguided_loss)
-        told = ("steps", "validation_loss", "validation_loss_unguided")
+        measured = ("steps", "validation_loss", "validation_loss_unguided")
         kind = {"kind": self.dataset.info["config"].get("trajectory", "guided")}
-        self.adapter.about["training"] = self.dataset.info["counts"] | kind | {key: summary[key] for key in told}
+        self.adapter.about["training"] = self.dataset.info["counts"] | kind | {key: summary[key] for key in measured}
         if self.processes.is_main_process:
             with self.optimization.averaged():
                 self.adapter.save_pretrained(self.root)
@@ -290,11 +290,11 @@ class Trainer:
             raise UserError(self._told_of_records(*found))
         if not self.optimization.is_finite():
             raise UserError(f"step {self.step}: the weights are not numbers any more: {self._way_out}")
-        told = self.meter.read()
-        self.loss = told["loss"]
-        told |= {"learning_rate": self.optimization.learning_rate, "peak_memory_bytes": peak_memory(self.device)}
-        trackers.log(told, self.step)
-        bar.set_postfix_str(f"loss {self.loss:.5f}, {told['records_per_second']:.0f} records/s", refresh=False)
+        scalars = self.meter.read()
+        self.loss = scalars["loss"]
+        scalars |= {"learning_rate": self.optimization.learning_rate, "peak_memory_bytes": peak_memory(self.device)}
+        trackers.log(scalars, self.step)
+        bar.set_postfix_str(f"loss {self.loss:.5f}, {scalars['records_per_second']:.0f} records/s", refresh=False)
 
     def _told_of_records(self, place: Place, wrong: list[int]) -> str:
         names = self.stream.whereabouts(place.begin, place.length)[self.stream.rank :: self.stream.world_size]

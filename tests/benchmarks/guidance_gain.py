@@ -30,10 +30,10 @@ def main(name_or_path: str, words: list[str]) -> None:
         if row["method"] == "cfg":
             cfg = row["frechet_distance"]
         if row["method"] == "one_pass":
-            told = "without" if row["adapter"] == without.name else "with"
+            message = "without" if row["adapter"] == without.name else "with"
             distance = row["frechet_distance"]
             print(
-                f"{row['guidance_scale']:5g}  {told:7}  {row['gap_closed']:10.4f}  {distance:16.2f}  {distance / cfg:10.3f}"
+                f"{row['guidance_scale']:5g}  {message:7}  {row['gap_closed']:10.4f}  {distance:16.2f}  {distance / cfg:10.3f}"
             )
 
 

@@ -75,8 +75,8 @@ def test_the_saved_configuration_is_read_back(tmp_path: Path) -> None:
         (["name="], "name=: empty: say name="),
     ],
 )
-def test_wrong_usage_is_told_in_one_line_that_names_the_key(words: list[str], told: str) -> None:
-    with pytest.raises(UsageError, match=told) as error:
+def test_wrong_usage_is_told_in_one_line_that_names_the_key(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as error:
         parse(Example, words)
     assert "\n" not in str(error.value)
 
@@ -116,7 +116,7 @@ def test_exit_status_and_one_line(
     capsys: pytest.CaptureFixture[str],
     raised: BaseException | None,
     status: int,
-    told: str,
+    info: str,
 ) -> None:
     def main(config: Example) -> None:
         if raised:
@@ -126,7 +126,7 @@ def test_exit_status_and_one_line(
     with pytest.raises(SystemExit) as exited:
         run(Example, main, "")
     assert exited.value.code == status
-    assert capsys.readouterr().err.startswith(told)
+    assert capsys.readouterr().err.startswith(info)
 
 
 def test_the_first_word_may_be_an_option_without_its_key(

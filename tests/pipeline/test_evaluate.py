@@ -46,10 +46,10 @@ def parts_in(folder: Path) -> dict[str, int]:
 
 def test_everything_is_written(undisturbed: Evaluation) -> None:
     folder = undisturbed.folder
-    told = json.loads((folder / "evaluation.json").read_text())
-    assert told["rows"] == undisturbed.rows
-    assert [row["method"] for row in told["rows"]] == ["none", "cfg", "one_pass", "cfg_first_50", "cfg_first_60"]
-    assert (told["variant"], told["num_samples"]) == ("lora", 20)
+    info = json.loads((folder / "evaluation.json").read_text())
+    assert info["rows"] == undisturbed.rows
+    assert [row["method"] for row in info["rows"]] == ["none", "cfg", "one_pass", "cfg_first_50", "cfg_first_60"]
+    assert (info["variant"], info["num_samples"]) == ("lora", 20)
     assert len(parts_in(folder)) == 10
     assert (folder / "report.html").exists()
     assert not (folder / "images").exists()

@@ -34,8 +34,8 @@ def test_a_folder_is_exported_and_its_reader_named(tmp_path: Path, capsys: pytes
     ("words", "told"),
     [(["guidance_scale=1"], "guidance_scale=1.0: more than 1"), (["format=onnx"], "format=onnx: one of")],
 )
-def test_what_the_options_do_not_allow_is_wrong_usage(words: list[str], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_what_the_options_do_not_allow_is_wrong_usage(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         main(parse(ExportConfig, ["adapter_dir=a", "output=o", "guidance_scale=2", *words]))
 
 
@@ -57,9 +57,9 @@ def test_a_dial_is_measured_into_the_file_and_the_card(
     folder = Path(shutil.copytree(tiny_adapter, tmp_path / "adapter"))
     words = [f"adapter_dir={folder}", "guidance_scale=2.5", f"output={tmp_path / 'lora'}", "format=peft"]
     main(parse(ExportConfig, [*words, "dial_samples=4", "num_inference_steps=3", "device=cpu"]))
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("strength")]
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("strength")]
     with safetensors.safe_open(tmp_path / "lora" / "adapter_model.safetensors", "pt") as file:
         dial = json.loads(file.metadata()["guidance.dial"])
-    assert told == [f"strength {row['strength']:g}: guidance scale {row['guidance_scale']:.2f}" for row in dial]
+    assert found == [f"strength {row['strength']:g}: guidance scale {row['guidance_scale']:.2f}" for row in dial]
     assert GuidanceAdapter.from_pretrained(folder).about["dial"] == {"2.5": dial}
     assert "## Strength of the file exported at guidance scale 2.5" in (folder / "README.md").read_text()

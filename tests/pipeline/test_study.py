@@ -48,10 +48,10 @@ def test_a_study_is_made_judged_and_told(
         runpy.run_module("pipeline.study", run_name="__main__")
     printed = capsys.readouterr()
     assert ended.value.code == 0, printed.err
-    told = json.loads((output / "claims.json").read_text())
-    assert len(told["claims"]) == 5
+    info = json.loads((output / "claims.json").read_text())
+    assert len(info["claims"]) == 5
     assert "One pass is what two passes are" in printed.out
-    rows = [row for row in told["rows"] if row["method"] == "one_pass"]
+    rows = [row for row in info["rows"] if row["method"] == "one_pass"]
     assert [(row["name"], row["seed"]) for row in rows] == [("default", 0), ("default", 1), ("full", 0)]
     assert all(row["teacher_evaluations"] == 2 * 48 and row["training_seconds"] > 0 for row in rows)
     tables = (output / "claims.md").read_text()

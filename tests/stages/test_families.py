@@ -104,7 +104,7 @@ def test_an_adapter_is_trained_and_samples_in_one_pass(dataset: Dataset, tmp_pat
 
 def test_the_adapter_found_its_conditions_in_the_records(dataset: Dataset) -> None:
     student = Student.create(dataset, ADAPTER, load_base(dataset))
-    kinds = {told["kind"]: name for name, told in student.adapter.about["conditions"].items()}
+    kinds = {info["kind"]: name for name, info in student.adapter.about["conditions"].items()}
     assert kinds["tokens"] == "encoder_hidden_states"
     assert kinds.get("pooled") in {None, "added_cond_kwargs.text_embeds", "pooled_projections"}
     assert json.dumps(student.adapter.about)

@@ -63,8 +63,8 @@ def test_a_command_ends_as_it_would_wherever_it_tells(place: str, tmp_path: Path
         capture_output=True,
         check=False,
     )
-    told = ended.stdout + ended.stderr
-    assert (ended.returncode, b"Traceback" in told, b"Exception ignored" in told) == (0, False, False), told[-2000:]
+    caught = ended.stdout + ended.stderr
+    assert (ended.returncode, b"Traceback" in caught, b"Exception ignored" in caught) == (0, False, False), caught[-2000:]
     assert (tmp_path / "öutput").read_text() == "made"
     if place == "a console of seven bits":
         assert ended.stdout.endswith(b"done \\u2713\n")

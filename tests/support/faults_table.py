@@ -34,7 +34,7 @@ def failures(report: Path) -> list[tuple[str, str]]:
 
 def to_markdown(lines: list[str], failed: list[tuple[str, str]]) -> str:
     """One row per kind, with each of its faults."""
-    passed = Counter((told["kind"], told["fault"]) for told in map(json.loads, lines))
+    passed = Counter((info["kind"], info["fault"]) for info in map(json.loads, lines))
     injected = passed + Counter(failed)
     kinds = dict.fromkeys([*KINDS, *sorted(kind for kind, _ in injected)])
     table = ["| what it happens to | faults | injected | survived |", "| --- | --- | --- | --- |"]

@@ -130,11 +130,11 @@ def main(seconds: str, folder: str | None = None) -> None:
         config = soak_config(save_pipeline(tiny_dit(), root / "teacher"), root)
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         config.ray_address = ray.get_runtime_context().gcs_address
-        told = soak(config, root, float(seconds), seed=time.time_ns())
+        info = soak(config, root, float(seconds), seed=time.time_ns())
         ray.shutdown()
         check(root / "data", generate(replace(config, output_dir=str(root / "undisturbed"))))
         units = len(list((root / "data" / "commits").glob("[0-9]*.json")))
-        print(json.dumps({"seconds": float(seconds), "units": units} | told | {"ok": True}))
+        print(json.dumps({"seconds": float(seconds), "units": units} | info | {"ok": True}))
 
 
 if __name__ == "__main__":

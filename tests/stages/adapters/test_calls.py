@@ -38,12 +38,12 @@ class Run:
         specimen = ZOO[name]
         self.steps: list[list[Call]] = []
         self.latents: list[Tensor] = []
-        told = dict(specimen.arguments) | {"prompt": specimen.conditions[0]["prompt"]} | arguments
+        info = dict(specimen.arguments) | {"prompt": specimen.conditions[0]["prompt"]} | arguments
         parameters = inspect.signature(type(pipe).__call__).parameters
-        told |= {"generator": torch.Generator().manual_seed(0), "num_inference_steps": STEPS}
-        told |= {"output_type": "latent"} if "output_type" in parameters else {}
+        info |= {"generator": torch.Generator().manual_seed(0), "num_inference_steps": STEPS}
+        info |= {"output_type": "latent"} if "output_type" in parameters else {}
         with watched(pipe, self._see, self.latents.append):
-            pipe(**told)
+            pipe(**info)
 
     def _see(self, calls: list[Call], handed: Tensor, timestep: Any) -> None:
         self.steps.append(list(calls))
@@ -73,10 +73,10 @@ def on(pipe: Any, component: str | None = None, **about: Any) -> GuidanceAdapter
 
 
 def said(call: Any) -> list[str]:
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    return [str(w.message) for w in told if issubclass(w.category, UserWarning) and w.filename == __file__]
+    return [str(w.message) for w in caught if issubclass(w.category, UserWarning) and w.filename == __file__]
 
 
 # What switches the pipeline's own guidance off
@@ -122,12 +122,12 @@ def test_the_embedded_scale_is_the_recorded_one_unless_both_are_named(name: str)
     arguments = {key: value for key, value in ZOO[name].arguments.items() if not key.endswith("_scale")}
     embedded = Run(name, pipe, **arguments, true_cfg_scale=1.0, guidance_scale=1.0).given("guidance")[0]
     as_recorded = [embedded * 2.5] * STEPS
-    told = {
+    info = {
         "the adapter's by the usual name": {"guidance_scale": 4.0},
         "the adapter's by the pipeline's": {"true_cfg_scale": 4.0},
     }
     ends = []
-    for asked in told.values():
+    for asked in info.values():
         pipe_call = dict(arguments) | asked
         run = call(pipe, pipe_call, ZOO[name].conditions[0]["prompt"])
         assert run.given("guidance") == pytest.approx(as_recorded)
@@ -144,9 +144,9 @@ def test_the_embedded_scale_is_the_recorded_one_unless_both_are_named(name: str)
 def call(pipe: Any, arguments: dict[str, Any], prompt: str) -> Run:
     run = Run.__new__(Run)
     run.steps, run.latents = [], []
-    told = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": STEPS, "output_type": "latent"}
+    info = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": STEPS, "output_type": "latent"}
     with watched(pipe, run._see, run.latents.append):
-        pipe(prompt=prompt, **arguments, **told)
+        pipe(prompt=prompt, **arguments, **info)
     return run
 
 
@@ -337,9 +337,9 @@ def test_whatever_is_negative_is_said_to_do_nothing(given: dict[str, Any]) -> No
     pipe = build("stable_diffusion_xl")
     adapter_for(pipe.unet).attach(pipe)
     options = {"prompt": PROMPTS, "num_inference_steps": 1, "output_type": "latent"}
-    (told,) = said(lambda: pipe(**options, **given))
-    assert told.startswith(next(iter(given)))
-    assert "does nothing" in told
+    (info,) = said(lambda: pipe(**options, **given))
+    assert info.startswith(next(iter(given)))
+    assert "does nothing" in info
 
 
 def test_classes_beside_those_trained_on_are_said_to_be() -> None:

@@ -82,7 +82,7 @@ def test_samples_of_a_batch_do_not_touch() -> None:
 FLOAT, INT = "float16", "int64"
 
 
-def told(**shapes: tuple[str, list[int]]) -> dict[str, dict[str, object]]:
+def info(**shapes: tuple[str, list[int]]) -> dict[str, dict[str, object]]:
     return {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes.items()}
 
 
@@ -91,16 +91,16 @@ WORDS, WHOLE = {"kind": "tokens", "width": 64}, {"kind": "pooled", "width": 32}
 
 def test_conditions_are_found_by_dtype_and_shape_not_by_name() -> None:
     tokens, pooled = (FLOAT, [77, 64]), (FLOAT, [32])
-    assert find_conditions(told(anything=(INT, [])), 7) == {"anything": {"kind": "label", "classes": 7}}
-    assert find_conditions(told(words=tokens), 1) == {"words": WORDS}
-    assert find_conditions(told(words=tokens, whole=pooled, sizes=(FLOAT, [6])), 1) == {"whole": WHOLE, "words": WORDS}
-    assert find_conditions(told(words=tokens, words_mask=(INT, [77]), mask=(FLOAT, [93])), 1) == {"words": WORDS}
+    assert find_conditions(info(anything=(INT, [])), 7) == {"anything": {"kind": "label", "classes": 7}}
+    assert find_conditions(info(words=tokens), 1) == {"words": WORDS}
+    assert find_conditions(info(words=tokens, whole=pooled, sizes=(FLOAT, [6])), 1) == {"whole": WHOLE, "words": WORDS}
+    assert find_conditions(info(words=tokens, words_mask=(INT, [77]), mask=(FLOAT, [93])), 1) == {"words": WORDS}
     assert find_conditions({}, 1) == {}
-    assert find_conditions(told(lengths=(INT, []), layers=(FLOAT, [4, 77, 64])), 1) == {"layers": WORDS}
-    assert find_conditions(told(words=tokens, layers=(FLOAT, [4, 77, 128])), 1) == {"words": WORDS}
-    assert find_conditions(told(words=tokens, axes=(FLOAT, [3, 4096])), 1) == {"words": WORDS}
-    assert find_conditions(told(one=(FLOAT, [1, 64])), 1) == {"one": WORDS}
-    negative = find_conditions(told(words=tokens) | {"negative.words": {"dtype": FLOAT, "shape": [77, 64]}}, 1)
+    assert find_conditions(info(lengths=(INT, []), layers=(FLOAT, [4, 77, 64])), 1) == {"layers": WORDS}
+    assert find_conditions(info(words=tokens, layers=(FLOAT, [4, 77, 128])), 1) == {"words": WORDS}
+    assert find_conditions(info(words=tokens, axes=(FLOAT, [3, 4096])), 1) == {"words": WORDS}
+    assert find_conditions(info(one=(FLOAT, [1, 64])), 1) == {"one": WORDS}
+    negative = find_conditions(info(words=tokens) | {"negative.words": {"dtype": FLOAT, "shape": [77, 64]}}, 1)
     assert negative == {"words": WORDS, "negative.words": WORDS | {"kind": "negative_tokens"}}
 
 

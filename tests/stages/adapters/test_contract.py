@@ -230,8 +230,8 @@ def test_a_folder_that_is_none_of_an_adapter_is_named(variant: str, tmp_path: Pa
 @pytest.mark.parametrize(("version", "way_out"), [(2, "train it again"), (4, "upgrade this project")])
 def test_another_version_of_the_format_is_refused_with_the_way_out(tmp_path: Path, version: int, way_out: str) -> None:
     new_adapter(tiny_dit().transformer, "offset").save_pretrained(tmp_path)
-    told = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(told | {"format_version": version}))
+    info = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(info | {"format_version": version}))
     with pytest.raises(UserError, match=f"version {version} of the format, not 3: {way_out}"):
         GuidanceAdapter.from_pretrained(tmp_path)
 

@@ -271,8 +271,8 @@ def test_where_a_part_of_a_stack_is_not_adapted_it_does_not_change(tmp_path: Pat
 def test_the_header_tells_what_it_is(tmp_path: Path) -> None:
     table = [{"strength": 0.5, "guidance_scale": 2.1}, {"strength": 1.0, "guidance_scale": 3.0}]
     tokens = {"encoder_hidden_states": {"kind": "tokens", "width": 1024}}
-    told = {"prediction_type": "v_prediction", "guidance_gain": 1.05, "dial": {"3": table}, "conditions": tokens}
-    adapter = new_adapter(build("stable_diffusion_v"), **told)
+    info = {"prediction_type": "v_prediction", "guidance_gain": 1.05, "dial": {"3": table}, "conditions": tokens}
+    adapter = new_adapter(build("stable_diffusion_v"), **info)
     file = adapter.export_lora(tmp_path / "folder", SCALE)
     header = header_of(file)
     content = file.read_bytes()
@@ -306,8 +306,8 @@ def test_the_header_names_an_architecture(exported: dict[str, Exported], family:
         ("stable_diffusion_3", "kohya", "loaded by ComfyUI, sd-scripts"),
     ],
 )
-def test_what_loads_it_is_told(exported: dict[str, Exported], family: str, format: str, told: str) -> None:
-    assert told in how_to_load(exported[family].adapter, exported[family].files[format], format)
+def test_what_loads_it_is_told(exported: dict[str, Exported], family: str, format: str, info: str) -> None:
+    assert info in how_to_load(exported[family].adapter, exported[family].files[format], format)
 
 
 @pytest.mark.parametrize(("family", "others"), [("pixart_sigma", "peft or kohya"), (DIT, "peft")])
@@ -351,9 +351,9 @@ def adapter() -> LoRA:
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(
-    adapter: LoRA, tmp_path: Path, name: str, scale: float, format: str, told: str
+    adapter: LoRA, tmp_path: Path, name: str, scale: float, format: str, message: str
 ) -> None:
-    with pytest.raises(UserError, match=re.escape(told)):
+    with pytest.raises(UserError, match=re.escape(message)):
         adapter.export_lora(tmp_path / name, scale, format)
     assert not list(tmp_path.iterdir())
 

@@ -25,27 +25,27 @@ def adapter() -> GuidanceAdapter:
 
 
 def test_the_folder_tells_what_a_user_needs_to_know(tiny_adapter: Path) -> None:
-    told = json.loads((tiny_adapter / CONFIG_FILE).read_text())
-    assert told["adapter"]["variant"] == "lora"
-    assert told["adapter"]["conditions"] == []
-    assert told["sites"]["transformer_blocks.0.attn1.to_q"] == [16, 16]
-    assert told["scale_range"] == [1.0, 6.0]
-    assert told["prediction_type"] == "epsilon"
-    assert told["format_version"] == 3
-    assert {"pretrained_model_name_or_path", "revision", "denoiser_fingerprint"} <= set(told["base"])
-    assert told["training"]["steps"] == 12
+    info = json.loads((tiny_adapter / CONFIG_FILE).read_text())
+    assert info["adapter"]["variant"] == "lora"
+    assert info["adapter"]["conditions"] == []
+    assert info["sites"]["transformer_blocks.0.attn1.to_q"] == [16, 16]
+    assert info["scale_range"] == [1.0, 6.0]
+    assert info["prediction_type"] == "epsilon"
+    assert info["format_version"] == 3
+    assert {"pretrained_model_name_or_path", "revision", "denoiser_fingerprint"} <= set(info["base"])
+    assert info["training"]["steps"] == 12
 
 
 def test_the_card_has_the_header_that_hubs_read(tiny_adapter: Path) -> None:
     _, header, text = (tiny_adapter / CARD_FILE).read_text().split("---\n", 2)
-    told = yaml.safe_load(header)
-    assert told["base_model_relation"] == "adapter"
+    info = yaml.safe_load(header)
+    assert info["base_model_relation"] == "adapter"
     assert (
-        told["base_model"]
+        info["base_model"]
         == GuidanceAdapter.from_pretrained(tiny_adapter).about["base"]["pretrained_model_name_or_path"]
     )
-    assert {"guidance-distillation", "lora"} <= set(told["tags"])
-    assert "model-index" not in told
+    assert {"guidance-distillation", "lora"} <= set(info["tags"])
+    assert "model-index" not in info
     assert "| trained scales | 1 to 6 |" in text
     assert "48 records of 12 guided trajectories" in text
     assert "Measured" not in text

@@ -328,7 +328,7 @@ def test_who_goes_alone_waits_for_those_together_and_may_go_again() -> None:
 
 def test_warnings_name_the_line_that_they_are_about(pipe: Any) -> None:
     adapter_for(pipe.unet, "offset").attach(pipe)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         final(pipe, 50.0)
-    assert [warning.filename for warning in told if "is outside the range" in str(warning.message)] == [__file__]
+    assert [warning.filename for warning in caught if "is outside the range" in str(warning.message)] == [__file__]

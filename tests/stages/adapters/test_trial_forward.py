@@ -98,9 +98,9 @@ class MadeUp(ModelMixin, ConfigMixin):
         return (list(image),) if listed else (image,)
 
 
-def made_up(**told: Any) -> MadeUp:
+def made_up(**info: Any) -> MadeUp:
     torch.manual_seed(0)
-    return MadeUp(**told).eval().requires_grad_(False)
+    return MadeUp(**info).eval().requires_grad_(False)
 
 
 def inputs(listed: bool = False, text: int = 5) -> dict[str, Any]:
@@ -145,8 +145,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Spot]]] = {
 @pytest.mark.parametrize("variant", ["lora", "offset", "cross_attention", "gated_mlp", "embedding", "full"])
 @pytest.mark.parametrize("case", CASES)
 def test_an_adapter_changes_the_sample_that_is_guided_and_no_other(case: str, variant: str, listed: bool) -> None:
-    told, spots = CASES[case]
-    denoiser, given = made_up(**told), inputs(listed)
+    info, spots = CASES[case]
+    denoiser, given = made_up(**info), inputs(listed)
     before = predict(denoiser, given)
     adapter = adapter_for(denoiser, given, variant).attach(denoiser)
     if variant not in ("lora", "embedding"):

@@ -128,8 +128,8 @@ def test_what_belongs_to_the_user_is_yaml() -> None:
         [*words, "teacher.call.max_sequence_length=32", "teacher.call.original_size=[64,64]", "teacher.call.flag=false",
          'teacher.call.negative_prompt="no"', "runtime_env.env_vars.NAME=007", "class_labels=[0,7]", "resources.gpu=1"],
     )  # fmt: skip
-    told = {"max_sequence_length": 32, "original_size": [64, 64], "flag": False, "negative_prompt": "no"}
-    assert config.teacher.call == told
+    info = {"max_sequence_length": 32, "original_size": [64, 64], "flag": False, "negative_prompt": "no"}
+    assert config.teacher.call == info
     assert config.runtime_env == {"env_vars": {"NAME": "007"}}
     assert config.class_labels == [0, 7]
     assert config.resources == {"gpu": 1.0}

@@ -19,11 +19,11 @@ from tests.conftest import generate, generate_config, small_adapter, train_confi
 from tests.support.families import PROMPTS, save
 
 
-def trained(folder: Path, family: str, **told: Any) -> Path:
+def trained(folder: Path, family: str, **info: Any) -> Path:
     """The folder of an adapter that was trained for a step on what such a teacher made."""
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     config = generate_config(save(family, folder / "teacher"), folder / "data", prompts=str(folder / "prompts.txt"))
-    config.teacher = TeacherConfig(str(folder / "teacher"), **told)
+    config.teacher = TeacherConfig(str(folder / "teacher"), **info)
     config.num_trajectories, config.num_inference_steps = 4, 2
     run = train_config(generate(config), folder / "run", max_train_steps=1, adapter=small_adapter())
     Trainer(run).run()

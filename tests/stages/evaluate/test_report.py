@@ -101,15 +101,15 @@ def opened(page: Path, profile: Path) -> tuple[list[int], str]:
     probed.write_text(page.read_text().replace("</body>", f"{PROBE}</body>"))
     quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={profile}"]
-    told = subprocess.run(
+    info = subprocess.run(
         [*command, "--enable-logging=stderr", "--dump-dom", probed.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
     )
-    found = re.search(r"<title>widths ([\d ]*)</title>", told.stdout)
-    assert found, told.stderr
-    return [int(width) for width in found[1].split()], "\n".join(re.findall(r".*CONSOLE.*", told.stderr))
+    found = re.search(r"<title>widths ([\d ]*)</title>", info.stdout)
+    assert found, info.stderr
+    return [int(width) for width in found[1].split()], "\n".join(re.findall(r".*CONSOLE.*", info.stderr))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")

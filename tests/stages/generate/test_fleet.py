@@ -72,8 +72,8 @@ def test_two_halves_of_a_gpu_and_whatever_else_is_asked_of_ray(tiny_teacher: Pat
         events += placed.poll(1)
     names = ray.util.list_named_actors()
     placed.close()
-    told = [event.facts for event in events if isinstance(event, Loaded)]
-    assert told == 2 * [{"gpus": "0", "kept": {"CPU": 1.0, "GPU": 0.5, "teachers": 0.5}, "word": "passed on"}]
+    found = [event.facts for event in events if isinstance(event, Loaded)]
+    assert found == 2 * [{"gpus": "0", "kept": {"CPU": 1.0, "GPU": 0.5, "teachers": 0.5}, "word": "passed on"}]
     assert sorted(names) == [f"teacher-{number}-of-run-{placed.run}" for number in (1, 2)]
 
 

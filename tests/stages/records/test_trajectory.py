@@ -71,8 +71,8 @@ def test_what_is_not_a_sample_is_refused(tensors: bytes, about: bytes) -> None:
 
 
 def test_the_description_is_of_one_record() -> None:
-    told = describe(trajectory())
-    assert told["latent"] == {"dtype": "float16", "shape": [4, 2, 2]}
-    assert told["guidance_cosine"] == told["guidance_delta"] == {"dtype": "float32", "shape": []}
-    assert told["timestep"] == {"dtype": "int64", "shape": []}
-    assert told["cond.class_labels"] == {"dtype": "int64", "shape": []}
+    info = describe(trajectory())
+    assert info["latent"] == {"dtype": "float16", "shape": [4, 2, 2]}
+    assert info["guidance_cosine"] == info["guidance_delta"] == {"dtype": "float32", "shape": []}
+    assert info["timestep"] == {"dtype": "int64", "shape": []}
+    assert info["cond.class_labels"] == {"dtype": "int64", "shape": []}

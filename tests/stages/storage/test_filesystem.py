@@ -162,8 +162,8 @@ def test_a_dataset_that_can_only_be_read_is_trained_on_and_found_whole(damaged: 
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.endswith("whole: nothing is missing or damaged\n")
-    told = f"warning: {damaged}/verification.json: cannot be written: Read-only file system: say output=FILE"
-    assert told in ended.stderr
+    message = f"warning: {damaged}/verification.json: cannot be written: Read-only file system: say output=FILE"
+    assert message in ended.stderr
     assert (tmp_path / "run" / "training.json").exists()
 
 

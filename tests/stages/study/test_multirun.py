@@ -59,9 +59,9 @@ def test_every_combination_is_a_run_that_is_named_by_its_values(tmp_path: Path) 
         "seed=1,scale_range=2.5,4",
     ]
     assert runs[3].overrides == {"seed": "1", "scale_range": "[2.5,4]"}
-    told = parse(TrainConfig, runs[3].words)
-    assert (told.seed, told.scale_range, told.learning_rate, told.adapter.rank) == (1, [2.5, 4.0], 0.5, 3)
-    assert (told.output_dir, told.resume_from_checkpoint) == (str(runs[3].folder), "latest")
+    info = parse(TrainConfig, runs[3].words)
+    assert (info.seed, info.scale_range, info.learning_rate, info.adapter.rank) == (1, [2.5, 4.0], 0.5, 3)
+    assert (info.output_dir, info.resume_from_checkpoint) == (str(runs[3].folder), "latest")
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,11 @@ def test_a_name_is_one_folder_whatever_the_value(value: str, name: str) -> None:
         ([*PLACES, f"pretrained_model_name_or_path={'a' * 300},b"], "pretrained_model_name_or_path=aaaa"),
     ],
 )
-def test_a_combination_that_is_refused_costs_nothing(words: list[str], told: str) -> None:
+def test_a_combination_that_is_refused_costs_nothing(words: list[str], info: str) -> None:
     with pytest.raises(UserError) as error:
         multirun(words)
-    assert str(error.value).startswith(told)
-    assert isinstance(error.value, UsageError) or "lorra" in told
+    assert str(error.value).startswith(info)
+    assert isinstance(error.value, UsageError) or "lorra" in info
     assert not Path("runs/sweep").exists()
 
 
@@ -139,11 +139,11 @@ def test_one_dataset_serves_all_runs_in_sequence_and_over_ray(
     assert first["validation_loss"] == training["validation_loss"]
     assert first["gap_left"] == training["validation_loss"] / training["validation_loss_unguided"]
     assert second["error"].startswith("adapter.sites: ")
-    told = capsys.readouterr().out.splitlines()
-    assert told[1].startswith("[1/2] adapter.sites=attention: 2 steps, validation loss ")
-    assert told[2] == f"[2/2] adapter.sites=nowhere: failed: {second['error']}"
-    assert told[-1].endswith(second["error"])
-    assert f"{first['adapter_parameters']:,}" in told[-2]
+    output = capsys.readouterr().out.splitlines()
+    assert output[1].startswith("[1/2] adapter.sites=attention: 2 steps, validation loss ")
+    assert output[2] == f"[2/2] adapter.sites=nowhere: failed: {second['error']}"
+    assert output[-1].endswith(second["error"])
+    assert f"{first['adapter_parameters']:,}" in output[-2]
     assert "sites, " in (tmp_path / "adapter.sites=attention.log").read_text()
 
     _, (finished, _) = combinations(words)

@@ -71,8 +71,8 @@ def test_each_step_names_what_it_needs(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_mistake_is_named_with_the_file(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=f"^{tmp_path}/study.yaml: {told}"):
+def test_a_mistake_is_named_with_the_file(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{tmp_path}/study.yaml: {message}"):
         plan_of(tmp_path, **changes)
 
 

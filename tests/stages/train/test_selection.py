@@ -103,8 +103,8 @@ def test_a_missing_shard_is_left_to_the_stream_where_damage_is_skipped(damaged: 
         ({"filters": [["scale", ">", "big"]]}, "filters=.*: each is"),
     ],
 )
-def test_a_selection_that_is_none_is_named(dataset: Dataset, changes: Any, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_a_selection_that_is_none_is_named(dataset: Dataset, changes: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         selected(dataset, **{"validation_share": 0.1} | changes)
 
 
