@@ -71,7 +71,7 @@ def main(config: VerifyConfig) -> None:
     root = open_folder(config.data_dir)
     refuse_in_vain(root, config)
     found = look(root, config)
-    tell(root, found)
+    print_report(root, found)
     report(root, config.output, found)
     problems = found["problems"]
     unfinished = [problem for problem in problems if problem["shard"] == DATASET_FILE]
@@ -81,7 +81,7 @@ def main(config: VerifyConfig) -> None:
     if problems:
         raise UserError(
             f"{root}: {len(problems)} problem(s); the first: {problems[0]['shard']}: found {problems[0]['found']}: "
-            f"`python -m pipeline.verify {root.word('data_dir')} repair=true` mends that, or sets aside what is to be made again"
+            f"`python -m pipeline.verify {root.override('data_dir')} repair=true` mends that, or sets aside what is to be made again"
         )
     print("whole: nothing is missing or damaged" + ("" if config.deep else "; no shard was read"))
 
@@ -127,7 +127,7 @@ def report(root: Folder, output: str | None, found: dict[str, Any]) -> None:
             file.write(content)
 
 
-def tell(root: Folder, found: dict[str, Any]) -> None:
+def print_report(root: Folder, found: dict[str, Any]) -> None:
     for name, histogram in found["histograms"].items():
         print(format_histogram(name, histogram))
     print(

@@ -105,13 +105,13 @@ def choose_conditions(found: dict[str, dict[str, Any]], wanted: list[str]) -> di
 class ConditionEmbedding(nn.Module):
     """One condition of a forward pass: a class by a table, an embedding by a projection."""
 
-    def __init__(self, about: dict[str, Any], hidden_size: int) -> None:
+    def __init__(self, metadata: dict[str, Any], hidden_size: int) -> None:
         super().__init__()
-        self.kind = about["kind"]
+        self.kind = metadata["kind"]
         if self.kind == LABEL:
-            self.project: nn.Module = nn.Embedding(about["classes"], hidden_size)
+            self.project: nn.Module = nn.Embedding(metadata["classes"], hidden_size)
         else:
-            self.project = nn.Sequential(nn.LayerNorm(about["width"]), nn.Linear(about["width"], hidden_size))
+            self.project = nn.Sequential(nn.LayerNorm(metadata["width"]), nn.Linear(metadata["width"], hidden_size))
 
     def forward(self, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A vector `[n, hidden]` for the whole condition, and of tokens one for each `[n, length, hidden]`.
@@ -140,7 +140,7 @@ def mean_of_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @dataclass
-class Known:
+class Conditions:
     """What is known of a forward pass, the same for every site.
 
     Attributes:
@@ -156,13 +156,13 @@ class Known:
     tokens: Tensor | None = None
     mask: Tensor | None = None
 
-    def to(self, dtype: torch.dtype) -> Known:
+    def to(self, dtype: torch.dtype) -> Conditions:
         tokens = None if self.tokens is None else self.tokens.to(dtype)
-        return Known(self.curves.to(dtype), self.vector.to(dtype), self.parts.to(dtype), tokens, self.mask)
+        return Conditions(self.curves.to(dtype), self.vector.to(dtype), self.parts.to(dtype), tokens, self.mask)
 
 
 @dataclass
-class Embedded:
+class EmbeddedConditions:
     """The conditions of a forward pass, embedded: `[n, c, hidden]` for the whole of each, and their tokens."""
 
     wholes: Tensor
@@ -194,9 +194,9 @@ class Conditioning(nn.Module):
         self.timestep_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.timestep = TimestepEmbedding(256, hidden_size) if sees_timestep else None
         self.names = list(conditions)
-        self.conditions = nn.ModuleList(ConditionEmbedding(about, hidden_size) for about in conditions.values())
+        self.conditions = nn.ModuleList(ConditionEmbedding(metadata, hidden_size) for metadata in conditions.values())
 
-    def embed(self, inputs: dict[str, Any]) -> Embedded:
+    def embed(self, inputs: dict[str, Any]) -> EmbeddedConditions:
         """What does not depend on the step, from the denoiser's arguments, flat.
 
         Raises:
@@ -214,13 +214,13 @@ class Conditioning(nn.Module):
             if each is not None:
                 tokens.append(each)
                 masks.append(mask)
-        return Embedded(
+        return EmbeddedConditions(
             torch.stack(wholes, 1) if wholes else self.scale.frequencies.new_zeros(1, 0, 0),
             torch.cat(tokens, 1) if tokens else None,
             joined(masks, tokens),
         )
 
-    def forward(self, guidance_scale: Tensor, timestep: Tensor, embedded: Embedded) -> Known:
+    def forward(self, guidance_scale: Tensor, timestep: Tensor, embedded: EmbeddedConditions) -> Conditions:
         """
         Args:
             guidance_scale, timestep: `[n]`, the timestep as the denoiser is given it.
@@ -234,18 +234,18 @@ class Conditioning(nn.Module):
         if embedded.wholes.shape[1]:
             together = torch.cat([together, embedded.wholes], 1)
         vector = nn.functional.silu(together.sum(1))
-        return Known(scale_curves(guidance_scale), vector, together, embedded.tokens, embedded.mask)
+        return Conditions(scale_curves(guidance_scale), vector, together, embedded.tokens, embedded.mask)
 
 
 class ScaleAlone(nn.Module):
     """Knows the scale by its curves, and nothing else; it has no parameters."""
 
-    def embed(self, inputs: dict[str, Any]) -> Embedded:
-        return Embedded(torch.zeros(1, 0, 0), None, None)
+    def embed(self, inputs: dict[str, Any]) -> EmbeddedConditions:
+        return EmbeddedConditions(torch.zeros(1, 0, 0), None, None)
 
-    def forward(self, guidance_scale: Tensor, timestep: Tensor, embedded: Embedded) -> Known:
+    def forward(self, guidance_scale: Tensor, timestep: Tensor, embedded: EmbeddedConditions) -> Conditions:
         curves = scale_curves(guidance_scale)
-        return Known(curves, curves, curves[:, None])
+        return Conditions(curves, curves, curves[:, None])
 
 
 def joined(masks: list[Tensor | None], tokens: list[Tensor]) -> Tensor | None:

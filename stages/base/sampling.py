@@ -63,7 +63,7 @@ def sample(pipe: Any, request: Request, guidance_scale: float) -> None:
     general = CALL_DEFAULTS.get(type(pipe).__name__, {}) | request.arguments
     arguments: dict[str, Any] = {
         **general,
-        **_told(pipe, request.conditions, general.get("negative_prompt")),
+        **_named_arguments(pipe, request.conditions, general.get("negative_prompt")),
         "generator": [torch.Generator().manual_seed(seed) for seed in request.seeds],
         "num_inference_steps": request.num_inference_steps,
         "output_type": "pt",
@@ -83,7 +83,7 @@ def sample(pipe: Any, request: Request, guidance_scale: float) -> None:
             guider.guidance_scale = before
 
 
-def _told(pipe: Any, conditions: Sequence[Condition], negative_prompt: str | None) -> dict[str, Any]:
+def _named_arguments(pipe: Any, conditions: Sequence[Condition], negative_prompt: str | None) -> dict[str, Any]:
     """The conditions as the pipeline's `__call__` takes them; `negative_prompt` is of those that have none of their own."""
     if takes_class_labels(type(pipe)):
         return {"class_labels": [condition["class_label"] for condition in conditions]}

@@ -29,8 +29,8 @@ def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
     Raises:
         UserError: names the option that differs.
     """
-    known = flatten(defining(GenerateConfig()))  # an older version's dataset lacks the options that came later
-    old, new = known | flatten(told_plan["config"]), flatten(defining(plan.config))
+    known = dotted(defining(GenerateConfig()))  # an older version's dataset lacks the options that came later
+    old, new = known | dotted(told_plan["config"]), dotted(defining(plan.config))
     made, entry_conditions = "manifest_sha256" in told_plan, told_plan["conditions"]
     count = entry_conditions["count"]
     goes_on = digest(plan.conditions[:count]) == entry_conditions["sha256"] and (made or count == len(plan.conditions))
@@ -128,9 +128,9 @@ def defining(config: GenerateConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items() if key not in EXECUTION_KEYS}
 
 
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` to `{"a.b": 1}`: keys as they are given on the command line."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

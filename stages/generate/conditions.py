@@ -59,13 +59,13 @@ def read_class_labels(asked: Any, known: int) -> list[int]:
     if not isinstance(asked, (str, list)):
         raise UserError(f"class_labels={asked}: give `all`, a list of classes, or a text file")
     named = asked if isinstance(asked, str) else "class_labels"
-    labels = _read_words(asked) if isinstance(asked, str) else asked
+    labels = _read_names(asked) if isinstance(asked, str) else asked
     if not labels:
         raise UserError(f"{named}: empty: name at least one class")
     return [_class_label(value, known, named) for value in labels]
 
 
-def _read_words(path: str) -> list[str]:
+def _read_names(path: str) -> list[str]:
     try:
         return read_text(path).split()
     except (OSError, ValueError, obstore.exceptions.BaseError) as error:

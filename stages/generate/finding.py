@@ -27,10 +27,10 @@ from stages.generate.probing import (
     DoesNotRunError,
     Seen,
     distance,
+    format_rows,
     has_rows,
     probe,
     probe_at,
-    told_rows,
     uncertain,
 )
 from stages.generate.sample_axes import find_arguments, relation_of_timesteps
@@ -98,7 +98,7 @@ def place_conditional(pipe: Any, arguments: Arguments, unguided: Unguided, guide
                 f"{type(pipe).__name__} cannot be recorded: its denoiser is given {name} with guidance only, which one pass would "
                 "not have: take another class (teacher.pipeline_class=...)"
             )
-    arguments = replace(arguments, constants=_told_constants(pipe, call, arguments))
+    arguments = replace(arguments, constants=_recorded_constants(pipe, call, arguments))
     parameters = inspect.signature(denoiser.forward).parameters
     targets = _find_targets(pipe, arguments, unguided.steps[-1])
     scale, offset = relation_of_timesteps(pipe, arguments, unguided.one)
@@ -132,7 +132,7 @@ def find_parts(
     step = guided[-1]
     rows = [arguments.rows(call.inputs) for call in step.calls]
     if any(count % n for count in rows):
-        raise uncertain(pipe, f"a guided step for {n} samples has {told_rows(rows)}")
+        raise uncertain(pipe, f"a guided step for {n} samples has {format_rows(rows)}")
     places = [(number, chunk) for number, count in enumerate(rows) for chunk in range(count // n)]
     if len(places) == 1:
         raise UserError(
@@ -170,7 +170,7 @@ def _unlike_prediction(arguments: Arguments, alone: Seen, guided: Seen, place: P
     return distance(alone.calls[0].prediction, guided.calls[number].prediction[chunk * n : (chunk + 1) * n])
 
 
-def _told_constants(pipe: Any, call: Call, arguments: Arguments) -> dict[str, Any]:
+def _recorded_constants(pipe: Any, call: Call, arguments: Arguments) -> dict[str, Any]:
     constants, rows = constants_of(call.inputs, arguments), arguments.rows(call.inputs)
     values = {}
     for name, value in constants.items():

@@ -63,19 +63,19 @@ class Plan:
         check_recorded_steps(config, self.steps_per_trajectory)
         self.config = config
         self.conditions = read_conditions(config)
-        self.turns = np.empty((0, 2), dtype=np.int64)
+        self.lock = np.empty((0, 2), dtype=np.int64)
         self.bounds = np.zeros(1, dtype=np.int64)  # of the units, in the trajectories
         for plan in earlier:
             self._add(plan["trajectories"], plan["conditions"].get("count"))
         asked = config.num_trajectories or len(self.conditions) * config.num_trajectories_per_condition
-        self._add(asked - len(self.turns), None)
+        self._add(asked - len(self.lock), None)
 
     def _add(self, count: int, num_conditions: int | None) -> None:
         """Plan so many more trajectories of the first so many conditions, by default of all."""
-        begin, size = len(self.turns), self.config.trajectories_per_unit
-        made = np.bincount(self.turns[:, 1], minlength=len(self.conditions))[:num_conditions]
-        self.turns = np.concatenate([self.turns, take_turns(made, count)])
-        end = len(self.turns)
+        begin, size = len(self.lock), self.config.trajectories_per_unit
+        made = np.bincount(self.lock[:, 1], minlength=len(self.conditions))[:num_conditions]
+        self.lock = np.concatenate([self.lock, take_turns(made, count)])
+        end = len(self.lock)
         self.bounds = np.concatenate([self.bounds, np.append(np.arange(begin + size, end, size), end)[: end - begin]])
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def num_trajectories(self) -> int:
-        return len(self.turns)
+        return len(self.lock)
 
     @property
     def records_per_trajectory(self) -> int:
@@ -123,7 +123,7 @@ class Plan:
     def trajectory(self, index: int) -> PlannedTrajectory:
         sequence = np.random.SeedSequence([self.config.seed, index])
         random = np.random.default_rng(sequence)
-        repetition, place = self.turns[index].tolist()
+        repetition, place = self.lock[index].tolist()
         condition = dict(self.conditions[place])
         scale = draw_scale(self.config, random)
         scale = condition.pop("guidance_scale", scale)

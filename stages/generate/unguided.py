@@ -19,11 +19,11 @@ from stages.generate.probing import (
     DoesNotRunError,
     Seen,
     distance,
+    format_rows,
     has_rows,
     is_number,
     probe_at,
     rows_of,
-    told_rows,
     uncertain,
 )
 from stages.generate.watching import Call
@@ -70,7 +70,7 @@ def guidance_rule(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_of_guidance(name: str) -> bool:
-    return any(word in name for word in ("guidance", "pag_", "sag_", "stg_", "cfg_", "modality_scale"))
+    return any(override in name for override in ("guidance", "pag_", "sag_", "stg_", "cfg_", "modality_scale"))
 
 
 def without_guidance(pipe: Any, once: Request, twice: Request) -> Unguided:
@@ -90,7 +90,7 @@ def without_guidance(pipe: Any, once: Request, twice: Request) -> Unguided:
         if rows == [1]:
             two = _two_samples(pipe, twice, settings, one)
             return _with_longer_prompt(pipe, twice, Unguided(settings, one, two))
-        found = found or f"{told_rows(rows)} in a step for one sample"
+        found = found or f"{format_rows(rows)} in a step for one sample"
     raise uncertain(pipe, f"without guidance {found}") if found or failed is None else failed
 
 

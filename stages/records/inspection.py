@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from stages.records.shard import read_members, row_of
-from stages.records.trajectory import from_members, misfit
+from stages.records.trajectory import from_members, schema_mismatch
 from stages.storage.folder import READ_SIZE, Folder, unreadable
 
 Member = tuple[str, int, bytes]
@@ -67,8 +67,8 @@ def inspect_shard(root: Folder, commit: dict[str, Any], specs: dict[str, Any]) -
 def _samples(file: BinaryIO, commit: dict[str, Any], specs: dict[str, Any]) -> Iterator[np.ndarray]:
     members = read_members(file, commit["size"])
     for row in commit["samples"]:
-        about, tensors = (_next(members, f"{row['key']}.{suffix}") for suffix in ("json", "safetensors"))
-        yield _timesteps(row, about, tensors, specs)
+        metadata, tensors = (_next(members, f"{row['key']}.{suffix}") for suffix in ("json", "safetensors"))
+        yield _timesteps(row, metadata, tensors, specs)
     _next(members, None)
 
 
@@ -84,12 +84,12 @@ def _next(members: Iterator[Member], name: str | None) -> Member:
     return member
 
 
-def _timesteps(row: dict[str, Any], about: Member, tensors: Member, specs: dict[str, Any]) -> np.ndarray:
+def _timesteps(row: dict[str, Any], metadata: Member, tensors: Member, specs: dict[str, Any]) -> np.ndarray:
     key, (_, offset, content) = row["key"], tensors
     try:
-        trajectory = from_members(content, about[2])
+        trajectory = from_members(content, metadata[2])
         named = trajectory.per_record() | {f"cond.{name}": value for name, value in trajectory.cond.items()}
-        if found := misfit(named, specs):
+        if found := schema_mismatch(named, specs):
             raise BrokenError(f"the tensors of {key}", found)
         here = {"key": trajectory.key, "offset": offset} | row_of(trajectory, content)
     except (ValueError, TypeError, AttributeError) as error:

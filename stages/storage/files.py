@@ -77,7 +77,7 @@ def move(path: Path, to: Path) -> bool:
 
 
 @contextmanager
-def alone_in(folder: Path, what: str) -> Iterator[None]:
+def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
     """Within it, no other process is alone in the folder; one that is killed lets go of it.
 
     Where the file system has no locks, it warns, and the folder is the user's care.

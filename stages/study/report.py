@@ -31,7 +31,7 @@ def table_of_claims(claims: list[Claim]) -> str:
     return "\n".join(f"{VERDICTS[claim.holds]}: {claim.text} ({claim.goal}): {claim.found}" for claim in claims)
 
 
-def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], about: dict[str, Any]) -> Path:
+def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], metadata: dict[str, Any]) -> Path:
     """Write `claims.html`, one self-contained file, from the rows and from the grids of images that the evaluations left.
 
     Its tables stand in `claims.md` too, with what the seeds of an adapter have in the mean.
@@ -50,7 +50,7 @@ def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], about
                 claims=claims,
                 verdicts=VERDICTS,
                 sections=sections,
-                about=about,
+                metadata=metadata,
             )
         )
     return path

@@ -216,8 +216,8 @@ class Student:
         name: str | None = None,
     ) -> Student:
         """A new adapter on the dataset's denoiser of that name; see `describe_base` for `scale_range`."""
-        about, inputs = describe_base(dataset, scale_range, name), example_inputs(dataset)
-        adapter = GuidanceAdapter.for_denoiser(config, denoiser, about, inputs)
+        metadata, inputs = describe_base(dataset, scale_range, name), example_inputs(dataset)
+        adapter = GuidanceAdapter.for_denoiser(config, denoiser, metadata, inputs)
         adapter.to(next(denoiser.parameters()).device)
         channels = dataset.info["teacher"]["layout"]["target_channels"]
         return cls(denoiser, adapter, arguments_of(dataset), channels, mixed_precision)

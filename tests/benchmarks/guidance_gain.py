@@ -17,14 +17,16 @@ from stages.configuration.parsing import parse
 from stages.evaluate.config import EvaluateConfig
 
 
-def main(name_or_path: str, words: list[str]) -> None:
+def main(name_or_path: str, overrides: list[str]) -> None:
     adapter = GuidanceAdapter.from_pretrained(name_or_path)
-    gain = adapter.about.pop("guidance_gain", 1.0)
+    gain = adapter.metadata.pop("guidance_gain", 1.0)
     with tempfile.TemporaryDirectory() as folder:
         without = Path(folder) / "without"
         adapter.save_pretrained(without)
         both = f"adapter_dir=[{name_or_path},{without}]"
-        rows = evaluate(parse(EvaluateConfig, [both, f"output_dir={folder}/out", "methods=[one_pass]", *words])).rows
+        rows = evaluate(
+            parse(EvaluateConfig, [both, f"output_dir={folder}/out", "methods=[one_pass]", *overrides])
+        ).rows
     print(f"guidance gain {gain:.3f}\nscale  gain     gap closed  Frechet distance  over CFG's")
     for row in rows:
         if row["method"] == "cfg":

@@ -26,8 +26,8 @@ print(json.dumps(told))
 @pytest.fixture(scope="module")
 def info() -> dict[str, list[dict[str, Any]]]:
     """The rows of every part, in one process, because each would import torch and diffusers; of those that compile only one runs."""
-    words = [sys.executable, "-W", "ignore", "-c", IN_ONE_PROCESS]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    overrides = [sys.executable, "-W", "ignore", "-c", IN_ONE_PROCESS]
+    done = subprocess.run(overrides, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -68,7 +68,7 @@ def test_memory_training_and_recording_are_told(info: dict[str, list[dict[str, A
         assert row["records_per_second"]["from"] <= row["records_per_second"]["to"]
     assert [row["batch_size"] for row in of(info, "recording")] == [2, 4]
     assert all(row["recorded_over_bare"]["median"] > 0 for row in of(info, "recording"))
-    assert of(info, "about")[0]["versions"]["torch"]
+    assert of(info, "metadata")[0]["versions"]["torch"]
 
 
 @pytest.mark.parametrize("name", ["gpu.sh", "gpu_wheels.sh"])

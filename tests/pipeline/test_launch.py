@@ -21,10 +21,10 @@ WORDS = [
 ]  # fmt: skip
 
 
-def train(command: list[str], *words: str) -> tuple[str, str]:
+def train(command: list[str], *overrides: str) -> tuple[str, str]:
     """What it printed, and what it told of its progress."""
     done = subprocess.run(
-        [sys.executable, "-m", *command, *WORDS, *words],
+        [sys.executable, "-m", *command, *WORDS, *overrides],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

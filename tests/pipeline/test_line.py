@@ -14,9 +14,9 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 
 
-def command(name: str, *words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+def command(name: str, *overrides: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", f"pipeline.{name}", *words],
+        [sys.executable, "-m", f"pipeline.{name}", *overrides],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -59,8 +59,8 @@ def test_each_command_leaves_its_summary_and_its_configuration(folder: Path) -> 
 
 def test_images_come_side_by_side(folder: Path) -> None:
     output = folder / "grid.png"
-    words = ["class_labels=[0,1,2]", "guidance_scale=2", "num_inference_steps=5", f"output={output}"]
-    printed = command("sample", f"adapter_dir={folder}/adapter", *words).stdout
+    overrides = ["class_labels=[0,1,2]", "guidance_scale=2", "num_inference_steps=5", f"output={output}"]
+    printed = command("sample", f"adapter_dir={folder}/adapter", *overrides).stdout
     assert "guided, two passes: 10 denoiser evaluations" in printed
     assert "one pass: 5 denoiser evaluations per image, fused into the base's weights\n" in printed
     with Image.open(output) as image:

@@ -29,8 +29,8 @@ def test_a_place_where_torch_cannot_be_imported_is_told(place: str, tmp_path: Pa
     script, info = PLACES[place]
     command = f'{script}; exec "{sys.executable}" -m pipeline.verify data_dir=/data'
     environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
-    words = ["bash", "-c", command, str(tmp_path)]
-    ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    overrides = ["bash", "-c", command, str(tmp_path)]
+    ended = subprocess.run(overrides, env=environment, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (1, f"error: {info.format(tmp_path)}\n")
 
 

@@ -73,8 +73,8 @@ def test_what_a_repair_tells_last_finishes_the_dataset(
     (damaged / "config.yaml").write_text(to_yaml(generate_config(tiny_teacher, "elsewhere")))
     with pytest.raises(UserError, match="makes the rest$") as caught:
         main(VerifyConfig(str(damaged)))
-    words = shlex.split(re.search("`python -m pipeline.generate (.*)`", str(caught.value))[1])  # type: ignore[index]
-    pipeline.generate.main(parse(GenerateConfig, words))
+    overrides = shlex.split(re.search("`python -m pipeline.generate (.*)`", str(caught.value))[1])  # type: ignore[index]
+    pipeline.generate.main(parse(GenerateConfig, overrides))
     main(VerifyConfig(str(damaged)))
     assert_same_records(damaged, shared_dataset)
 
@@ -168,8 +168,8 @@ def test_what_a_reader_tells_of_an_unfinished_dataset_finishes_it(
     (damaged / "commits" / "00001.json").unlink()
     with pytest.raises(UserError, match=r"unfinished, 3 of 4 units are there: `.*` makes the rest$") as caught:
         Dataset(damaged)
-    words = shlex.split(re.search("`python -m pipeline.generate (.*)`", str(caught.value))[1])  # type: ignore[index]
-    pipeline.generate.main(parse(GenerateConfig, words))
+    overrides = shlex.split(re.search("`python -m pipeline.generate (.*)`", str(caught.value))[1])  # type: ignore[index]
+    pipeline.generate.main(parse(GenerateConfig, overrides))
     assert len(Dataset(damaged).manifest) == 12
 
 

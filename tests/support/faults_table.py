@@ -40,9 +40,9 @@ def to_markdown(lines: list[str], failed: list[tuple[str, str]]) -> str:
     table = ["| what it happens to | faults | injected | survived |", "| --- | --- | --- | --- |"]
     for kind in kinds:
         faults = {fault: times for (of, fault), times in sorted(injected.items()) if of == kind}
-        words = "; ".join(fault if times == 1 else f"{fault} ({times} times)" for fault, times in faults.items())
+        overrides = "; ".join(fault if times == 1 else f"{fault} ({times} times)" for fault, times in faults.items())
         survivals = sum(passed[kind, fault] for fault in faults)
-        table.append(f"| {kind} | {words} | {sum(faults.values())} | {survivals} |")
+        table.append(f"| {kind} | {overrides} | {sum(faults.values())} | {survivals} |")
     return "\n".join(table)
 
 
@@ -51,9 +51,9 @@ def main() -> None:
         lines, report = Path(folder) / "lines", Path(folder) / "report.xml"
         lines.touch()
         tests = [str(path) for path in sorted(Path("tests").rglob("test_*.py")) if "survived(" in path.read_text()]
-        words = [sys.executable, "-m", "pytest", f"--junitxml={report}", *tests]
+        overrides = [sys.executable, "-m", "pytest", f"--junitxml={report}", *tests]
         status = subprocess.run(
-            words, env=os.environ | {VARIABLE: str(lines)}, stdout=sys.stderr, check=False
+            overrides, env=os.environ | {VARIABLE: str(lines)}, stdout=sys.stderr, check=False
         ).returncode
         print(to_markdown(lines.read_text().splitlines(), failures(report)))
     sys.exit(status)

@@ -43,9 +43,9 @@ def start_command(config: GenerateConfig, log: Path) -> subprocess.Popen[bytes]:
     """`python -m pipeline.generate` as a process in a group of its own; what it says is added to a file."""
     file = log.with_suffix(".yaml")
     file.write_text(to_yaml(config))
-    words = [sys.executable, "-m", "pipeline.generate", "--config", str(file)]
+    overrides = [sys.executable, "-m", "pipeline.generate", "--config", str(file)]
     with log.open("ab") as output:
-        return subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True)
+        return subprocess.Popen(overrides, stdout=output, stderr=output, start_new_session=True)
 
 
 def kill_command(process: subprocess.Popen[bytes]) -> None:

@@ -112,10 +112,10 @@ def test_a_gain_asks_it_for_more_but_not_beyond_its_training(variant: str) -> No
     denoiser = tiny_dit().transformer
     adapter = new_adapter(denoiser, variant).attach(denoiser)
     wanted, asked = [1.0, 1.5, 5.0, 7.0], [1.0, 1.75, 6.0, 7.0]
-    adapter.about = adapter.about | {"guidance_gain": 1.0}
+    adapter.metadata = adapter.metadata | {"guidance_gain": 1.0}
     with adapter.guidance_scale(asked):
         expected = predict(denoiser)
-    adapter.about = adapter.about | {"guidance_gain": 1.5}
+    adapter.metadata = adapter.metadata | {"guidance_gain": 1.5}
     with adapter.guidance_scale(wanted):
         assert torch.equal(predict(denoiser), expected)
 
@@ -160,7 +160,7 @@ def test_it_comes_back_from_its_folder_bit_for_bit(variant: str, tmp_path: Path)
     ]
     again = GuidanceAdapter.from_pretrained(tmp_path)
     assert again.config == adapter.config
-    assert again.about == adapter.about
+    assert again.metadata == adapter.metadata
     assert again.shapes == adapter.shapes
     for (name, one), (_, other) in zip(adapter.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(one, other), name

@@ -42,7 +42,7 @@ def test_the_card_has_the_header_that_hubs_read(tiny_adapter: Path) -> None:
     assert info["base_model_relation"] == "adapter"
     assert (
         info["base_model"]
-        == GuidanceAdapter.from_pretrained(tiny_adapter).about["base"]["pretrained_model_name_or_path"]
+        == GuidanceAdapter.from_pretrained(tiny_adapter).metadata["base"]["pretrained_model_name_or_path"]
     )
     assert {"guidance-distillation", "lora"} <= set(info["tags"])
     assert "model-index" not in info
@@ -54,7 +54,7 @@ def test_the_card_has_the_header_that_hubs_read(tiny_adapter: Path) -> None:
 def test_the_card_tells_what_was_measured(adapter: GuidanceAdapter, tmp_path: Path) -> None:
     row = {"guidance_scale": 2.0, "effective_scale": 1.9, "frechet_distance": 20.4, "gap_closed": 0.9}
     row["denoiser_evaluations"] = 25.0
-    adapter.about["evaluation"] = [row | {"method": "cfg"}, row | {"method": "one_pass"}]
+    adapter.metadata["evaluation"] = [row | {"method": "cfg"}, row | {"method": "one_pass"}]
     adapter.save_pretrained(tmp_path)
     _, header, text = (tmp_path / CARD_FILE).read_text().split("---\n", 2)
     assert "| one_pass | 2 | 1.90 | 20.4 | 0.900 | 25 |" in text
@@ -67,14 +67,14 @@ def test_the_card_tells_what_was_measured(adapter: GuidanceAdapter, tmp_path: Pa
 
 
 def test_the_card_tells_what_strength_does(adapter: GuidanceAdapter, tmp_path: Path) -> None:
-    adapter.about["dial"] = {
+    adapter.metadata["dial"] = {
         "7.5": [{"strength": 0.5, "guidance_scale": 4.0}, {"strength": 1.0, "guidance_scale": 7.321}]
     }
     adapter.save_pretrained(tmp_path)
     text = (tmp_path / CARD_FILE).read_text()
     assert "exported at guidance scale 7.5" in text
     assert "| 0.5 | 4.00 |\n| 1 | 7.32 |\n" in text
-    assert GuidanceAdapter.from_pretrained(tmp_path).about["dial"] == adapter.about["dial"]
+    assert GuidanceAdapter.from_pretrained(tmp_path).metadata["dial"] == adapter.metadata["dial"]
 
 
 def test_a_save_that_fails_leaves_the_older_adapter_whole(adapter: GuidanceAdapter, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_to_a_hub_and_back(adapter: GuidanceAdapter, tmp_path: Path, monkeypatch
         again = GuidanceAdapter.from_pretrained("someone/mine", cache_dir=tmp_path)
         with pytest.raises(UserError, match="someone/nothing: neither a folder here nor an adapter on the hub"):
             GuidanceAdapter.from_pretrained("someone/nothing", cache_dir=tmp_path)
-    assert again.about == adapter.about
+    assert again.metadata == adapter.metadata
     for one, other in zip(adapter.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other)
 

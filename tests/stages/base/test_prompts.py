@@ -114,7 +114,7 @@ def test_numbers_are_read_as_tables_spell_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("missing.txt", None, "not readable"),
         ("empty.txt", "\n", "empty"),
@@ -171,7 +171,7 @@ def test_what_holds_no_prompts_is_named(tmp_path: Path, name: str, content: str 
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "message"),
     [
         ({"prompt": pa.array([b"a cat", b"caf\xe9"])}, "row 2: prompt=.*not a text in UTF-8"),
         ({"prompt": pa.array([1, 2])}, "row 1: prompt=1: not a text"),

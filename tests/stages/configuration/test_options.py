@@ -27,7 +27,7 @@ def test_defaults_keep_their_bounds_and_lists_are_not_shared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         (Outer(count=0), "count=0: at least 1"),
         (Outer(kind="c"), "kind=c: one of a, b"),

@@ -28,7 +28,7 @@ class Told:
     """As much of an adapter as the baselines need."""
 
     def __init__(self, place: dict[str, int] | None) -> None:
-        self.about = {"unconditional": place}
+        self.metadata = {"unconditional": place}
 
 
 def placed(pipe: Any, request: Request) -> Any:
@@ -72,7 +72,7 @@ def test_every_family_is_guided_first_and_then_conditional_at_that_cost(family: 
     pipe = build(family)
     request = Request([{"prompt": prompt} for prompt in PROMPTS], [0, 1], STEPS, ARGUMENTS.get(family, {}))
     info = placed(pipe, request)
-    place = info.about["unconditional"]
+    place = info.metadata["unconditional"]
     guided = sample_setting(pipe, info, Setting(CFG, SCALE), request)
     first = sample_setting(pipe, info, Setting(CFG_FIRST_50, SCALE), request)
     with conditional_twice(pipe, place, guided=3):
@@ -132,14 +132,16 @@ def test_a_batch_that_is_not_doubled_is_run_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "told"),
+    ("place", "message"),
     [
         (None, "not known"),
         ({"call": 0, "chunk": 0, "chunks": 3}, "3 parts, not two"),
         ({"call": 0, "chunk": 0, "chunks": 1}, "unconditional part first"),
     ],
 )
-def test_where_the_conditional_part_is_not_known_in_time_it_is_refused(place: dict[str, int] | None, message: str) -> None:
+def test_where_the_conditional_part_is_not_known_in_time_it_is_refused(
+    place: dict[str, int] | None, message: str
+) -> None:
     pipe: Any = tiny_dit()
     with (
         pytest.raises(UserError, match=f"DiTPipeline: .*{message}.*leave cfg_first_50"),

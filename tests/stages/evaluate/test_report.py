@@ -51,14 +51,14 @@ def rows_of(adapters: list[str]) -> list[dict[str, Any]]:
 def report(folder: Path, adapters: list[str]) -> Path:
     shown = {setting: torch.zeros(2, 1, 8, 8, dtype=torch.uint8) for setting in settings(SCALES, COMPARED, adapters)}
     described = [{"adapter": name, "variant": "offset", "parameters": 1000, "share": 0.02} for name in adapters]
-    about = {
+    metadata = {
         "base": "<b>base</b>",
         "num_samples": 10,
         "num_inference_steps": 25,
         "device": "cpu",
         "adapters": described,
     }
-    return write_report(folder, rows_of(adapters), shown, about)
+    return write_report(folder, rows_of(adapters), shown, metadata)
 
 
 def test_the_table_has_a_line_per_row() -> None:

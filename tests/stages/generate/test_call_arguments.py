@@ -17,7 +17,7 @@ TEACHER = TeacherConfig("somewhere", height=64)
 
 
 @pytest.mark.parametrize(
-    ("kind", "arguments", "told"),
+    ("kind", "arguments", "message"),
     [
         (StableDiffusionPipeline, {"num_inference_steps": 4}, "num_inference_steps: .*: say num_inference_steps="),
         (StableDiffusionPipeline, {"timesteps": [9, 5]}, "timesteps: .*: say num_inference_steps="),

@@ -29,7 +29,7 @@ def test_classes_are_read_with_or_without_a_byte_order_mark(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"--5", "'--5' is not a class"),
         ("٣".encode(), "'٣' is not a class"),
@@ -70,7 +70,7 @@ def test_prompts_for_a_teacher_of_classes_are_refused(tiny_teacher: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "told"),
+    ("kind", "rows", "message"),
     [
         ("StableDiffusionPipeline", "prompt,image\na cat,a.png\n", "StableDiffusionPipeline takes no image: leave the"),
         ("StableDiffusionPipeline", "image\na.png\n", "StableDiffusionPipeline takes no image"),

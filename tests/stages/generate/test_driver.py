@@ -132,7 +132,7 @@ def test_preemption_is_no_attempt(tiny_teacher: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"seed": 1}, "seed=0, not 1"),
         ({"guidance_scale": [1.0, 5.0]}, r"guidance_scale=\[1.0, 6.0\], not \[1.0, 5.0\]"),

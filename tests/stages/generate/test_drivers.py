@@ -140,7 +140,7 @@ def test_a_file_of_classes_that_changes_under_way_is_named(tiny_teacher: Path, t
 
 
 @pytest.mark.parametrize(
-    ("asked", "made", "told"),
+    ("asked", "made", "message"),
     [
         ({"num_trajectories": 18}, {"num_trajectories": 16}, "has grown since this run began"),
         ({"class_labels": [0, 1, 3]}, {"class_labels": [0, 1]}, "has grown since this run began"),

@@ -90,7 +90,7 @@ def test_random_steps_are_drawn_for_each_trajectory(tiny_teacher: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"guidance_scale": [3.0, 2.0]}, "upside down"),
         ({"guidance_scale": [0.5, 2.0]}, "below 1"),

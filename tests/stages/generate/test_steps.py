@@ -80,7 +80,7 @@ def test_a_pipeline_that_begins_later_is_asked(teacher: Path, strength: float | 
 
 
 @pytest.mark.parametrize(
-    ("name", "num_inference_steps", "told"),
+    ("name", "num_inference_steps", "message"),
     [
         ("DDIMScheduler", 1001, "num_inference_steps=1001: at most 1000, the timesteps of the teacher's scheduler"),
         ("DPMSolverMultistepScheduler", 1200, "num_inference_steps=1200: at most 1000"),

@@ -161,7 +161,7 @@ def test_what_the_call_is_told_reaches_the_pipeline(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("info", "message"),
     [
         ({"call": {"negative_promt": "x"}}, "teacher.call.negative_promt: .* did you mean negative_prompt"),
         ({"scheduler": "MagicScheduler"}, "teacher.scheduler=MagicScheduler: diffusers .* has no such class"),

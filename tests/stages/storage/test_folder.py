@@ -183,7 +183,7 @@ Refused = Callable[[Folder], object]
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
-    ("method", "done", "told"),
+    ("method", "done", "message"),
     [
         ("PUT", lambda folder: folder.write("b", b""), "data/b: cannot be written"),
         ("PUT", lambda folder: folder.create("b", b""), "data/b: cannot be written"),
@@ -292,7 +292,7 @@ def test_each_address_has_its_kind_of_store(address: str, kind: type, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("address", "told"),
+    ("address", "message"),
     [
         ("ftp://host/data", "ftp://host/data: neither a local folder nor one of s3://, gs://, az://"),
         ("memory:///data", "neither a local folder"),
