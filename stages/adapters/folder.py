@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from stages.adapters.card import model_card
 from stages.base.loading import first_line
 from stages.errors import UserError
-from stages.storage.buckets import SCHEMES, read_object
+from stages.storage.bucket import SCHEMES, read_object
 
 if TYPE_CHECKING:
     from stages.adapters.adapter import GuidanceAdapter

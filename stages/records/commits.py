@@ -13,8 +13,8 @@ from typing import Any
 from stages.errors import DamageError
 from stages.records.manifest import unit_of
 from stages.records.shard import Sample, hash_file, write_shard
-from stages.storage.files import seal, unseal
 from stages.storage.folder import Folder, unreadable
+from stages.storage.sealing import seal, unseal
 
 COMMITS_AT_ONCE = 1024
 READERS = 16  # a request to a bucket mostly waits

@@ -26,8 +26,8 @@ from stages.records.manifest import decode_manifest, unit_of
 from stages.records.plans import fingerprint_of, manifest_name, of_snapshot, published, read_info
 from stages.records.trajectory import schema_mismatch
 from stages.storage.cache import ShardCache
-from stages.storage.files import sha256
 from stages.storage.folder import Folder, open_folder, unreadable
+from stages.storage.sealing import sha256
 
 SKIPPED = "; training leaves it out with on_damage=skip"
 

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from stages.errors import UserError
-from stages.storage.files import seal, sha256, unseal
 from stages.storage.folder import Folder, unreadable
+from stages.storage.sealing import seal, sha256, unseal
 
 SCHEMA_VERSION = 2
 DATASET_FILE = "dataset.json"

@@ -22,8 +22,8 @@ from stages.records.plans import (
     published,
     write_info,
 )
-from stages.storage.files import sha256
 from stages.storage.folder import Folder
+from stages.storage.sealing import sha256
 
 
 def begin_plan(root: Folder, info: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:

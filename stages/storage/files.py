@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import io
 import json
 import uuid
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stages.errors import StorageError, UserError
-from stages.storage.filesystem import lock, name_unless_taken, sync, sync_folder
+from stages.errors import StorageError
+from stages.storage.filesystem import name_unless_taken, sync, sync_folder
 
-SEAL = "checksum"
 ASIDE = ".*.????????.tmp"  # the files of `_written_aside`
 PROBED = 4096  # bytes: a disk that is full still takes names
 
@@ -74,36 +70,6 @@ def move(path: Path, to: Path) -> bool:
     except OSError as error:
         raise StorageError(f"{path}: cannot be moved to {to}: {error.strerror or error}") from error
     return True
-
-
-@contextmanager
-def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
-    """Within it, no other process is alone in the folder; one that is killed lets go of it.
-
-    Where the file system has no locks, it warns, and the folder is the user's care.
-
-    Args:
-        what: goes on there, for the message.
-
-    Raises:
-        UserError: another process is.
-        StorageError: the disk refused.
-    """
-    make_folder(folder)
-    try:
-        file = (folder / ".lock").open("wb")
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    with file:
-        try:
-            locked = lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            message = f"{folder}: {what} here: wait for it, or take another output_dir"
-            raise UserError(message) from error
-        if not locked:
-            message = "its file system has no locks: goes on without, so begin no second run there meanwhile"
-            warnings.warn(f"{folder}: {message}", stacklevel=2)
-        yield
 
 
 @contextmanager
@@ -179,35 +145,9 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def seal(value: dict[str, Any]) -> bytes:
-    """Readable JSON that carries the checksum of the rest of itself."""
-    return to_json(value | {SEAL: _digest(value)})
-
-
-def unseal(content: bytes) -> dict[str, Any]:
-    """What `seal` was given.
-
-    Raises:
-        ValueError: the content is not as it was written.
-    """
-    value = json.loads(content)
-    if not isinstance(value, dict) or value.pop(SEAL, None) != _digest(value):
-        raise ValueError("not as it was written")
-    return value
-
-
-def _digest(value: dict[str, Any]) -> str:
-    return sha256(json.dumps(value, sort_keys=True).encode())
-
-
 def make_folder(path: Path) -> None:
     """Make a folder and its parents."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{path}: cannot be made: {error.strerror or error}") from error
-
-
-def sha256(content: bytes) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()

@@ -25,8 +25,9 @@ from stages.progress import progress
 from stages.records.dataset import Dataset
 from stages.records.plans import snapshots
 from stages.storage.cache import ShardCache
-from stages.storage.files import check_folder, exclusive_lock, whole_file
+from stages.storage.files import check_folder, whole_file
 from stages.storage.folder import open_folder
+from stages.storage.locks import exclusive_lock
 from stages.train.batch import Batch
 from stages.train.bins import Range
 from stages.train.checkpoint import (

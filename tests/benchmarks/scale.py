@@ -33,7 +33,7 @@ from stages.generate.events import Event, Loaded, Made
 from stages.generate.fleet import RayFleet
 from stages.records.commits import commit_name
 from stages.records.dataset import Dataset
-from stages.storage.files import seal
+from stages.storage.sealing import seal
 from tests.support.sleeping_worker import FACTS, SleepingWorker, made_up_commit, sleeping_config
 
 TEACHER = Path("stages/embedded/mnist_dit")

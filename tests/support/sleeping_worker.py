@@ -10,7 +10,8 @@ from typing import Any
 import ray
 
 from stages.generate.config import GenerateConfig, TeacherConfig
-from stages.storage.files import create, seal
+from stages.storage.files import create
+from stages.storage.sealing import seal
 
 FACTS = {"guidance_rule": "none: it sleeps"}
 

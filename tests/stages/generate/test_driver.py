@@ -21,7 +21,8 @@ from stages.records.commits import committed_units, read_commits
 from stages.records.dataset import Dataset
 from stages.records.plans import read_info, snapshots, write_info
 from stages.records.verification import verify
-from stages.storage.folder import DiskFolder, open_folder
+from stages.storage.disk import DiskFolder
+from stages.storage.folder import open_folder
 from tests.conftest import fill, generate, generate_config
 from tests.support.faults_table import survived
 from tests.support.faulty_s3 import Fault, FaultyS3

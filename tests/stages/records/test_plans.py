@@ -10,8 +10,8 @@ from stages.records.commits import read_commits
 from stages.records.dataset import Dataset
 from stages.records.manifest import fingerprint
 from stages.records.plans import is_of_plan, plan_digests, read_info
-from stages.storage.files import seal, unseal
 from stages.storage.folder import open_folder
+from stages.storage.sealing import seal, unseal
 
 
 def change_info(root: Path, **changes: Any) -> None:

@@ -16,8 +16,9 @@ from stages.records.plans import snapshots
 from stages.records.repair import repair
 from stages.records.shard import encode
 from stages.records.verification import survey, verify
-from stages.storage import folder as folder_module
-from stages.storage.folder import DiskFolder, open_folder
+from stages.storage import disk
+from stages.storage.disk import DiskFolder
+from stages.storage.folder import open_folder
 from tests.conftest import generate, generate_config
 from tests.stages.generate.test_driver import Faulty, assert_same_records
 from tests.stages.records.test_trajectory import trajectory
@@ -112,7 +113,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         if next(steps, number) == number:
             raise KilledError
 
-    real: dict[str, Any] = {"move": folder_module.move, "write": DiskFolder.write, "delete": DiskFolder.delete}
+    real: dict[str, Any] = {"move": disk.move, "write": DiskFolder.write, "delete": DiskFolder.delete}
 
     def moved(path: Path, to: Path) -> bool:
         step()
@@ -133,7 +134,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         step()
         real["delete"](folder, name)
 
-    monkeypatch.setattr(folder_module, "move", moved)
+    monkeypatch.setattr(disk, "move", moved)
     monkeypatch.setattr(DiskFolder, "write", written)
     monkeypatch.setattr(DiskFolder, "delete", deleted)
 

@@ -8,8 +8,8 @@ from stages.errors import UserError
 from stages.generate.driver import Driver
 from stages.records.dataset import Dataset
 from stages.records.verification import verify
-from stages.storage.files import seal, unseal
-from stages.storage.folder import DiskFolder
+from stages.storage.disk import DiskFolder
+from stages.storage.sealing import seal, unseal
 from tests.conftest import generate, generate_config
 from tests.stages.generate.test_driver import Faulty
 from tests.stages.records.test_plans import change_info

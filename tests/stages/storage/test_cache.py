@@ -15,8 +15,10 @@ from typing import BinaryIO, cast
 import pytest
 
 from stages.errors import StorageError
+from stages.storage.bucket import BucketFolder
 from stages.storage.cache import ShardCache
-from stages.storage.folder import BucketFolder, DiskFolder, Folder, open_folder
+from stages.storage.disk import DiskFolder
+from stages.storage.folder import Folder, open_folder
 from tests.support.faulty_s3 import Fault, FaultyS3
 
 SIZE = 1000

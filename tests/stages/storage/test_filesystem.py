@@ -22,8 +22,9 @@ from stages.generate.driver import Driver
 from stages.generate.in_process import InProcessFleet
 from stages.storage import filesystem
 from stages.storage.cache import ShardCache
-from stages.storage.files import create, exclusive_lock, move, whole_file
-from stages.storage.folder import DiskFolder
+from stages.storage.disk import DiskFolder
+from stages.storage.files import create, move, whole_file
+from stages.storage.locks import exclusive_lock
 from tests.conftest import generate_config, train_config
 
 Refuse = Callable[[Any, str, int], None]
