@@ -66,14 +66,14 @@ def config_of(specimen: Specimen, folder: Path, **changes: Any) -> GenerateConfi
 
 def load_whole(dataset: Dataset, specimen: Specimen) -> Any:
     """The untouched pipeline of a dataset's teacher."""
-    pipe: Any = load_pipeline(dataset.info["teacher"]["pretrained_model_name_or_path"])
+    pipe: Any = load_pipeline(dataset.info.teacher["pretrained_model_name_or_path"])
     if getattr(getattr(specimen.build(), "vae", None), "use_tiling", False):
         pipe.vae.enable_tiling()
     return pipe
 
 
 def layout_of(dataset: Dataset) -> Layout:
-    info = dict(dataset.info["teacher"]["layout"])
+    info = dict(dataset.info.teacher["layout"])
     return Layout(
         **info
         | {
@@ -151,7 +151,7 @@ def test_a_pipeline_works(name: str, tmp_path: Path) -> None:
     specimen = ZOO[name]
     dataset = Dataset(generate(config_of(specimen, tmp_path)))
     check_records(dataset, specimen)
-    for denoiser in dataset.info["teacher"]["denoisers"]:
+    for denoiser in dataset.info.teacher["denoisers"]:
         check_training(dataset, specimen, denoiser, tmp_path / denoiser)
 
 

@@ -73,7 +73,7 @@ class UnitWorker:
             for item in sampled.previews.items():
                 write_preview(self.root, *item)
             commit = commit_unit(self.root, index, samples, digest)
-        return sum(row["records"] for row in commit["samples"]), dict(clock)
+        return sum(row["records"] for row in commit.samples), dict(clock)
 
     def _digest_of_plan(self, unit: int) -> str:
         """Of the plan that a unit belongs to, once that is known to be what this worker goes by."""

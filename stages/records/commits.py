@@ -7,11 +7,13 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from itertools import chain
-from typing import Any
 
 from stages.errors import DamageError
+from stages.records.fields import read_fields
 from stages.records.manifest import unit_of
+from stages.records.schema import Commit
 from stages.records.shard import Sample, hash_file, write_shard
 from stages.storage.folder import Folder, unreadable
 from stages.storage.sealing import seal, unseal
@@ -21,7 +23,7 @@ READERS = 16  # a request to a bucket mostly waits
 COMMITS_OF_A_READER = COMMITS_AT_ONCE // READERS  # to pass them on one by one takes longer than to read them
 
 
-def commit_unit(root: Folder, unit: int, samples: Iterable[Sample], plan: str | None = None) -> dict[str, Any]:
+def commit_unit(root: Folder, unit: int, samples: Iterable[Sample], plan: str) -> Commit:
     """Write a unit's shard and commit it; returns the commit record that won, be it this attempt's or an earlier one's.
 
     Args:
@@ -35,11 +37,8 @@ def commit_unit(root: Folder, unit: int, samples: Iterable[Sample], plan: str | 
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         digest = hash_file(file)
-    tensors = samples[0].tensors
-    commit = {
-        "unit": unit, "plan": plan, "shard": shard, "size": size, "sha256": digest, "tensors": tensors, "samples": rows,
-    }  # fmt: skip
-    if not root.create(record, seal(commit)):
+    commit = Commit(unit, plan, shard, size, digest, samples[0].tensors, rows)
+    if not root.create(record, seal(asdict(commit))):
         root.delete(shard)
     return read_commit(root, record)
 
@@ -50,19 +49,19 @@ def commit_names(root: Folder) -> list[str]:
     return sorted((name for name in numbered if name == commit_name(unit_of(name))), key=unit_of)
 
 
-def read_commit(root: Folder, name: str) -> dict[str, Any]:
+def read_commit(root: Folder, name: str) -> Commit:
     """One commit record.
 
     Raises:
         UserError: it is not as it was written, or this user may not read it.
     """
     try:
-        commit = unseal(root.read(name) or b"")
-        if commit["unit"] != unit_of(name) or not re.fullmatch(rf"shards/0*{unit_of(name)}-\w+\.tar", commit["shard"]):
+        commit = read_fields(Commit, unseal(root.read(name) or b""))
+        if commit.unit != unit_of(name) or not re.fullmatch(rf"shards/0*{unit_of(name)}-\w+\.tar", commit.shard):
             raise ValueError("of another unit")
     except PermissionError as error:
         raise unreadable(root, name) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise DamageError(
             f"{root.where(name)}: damaged: `python -m pipeline.verify {root.override('data_dir')} repair=true` sets it aside; "
             "then generate again, which makes its unit anew"
@@ -85,14 +84,14 @@ def commit_name(unit: int) -> str:
     return f"commits/{unit:05d}.json"
 
 
-def read_commits(root: Folder) -> Iterator[dict[str, Any]]:
+def read_commits(root: Folder) -> Iterator[Commit]:
     """Every commit record, in the order of the plan; few of them are in memory at once.
 
     Raises:
         UserError: one is not as it was written.
     """
 
-    def read(units: list[int]) -> list[dict[str, Any]]:
+    def read(units: list[int]) -> list[Commit]:
         return [read_commit(root, commit_name(unit)) for unit in units]
 
     units = committed_units(root)

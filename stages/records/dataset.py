@@ -23,7 +23,8 @@ from torch import Tensor
 from stages.errors import DamageError, UserError
 from stages.records.commits import committed_units, damage_error
 from stages.records.manifest import decode_manifest, unit_of
-from stages.records.plans import fingerprint_of, manifest_name, of_snapshot, published, read_info
+from stages.records.plans import manifest_name, read_info
+from stages.records.schema import PublishedPlan
 from stages.records.trajectory import schema_mismatch
 from stages.storage.cache import ShardCache
 from stages.storage.folder import Folder, open_folder, unreadable
@@ -44,7 +45,8 @@ class Dataset:
 
     Attributes:
         root: its folder.
-        info: the content of `dataset.json`, as of the snapshot.
+        info: the content of `dataset.json`.
+        plan: the last of the snapshot's plans: its counts, conditions and configuration.
         manifest: the table of samples.
         newest: whether there is no later snapshot.
         fingerprint: tells what this snapshot holds from what any other does.
@@ -67,17 +69,16 @@ class Dataset:
                 f"{self.root}: holds no dataset: name the folder of one, or make one there with "
                 f"`python -m pipeline.generate --config FILE {self.root.override('output_dir')}` and a FILE of configs/generate"
             )
-        whole = published(info)
-        if not whole or not info["complete"]:
-            raise self._unfinished(sum(plan["units"] for plan in whole or info["plans"]))
-        known = [fingerprint_of(plan) for plan in whole]
+        if not info.published or not info.complete:
+            raise self._unfinished(sum(plan.units for plan in info.published or info.plans))
+        known = [plan.fingerprint for plan in info.published]
         if snapshot is not None and snapshot not in known:
             message = ", ".join(fingerprint[:12] for fingerprint in known)
             raise UserError(f"{self.root}: has no snapshot {snapshot[:12]}, only {message}")
         number = len(known) if snapshot is None else 1 + known.index(snapshot)
-        self.newest, self.fingerprint = number == len(known), known[number - 1]
-        self.info = of_snapshot(info, whole[number - 1])
-        content, problem = read_manifest(self.root, whole[number - 1], manifest_name(info, number))
+        self.info, self.plan = info, info.published[number - 1]
+        self.newest, self.fingerprint = number == len(known), self.plan.fingerprint
+        content, problem = read_manifest(self.root, self.plan, manifest_name(info, number))
         if content is None:
             raise damage_error(self.root, problem)
         self.manifest = decode_manifest(content)
@@ -133,7 +134,7 @@ class Dataset:
             sample = safetensors.torch.load(content)
         except safetensors.SafetensorError as error:
             raise self._damage(row["shard"], f"the tensors of {row['key']}", str(error)) from error
-        if found := schema_mismatch(sample, self.info["tensors"]):
+        if found := schema_mismatch(sample, self.info.tensors):
             raise self._damage(row["shard"], f"the tensors of {row['key']}", found)
         count = len(sample["timestep"])
         if count < row["records"] if "chosen" in row else count != row["records"]:
@@ -179,9 +180,9 @@ def finishing(root: Folder) -> str:
     return f"`python -m pipeline.generate --config {shlex.quote(config)} {root.override('output_dir')}`{copied} makes the rest"
 
 
-def read_manifest(root: Folder, plan: dict[str, Any], name: str) -> tuple[bytes | None, dict[str, str]]:
+def read_manifest(root: Folder, plan: PublishedPlan, name: str) -> tuple[bytes | None, dict[str, str]]:
     """(a snapshot's manifest from the file of that name, no problem), or (None, why not): it is not the one that was published."""
-    content, expected = root.read(name), plan["manifest_sha256"]
+    content, expected = root.read(name), plan.manifest_sha256
     found = "no such file" if content is None else sha256(content)
     if found == expected:
         return content, {}

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from stages.records.schema import Commit, TensorSpec
 from stages.records.shard import read_members, row_of
 from stages.records.trajectory import from_members, schema_mismatch
 from stages.storage.folder import READ_SIZE, Folder, unreadable
@@ -31,7 +32,7 @@ class _Hashed:
         return content
 
 
-def inspect_shard(root: Folder, commit: dict[str, Any], specs: dict[str, Any]) -> list[np.ndarray]:
+def inspect_shard(root: Folder, commit: Commit, specs: dict[str, TensorSpec]) -> list[np.ndarray]:
     """The timesteps of a shard's samples.
 
     Args:
@@ -43,7 +44,7 @@ def inspect_shard(root: Folder, commit: dict[str, Any], specs: dict[str, Any]) -
     """
     wrong, timesteps = None, []
     try:
-        with root.open(commit["shard"]) as opened:
+        with root.open(commit.shard) as opened:
             file = _Hashed(opened)
             try:
                 timesteps = list(_samples(file, commit, specs))  # type: ignore[arg-type]
@@ -54,19 +55,19 @@ def inspect_shard(root: Folder, commit: dict[str, Any], specs: dict[str, Any]) -
     except FileNotFoundError as error:
         raise BrokenError("a shard", "no such file") from error
     except PermissionError as error:
-        raise unreadable(root, commit["shard"]) from error
+        raise unreadable(root, commit.shard) from error
     except OSError as error:
         raise BrokenError("a shard", f"what cannot be read: {error.strerror or error}") from error
-    if (found := file.digest.hexdigest()) != commit["sha256"]:
-        raise BrokenError(f"SHA-256 {commit['sha256']}", found)
+    if (found := file.digest.hexdigest()) != commit.sha256:
+        raise BrokenError(f"SHA-256 {commit.sha256}", found)
     if wrong is not None:
         raise wrong
     return timesteps
 
 
-def _samples(file: BinaryIO, commit: dict[str, Any], specs: dict[str, Any]) -> Iterator[np.ndarray]:
-    members = read_members(file, commit["size"])
-    for row in commit["samples"]:
+def _samples(file: BinaryIO, commit: Commit, specs: dict[str, TensorSpec]) -> Iterator[np.ndarray]:
+    members = read_members(file, commit.size)
+    for row in commit.samples:
         metadata, tensors = (_next(members, f"{row['key']}.{suffix}") for suffix in ("json", "safetensors"))
         yield _timesteps(row, metadata, tensors, specs)
     _next(members, None)
@@ -84,7 +85,7 @@ def _next(members: Iterator[Member], name: str | None) -> Member:
     return member
 
 
-def _timesteps(row: dict[str, Any], metadata: Member, tensors: Member, specs: dict[str, Any]) -> np.ndarray:
+def _timesteps(row: dict[str, Any], metadata: Member, tensors: Member, specs: dict[str, TensorSpec]) -> np.ndarray:
     key, (_, offset, content) = row["key"], tensors
     try:
         trajectory = from_members(content, metadata[2])

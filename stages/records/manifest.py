@@ -11,6 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.records.schema import Commit
+
 ROWS_OF_A_BATCH = 10_000  # as Python objects they take many times the memory
 SCHEMA = pa.schema(
     [
@@ -46,12 +48,12 @@ def unit_of(name: str) -> int:
     return int(name.rpartition("/")[2].partition(".")[0].partition("-")[0])
 
 
-def table_of(commits: Iterable[dict[str, Any]]) -> pa.Table:
+def table_of(commits: Iterable[Commit]) -> pa.Table:
     """The rows of all commits, in the order of the plan."""
     batches, rows = [], []
     for commit in commits:
-        metadata = {"shard": commit["shard"], "shard_size": commit["size"], "shard_sha256": commit["sha256"]}
-        rows += [metadata | row for row in commit["samples"]]
+        shard = {"shard": commit.shard, "shard_size": commit.size, "shard_sha256": commit.sha256}
+        rows += [shard | row for row in commit.samples]
         if len(rows) >= ROWS_OF_A_BATCH:
             batches.append(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
             rows = []

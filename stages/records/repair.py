@@ -12,7 +12,7 @@ from itertools import count
 
 from stages.records.commits import commit_name, is_committed
 from stages.records.manifest import unit_of
-from stages.records.plans import published, read_info
+from stages.records.plans import read_info
 from stages.records.publication import publish
 from stages.records.verification import Problem, Survey, is_named, unit_of_file
 from stages.storage.folder import Folder
@@ -40,7 +40,7 @@ def repair(found: Survey, grace: float) -> list[Repair]:
 
 def _set_commits_aside(found: Survey) -> Iterator[Repair]:
     """Damaged commit records and those of no plan, then the shards that they may have named."""
-    named = {commit["shard"] for commit in found.commits.values()}
+    named = {commit.shard for commit in found.commits.values()}
     for name, problem in found.of_commits.items():
         yield from _set_aside(found.root, name, problem)
         for shard in found.sizes:
@@ -52,7 +52,7 @@ def _set_commits_aside(found: Survey) -> Iterator[Repair]:
 def _set_shards_aside(found: Survey) -> Iterator[Repair]:
     """Damaged shards, each after its commit record."""
     for unit, problem in sorted(found.of_shards.items()):
-        shard = found.commits[unit]["shard"]
+        shard = found.commits[unit].shard
         yield from _set_aside(found.root, commit_name(unit), problem | {"shard": commit_name(unit)})
         if shard in found.sizes:
             yield from _set_aside(found.root, shard, problem)
@@ -72,12 +72,12 @@ def _publish_again(found: Survey) -> Iterator[Repair]:
     """Manifests that are damaged, stale or missing, where every unit that they are of is whole."""
     whole = [unit for unit in found.units if unit in found.commits and unit not in found.of_shards]
     wrong = [*found.of_manifests, *found.unfinished, *found.differences]
-    if not wrong or not published(found.info) or len(whole) < len(found.units):
+    if not wrong or not found.info.published or len(whole) < len(found.units):
         return
     if found.differences and not found.deep:
         return  # the commit may be the one that is wrong, which its shard tells
     there = read_info(found.root)
-    if there is None or there["plans"] != found.info["plans"]:
+    if there is None or there.plans != found.info.plans:
         return  # generation has gone on meanwhile
     publish(found.root, found.info, (found.commits[unit] for unit in whole), again=True)
     for problem in wrong:
@@ -91,7 +91,7 @@ def _remove_orphans(found: Survey, grace: float) -> Iterator[Repair]:
     """
     if not found.orphans:
         return
-    now, planned = found.root.now(), range(sum(plan["units"] for plan in found.info["plans"]))
+    now, planned = found.root.now(), range(sum(plan.units for plan in found.info.plans))
     for name, size in found.orphans.items():
         unit = unit_of_file(name)
         if unit is not None and unit in planned and not is_committed(found.root, unit):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from stages.records.schema import TensorSpec
 from stages.records.trajectory import Trajectory, tensor_specs
 from stages.storage.folder import READ_SIZE
 
@@ -27,7 +28,7 @@ class Sample:
     key: str
     members: dict[str, bytes]
     row: dict[str, Any]
-    tensors: dict[str, dict[str, Any]]
+    tensors: dict[str, TensorSpec]
 
 
 def encode(trajectory: Trajectory) -> Sample:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.base.denoiser import STEP
+from stages.records.schema import TensorSpec
 
 CONDITION_PREFIX = "cond."
 PER_RECORD = ("latent", "timestep", "target", "guidance_cosine", "guidance_delta")
@@ -31,11 +32,11 @@ class Trajectory:
         timestep: `[k]`, as the denoiser was given it.
         target: `[k, ...]`, the guided prediction that the scheduler was handed, in the model's prediction type.
         cond: every other tensor that the conditional pass was given, by the denoiser's own argument names.
-        steps: `[k, ...]`, those that change from step to step, named `step.NAME`.
-        denoiser: which of the teacher's denoisers predicted, by its name in the pipeline.
         guidance_cosine: `[k]`, cosine similarity of the conditional prediction and the target, over all their elements.
         guidance_delta: `[k]`, mean square of the target less the conditional prediction.
-            Both are float32, taken before anything was rounded for storage; None in datasets older than them.
+            Both are float32, taken before anything was rounded for storage.
+        steps: `[k, ...]`, those that change from step to step, named `step.NAME`.
+        denoiser: which of the teacher's denoisers predicted, by its name in the pipeline.
     """
 
     index: int
@@ -46,11 +47,11 @@ class Trajectory:
     timestep: Tensor
     target: Tensor
     cond: dict[str, Tensor]
+    guidance_cosine: Tensor
+    guidance_delta: Tensor
     part: int = 0
     steps: dict[str, Tensor] = field(default_factory=dict)
     denoiser: str = ""
-    guidance_cosine: Tensor | None = None
-    guidance_delta: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -62,7 +63,7 @@ class Trajectory:
 
     def per_record(self) -> dict[str, Tensor]:
         """Every tensor with an entry per record `[k, ...]`, by name."""
-        return {name: value for name in PER_RECORD if (value := getattr(self, name)) is not None} | self.steps
+        return {name: getattr(self, name) for name in PER_RECORD} | self.steps
 
     def parts(self, size: int) -> Iterator[Trajectory]:
         """The same records in samples of at most `size`."""
@@ -106,8 +107,8 @@ def from_members(tensors: bytes, metadata: bytes) -> Trajectory:
             latent=named.pop("latent"),
             timestep=named.pop("timestep"),
             target=named.pop("target"),
-            guidance_cosine=named.pop("guidance_cosine", None),
-            guidance_delta=named.pop("guidance_delta", None),
+            guidance_cosine=named.pop("guidance_cosine"),
+            guidance_delta=named.pop("guidance_delta"),
             denoiser=fields["denoiser"],
             steps={name: value for name, value in named.items() if name.startswith(STEP)},
             cond={
@@ -125,29 +126,29 @@ def decode(sample: dict[str, Any]) -> Trajectory:
     return from_members(sample["safetensors"], sample["json"])
 
 
-def tensor_specs(trajectory: Trajectory) -> dict[str, dict[str, Any]]:
+def tensor_specs(trajectory: Trajectory) -> dict[str, TensorSpec]:
     """Dtype and shape of one record's tensors by name, as `dataset.json` tells them."""
     tensors = {name: value[0] for name, value in trajectory.per_record().items()}
     tensors |= {CONDITION_PREFIX + name: value for name, value in trajectory.cond.items()}
-    return {name: {"dtype": dtype_name(value.dtype), "shape": list(value.shape)} for name, value in tensors.items()}
+    return {name: TensorSpec(dtype_name(value.dtype), list(value.shape)) for name, value in tensors.items()}
 
 
-def schema_mismatch(tensors: dict[str, Tensor], specs: dict[str, dict[str, Any]]) -> str | None:
+def schema_mismatch(tensors: dict[str, Tensor], specs: dict[str, TensorSpec]) -> str | None:
     """What keeps the tensors of a sample from being those that `dataset.json` tells of; None where nothing does.
 
     Conditions may differ in length from sample to sample.
     """
     count = list(tensors["timestep"].shape[:1]) if "timestep" in tensors else []
-    for name, metadata in specs.items():
+    for name, spec in specs.items():
         if name not in tensors:
             return f"no {name}"
-        found, shape = tensors[name], list(metadata["shape"])
+        found, shape = tensors[name], list(spec.shape)
         if is_per_record(name):
             shape = count + shape
         elif shape and found.ndim:
             shape[0] = found.shape[0]
-        if (dtype_name(found.dtype), list(found.shape)) != (metadata["dtype"], shape) or 0 in count:
-            return f"{name} {dtype_name(found.dtype)} {list(found.shape)}, not {metadata['dtype']} {shape}"
+        if (dtype_name(found.dtype), list(found.shape)) != (spec.dtype, shape) or 0 in count:
+            return f"{name} {dtype_name(found.dtype)} {list(found.shape)}, not {spec.dtype} {shape}"
     return None
 
 

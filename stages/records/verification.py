@@ -25,9 +25,9 @@ from stages.records.plans import (
     manifest_copy,
     manifest_name,
     plan_digests,
-    published,
     read_info,
 )
+from stages.records.schema import Commit, DatasetInfo
 from stages.storage.folder import Folder, open_folder
 
 SCALE_BINS = 10
@@ -55,10 +55,10 @@ class Survey:
     """
 
     root: Folder
-    info: dict[str, Any]
+    info: DatasetInfo
     deep: bool
     sizes: dict[str, int] = field(default_factory=dict)
-    commits: dict[int, dict[str, Any]] = field(default_factory=dict)
+    commits: dict[int, Commit] = field(default_factory=dict)
     of_commits: dict[str, Problem] = field(default_factory=dict)
     of_shards: dict[int, Problem] = field(default_factory=dict)
     of_manifests: list[Problem] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Survey:
     @property
     def units(self) -> range:
         """Those of the newest snapshot; before there is one, those that it will have."""
-        return range(sum(plan["units"] for plan in published(self.info) or self.info["plans"]))
+        return range(sum(plan.units for plan in self.info.published or self.info.plans))
 
     @property
     def problems(self) -> list[Problem]:
@@ -80,13 +80,13 @@ class Survey:
     def summary(self) -> dict[str, Any]:
         """The content of `verification.json`."""
         commits = [commit for unit, commit in self.commits.items() if unit in self.units]
-        rows = [row for commit in commits for row in commit["samples"]]
+        rows = [row for commit in commits for row in commit.samples]
         return {
             "ok": not self.problems,
             "deep": self.deep,
             "trajectories": len({row["trajectory"] for row in rows}),
             "records": sum(row["records"] for row in rows),
-            "bytes": sum(commit["size"] for commit in commits),
+            "bytes": sum(commit.size for commit in commits),
             "shards": len(commits),
             "growth": self._growth(),
             "histograms": self._histograms(rows),
@@ -100,7 +100,7 @@ class Survey:
 
     def _growth(self) -> dict[str, int]:
         """Units beyond the newest snapshot."""
-        planned = range(self.units.stop, sum(plan["units"] for plan in self.info["plans"]))
+        planned = range(self.units.stop, sum(plan.units for plan in self.info.plans))
         return {"units_planned": len(planned), "units_committed": sum(unit in self.commits for unit in planned)}
 
     def _histograms(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -134,14 +134,14 @@ def survey(root: Folder, deep: bool) -> Survey:
     found = Survey(root, _read_info(root), deep)
     _look_at_commits(found)
     _look_at_units(found)
-    if found.info["complete"]:  # else they are of before what is missing was made again
+    if found.info.complete:  # else they are of before what is missing was made again
         _look_at_manifests(found)
     _look_at_shards(found)
     found.orphans = _orphans(found)
     return found
 
 
-def _read_info(root: Folder) -> dict[str, Any]:
+def _read_info(root: Folder) -> DatasetInfo:
     info = read_info(root)
     if info is None:
         raise UserError(f"{root}: holds no dataset: there is no {DATASET_FILE} in it")
@@ -149,7 +149,7 @@ def _read_info(root: Folder) -> dict[str, Any]:
 
 
 def _look_at_commits(found: Survey) -> None:
-    def read(name: str) -> dict[str, Any] | None:
+    def read(name: str) -> Commit | None:
         try:
             return read_commit(found.root, name)
         except DamageError:
@@ -161,7 +161,7 @@ def _look_at_commits(found: Survey) -> None:
             if commit is None:
                 found.of_commits[name] = {"shard": name, "expected": "a commit record", "found": "damage"}
             else:
-                found.commits[commit["unit"]] = commit
+                found.commits[commit.unit] = commit
     # Read again, because another run may have planned more since, and committed that.
     digests = plan_digests(_read_info(found.root))
     known = digests[-1][0]
@@ -183,7 +183,7 @@ def _look_at_units(found: Survey) -> None:
     if missing:
         more = ", ..." if len(missing) > 5 else ""
         message = f"{len(found.units) - len(missing)}, without {', '.join(missing[:5])}{more}"
-    elif not found.info["complete"]:
+    elif not found.info.complete:
         message = f"{len(found.units)}, not yet published"
     else:
         return
@@ -192,15 +192,15 @@ def _look_at_units(found: Survey) -> None:
 
 def _look_at_manifests(found: Survey) -> None:
     end = 0
-    for number, plan in enumerate(published(found.info), start=1):
-        end += plan["units"]
+    for number, plan in enumerate(found.info.published, start=1):
+        end += plan.units
         name, copy = manifest_name(found.info, number), manifest_copy(number)
         content, problem = read_manifest(found.root, plan, name)
         if content is None:
             found.of_manifests.append(problem)
         else:
             found.differences += _differences(found, range(end), decode_manifest(content))
-        if name == MANIFEST_FILE and found.root.exists(copy):  # datasets from before there were copies have none
+        if name == MANIFEST_FILE:
             content, problem = read_manifest(found.root, plan, copy)
             if content is None:
                 found.of_manifests.append(problem)
@@ -222,8 +222,8 @@ def _differences(found: Survey, units: range, manifest: pa.Table) -> list[Proble
 
 def _look_at_shards(found: Survey) -> None:
     found.sizes = found.root.list("shards")
-    by_shard = {commit["shard"]: unit for unit, commit in found.commits.items()}
-    committed = {commit["shard"]: commit["size"] for commit in found.commits.values()}
+    by_shard = {commit.shard: unit for unit, commit in found.commits.items()}
+    committed = {commit.shard: commit.size for commit in found.commits.values()}
     for problem in size_problems(committed, found.sizes):
         found.of_shards[by_shard[problem["shard"]]] = problem
     _look_for_duplicates(found)
@@ -233,28 +233,28 @@ def _look_at_shards(found: Survey) -> None:
         for unit, commit in sorted(found.commits.items()):
             if unit not in found.of_shards:
                 try:
-                    tensors = found.info.get("tensors") or commit["tensors"]
+                    tensors = found.info.tensors or commit.tensors
                     found.timesteps[unit] = inspect_shard(found.root, commit, tensors)
                 except BrokenError as broken:
                     expected, what = broken.args
-                    found.of_shards[unit] = {"shard": commit["shard"], "expected": expected, "found": what}
+                    found.of_shards[unit] = {"shard": commit.shard, "expected": expected, "found": what}
             bar.update()
 
 
 def _look_for_duplicates(found: Survey) -> None:
     """A key that two samples have says nothing of which of them is right."""
-    counts = Counter(row["key"] for commit in found.commits.values() for row in commit["samples"])
+    counts = Counter(row["key"] for commit in found.commits.values() for row in commit.samples)
     if counts.total() == len(counts):
         return
     for unit, commit in found.commits.items():
-        for key in (row["key"] for row in commit["samples"] if counts[row["key"]] > 1):
+        for key in (row["key"] for row in commit.samples if counts[row["key"]] > 1):
             problem = {"expected": f"one sample {key} in the dataset", "found": str(counts[key])}
-            found.of_shards.setdefault(unit, {"shard": commit["shard"]} | problem)
+            found.of_shards.setdefault(unit, {"shard": commit.shard} | problem)
 
 
 def _orphans(found: Survey) -> dict[str, int]:
     """Shards that no commit names, and files written aside that were never put in place."""
-    named = {commit["shard"] for commit in found.commits.values()}
+    named = {commit.shard for commit in found.commits.values()}
     unknown = {unit_of(name) for name in found.of_commits}  # which shard a damaged commit names
     orphans = {
         name: size
@@ -280,7 +280,7 @@ def is_named(root: Folder, shard: str) -> bool:
     if unit is None or not root.exists(name := commit_name(unit)):
         return False
     try:
-        return read_commit(root, name)["shard"] == shard
+        return read_commit(root, name).shard == shard
     except DamageError:
         return True
 

@@ -32,10 +32,10 @@ class Decoder:
     def __init__(
         self, name_or_path: str, dataset: Dataset, rows: list[Row], device: str, skip_damaged: bool = False
     ) -> None:
-        shape = dataset.info["tensors"]["latent"]["shape"]
+        shape = dataset.info.tensors["latent"].shape
         if len(shape) != 3:
             raise UserError(f"vae_name_or_path={name_or_path}: latents {shape} are not those of images: leave it out")
-        self.teacher = dataset.info["teacher"]
+        self.teacher = dataset.info.teacher
         self.noise = noise_levels(self.teacher)
         self.device = device
         self.vae = load_vae(name_or_path, shape[0]).to(device)

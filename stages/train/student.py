@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from stages.base.arguments import LENGTH, Arguments, Caller
 from stages.base.denoiser import NEGATIVE, STEP, as_target, fingerprint, predictions_of
 from stages.base.loading import denoiser_config, load_denoiser
 from stages.errors import UserError
+from stages.records.schema import TensorSpec
 from stages.records.trajectory import CONDITION_PREFIX
 from stages.train.batch import Batch, of_one_length
 
@@ -36,7 +38,7 @@ BASE_KEYS = (
 
 def facts_of_teacher(dataset: Dataset, denoiser: str | None = None) -> dict[str, Any]:
     """What `dataset.json` tells of the teacher, of its denoisers that of this name; by default the first."""
-    teacher = dataset.info["teacher"]
+    teacher = dataset.info.teacher
     name = denoiser or teacher["denoiser_subfolder"]
     return teacher | {"denoiser_subfolder": name} | teacher["denoisers"][name]
 
@@ -50,15 +52,18 @@ def describe_base(
         scale_range: what the run was restricted to.
         denoiser: which of the teacher's, by its name in the pipeline; by default the first.
     """
-    teacher, conditions = facts_of_teacher(dataset, denoiser), dataset.info["conditions"]
-    low, high = dataset.info["guidance"]["scale_range"]
+    teacher, conditions = facts_of_teacher(dataset, denoiser), dataset.plan.conditions
+    low, high = dataset.plan.guidance.scale_range
     least, most = scale_range or [low, high]
     return {
-        "conditions": find_conditions(condition_tensors(dataset), max(conditions["class_labels"], default=0) + 1),
-        "sampled": conditions,
+        "conditions": find_conditions(
+            {name: asdict(spec) for name, spec in condition_tensors(dataset).items()},
+            max(conditions.class_labels, default=0) + 1,
+        ),
+        "sampled": asdict(conditions),
         "arguments": teacher["arguments"],
         "scale_range": [max(low, least), min(high, most)],
-        "guidance_rule": dataset.info["guidance"]["rule"],
+        "guidance_rule": dataset.plan.guidance.rule,
         "prediction_type": teacher["prediction_type"],
         "timestep": teacher["layout"]["arguments"]["timestep"],
         "axes": teacher["layout"]["arguments"]["axes"],
@@ -68,15 +73,15 @@ def describe_base(
         "scale_offset": teacher["layout"]["scale_offset"],
         "unconditional": unconditional_place(teacher["layout"]),
         "base": {key: teacher[key] for key in BASE_KEYS},
-        "teacher": {key: teacher.get(key) for key in ("scheduler_class", "scheduler_config")}
-        | {"guider": dataset.info["plans"][0]["config"]["teacher"].get("guider")},
+        "teacher": {key: teacher[key] for key in ("scheduler_class", "scheduler_config")}
+        | {"guider": dataset.info.plans[0].config["teacher"]["guider"]},
         "dataset_fingerprint": dataset.fingerprint,
     }
 
 
 def unconditional_place(layout: dict[str, Any]) -> dict[str, int] | None:
     """Where a guided step of the pipeline has its unconditional part; None where that is not known."""
-    if layout.get("unconditional") is None:
+    if layout["unconditional"] is None:
         return None
     call, chunk = layout["unconditional"]
     return {"call": call, "chunk": chunk, "chunks": layout["chunks"]}
@@ -84,10 +89,10 @@ def unconditional_place(layout: dict[str, Any]) -> dict[str, int] | None:
 
 def example_inputs(dataset: Dataset) -> dict[str, Any]:
     """The denoiser's arguments for three records, flat, on the meta device."""
-    tensors, n, meta = dataset.info["tensors"], 3, torch.device("meta")
+    tensors, n, meta = dataset.info.tensors, 3, torch.device("meta")
 
-    def empty(spec: dict[str, Any]) -> Tensor:
-        return torch.empty(n, *spec["shape"], dtype=getattr(torch, spec["dtype"]), device=meta)
+    def empty(spec: TensorSpec) -> Tensor:
+        return torch.empty(n, *spec.shape, dtype=getattr(torch, spec.dtype), device=meta)
 
     cond = {k: empty(spec) for k, spec in condition_tensors(dataset).items() if not k.startswith(NEGATIVE)}
     cond |= {name: empty(spec) for name, spec in tensors.items() if name.startswith(STEP)}
@@ -96,14 +101,14 @@ def example_inputs(dataset: Dataset) -> dict[str, Any]:
 
 def arguments_of(dataset: Dataset) -> Arguments:
     """How the arguments of the teacher's denoiser are laid out."""
-    return Arguments.of_facts(dataset.info["teacher"]["layout"]["arguments"])
+    return Arguments.of_facts(dataset.info.teacher["layout"]["arguments"])
 
 
-def condition_tensors(dataset: Dataset) -> dict[str, dict[str, Any]]:
+def condition_tensors(dataset: Dataset) -> dict[str, TensorSpec]:
     """Dtype and shape of the conditional inputs that the records hold, by the denoiser's own names."""
     return {
         name.removeprefix(CONDITION_PREFIX): spec
-        for name, spec in dataset.info["tensors"].items()
+        for name, spec in dataset.info.tensors.items()
         if name.startswith(CONDITION_PREFIX)
     }
 
@@ -219,7 +224,7 @@ class Student:
         metadata, inputs = describe_base(dataset, scale_range, name), example_inputs(dataset)
         adapter = GuidanceAdapter.for_denoiser(config, denoiser, metadata, inputs)
         adapter.to(next(denoiser.parameters()).device)
-        channels = dataset.info["teacher"]["layout"]["target_channels"]
+        channels = dataset.info.teacher["layout"]["target_channels"]
         return cls(denoiser, adapter, arguments_of(dataset), channels, mixed_precision)
 
     def compile(self) -> None:

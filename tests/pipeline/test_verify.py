@@ -59,7 +59,7 @@ def test_what_a_repair_tells_last_finishes_the_dataset(
 ) -> None:
     monkeypatch.setattr("stages.generate.fleet.RayFleet", InProcessFleet)
     damaged = damaged.rename(damaged.with_name("two words"))
-    (damaged / "config.yaml").unlink()  # as of an older dataset
+    (damaged / "config.yaml").unlink()
     shard = commit_of(damaged)["shard"]
     DAMAGES["a flipped bit in a payload"](damaged)
     DAMAGES["a missing manifest"](damaged)

@@ -24,6 +24,7 @@ from tests.stages.generate.test_driver import Faulty, assert_same_records
 from tests.stages.records.test_trajectory import trajectory
 from tests.support.damages import DAMAGES, commit_of, publish_again
 from tests.support.faults_table import survived
+from tests.support.made_up import PLAN
 
 DAY = 86400.0
 
@@ -95,10 +96,10 @@ def test_a_clock_of_this_machine_that_jumps_removes_nothing(damaged: Path, monke
 
 def test_what_is_committed_between_the_look_and_the_repair_is_kept(damaged: Path) -> None:
     found = survey(open_folder(damaged), deep=False)
-    commit = commit_unit(open_folder(damaged), 9, [encode(trajectory())])
-    found.orphans[commit["shard"]] = commit["size"]
+    commit = commit_unit(open_folder(damaged), 9, [encode(trajectory())], PLAN)
+    found.orphans[commit.shard] = commit.size
     assert repair(found, grace=0) == []
-    assert (damaged / commit["shard"]).exists()
+    assert (damaged / commit.shard).exists()
 
 
 class KilledError(Exception):
@@ -220,7 +221,7 @@ def test_a_repair_can_publish_what_generation_did_not(damaged: Path, tiny_teache
     (damaged / "commits" / "00001.json").unlink()
     with pytest.raises(KeyboardInterrupt):
         Driver(config).run(Faulty(config, {}, die_after=0))
-    commit_unit(open_folder(damaged), 1, samples_of(config, 1))
+    commit_unit(open_folder(damaged), 1, samples_of(config, 1), commit_of(damaged, 0)["plan"])
     assert mend(damaged, deep=False)[0]["done"] == "manifests written again from the commits"
     assert verify(damaged)["ok"]
 
@@ -271,7 +272,7 @@ def test_without_depth_a_difference_is_not_judged(damaged: Path) -> None:
 
 
 def test_a_commit_beyond_the_plan_is_set_aside_with_its_shard(damaged: Path) -> None:
-    commit = commit_unit(open_folder(damaged), 9, [encode(trajectory())])
-    assert [line["shard"] for line in mend(damaged)] == ["commits/00009.json", commit["shard"]]
-    assert (damaged / "quarantine" / commit["shard"]).exists()
+    commit = commit_unit(open_folder(damaged), 9, [encode(trajectory())], PLAN)
+    assert [line["shard"] for line in mend(damaged)] == ["commits/00009.json", commit.shard]
+    assert (damaged / "quarantine" / commit.shard).exists()
     assert verify(damaged)["ok"]

@@ -33,6 +33,7 @@ from tests.stages.records.test_trajectory import trajectory
 from tests.support.damages import DAMAGES
 from tests.support.faults_table import survived
 from tests.support.faulty_s3 import Fault, FaultyS3
+from tests.support.made_up import PLAN
 
 ADDRESS = "s3://bucket/data/tiny"
 
@@ -102,9 +103,9 @@ def test_an_interrupted_run_goes_on_in_the_bucket(s3: FaultyS3, tiny_teacher: Pa
 
 def test_of_two_attempts_at_a_unit_one_wins_and_the_other_takes_its_shard_away(s3: FaultyS3) -> None:
     root = open_folder(ADDRESS)
-    first = commit_unit(root, 3, [encode(trajectory())])
-    assert commit_unit(root, 3, [encode(trajectory())]) == first
-    assert s3.names("data/tiny/shards") == [f"data/tiny/{first['shard']}"]
+    first = commit_unit(root, 3, [encode(trajectory())], PLAN)
+    assert commit_unit(root, 3, [encode(trajectory())], PLAN) == first
+    assert s3.names("data/tiny/shards") == [f"data/tiny/{first.shard}"]
     assert list(read_commits(root)) == [first]
 
 
@@ -112,9 +113,9 @@ def test_of_two_attempts_at_a_unit_one_wins_and_the_other_takes_its_shard_away(s
 def test_a_commit_whose_answer_was_lost_is_its_own(s3: FaultyS3, status: int) -> None:
     s3.faults = [Fault("PUT", "commits", status, carried_out=True)]
     root = open_folder(ADDRESS)
-    commit = commit_unit(root, 0, [encode(trajectory())])
+    commit = commit_unit(root, 0, [encode(trajectory())], PLAN)
     assert s3.faults[0].times == 0
-    assert s3.names("data/tiny/shards") == [f"data/tiny/{commit['shard']}"]
+    assert s3.names("data/tiny/shards") == [f"data/tiny/{commit.shard}"]
     survived(f"a commit answered by {status} although it was made", "storage")
 
 
@@ -122,11 +123,11 @@ def test_an_upload_that_breaks_leaves_no_shard_and_no_commit(s3: FaultyS3) -> No
     large = trajectory(100_000)  # several parts of an upload
     s3.faults = [Fault("PUT", r"shards.*partNumber=2", 403)]
     with pytest.raises(StorageError, match=rf"{ADDRESS}/shards/00000-.*\.tar: cannot be written"):
-        commit_unit(open_folder(ADDRESS), 0, [encode(large)])
+        commit_unit(open_folder(ADDRESS), 0, [encode(large)], PLAN)
     assert s3.faults[0].times == 0
     assert s3.names() == []
     assert list(s3.bucket.multipart_uploads.all()) == []
-    assert commit_unit(open_folder(ADDRESS), 0, [encode(large)])["samples"][0]["records"] == 100_000
+    assert commit_unit(open_folder(ADDRESS), 0, [encode(large)], PLAN).samples[0]["records"] == 100_000
     survived("an upload of a shard that breaks", "storage")
 
 
@@ -136,7 +137,7 @@ def test_trajectories_that_fail_leave_no_shard_and_no_commit(s3: FaultyS3, monke
 
     monkeypatch.setattr("stages.records.commits.write_shard", fails)
     with pytest.raises(RuntimeError):
-        commit_unit(open_folder(ADDRESS), 0, [encode(trajectory())])
+        commit_unit(open_folder(ADDRESS), 0, [encode(trajectory())], PLAN)
     assert s3.names() == []
 
 

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler
 
 from stages.errors import UserError
 from stages.records.dataset import Dataset
+from stages.records.schema import TensorSpec
 from stages.train.decoding import COLUMNS, Decoder, load_vae
 from stages.train.student import Student, load_base
 from tests.conftest import small_adapter
@@ -68,7 +69,7 @@ def test_what_has_no_vae_is_named(dataset: Dataset, tiny_teacher: Path, tmp_path
     ):
         with pytest.raises(UserError, match=f"{message} is none for latents of {channels} channels"):
             load_vae(str(path), channels)
-    dataset.info["tensors"]["latent"]["shape"] = [64, 16]
+    dataset.info.tensors["latent"] = TensorSpec("float16", [64, 16])
     with pytest.raises(UserError, match=r"latents \[64, 16\] are not those of images"):
         Decoder(str(tmp_path), dataset, [], "cpu")
 

@@ -1,0 +1,39 @@
+"""Descriptions of datasets that no teacher made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.records.commits import commit_unit
+from stages.records.plans import plan_digests
+from stages.records.publication import publish
+from stages.records.schema import ConditionsSpec, DatasetInfo, GuidanceSpec, PlanEntry
+from stages.records.shard import Sample
+from stages.storage.folder import open_folder
+
+PLAN = "0" * 64  # the digest of no plan
+
+
+def planned(units: int = 1, trajectories: int = 1, conditions: int = 1, **config: Any) -> PlanEntry:
+    """A plan that is under way."""
+    return PlanEntry(
+        units,
+        trajectories,
+        GuidanceSpec({"name": "none"}, [1.0, 1.0]),
+        ConditionsSpec([], 0, 0, conditions, "0" * 64),
+        {"teacher": {}} | config,
+    )
+
+
+def described(*plans: PlanEntry, **teacher: Any) -> DatasetInfo:
+    """A dataset of these plans."""
+    return DatasetInfo(complete=False, teacher=teacher, plans=plans)
+
+
+def write_dataset(root: Path, units: Sequence[Sequence[Sample]]) -> None:
+    """A published dataset of one plan, a unit for each of these."""
+    folder, info = open_folder(root), described(planned(len(units)))
+    ((_, digest),) = plan_digests(info)
+    publish(folder, info, [commit_unit(folder, unit, samples, digest) for unit, samples in enumerate(units)])
