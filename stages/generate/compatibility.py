@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,8 @@ from stages.base.sampling import Condition
 from stages.errors import ChangedError, UserError
 from stages.generate.config import EXECUTION_KEYS, GenerateConfig
 from stages.generate.plan import Plan
-from stages.records.plans import PLACE_OF_TEACHER
 from stages.records.schema import ConditionsSpec, DatasetInfo, GuidanceSpec, PlanEntry, PublishedPlan
+from stages.records.teacher import PLACE_OF_TEACHER, TeacherFacts
 
 COUNTS = ("num_trajectories", "num_trajectories_per_condition")  # of which a dataset that is made may be asked for more
 CONDITIONS = ("prompts", "class_labels")  # judged by what they name
@@ -54,7 +54,7 @@ def check_same_config(root: Any, entry: PlanEntry, plan: Plan) -> None:
         )
 
 
-def check_still_same(root: Any, info: DatasetInfo | None, plan: Plan, facts: dict[str, Any]) -> None:
+def check_still_same(root: Any, info: DatasetInfo | None, plan: Plan, facts: TeacherFacts) -> None:
     """Refuse to go on where `dataset.json` no longer tells of what a worker makes, because another run described something else.
 
     Args:
@@ -74,11 +74,15 @@ def check_still_same(root: Any, info: DatasetInfo | None, plan: Plan, facts: dic
         raise ChangedError(str(error)) from error
     if not is_all_of(info.plans, plan):
         raise ChangedError(f"{root}: has grown since this run began: give the command again")
-    for key, value in facts.items():
-        if key != PLACE_OF_TEACHER and info.teacher.get(key) != value:
-            raise ChangedError(
-                f"{root}: was begun anew with another teacher: its {key} is {info.teacher.get(key)}, not {value}"
-            )
+    for key, found, value in differences(info.teacher, facts):
+        raise ChangedError(f"{root}: was begun anew with another teacher: its {key} is {found}, not {value}")
+
+
+def differences(described: TeacherFacts, loaded: TeacherFacts) -> Iterator[tuple[str, Any, Any]]:
+    """(fact, as described, as loaded) where two teachers differ; the place where they are found is none."""
+    for key, value in vars(loaded).items():
+        if key != PLACE_OF_TEACHER and (found := getattr(described, key)) != value:
+            yield key, found, value
 
 
 def is_all_of(plans: Sequence[PlanEntry], plan: Plan) -> bool:

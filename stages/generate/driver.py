@@ -15,7 +15,7 @@ from stages.base.loading import first_line
 from stages.base.pictures import check_pictures
 from stages.configuration.options import to_yaml
 from stages.errors import ChangedError, DamageError, StorageError, UserError
-from stages.generate.compatibility import check_same_config, describe_plan, is_all_of
+from stages.generate.compatibility import check_same_config, describe_plan, differences, is_all_of
 from stages.generate.conditions import makes_images_of_their_size
 from stages.generate.config import GenerateConfig
 from stages.generate.events import Event, Failed, Fleet, Loaded, Made
@@ -24,10 +24,12 @@ from stages.generate.preview import write_preview_grid
 from stages.generate.profile import Profile
 from stages.generate.progress_reporter import ProgressReporter
 from stages.records.commits import commit_name, committed_units, is_committed, read_commit, read_commits
+from stages.records.fields import read_fields
 from stages.records.manifest import column_mismatch
-from stages.records.plans import PLACE_OF_TEACHER, plan_digests, published, read_info
+from stages.records.plans import plan_digests, published, read_info
 from stages.records.publication import begin_plan, publish, withdraw
 from stages.records.schema import DatasetInfo, PlanEntry
+from stages.records.teacher import PLACE_OF_TEACHER, TeacherFacts
 from stages.storage.files import to_json
 from stages.storage.folder import open_folder
 
@@ -198,16 +200,16 @@ class Driver:
         self.refusals = 0
 
     def _see_facts(self, facts: dict[str, Any]) -> None:
-        facts = facts | {"pretrained_model_name_or_path": self.config.teacher.pretrained_model_name_or_path}
+        place = {PLACE_OF_TEACHER: self.config.teacher.pretrained_model_name_or_path}
+        teacher = read_fields(TeacherFacts, facts | place)
         if not self.begun:
             self._look_again()
-        info = self.info or DatasetInfo(complete=False, teacher=facts)
-        for key, value in facts.items():
-            if key != PLACE_OF_TEACHER and info.teacher[key] != value:
-                raise UserError(
-                    f"{self.root}: begun with another teacher: its {key} was {info.teacher[key]}, not {value}: "
-                    "give the old teacher, or another output_dir"
-                )
+        info = self.info or DatasetInfo(complete=False, teacher=teacher)
+        for key, found, value in differences(info.teacher, teacher):
+            raise UserError(
+                f"{self.root}: begun with another teacher: its {key} was {found}, not {value}: give the old teacher, or "
+                "another output_dir"
+            )
         if not self.begun:
             self._begin(info)
 
@@ -226,7 +228,7 @@ class Driver:
         if info.complete and self.todo and min(self.todo) < units_of(published(info)):
             info = withdraw(self.root, info)
         if units_of(info.plans) < len(self.plan):
-            info = begin_plan(self.root, info, describe_plan(self.plan, info.plans, info.teacher["guidance_rule"]))
+            info = begin_plan(self.root, info, describe_plan(self.plan, info.plans, info.teacher.guidance_rule))
         self.root.write("config.yaml", to_yaml(self.config).encode())
         self.info, self.begun = info, True
 

@@ -9,13 +9,13 @@ from typing import Any
 from stages.errors import UserError
 from stages.records.fields import FieldError, read_fields
 from stages.records.schema import SCHEMA_VERSION, Commit, DatasetInfo, PublishedPlan
+from stages.records.teacher import PLACE_OF_TEACHER
 from stages.storage.folder import Folder, unreadable
 from stages.storage.sealing import seal, sha256, unseal
 
 DATASET_FILE = "dataset.json"
 MANIFEST_FILE = "manifest.parquet"
 DEFINING = ("units", "trajectories", "guidance", "conditions", "config")  # of a plan: what decides what it makes
-PLACE_OF_TEACHER = "pretrained_model_name_or_path"
 OF_THE_PLAN = "a unit of the plan in dataset.json"
 
 
@@ -60,7 +60,7 @@ def published(info: DatasetInfo | None) -> tuple[PublishedPlan, ...]:
 
 def plan_digests(info: DatasetInfo) -> list[tuple[int, str]]:
     """For each plan the unit after its last, and the SHA-256 of all that decides what its units hold."""
-    defining: list[Any] = [_without_place(info.teacher)]
+    defining: list[Any] = [_without_place(asdict(info.teacher))]
     digests, end = [], 0
     for plan in info.plans:
         entry = asdict(plan)

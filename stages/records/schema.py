@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stages.records.fields import read_fields
+from stages.records.teacher import TeacherFacts
 
 SCHEMA_VERSION = 2
 # The keys of the newest snapshot's plan that stand at the top of `dataset.json` too.
@@ -125,13 +126,12 @@ class DatasetInfo:
 
     Attributes:
         complete: whether every published unit is there; False while some are made again.
-        teacher: the facts of the teacher.
         plans: oldest first; the last may be under way.
         tensors: dtype and shape of one record's tensors by name; none before the first snapshot.
     """
 
     complete: bool
-    teacher: dict[str, Any]
+    teacher: TeacherFacts
     plans: tuple[PlanEntry, ...] = ()
     tensors: dict[str, TensorSpec] = field(default_factory=dict)
 

@@ -74,12 +74,12 @@ class Decoder:
     def denoised(self, predictions: Tensor) -> Tensor:
         """The clean latents `[n, c, h, w]` that predictions at the records' timesteps point to."""
         latents = self.batch.latent.float()
-        steps = (self.batch.timestep.float() / self.teacher["layout"]["timestep_scale"]).round().long()
+        steps = (self.batch.timestep.float() / self.teacher.layout.timestep_scale).round().long()
         steps = steps.clamp(0, len(self.noise) - 1)
-        if self.teacher["prediction_type"] is None:  # flow matching: the prediction is noise minus image
+        if self.teacher.prediction_type is None:  # flow matching: the prediction is noise minus image
             return latents - self.noise[steps].view(-1, 1, 1, 1) * predictions
-        known = {"clip_sample": False, "thresholding": False, "prediction_type": self.teacher["prediction_type"]}
-        scheduler: Any = DDIMScheduler.from_config(self.teacher["scheduler_config"], **known)
+        known = {"clip_sample": False, "thresholding": False, "prediction_type": self.teacher.prediction_type}
+        scheduler: Any = DDIMScheduler.from_config(self.teacher.scheduler_config, **known)
         scheduler.set_timesteps(len(self.noise))
         clean = [
             scheduler.step(prediction, int(step), latent).pred_original_sample

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.base.loading import diffusers_class
+from stages.records.teacher import TeacherFacts
 from stages.train.batch import Batch
 
 SMALLEST_DELTA = 1e-3  # as a share of the target's mean square: where guidance adds less, rounding would weigh too much
@@ -28,12 +29,12 @@ class Objective:
             error, the others the squared one weighed: `noise_weighted` by the share of noise in the latent and
             `guidance_weighted` by `(1 - cos(c, g)) / 2`, both as in the published reference code, `guidance_delta` by
             `1 / mean((g - c)^2)`, so that it is the share of the guidance that is left to learn.
-        teacher: its facts.
+        teacher: of the dataset.
     """
 
-    def __init__(self, loss: str, teacher: dict[str, Any], device: str) -> None:
+    def __init__(self, loss: str, teacher: TeacherFacts, device: str) -> None:
         self.loss = loss
-        self.timestep_scale = teacher["layout"]["timestep_scale"]
+        self.timestep_scale = teacher.layout.timestep_scale
         self.noise = noise_levels(teacher).to(device) if loss == "noise_weighted" else None
 
     def __call__(self, prediction: Tensor, batch: Batch) -> Tensor:
@@ -56,13 +57,13 @@ class Objective:
         return 1 / batch.guidance_stats["guidance_delta"].maximum(SMALLEST_DELTA * size)
 
 
-def noise_levels(teacher: dict[str, Any]) -> Tensor:
+def noise_levels(teacher: TeacherFacts) -> Tensor:
     """The share of noise in a latent at each of the scheduler's timesteps: the root of 1 minus the cumulated alpha.
 
     For schedulers of flow matching, which have none, it is the timestep itself as a share.
     """
-    scheduler: Any = diffusers_class(teacher["scheduler_class"], "the dataset's scheduler").from_config(
-        teacher["scheduler_config"]
+    scheduler: Any = diffusers_class(teacher.scheduler_class, "the dataset's scheduler").from_config(
+        teacher.scheduler_config
     )
     steps = int(scheduler.config.num_train_timesteps)
     if hasattr(scheduler, "alphas_cumprod"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +17,9 @@ from stages.records.schema import Commit
 from stages.storage.files import create
 from stages.storage.folder import open_folder
 from stages.storage.sealing import seal
+from tests.support.made_up import teacher_facts
 
-FACTS = {"guidance_rule": {"name": "none: it sleeps"}}
+FACTS: dict[str, Any] = json.loads(json.dumps(asdict(teacher_facts(guidance_rule={"name": "none: it sleeps"}))))
 
 
 def sleeping_config(teacher: Path, output: Path, seconds: float, units: int, workers: int = 1) -> GenerateConfig:

@@ -515,4 +515,4 @@ def test_a_teacher_told_of_in_tuples_and_arrays_is_known_again(tiny_teacher: Pat
     info = read_info(open_folder(tmp_path))
     assert info is not None
     assert info.complete
-    assert info.teacher["scheduler_config"] == {"betas": [0, 0.5, 1], "range": [0.5, 1.15]}
+    assert info.teacher.scheduler_config == {"betas": [0, 0.5, 1], "range": [0.5, 1.15]}

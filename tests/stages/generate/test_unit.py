@@ -9,16 +9,18 @@ from stages.generate.compatibility import describe_plan
 from stages.generate.profile import ENCODING, RECORDING, TEACHER, WRITING
 from stages.generate.unit import UnitWorker
 from stages.records.commits import read_commits
+from stages.records.fields import read_fields
 from stages.records.plans import plan_digests
 from stages.records.publication import begin_plan
 from stages.records.schema import DatasetInfo
+from stages.records.teacher import TeacherFacts
 from stages.storage.folder import open_folder
 from tests.conftest import generate_config
 
 
 def describe(worker: UnitWorker) -> DatasetInfo:
     """Describe what a loaded worker is to make, as its driver would."""
-    info = DatasetInfo(complete=False, teacher=worker.facts)
+    info = DatasetInfo(complete=False, teacher=read_fields(TeacherFacts, worker.facts))
     return begin_plan(worker.root, info, describe_plan(worker.plan, [], worker.facts["guidance_rule"]))
 
 

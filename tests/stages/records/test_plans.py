@@ -25,10 +25,10 @@ def change_info(root: Path, **changes: Any) -> None:
 def test_the_description_tells_what_the_dataset_is(dataset: Dataset) -> None:
     info, plan = dataset.info, dataset.plan
     assert plan.counts == Counts(units=4, trajectories=12, samples=12, records=48, bytes=plan.counts.bytes)
-    assert info.teacher["pipeline_class"] == "DiTPipeline"
-    assert info.teacher["denoiser_class"] == "DiTTransformer2DModel"
-    assert info.teacher["denoiser_subfolder"] == "transformer"
-    assert info.teacher["prediction_type"] == "epsilon"
+    assert info.teacher.pipeline_class == "DiTPipeline"
+    assert info.teacher.denoiser_class == "DiTTransformer2DModel"
+    assert info.teacher.denoiser_subfolder == "transformer"
+    assert info.teacher.prediction_type == "epsilon"
     rule = {"name": "ClassifierFreeGuidance", "pipeline": "DiTPipeline"}
     assert plan.guidance == GuidanceSpec(rule, scale_range=[1.0, 6.0])
     assert info.tensors["latent"] == TensorSpec("float16", [4, 8, 8])
@@ -82,6 +82,7 @@ def test_a_missing_or_mistyped_key_is_named(damaged: Path) -> None:
         ({"plans": {}}, "plans is dict, not list"),
         ({"plans": [entry | {"units": 4.0}]}, r"plans\[0\].units is float, not int"),
         ({"plans": [{k: v for k, v in entry.items() if k != "fingerprint"}]}, r"no plans\[0\].fingerprint"),
+        ({"teacher": content["teacher"] | {"layout": {}}}, "no teacher.layout.arguments"),
         ({"tensors": content["tensors"] | {"latent": {"dtype": "float16"}}}, "no tensors.latent.shape"),
     ):
         (damaged / "dataset.json").write_bytes(seal(content | changes))

@@ -1,25 +1,27 @@
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from stages.records.teacher import TeacherFacts
 from stages.train.batch import Batch
 from stages.train.objective import Objective, noise_levels, squared_error
+from tests.support.made_up import teacher_facts
 
-TEACHER: dict[str, Any] = {
-    "scheduler_class": "DDIMScheduler",
-    "scheduler_config": {"num_train_timesteps": 1000},
-    "layout": {"timestep_scale": 1.0},
-}
-FLOW = TEACHER | {"scheduler_class": "FlowMatchEulerDiscreteScheduler", "layout": {"timestep_scale": 1e-3}}
+TEACHER = teacher_facts()
+FLOW = replace(
+    TEACHER,
+    scheduler_class="FlowMatchEulerDiscreteScheduler",
+    layout=replace(TEACHER.layout, timestep_scale=1e-3),
+)
 PREDICTION, TARGET = torch.zeros(2, 3, 2, 2, dtype=torch.bfloat16), torch.full((2, 3, 2, 2), 3.0)
 
 
 def losses(
-    loss: str, timestep: list[float], teacher: dict[str, Any] = TEACHER, **guidance_stats: list[float]
+    loss: str, timestep: list[float], teacher: TeacherFacts = TEACHER, **guidance_stats: list[float]
 ) -> torch.Tensor:
     """Of two records at a squared distance of 9."""
     info = {name: torch.tensor(values) for name, values in guidance_stats.items()}

@@ -48,9 +48,7 @@ def test_training_lowers_the_error_and_leaves_the_base_bit_for_bit(
     trainer = Trainer(config)
     before = fingerprint(trainer.student.denoiser)
     summary = trainer.run()
-    assert (
-        fingerprint(trainer.student.denoiser) == before == Dataset(shared_dataset).info.teacher["denoiser_fingerprint"]
-    )
+    assert fingerprint(trainer.student.denoiser) == before == Dataset(shared_dataset).info.teacher.denoiser_fingerprint
     assert summary["steps"] == 150
     assert summary["validation_loss"] < 0.97 * summary["validation_loss_unguided"]
     gain = (1 - summary["validation_loss"] / summary["validation_loss_unguided"]) ** -0.5
