@@ -29,31 +29,33 @@ def read_fields(kind: type[Fields], value: Any, name: str = "") -> Fields:
     """
     if not isinstance(value, dict):
         raise FieldError(f"{name or 'the content'} is no object")
+    own: Any = kind  # mypy takes no `type[Fields]` for hashable
     given = {}
-    for key, (type_, required) in _fields_of(kind).items():
+    for key, type_ in _types_of(own).items():
         path = f"{name}.{key}" if name else key
         if key in value:
             given[key] = _checked(type_, value[key], path)
-        elif required:
+        elif key in _required(own):
             raise FieldError(f"no {path}")
     return kind(**given)
 
 
 @cache
-def _fields_of(kind: Any) -> dict[str, tuple[Any, bool]]:
-    """Each field's type, and whether it has no default."""
-    types = get_type_hints(kind)
-    return {
-        field.name: (types[field.name], field.default is MISSING and field.default_factory is MISSING)
-        for field in fields(kind)
-    }
+def _types_of(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+@cache
+def _required(kind: Any) -> set[str]:
+    """The fields without a default."""
+    return {field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING}
 
 
 def _checked(kind: Any, value: Any, name: str) -> Any:
     """The value, with dataclasses for objects and tuples for lists where the type says so."""
     if kind is Any:
         return value
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return getattr(kind, "from_json", partial(read_fields, kind))(value, name)
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if NoneType in inner:

@@ -144,7 +144,7 @@ def load_base(
     """
     teacher = facts_of_teacher(dataset, denoiser)
     path = name_or_path or teacher.pretrained_model_name_or_path
-    source = {} if name_or_path else {"revision": teacher.revision, "variant": teacher.variant}
+    source: dict[str, Any] = {} if name_or_path else {"revision": teacher.revision, "variant": teacher.variant}
     place = path, teacher.denoiser_subfolder, teacher.denoiser_class
     check_architecture(dataset, teacher, path, denoiser_config(*place, revision=source.get("revision")))
     base = load_denoiser(*place, getattr(torch, teacher.torch_dtype), **source)
