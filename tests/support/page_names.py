@@ -20,7 +20,7 @@ MODULE = re.compile(r"(?:stages|pipeline|tests)(?:\.\w+)+")
 NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 COMMANDS = ("python -m ", "make ", "accelerate launch ", "pip install ")
 PLACEHOLDER = re.compile(r"[A-Z]{3,}|N{2,}|<|>|xxx")
-CODE = {".py", ".yaml", ".sh", ".toml", ".j2", ".sbatch", ".env", ""}
+CODE = (".py", ".yaml", ".sh", ".toml", ".j2", ".sbatch", ".env", "Makefile", "Dockerfile")
 NO_CODE = {
     "LICENSE",
     "test_pages",
@@ -43,7 +43,7 @@ def folders() -> set[str]:
 @cache
 def vocabulary() -> set[str]:
     """Each word of the code, and each `name.ending`, but for the code that looks at pages."""
-    code = [name for name in files() if Path(name).suffix in CODE and Path(name).stem not in NO_CODE]
+    code = [name for name in files() if name.endswith(CODE) and Path(name).stem not in NO_CODE]
     texts = [(ROOT / name).read_text() for name in code]
     return {word for text in texts for pattern in (r"\w+", r"[\w-]+\.\w+") for word in re.findall(pattern, text)}
 
@@ -56,7 +56,7 @@ def unknown(page: Page, others: frozenset[str]) -> Iterator[str]:
     """
     for line, code in page.codes:
         if code not in others:
-            yield from (f"{page.path}:{line}: `{code}`: {problem}" for problem in problems_of(code, page, others))
+            yield from (f"{line}: `{code}`: {problem}" for problem in problems_of(code, page, others))
 
 
 def problems_of(code: str, page: Page, others: frozenset[str]) -> Iterator[str]:
@@ -129,6 +129,6 @@ def dead_links(page: Page) -> Iterator[str]:
         path, _, anchor = target.partition("#")
         file = page.path.parent / path if path else page.path
         if not file.exists():
-            yield f"{page.path}:{line}: {target}: no such file"
+            yield f"{line}: {target}: no such file"
         elif anchor and anchor not in (page if file == page.path else Page(file)).anchors:
-            yield f"{page.path}:{line}: {target}: no such heading"
+            yield f"{line}: {target}: no such heading"

@@ -24,6 +24,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[2]
+IS_CHECKOUT = (ROOT / ".git").exists()  # an image is none, and has not all pages
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
 WRITTEN = re.compile(r"^<!-- written by: (.+?) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 MARKDOWN = MarkdownIt("commonmark").enable("table")
@@ -125,7 +126,7 @@ def tracked(pattern: str = "") -> list[str]:
     """The names, below the root, of the files that git knows or will know."""
     words = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *([pattern] if pattern else [])]
     names = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [name for name in names if (ROOT / name).exists()]
+    return [name for name in names if (ROOT / name).is_file()]
 
 
 def pages() -> list[str]:
