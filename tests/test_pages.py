@@ -12,6 +12,7 @@ import yaml
 from tests.support.page_commands import commands_in, inside, problems, run_small
 from tests.support.page_names import dead_links, resolves, unknown
 from tests.support.pages import IS_CHECKOUT, ROOT, Block, Page, output_of, pages
+from tests.support.result_sentences import sentences
 
 if not IS_CHECKOUT:
     pytest.skip("not all pages are here", allow_module_level=True)
@@ -114,6 +115,17 @@ def test_its_figures_are_those_of_the_commands_that_write_them(name: str) -> Non
         if part.command.split()[2] not in ELSEWHERE:
             way_out = "`python -m tests.support.pages` writes it anew"
             assert part.text == output_of(part.command), f"{name}:{part.line}: {way_out}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_its_sentences_tell_the_figures_of_the_committed_files(name: str) -> None:
+    refuse(name, missing((ROOT / name).read_text(), [sentence for page, sentence in sentences() if page == name]))
+
+
+def missing(text: str, told: list[str]) -> list[str]:
+    """The parts of sentences that a text does not have, wherever its lines break."""
+    flat = " ".join(text.split())
+    return [f" not there: {sentence}" for sentence in told if sentence not in flat]
 
 
 @pytest.mark.parametrize("name", PAGES)

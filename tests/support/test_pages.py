@@ -14,7 +14,7 @@ from tests.support.pages import IS_CHECKOUT, Page, output_of, rewrite, slug_of
 if not IS_CHECKOUT:
     pytest.skip("git does not tell here what is there", allow_module_level=True)
 
-from tests.test_pages import follow, imported, long_lines, wrong
+from tests.test_pages import follow, imported, long_lines, missing, wrong
 
 TRAIN = "python -m pipeline.train --config configs/train/lora.yaml data_dir=data output_dir=run"
 
@@ -184,6 +184,12 @@ def test_a_figure_that_its_command_does_not_print_is_found_and_written_anew(page
     assert Page(page).written[0].text == output_of(command)
     assert page.read_text().startswith(f"Before\n<!-- written by: {command} -->\n")
     assert page.read_text().endswith("<!-- end -->\nAfter\n")
+
+
+def test_a_figure_in_a_sentence_that_is_another_is_found() -> None:
+    assert missing("It takes 3.2 GB\nof memory.", ["3.2 GB of memory", "3.3 GB of memory"]) == [
+        " not there: 3.3 GB of memory"
+    ]
 
 
 def test_long_lines_are_found_but_for_tables_and_links(page: Path) -> None:
