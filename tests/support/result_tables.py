@@ -1,6 +1,6 @@
 """The tables of the pages, from the results of `tests/benchmarks/results`.
 
-python -m tests.support.result_tables demo|text|default|variants|claims|scale
+python -m tests.support.result_tables demo|text|default|variants|claims|scale|teachers
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ COLUMNS = (
     "fused",
     "time_relative_to_none",
 )
+EMBEDDED = Path(__file__).parents[2] / "stages" / "embedded"
+TEACHERS = ("mnist_dit", "mnist_dit_bold", "mnist_sd", "mnist_sd_bold_lora")
+MEASURES = {
+    "frechet_distance": ("Frechet distance", 1),
+    "class_accuracy": ("class accuracy", 3),
+    "stroke": ("stroke accuracy", 3),
+    "slant": ("slant accuracy", 3),
+}
 Row = dict[str, Any]
 
 
@@ -101,6 +109,18 @@ def scale() -> str:
     return markdown(cells)
 
 
+def teachers() -> str:
+    """What guidance does for the teachers that ship, by scale: measured when they were trained."""
+    measured = {name: json.loads((EMBEDDED / name / "training.json").read_text())["guidance"] for name in TEACHERS}
+    scales = [f"{row['guidance_scale']:g}" for row in measured[TEACHERS[0]]]
+    cells = [["model", "measure by scale", *scales]]
+    for name, rows in measured.items():
+        for key, (title, decimals) in MEASURES.items():
+            if key in rows[0]:
+                cells.append([f"`{name}`", title, *(f"{row[key]:.{decimals}f}" for row in rows)])
+    return markdown(cells)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": lambda: comparison(read("mnist_dit/evaluation.json")["rows"]),
     "text": lambda: comparison(study_rows("text")),
@@ -108,6 +128,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "variants": variants,
     "claims": claims,
     "scale": scale,
+    "teachers": teachers,
 }
 
 

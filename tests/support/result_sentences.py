@@ -1,0 +1,68 @@
+"""What the pages say in sentences of the committed results, outside of tables that a command writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.pipelines_zoo.gathered import gather
+from tests.pipelines_zoo.refusals import REFUSALS
+from tests.support.result_tables import EMBEDDED, read
+
+NUMBERS = (
+    "none", "one", "two", "three", "four", "five", "six", "seven", "eight",
+    "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen",
+)  # fmt: skip
+
+
+def sentences() -> list[tuple[str, str]]:
+    """Each page with a part of a sentence that it must hold."""
+    first = [*demo(), *claims()]
+    works = f"{len(gather()) - len(REFUSALS)} of the {len(gather())} pipelines"
+    refused = f"Of {len(gather())} guided pipelines that were tried, generation refuses {len(REFUSALS)}"
+    pages = {
+        "README.md": [*first, refused],
+        "stages/generate/README.md": [*scale(read("scale/scale.json")), works],
+        "stages/embedded/README.md": embedded(),
+    }
+    return [(page, sentence) for page, told in pages.items() for sentence in told]
+
+
+def demo() -> list[str]:
+    generation, training = read("mnist_dit/generation.json"), read("mnist_dit/training.json")
+    share = f"{training['adapter_share']:.1%} of"
+    losses = f"validation loss {training['validation_loss']:.5f} (without guidance {training['validation_loss_unguided']:.5f})"
+    return [
+        f"{generation['trajectories']} trajectories, {generation['records']} records, {generation['units_committed']} shards",
+        f"made in {generation['seconds']:.0f} s ({generation['records_per_second']:.0f} records/s)",
+        f"{training['adapter_parameters']:,} parameters",
+        f"{share} the base",
+        f"{share} a denoiser",
+        f"{training['steps']} steps, {losses}, {training['records_per_second']:.0f} records/s",
+    ]
+
+
+def claims() -> list[str]:
+    judged = read("claims/claims.json")["claims"]
+    failed = [claim for claim in judged if not claim["holds"]]
+    return [f"{NUMBERS[len(failed)].capitalize()} of the {NUMBERS[len(judged)]} claims"]
+
+
+def scale(measured: dict[str, Any]) -> list[str]:
+    memory, resume = measured["memory"]["bytes_at_the_peak"], measured["resume"]
+    return [
+        f"{measured['workers'][-1]['worker_bytes'] / 1e6:.0f} MB",
+        f"{memory / 1e9:.2f} GB of the driver's memory",
+        f"Over {resume['commits']:,} commits on disk the driver dispatches again after {resume['seconds_to_resume']:.0f} s",
+    ]
+
+
+def embedded() -> list[str]:
+    dit, sd, bold = (read(EMBEDDED / name / "training.json") for name in ("mnist_dit", "mnist_sd", "mnist_dit_bold"))
+    before = bold["before_fine_tuning"]
+    return [
+        f"{dit['denoiser_parameters'] / 1e6:.1f} M parameters",
+        f"{sd['unet_parameters'] / 1e6:.1f} M parameters",
+        f"{sd['text_encoder_parameters'] / 1e3:.0f} k parameters",
+        f"recognises {bold['classifier_accuracy']:.3f} of them",
+        f"has a Frechet distance of {before['frechet_distance']:.1f} at scale {before['guidance_scale']:g}",
+    ]
