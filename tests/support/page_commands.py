@@ -28,7 +28,7 @@ from stages.study.subprocess_run import Ended
 from tests.support.pages import ROOT, run_as_main
 
 SEPARATORS = {"&&", "||", "|", ";"}
-ASSIGNMENT = re.compile(r"[A-Z_]+=.*")
+ASSIGNMENT = re.compile(r"[A-Za-z_]+=.*")
 KEY = re.compile(r"([a-z_]\w*(?:\.\w+)*)=.*", re.DOTALL)
 EXTRAS = re.compile(r"\.\[([\w,]+)\]")
 TREE = ("configs/", "docker/", "pipeline/", "stages/", "tests/")
