@@ -11,13 +11,12 @@ import yaml
 
 from tests.support.page_commands import commands_in, inside, problems, run_small
 from tests.support.page_names import dead_links, resolves, unknown
-from tests.support.pages import IS_CHECKOUT, ROOT, Block, Page, output_of, pages
+from tests.support.pages import FIRST, IS_CHECKOUT, ROOT, Block, Page, output_of, pages
 from tests.support.result_sentences import sentences
 
 if not IS_CHECKOUT:
     pytest.skip("not all pages are here", allow_module_level=True)
 
-FIRST = "README.md"
 PAGES = pages()
 LANGUAGES = ("bash", "python", "yaml", "text", "mermaid")
 LONGEST_LINE, MOST_LINES, MOST_BYTES = 120, 200, 12 * 1024
@@ -122,10 +121,10 @@ def test_its_sentences_tell_the_figures_of_the_committed_files(name: str) -> Non
     refuse(name, missing((ROOT / name).read_text(), [sentence for page, sentence in sentences() if page == name]))
 
 
-def missing(text: str, told: list[str]) -> list[str]:
+def missing(text: str, held: list[str]) -> list[str]:
     """The parts of sentences that a text does not have, wherever its lines break."""
     flat = " ".join(text.split())
-    return [f" not there: {sentence}" for sentence in told if sentence not in flat]
+    return [f" not there: {sentence}" for sentence in held if sentence not in flat]
 
 
 @pytest.mark.parametrize("name", PAGES)

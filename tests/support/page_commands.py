@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 from pipeline import command as command_line
 from stages.configuration.options import check_bounds
-from stages.configuration.parsing import files_and_words, options, parse
+from stages.configuration.parsing import files_and_overrides, options, parse
 from stages.generate import fleet
 from stages.generate.in_process import InProcessFleet
 from stages.study import multirun
@@ -28,7 +28,7 @@ from stages.study.subprocess_run import Ended
 from tests.support.pages import ROOT, run_as_main
 
 SEPARATORS = {"&&", "||", "|", ";"}
-ASSIGNMENT = re.compile(r"[A-Z_]+=.*")
+ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*")
 KEY = re.compile(r"([a-z_]\w*(?:\.\w+)*)=.*", re.DOTALL)
 EXTRAS = re.compile(r"\.\[([\w,]+)\]")
 TREE = ("configs/", "docker/", "pipeline/", "stages/", "tests/")
@@ -182,19 +182,19 @@ def refusals(module: str, words: list[str]) -> Iterator[str]:
     """The line that a command ends with before it does anything, if it does."""
     if {"-h", "--help"} & set(words):
         return
-    command, told = command_of(module), io.StringIO()
+    command, output = command_of(module), io.StringIO()
     combine = partial(check_each, command.config_class) if command.multirun else None
-    with inside(ROOT), patch.object(sys, "argv", [module, *words]), redirect_stderr(told):
+    with inside(ROOT), patch.object(sys, "argv", [module, *words]), redirect_stderr(output):
         try:
             command_line.run(command.config_class, check_bounds, command.description, combine, command.argument)
         except SystemExit as ended:
             if ended.code:
-                yield f"{module}: {told.getvalue().strip()}"
+                yield f"{module}: {output.getvalue().strip()}"
 
 
 def check_each(config_class: type[Any], words: list[str]) -> None:
     """Check each combination of `--multirun`, without the dataset."""
-    files, words = files_and_words(words)
+    files, words = files_and_overrides(words)
     for chosen in itertools.product(*map(multirun.alternatives, words)):
         check_bounds(parse(config_class, [*(word for file in files for word in ("--config", file)), *chosen]))
 
@@ -223,14 +223,14 @@ def small(module: str, given: list[str]) -> list[str]:
 
 def run_command(module: str, words: list[str], folder: Path) -> None:
     """Run a command in a folder, in this process: its workers, and the commands that it runs, are no processes."""
-    told = io.StringIO()
+    output = io.StringIO()
     workers, children = patch.object(fleet, "RayFleet", InProcessFleet), patch.object(multirun, "run_child", run_child)
-    with inside(folder), workers, children, redirect_stdout(told), redirect_stderr(told):
+    with inside(folder), workers, children, redirect_stdout(output), redirect_stderr(output):
         try:
             run_as_main(module, words)
         except SystemExit as ended:
             if ended.code:
-                raise AssertionError(f"{module} {shlex.join(words)}:\n{told.getvalue()}") from ended
+                raise AssertionError(f"{module} {shlex.join(words)}:\n{output.getvalue()}") from None
 
 
 def run_child(command: str, words: list[str], log: Path, here: Path) -> Ended:

@@ -23,6 +23,7 @@ from unittest.mock import patch
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+FIRST = "README.md"
 ROOT = Path(__file__).parents[2]
 IS_CHECKOUT = (ROOT / ".git").exists()  # an image is none, and has not all pages
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
@@ -130,8 +131,12 @@ def tracked(pattern: str = "") -> list[str]:
 
 
 def pages() -> list[str]:
-    """The names of the pages that tell what is there, which is all but the log of changes."""
-    return sorted(name for name in tracked("*.md") if Path(name).name in ("README.md", "CONTRIBUTING.md"))
+    """The names of all pages but the log of changes, in the order in which the first page links to them."""
+    names = [name for name in tracked("*.md") if Path(name).name in ("README.md", "CONTRIBUTING.md")]
+    targets = [target for _, target in Page(ROOT / FIRST).links]
+    return sorted(
+        names, key=lambda name: (name != FIRST, targets.index(name) if name in targets else len(targets), name)
+    )
 
 
 def output_of(command: str) -> str:

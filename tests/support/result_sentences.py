@@ -24,7 +24,7 @@ def sentences() -> list[tuple[str, str]]:
         "stages/generate/README.md": [*scale(read("scale/scale.json")), works],
         "stages/embedded/README.md": embedded(),
     }
-    return [(page, sentence) for page, told in pages.items() for sentence in told]
+    return [(page, sentence) for page, held in pages.items() for sentence in held]
 
 
 def demo() -> list[str]:
@@ -62,7 +62,7 @@ def embedded() -> list[str]:
     return [
         f"{dit['denoiser_parameters'] / 1e6:.1f} M parameters",
         f"{sd['unet_parameters'] / 1e6:.1f} M parameters",
-        f"{sd['text_encoder_parameters'] / 1e3:.0f} k parameters",
-        f"recognises {bold['classifier_accuracy']:.3f} of them",
+        f"CLIP text encoder of {sd['text_encoder_parameters'] / 1e3:.0f} k",
+        f"classifies {bold['classifier_accuracy']:.3f} of them correctly",
         f"has a Frechet distance of {before['frechet_distance']:.1f} at scale {before['guidance_scale']:g}",
     ]
