@@ -36,7 +36,7 @@ SMALL = {
     "pipeline.generate": ["num_trajectories=8", "trajectories_per_unit=4", "num_inference_steps=3", "device=cpu"],
     "pipeline.train": ["max_train_steps=2", "train_batch_size=8", "report_to=none", "device=cpu"],
     "pipeline.sample": ["num_inference_steps=3", "device=cpu"],
-    "pipeline.evaluate": ["num_samples=4", "num_inference_steps=3", "device=cpu"],
+    "pipeline.evaluate": ["guidance_scale=[2]", "num_samples=4", "num_inference_steps=3", "device=cpu"],
     "pipeline.export": ["num_inference_steps=3", "device=cpu"],
     "pipeline.verify": [],
 }
