@@ -200,19 +200,27 @@ def check_each(config_class: type[Any], words: list[str]) -> None:
 
 
 def run_small(words: list[str], folder: Path) -> None:
-    """Run a command in a folder, at small size, in this process; of make, only what it would do.
+    """Run a command in a folder, at small size, in this process; of `make`, those of its commands that are ours.
 
     Raises:
         AssertionError: it failed, or it is none that can be run here.
     """
     module, given = module_in(words)
     if words[0] == "make":
-        subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-    elif words[0] == "python" and module in SMALL:
+        for recipe in recipes(words[1:]):
+            if module_in(recipe)[0] in SMALL:
+                run_small(recipe, folder)
+    elif words[0].endswith("python") and module in SMALL:
         run_command(module, [*given, *small(module, given)], folder)
     elif words != [".", ".venv/bin/activate"]:
         way_out = "put `<!-- not run: REASON -->` before its block"
         raise AssertionError(f"{shlex.join(words)}: cannot be run here: {way_out}")
+
+
+def recipes(words: list[str]) -> list[list[str]]:
+    """The commands that `make` would run."""
+    make = subprocess.run(["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    return commands_in(make.stdout)
 
 
 def small(module: str, given: list[str]) -> list[str]:
