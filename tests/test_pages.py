@@ -99,6 +99,11 @@ def test_what_its_code_names_is_there(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
+def test_its_comments_are_understood(name: str) -> None:
+    assert Page(ROOT / name).stray_comments == 0, "`not run: REASON` before a block, or `written by: COMMAND` and `end`"
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_what_its_text_names_is_there(name: str) -> None:
     refuse(name, unknown(Page(ROOT / name), OF_OTHERS))
 

@@ -74,6 +74,12 @@ class Page:
             comment = NOT_RUN.fullmatch(token.content.strip()) if token.type == "html_block" else None
             not_run = comment[1] if comment else None
 
+    @property
+    def stray_comments(self) -> int:
+        """How many comments neither tell why the next block is not run, nor enclose a part that a command writes."""
+        comments = sum(token.type == "html_block" for token in self.tokens)
+        return comments - sum(block.not_run is not None for block in self.blocks) - 2 * len(self.written)
+
     @cached_property
     def written(self) -> list[Written]:
         found = WRITTEN.finditer(self.text)
