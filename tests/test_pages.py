@@ -32,14 +32,24 @@ OF_OTHERS = frozenset({
 })  # fmt: skip
 
 
+class Workshop:
+    """A folder in which the pages are followed one after the other: what one makes is there for the next."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.left = list(PAGES)
+        for name in ("configs", "docker", "stages", "tests"):
+            (folder / name).symlink_to(ROOT / name)
+
+    def follow(self, name: str) -> None:
+        """Follow a page, and all before it that were not."""
+        while name in self.left:
+            follow(Page(ROOT / self.left.pop(0)), self.folder)
+
+
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the first page was followed, so that what it makes is there for the others."""
-    folder = tmp_path_factory.mktemp("workshop")
-    for name in ("configs", "docker", "stages", "tests"):
-        (folder / name).symlink_to(ROOT / name)
-    follow(Page(ROOT / FIRST), folder)
-    return folder
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def follow(page: Page, folder: Path) -> None:
@@ -84,9 +94,8 @@ def imported(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if runs(Page(ROOT / name))])
-def test_its_code_runs(name: str, workshop: Path) -> None:
-    if name != FIRST:  # which the workshop has followed
-        follow(Page(ROOT / name), workshop)
+def test_its_code_runs(name: str, workshop: Workshop) -> None:
+    workshop.follow(name)
 
 
 @pytest.mark.parametrize("name", PAGES)
