@@ -25,8 +25,8 @@ def page() -> str:
     works = sorted(name for name in zoo if name not in REFUSALS)
     rows = [f"| `{name}` | works |" for name in works]
     rows += [f"| `{name}` | refused: {REFUSALS[name]} |" for name in sorted(REFUSALS)]
-    message = f"Of {len(zoo)}, {len(works)} work. Generation refuses the others before it makes a trajectory, in a line that says:\n\n"
-    return HEAD + message + "\n".join(["| pipeline | |", "| --- | --- |", *rows]) + "\n"
+    count = f"Of {len(zoo)}, {len(works)} work. Generation refuses the others before it makes a trajectory, in a line that says:"
+    return "\n".join([HEAD + count, "", "| pipeline | |", "| --- | --- |", *rows, ""])
 
 
 if __name__ == "__main__":
