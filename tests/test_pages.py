@@ -11,13 +11,12 @@ import yaml
 
 from tests.support.page_commands import commands_in, inside, problems, run_small
 from tests.support.page_names import dead_links, resolves, unknown
-from tests.support.pages import IS_CHECKOUT, ROOT, Block, Page, output_of, pages
+from tests.support.pages import FIRST, IS_CHECKOUT, ROOT, Block, Page, output_of, pages
 from tests.support.result_sentences import sentences
 
 if not IS_CHECKOUT:
     pytest.skip("not all pages are here", allow_module_level=True)
 
-FIRST = "README.md"
 PAGES = pages()
 LANGUAGES = ("bash", "python", "yaml", "text", "mermaid")
 LONGEST_LINE, MOST_LINES, MOST_BYTES = 120, 200, 12 * 1024
@@ -33,14 +32,24 @@ OF_OTHERS = frozenset({
 })  # fmt: skip
 
 
+class Workshop:
+    """A folder in which the pages are followed one after the other: what one makes is there for the next."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.left = list(PAGES)
+        for name in ("configs", "docker", "stages", "tests"):
+            (folder / name).symlink_to(ROOT / name)
+
+    def follow(self, name: str) -> None:
+        """Follow a page, and all before it that were not."""
+        while name in self.left:
+            follow(Page(ROOT / self.left.pop(0)), self.folder)
+
+
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the first page was followed, so that what it makes is there for the others."""
-    folder = tmp_path_factory.mktemp("workshop")
-    for name in ("configs", "docker", "stages", "tests"):
-        (folder / name).symlink_to(ROOT / name)
-    follow(Page(ROOT / FIRST), folder)
-    return folder
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def follow(page: Page, folder: Path) -> None:
@@ -85,9 +94,8 @@ def imported(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if runs(Page(ROOT / name))])
-def test_its_code_runs(name: str, workshop: Path) -> None:
-    if name != FIRST:  # which the workshop has followed
-        follow(Page(ROOT / name), workshop)
+def test_its_code_runs(name: str, workshop: Workshop) -> None:
+    workshop.follow(name)
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -97,6 +105,11 @@ def test_what_its_code_names_is_there(name: str) -> None:
     unnamed = [f"{b.line}: of language {b.language!r}, not {', '.join(LANGUAGES)}" for b in blocks]
     named = [f"{b.line}: {problem}" for b in page.blocks for problem in wrong(b)]
     refuse(name, unnamed + named)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_its_comments_are_understood(name: str) -> None:
+    assert Page(ROOT / name).stray_comments == 0, "`not run: REASON` before a block, or `written by: COMMAND` and `end`"
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -122,10 +135,10 @@ def test_its_sentences_tell_the_figures_of_the_committed_files(name: str) -> Non
     refuse(name, missing((ROOT / name).read_text(), [sentence for page, sentence in sentences() if page == name]))
 
 
-def missing(text: str, told: list[str]) -> list[str]:
+def missing(text: str, held: list[str]) -> list[str]:
     """The parts of sentences that a text does not have, wherever its lines break."""
     flat = " ".join(text.split())
-    return [f" not there: {sentence}" for sentence in told if sentence not in flat]
+    return [f" not there: {sentence}" for sentence in held if sentence not in flat]
 
 
 @pytest.mark.parametrize("name", PAGES)

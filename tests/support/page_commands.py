@@ -28,7 +28,7 @@ from stages.study.subprocess_run import Ended
 from tests.support.pages import ROOT, run_as_main
 
 SEPARATORS = {"&&", "||", "|", ";"}
-ASSIGNMENT = re.compile(r"[A-Za-z_]+=.*")
+ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*")
 KEY = re.compile(r"([a-z_]\w*(?:\.\w+)*)=.*", re.DOTALL)
 EXTRAS = re.compile(r"\.\[([\w,]+)\]")
 TREE = ("configs/", "docker/", "pipeline/", "stages/", "tests/")
@@ -36,7 +36,7 @@ SMALL = {
     "pipeline.generate": ["num_trajectories=8", "trajectories_per_unit=4", "num_inference_steps=3", "device=cpu"],
     "pipeline.train": ["max_train_steps=2", "train_batch_size=8", "report_to=none", "device=cpu"],
     "pipeline.sample": ["num_inference_steps=3", "device=cpu"],
-    "pipeline.evaluate": ["num_samples=4", "num_inference_steps=3", "device=cpu"],
+    "pipeline.evaluate": ["guidance_scale=[2]", "num_samples=4", "num_inference_steps=3", "device=cpu"],
     "pipeline.export": ["num_inference_steps=3", "device=cpu"],
     "pipeline.verify": [],
 }
@@ -182,14 +182,14 @@ def refusals(module: str, words: list[str]) -> Iterator[str]:
     """The line that a command ends with before it does anything, if it does."""
     if {"-h", "--help"} & set(words):
         return
-    command, told = command_of(module), io.StringIO()
+    command, output = command_of(module), io.StringIO()
     combine = partial(check_each, command.config_class) if command.multirun else None
-    with inside(ROOT), patch.object(sys, "argv", [module, *words]), redirect_stderr(told):
+    with inside(ROOT), patch.object(sys, "argv", [module, *words]), redirect_stderr(output):
         try:
             command_line.run(command.config_class, check_bounds, command.description, combine, command.argument)
         except SystemExit as ended:
             if ended.code:
-                yield f"{module}: {told.getvalue().strip()}"
+                yield f"{module}: {output.getvalue().strip()}"
 
 
 def check_each(config_class: type[Any], words: list[str]) -> None:
@@ -200,19 +200,27 @@ def check_each(config_class: type[Any], words: list[str]) -> None:
 
 
 def run_small(words: list[str], folder: Path) -> None:
-    """Run a command in a folder, at small size, in this process; of make, only what it would do.
+    """Run a command in a folder, at small size, in this process; of `make`, those of its commands that are ours.
 
     Raises:
         AssertionError: it failed, or it is none that can be run here.
     """
     module, given = module_in(words)
     if words[0] == "make":
-        subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-    elif words[0] == "python" and module in SMALL:
+        for recipe in recipes(words[1:]):
+            if module_in(recipe)[0] in SMALL:
+                run_small(recipe, folder)
+    elif words[0].endswith("python") and module in SMALL:
         run_command(module, [*given, *small(module, given)], folder)
     elif words != [".", ".venv/bin/activate"]:
         way_out = "put `<!-- not run: REASON -->` before its block"
         raise AssertionError(f"{shlex.join(words)}: cannot be run here: {way_out}")
+
+
+def recipes(words: list[str]) -> list[list[str]]:
+    """The commands that `make` would run."""
+    make = subprocess.run(["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    return commands_in(make.stdout)
 
 
 def small(module: str, given: list[str]) -> list[str]:
@@ -223,14 +231,14 @@ def small(module: str, given: list[str]) -> list[str]:
 
 def run_command(module: str, words: list[str], folder: Path) -> None:
     """Run a command in a folder, in this process: its workers, and the commands that it runs, are no processes."""
-    told = io.StringIO()
+    output = io.StringIO()
     workers, children = patch.object(fleet, "RayFleet", InProcessFleet), patch.object(multirun, "run_child", run_child)
-    with inside(folder), workers, children, redirect_stdout(told), redirect_stderr(told):
+    with inside(folder), workers, children, redirect_stdout(output), redirect_stderr(output):
         try:
             run_as_main(module, words)
         except SystemExit as ended:
             if ended.code:
-                raise AssertionError(f"{module} {shlex.join(words)}:\n{told.getvalue()}") from ended
+                raise AssertionError(f"{module} {shlex.join(words)}:\n{output.getvalue()}") from None
 
 
 def run_child(command: str, words: list[str], log: Path, here: Path) -> Ended:

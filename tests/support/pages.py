@@ -23,6 +23,7 @@ from unittest.mock import patch
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+FIRST = "README.md"
 ROOT = Path(__file__).parents[2]
 IS_CHECKOUT = (ROOT / ".git").exists()  # an image is none, and has not all pages
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
@@ -72,6 +73,12 @@ class Page:
                 yield Block(line_of(token), token.info.strip(), token.content, not_run)
             comment = NOT_RUN.fullmatch(token.content.strip()) if token.type == "html_block" else None
             not_run = comment[1] if comment else None
+
+    @property
+    def stray_comments(self) -> int:
+        """How many comments neither tell why the next block is not run, nor enclose a part that a command writes."""
+        comments = sum(token.type == "html_block" for token in self.tokens)
+        return comments - sum(block.not_run is not None for block in self.blocks) - 2 * len(self.written)
 
     @cached_property
     def written(self) -> list[Written]:
@@ -130,8 +137,12 @@ def tracked(pattern: str = "") -> list[str]:
 
 
 def pages() -> list[str]:
-    """The names of the pages that tell what is there, which is all but the log of changes."""
-    return sorted(name for name in tracked("*.md") if Path(name).name in ("README.md", "CONTRIBUTING.md"))
+    """The names of all pages but the log of changes, in the order in which the first page links to them."""
+    names = [name for name in tracked("*.md") if Path(name).name in ("README.md", "CONTRIBUTING.md")]
+    targets = [target for _, target in Page(ROOT / FIRST).links]
+    return sorted(
+        names, key=lambda name: (name != FIRST, targets.index(name) if name in targets else len(targets), name)
+    )
 
 
 def output_of(command: str) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from tests.pipelines_zoo.gathered import gather
 from tests.pipelines_zoo.refusals import REFUSALS
-from tests.support.result_tables import EMBEDDED, read
+from tests.support.result_tables import EMBEDDED, read, study_rows
 
 NUMBERS = (
     "none", "one", "two", "three", "four", "five", "six", "seven", "eight",
@@ -23,8 +24,10 @@ def sentences() -> list[tuple[str, str]]:
         "README.md": [*first, refused],
         "stages/generate/README.md": [*scale(read("scale/scale.json")), works],
         "stages/embedded/README.md": embedded(),
+        "stages/adapters/README.md": [time_of("best")],
+        "stages/study/README.md": [*seconds_of_the_study(), *study(), *default()],
     }
-    return [(page, sentence) for page, told in pages.items() for sentence in told]
+    return [(page, sentence) for page, held in pages.items() for sentence in held]
 
 
 def demo() -> list[str]:
@@ -44,7 +47,53 @@ def demo() -> list[str]:
 def claims() -> list[str]:
     judged = read("claims/claims.json")["claims"]
     failed = [claim for claim in judged if not claim["holds"]]
-    return [f"{NUMBERS[len(failed)].capitalize()} of the {NUMBERS[len(judged)]} claims"]
+    closed = mean(rows_of("one_pass", "best"), "gap_closed", 4)
+    return [
+        f"{NUMBERS[len(failed)].capitalize()} of the {NUMBERS[len(judged)]} claims",
+        f"the best adapter closes {closed:.3f} of the gap at scale 4",
+    ]
+
+
+def seconds_of_the_study() -> list[str]:
+    made = read("claims/claims.json")["seconds"]
+    datasets, adapters, evaluations = (made[kind] / 60 for kind in ("datasets", "adapters", "evaluations"))
+    parts = f"{datasets:.0f} of generation, {adapters:.0f} of training, {evaluations:.0f} of sampling"
+    return [f"{sum(made.values()) / 60:.0f} minutes", parts]
+
+
+def rows_of(method: str, name: str | None = None, evaluation: str = "scales") -> list[dict[str, Any]]:
+    rows = study_rows(evaluation)
+    return [row for row in rows if row["method"] == method and row["name"] == name]
+
+
+def mean(rows: list[dict[str, Any]], key: str, scale: float) -> float:
+    return statistics.fmean(row[key] for row in rows if row["guidance_scale"] == scale)
+
+
+def time_of(name: str) -> str:
+    times = [row["time_relative_to_none"] for row in rows_of("one_pass", name)]
+    return f"{min(times):.2f}x to {max(times):.2f}x"
+
+
+def study() -> list[str]:
+    best, full, half = rows_of("one_pass", "best"), rows_of("one_pass", "full"), rows_of("cfg_first_50")
+    nearest = [f"{mean(half, 'effective_scale', scale):.1f} at {scale}" for scale in (3, 4)]
+    distances = [f"{mean(half, 'frechet_distance', scale):.1f}" for scale in (3, 4)]
+    return [
+        f"takes {time_of('best')} the time of no guidance",
+        f"takes {time_of('full')}",
+        f"At scale 4 `best` closes {mean(best, 'gap_closed', 4):.3f}",
+        f"the nearest CFG is that of {mean(best, 'effective_scale', 4):.1f}",
+        f"({', '.join(nearest)})",
+        f"({' and '.join(distances)})",
+        f"`full` closes only {mean(full, 'gap_closed', 1.5):.2f} at scale 1.5",
+        f"and `best` {best[0]['teacher_evaluations']:,}",
+    ]
+
+
+def default() -> list[str]:
+    (none,) = (row for row in read("default/digits.json")["rows"] if row["method"] == "none")
+    return [f"No guidance has a Frechet distance of {none['frechet_distance']:.1f}"]
 
 
 def scale(measured: dict[str, Any]) -> list[str]:
@@ -62,7 +111,7 @@ def embedded() -> list[str]:
     return [
         f"{dit['denoiser_parameters'] / 1e6:.1f} M parameters",
         f"{sd['unet_parameters'] / 1e6:.1f} M parameters",
-        f"{sd['text_encoder_parameters'] / 1e3:.0f} k parameters",
-        f"recognises {bold['classifier_accuracy']:.3f} of them",
+        f"CLIP text encoder of {sd['text_encoder_parameters'] / 1e3:.0f} k",
+        f"classifies {bold['classifier_accuracy']:.3f} of them correctly",
         f"has a Frechet distance of {before['frechet_distance']:.1f} at scale {before['guidance_scale']:g}",
     ]

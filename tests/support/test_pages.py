@@ -143,6 +143,20 @@ def test_a_reason_holds_for_the_next_block_only(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "stray"),
+    [
+        ("<!-- not run: a day -->\n\n```bash\na\n```\n\n<!-- written by: python -m this -->\nb\n<!-- end -->\n", 0),
+        ("<!-- not run -->\n\n```bash\na\n```\n", 1),
+        ("<!-- not run: a day -->\n\nText.\n\n```bash\na\n```\n", 1),
+        ("<!-- written by: python -m this -->\nb\n", 1),
+        ("<!-- writen by: python -m this -->\nb\n<!-- end -->\n", 2),
+    ],
+)
+def test_a_comment_that_marks_nothing_is_found(text: str, stray: int, page: Path) -> None:
+    assert page_of(page, text).stray_comments == stray
+
+
+@pytest.mark.parametrize(
     ("text", "error"),
     [
         ("```python\nassert 1 == 2\n```\n", AssertionError),
