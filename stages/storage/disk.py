@@ -1,4 +1,4 @@
-"""A dataset's folder on a disk that all who use it see."""
+"""A folder on a disk."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from stages.storage.files import ASIDE, check_folder, create, move, whole_file
+from stages.storage.files import TEMPORARY, check_folder, create, move, whole_file
 from stages.storage.folder import Folder
 
 
 class DiskFolder(Folder):
-    """A folder on a disk that all who use it see."""
+    """A folder on a disk that every process and node of a run can see."""
 
     def __init__(self, address: str) -> None:
         super().__init__(address)
@@ -38,7 +38,7 @@ class DiskFolder(Folder):
         sizes = {}
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path / folder) as entries:
             for entry in entries:
-                with suppress(FileNotFoundError):  # an attempt that lost took its shard away meanwhile
+                with suppress(FileNotFoundError):  # an attempt that lost removes its shard
                     if not entry.name.startswith("."):
                         sizes[f"{folder}/{entry.name}"] = entry.stat().st_size
         return dict(sorted(sizes.items()))
@@ -63,8 +63,8 @@ class DiskFolder(Folder):
 
     def leftovers(self, folder: str) -> dict[str, int]:
         sizes = {}
-        for path in sorted((self.path / folder).glob(ASIDE)):
-            with suppress(FileNotFoundError):  # put in place meanwhile
+        for path in sorted((self.path / folder).glob(TEMPORARY)):
+            with suppress(FileNotFoundError):  # the write has finished since
                 sizes[path.relative_to(self.path).as_posix()] = path.stat().st_size
         return sizes
 

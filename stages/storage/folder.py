@@ -1,4 +1,4 @@
-"""Where a dataset is: a folder on disk, or a prefix in a bucket, with the same guarantees."""
+"""The folder of a dataset: one interface, with the same guarantees on a disk and in a bucket."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CLOCK = ".now"
 
 
 def open_folder(address: str | Path) -> Folder:
-    """The folder at a local path, or at `s3://bucket/prefix`, `gs://...`, `az://...`; it need not exist yet.
+    """Open the folder at a local path, or at `s3://bucket/prefix`, `gs://...` or `az://...`; it need not exist yet.
 
     Raises:
-        UserError: there is no such kind of place, or the environment tells too little of it.
+        UserError: the address has another scheme, or the environment lacks what the bucket needs.
     """
-    from stages.storage.bucket import SCHEMES, open_bucket  # not above: both modules import the interface from this one
+    from stages.storage.bucket import SCHEMES, open_bucket  # here, because both modules import `Folder` from this one
     from stages.storage.disk import DiskFolder
 
     address = str(address)
@@ -32,15 +32,15 @@ def open_folder(address: str | Path) -> Folder:
 
 
 def absolute(address: str) -> str:
-    """The same place, named so that another process finds it."""
+    """Return the address in a form that does not depend on the current folder."""
     return address if "://" in address else str(Path(address).resolve())
 
 
 class Folder(ABC):
-    """Files by name, such as `shards/00000-1a2b3c4d.tar`; each is whole or not there. As a string, its address as it was given.
+    """Files by name, such as `shards/00000-1a2b3c4d.tar`. A file exists whole or not at all. `str` gives the address.
 
     Raises:
-        StorageError: in every method: a bucket refused, or a disk that was to be written to.
+        StorageError: in every method: the bucket refused, or the disk refused a write.
     """
 
     def __init__(self, address: str) -> None:
@@ -50,84 +50,84 @@ class Folder(ABC):
         return self.address
 
     def override(self, key: str) -> str:
-        """`KEY=ADDRESS` for a command line."""
+        """Return `KEY=ADDRESS`, quoted for a command line."""
         return shlex.quote(f"{key}={self}")
 
     @abstractmethod
     def where(self, name: str) -> str:
-        """The address of a file."""
+        """Return the address of a file."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
-        """The content of a file, or None where there is none."""
+        """Return the content of a file, or None if it does not exist."""
 
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
-        """A file to read parts of.
+        """Open a file to read parts of it.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: it does not exist.
         """
 
     @abstractmethod
     def exists(self, name: str) -> bool:
-        """Whether a file is there."""
+        """Return whether a file exists."""
 
     @abstractmethod
     def list(self, folder: str) -> dict[str, int]:
-        """The files directly in a folder: their names, in order, and sizes."""
+        """Return the names of the files directly in a folder, in order, and their sizes in bytes."""
 
     @abstractmethod
     def whole_file(self, name: str) -> AbstractContextManager[BinaryIO]:
-        """Open a file for writing that appears only when the block ends well, replacing what was there."""
+        """Open a file for writing. It appears, or replaces the old one, only if the block ends without an error."""
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file, replacing what was there."""
+        """Write a file, or replace it."""
         with self.whole_file(name) as file:
             file.write(content)
 
     @abstractmethod
     def create(self, name: str, content: bytes) -> bool:
-        """Write a file if none is there yet; False if another one is. Of many at once, one wins."""
+        """Write a file unless it exists; return whether this call wrote it. Of concurrent calls, exactly one wins."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
 
     @abstractmethod
     def move(self, name: str, to: str) -> bool:
-        """Give a file another name; False if that is taken. Killed half way, it is there under both.
+        """Rename a file; return False if the new name is taken. A kill in between leaves the file under both names.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the file does not exist.
         """
 
     @abstractmethod
     def leftovers(self, folder: str) -> dict[str, int]:
-        """The files directly in a folder that were written aside and are not in place: their names and sizes."""
+        """Return the names of temporary files of unfinished writes directly in a folder, and their sizes in bytes."""
 
     @abstractmethod
     def modified(self, name: str) -> float:
-        """When a file was last written, in seconds by the clock of the place.
+        """Return when a file was last written, in seconds by the storage's clock.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the file does not exist.
         """
 
     @abstractmethod
     def probe(self, way_out: str = "take another output_dir") -> None:
-        """Refuse a place that cannot be written to before there is work to lose: makes a file, and removes it.
+        """Write a file and remove it, to find out before any work is done that the folder cannot be written to.
 
         Raises:
-            StorageError: it cannot; it ends with the way out.
+            StorageError: it cannot be written to; the message ends with the way out.
         """
 
     @abstractmethod
     def free(self) -> int | None:
-        """Bytes that there is room for, or None where nobody knows."""
+        """Return the free space in bytes, or None if it is unknown."""
 
     def now(self) -> float:
-        """The time by the same clock, which need not be this machine's."""
+        """Return the time in seconds by the storage's clock, which may differ from this machine's."""
         self.write(CLOCK, b"")
         try:
             return self.modified(CLOCK)
@@ -136,7 +136,7 @@ class Folder(ABC):
 
 
 def unreadable(root: Folder, name: str) -> StorageError:
-    """A file that is another user's is not damaged: nothing is to be skipped, and nothing set aside."""
+    """Return the error for a file of another user. It is no `DamageError`: the file must be neither skipped nor moved."""
     return StorageError(
         f"{root.where(name)}: may not be read by this user: let its owner run `chmod -R a+rX` on the dataset"
     )

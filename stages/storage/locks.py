@@ -1,4 +1,4 @@
-"""A lock on a folder that one process at a time works in."""
+"""A lock on a folder for one process at a time."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from stages.storage.filesystem import lock
 
 @contextmanager
 def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
-    """Within it, no other process is alone in the folder; one that is killed lets go of it.
+    """Hold the lock of a folder within the block; the kernel releases it if the process is killed.
 
-    Where the file system has no locks, it warns, and the folder is the user's care.
+    If the file system has no locks, warn and go on without one.
 
     Args:
-        what: goes on there, for the message.
+        what: the reason for the message, such as "another run is training".
 
     Raises:
-        UserError: another process is.
+        UserError: another process holds the lock.
         StorageError: the disk refused.
     """
     make_folder(folder)

@@ -1,4 +1,4 @@
-"""Checksums: of a file's content, and of JSON that carries its own."""
+"""Checksums: of a file's content, and of JSON that carries a checksum of itself."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ SEAL = "checksum"
 
 
 def seal(value: dict[str, Any]) -> bytes:
-    """Readable JSON that carries the checksum of the rest of itself."""
+    """Encode `value` as JSON with a checksum of the rest of its content."""
     return to_json(value | {SEAL: _digest(value)})
 
 
 def unseal(content: bytes) -> dict[str, Any]:
-    """What `seal` was given.
+    """Decode the output of `seal`.
 
     Raises:
-        ValueError: the content is not as it was written.
+        ValueError: the content is not JSON, or not what its checksum says.
     """
     value = json.loads(content)
     if not isinstance(value, dict) or value.pop(SEAL, None) != _digest(value):
@@ -33,5 +33,5 @@ def _digest(value: dict[str, Any]) -> str:
 
 
 def sha256(content: bytes) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
