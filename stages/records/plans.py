@@ -1,4 +1,4 @@
-"""`dataset.json`: what a dataset is, plan by plan. Each plan that is made to its end is a snapshot; at most one more is under way."""
+"""`dataset.json`: a dataset, plan by plan. Each published plan is a snapshot; at most one more plan is under way."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ from stages.storage.sealing import seal, sha256, unseal
 
 DATASET_FILE = "dataset.json"
 MANIFEST_FILE = "manifest.parquet"
-DEFINING = ("units", "trajectories", "guidance", "conditions", "config")  # of a plan: what decides what it makes
-OF_THE_PLAN = "a unit of the plan in dataset.json"
+DEFINING = (
+    "units",
+    "trajectories",
+    "guidance",
+    "conditions",
+    "config",
+)  # the keys that decide what a plan's units hold
+PLANNED_UNIT = "a unit of the plan in dataset.json"
 
 
 def read_info(root: Folder) -> DatasetInfo | None:
-    """The content of `dataset.json`, or None where there is none.
+    """Read `dataset.json`; None if there is none.
 
     Raises:
-        UserError: it is not readable, or of another schema than this version knows.
+        UserError: it is damaged, lacks a key, or is of another schema.
+        StorageError: this user may not read it.
     """
     path = root.where(DATASET_FILE)
     try:
@@ -33,7 +40,7 @@ def read_info(root: Folder) -> DatasetInfo | None:
         version = int(json.loads(content)["schema_version"])
         if version > SCHEMA_VERSION:
             raise UserError(
-                f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest known here: upgrade this project"
+                f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest that this version reads: upgrade this project"
             )
         if version < SCHEMA_VERSION:
             raise UserError(
@@ -54,12 +61,12 @@ def write_info(root: Folder, info: DatasetInfo) -> None:
 
 
 def published(info: DatasetInfo | None) -> tuple[PublishedPlan, ...]:
-    """The published plans, oldest first; none where there is no dataset."""
+    """Return the published plans, oldest first; none if there is no dataset."""
     return () if info is None else info.published
 
 
 def plan_digests(info: DatasetInfo) -> list[tuple[int, str]]:
-    """For each plan the unit after its last, and the SHA-256 of all that decides what its units hold."""
+    """Return for each plan (the unit after its last, the SHA-256 of everything that decides what its units hold)."""
     defining: list[Any] = [_without_place(asdict(info.teacher))]
     digests, end = [], 0
     for plan in info.plans:
@@ -72,26 +79,26 @@ def plan_digests(info: DatasetInfo) -> list[tuple[int, str]]:
 
 
 def _without_place(teacher: dict[str, Any]) -> dict[str, Any]:
-    """The facts of a teacher without the place where it was found: its weights tell which it is."""
+    """Drop the path of a teacher from its facts: the fingerprint of its weights identifies it."""
     return {key: value for key, value in teacher.items() if key != PLACE_OF_TEACHER}
 
 
-def is_of_plan(commit: Commit, digests: list[tuple[int, str]]) -> bool:
-    """Whether a commit carries the digest of its unit's plan; a unit beyond all plans has none to compare with."""
+def matches_plan(commit: Commit, digests: list[tuple[int, str]]) -> bool:
+    """Return whether the commit carries its plan's digest; a unit beyond all plans has no digest to compare with."""
     digest = next((digest for end, digest in digests if commit.unit < end), None)
     return digest is None or commit.plan == digest
 
 
 def snapshots(root: Folder) -> list[str]:
-    """The fingerprints of all snapshots, oldest first."""
+    """Return the fingerprints of all snapshots, oldest first."""
     return [plan.fingerprint for plan in published(read_info(root))]
 
 
 def manifest_copy(number: int) -> str:
-    """Where the manifest of the n-th snapshot is kept."""
+    """Return the file name of the n-th snapshot's own manifest."""
     return f"manifests/{number}.parquet"
 
 
 def manifest_name(info: DatasetInfo, number: int) -> str:
-    """Where to read the n-th snapshot's manifest: while the dataset grows, `manifest.parquet` may be replaced at any moment."""
+    """Return the file to read the n-th snapshot's manifest from. While the dataset grows, `manifest.parquet` may be replaced."""
     return MANIFEST_FILE if number == len(info.plans) else manifest_copy(number)

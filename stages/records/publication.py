@@ -1,4 +1,4 @@
-"""How a dataset becomes one: a plan is described before its first shard, and published once all its units are committed."""
+"""The life of a plan: `dataset.json` describes it before its first shard, and publishes it once all units are committed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from stages.records.commits import commit_name, damage_error
 from stages.records.manifest import decode_manifest, encode_manifest, fingerprint, table_of
 from stages.records.plans import (
     MANIFEST_FILE,
-    OF_THE_PLAN,
-    is_of_plan,
+    PLANNED_UNIT,
     manifest_copy,
+    matches_plan,
     plan_digests,
     write_info,
 )
@@ -26,13 +26,13 @@ from stages.storage.sealing import sha256
 
 
 def begin_plan(root: Folder, info: DatasetInfo, plan: PlanEntry) -> DatasetInfo:
-    """Write into `dataset.json` what the dataset is meant to hold further, before its first shard; what is published stays.
+    """Add a plan to `dataset.json`, before its first shard; the published plans stay.
 
     Args:
-        info: the description so far, with no plan under way.
+        info: the content so far, with no plan under way.
 
     Returns:
-        The new description.
+        The new content.
     """
     info = replace(info, plans=(*info.plans, plan))
     write_info(root, info)
@@ -40,39 +40,40 @@ def begin_plan(root: Folder, info: DatasetInfo, plan: PlanEntry) -> DatasetInfo:
 
 
 def withdraw(root: Folder, info: DatasetInfo) -> DatasetInfo:
-    """Say in `dataset.json` that units of what was published are made again, so that nobody opens it before `publish`."""
+    """Mark a dataset as incomplete while published units are made again; no reader opens it until `publish`."""
     info = replace(info, complete=False)
     write_info(root, info)
     return info
 
 
 def publish(root: Folder, info: DatasetInfo, commits: Iterable[Commit], again: bool = False) -> DatasetInfo:
-    """Write the manifests and say in `dataset.json` that the dataset is whole, so that readers open it.
+    """Write the manifests and mark the dataset as complete, so that readers open it.
 
     Args:
-        info: the description so far, with its `plans`.
-        commits: of all their units, in order.
-        again: publish only what was published before; a plan under way stays so.
+        info: the content of `dataset.json` so far.
+        commits: of all units of its plans, in order.
+        again: publish the published plans again; a plan under way stays under way.
 
     Returns:
-        The new description.
+        The new content.
 
     Raises:
-        UserError: a commit is missing, or of another plan.
+        UserError: a commit is missing.
+        DamageError: a commit is of another plan.
     """
     digests = plan_digests(info)
-    rows, size = array("q", [0]), array("q", [0])  # up to each unit
+    rows, size = array("q", [0]), array("q", [0])  # totals up to each unit
     tensors: dict[str, TensorSpec] = {}
 
-    def gone(unit: int) -> UserError:
-        return UserError(f"{root.where(commit_name(unit))}: gone: generate again, which makes its unit anew")
+    def missing(unit: int) -> UserError:
+        return UserError(f"{root.where(commit_name(unit))}: gone: generate again to make its unit anew")
 
     def counted() -> Iterator[Commit]:
         for unit, commit in enumerate(commits):
             if commit.unit != unit:
-                raise gone(unit)
-            if not is_of_plan(commit, digests):
-                problem = {"shard": commit_name(unit), "expected": OF_THE_PLAN, "found": "one of another"}
+                raise missing(unit)
+            if not matches_plan(commit, digests):
+                problem = {"shard": commit_name(unit), "expected": PLANNED_UNIT, "found": "one of another"}
                 raise damage_error(root, problem)
             rows.append(rows[-1] + len(commit.samples))
             size.append(size[-1] + commit.size)
@@ -82,7 +83,7 @@ def publish(root: Folder, info: DatasetInfo, commits: Iterable[Commit], again: b
     whole = table_of(counted())
     made = info.published if again else info.plans
     if len(rows) <= sum(plan.units for plan in made):
-        raise gone(len(rows) - 1)
+        raise missing(len(rows) - 1)
     plans: list[PublishedPlan] = []
     units = 0
     for number, plan in enumerate(made, start=1):
@@ -98,16 +99,15 @@ def publish(root: Folder, info: DatasetInfo, commits: Iterable[Commit], again: b
 def _publish_plan(
     root: Folder, number: int, plan: PlanEntry, table: pa.Table, units: int, size: int
 ) -> tuple[bytes, PublishedPlan]:
-    """Write the n-th plan's manifest, if it is not there; its bytes, and the plan's entry.
+    """Write the n-th plan's manifest unless it is there; return its bytes and the plan's entry.
 
     Args:
         table: the rows of the snapshot.
         units: of the snapshot.
         size: of its shards, in bytes.
     """
-    kept = _as_published(root, number, plan)
-    before = None if kept is None else decode_manifest(kept)
-    content = kept if kept is not None and table.equals(before) else encode_manifest(table)
+    old = _as_published(root, number, plan)
+    content = old if old is not None and table.equals(decode_manifest(old)) else encode_manifest(table)
     if root.read(name := manifest_copy(number)) != content:
         root.write(name, content)
     counts = Counts(
@@ -122,7 +122,7 @@ def _publish_plan(
 
 
 def _as_published(root: Folder, number: int, plan: PlanEntry) -> bytes | None:
-    """The manifest of the n-th plan, if it is there as it was published."""
+    """Return the published manifest of the n-th plan, if a file still holds it."""
     if not isinstance(plan, PublishedPlan):
         return None
     contents = (root.read(name) for name in (manifest_copy(number), MANIFEST_FILE))

@@ -1,4 +1,4 @@
-"""What the commit records and `dataset.json` hold."""
+"""The content of commit records and of `dataset.json`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from stages.records.fields import read_fields
 from stages.records.teacher import TeacherFacts
 
 SCHEMA_VERSION = 2
-# The keys of the newest snapshot's plan that stand at the top of `dataset.json` too.
-OF_A_SNAPSHOT = ("config", "conditions", "guidance", "counts", "manifest_sha256")
+# These keys of the newest snapshot's plan are repeated at the top of `dataset.json`.
+SNAPSHOT_KEYS = ("config", "conditions", "guidance", "counts", "manifest_sha256")
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Commit:
     """A unit's commit record.
 
     Attributes:
-        plan: digest of the plan that the unit belongs to, as `plan_digests` has it.
+        plan: digest of the unit's plan, from `plan_digests`.
         shard: name of the file below the dataset's root.
         size: of the shard, in bytes.
         sha256: of the shard, in hexadecimal.
         tensors: by name.
-        samples: their rows of the manifest, without the columns of the shard.
+        samples: the rows of the manifest, without the columns of the shard.
     """
 
     unit: int
@@ -53,11 +53,11 @@ class GuidanceSpec:
 
 @dataclass(frozen=True)
 class ConditionsSpec:
-    """The conditions that a plan samples, those of the plans before it included.
+    """The conditions of a plan, including those of the plans before it.
 
     Attributes:
-        class_labels: each once, in order.
-        prompts, negative_prompts: how many different ones.
+        class_labels: each label once, in order.
+        prompts, negative_prompts: the number of different ones.
         count: length of the list of conditions.
         sha256: of the list as JSON.
     """
@@ -107,12 +107,12 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class PublishedPlan(PlanEntry):
-    """A plan that was made to its end, which makes a snapshot: its units and those of all plans before it.
+    """A published plan: its units and those of all plans before it are a snapshot.
 
     Attributes:
         counts: of the snapshot.
         manifest_sha256: of the snapshot's manifest file.
-        fingerprint: of what the snapshot's samples hold; tells it from any other.
+        fingerprint: of what the snapshot's samples hold; identifies the snapshot.
     """
 
     counts: Counts
@@ -137,10 +137,10 @@ class DatasetInfo:
 
     @property
     def published(self) -> tuple[PublishedPlan, ...]:
-        """The plans that were made to their end, oldest first; where the dataset is not `complete`, units of theirs are made again."""
+        """The published plans, oldest first. While the dataset is not `complete`, units of theirs are made again."""
         return tuple(plan for plan in self.plans if isinstance(plan, PublishedPlan))
 
     def to_json(self) -> dict[str, Any]:
         newest = asdict((self.published or self.plans)[-1])
-        top = {key: newest[key] for key in OF_A_SNAPSHOT if key in newest}
+        top = {key: newest[key] for key in SNAPSHOT_KEYS if key in newest}
         return {"schema_version": SCHEMA_VERSION} | asdict(self) | top

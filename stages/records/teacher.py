@@ -1,4 +1,4 @@
-"""The teacher as `dataset.json` describes it: which model it is, and how its pipeline guides."""
+"""The facts of a teacher in `dataset.json`: its models, and how its pipeline guides."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class LayoutFacts:
 
     Attributes:
         arguments: of the denoiser's calls.
-        calls: denoiser calls per step; call: which of them is the conditional one.
-        chunks: parts of the batch in that call, one sample of each trajectory in every part; chunk: the conditional one.
-        masks: the denoiser's arguments that mask another one, `NAME_mask` beside NAME; what is not given masks nothing.
-        denoisers: the pipeline's names of them; of several, each runs for its timesteps.
-        timestep_scale, timestep_offset: the denoiser's timestep is the scheduler's times the one plus the other.
-        target_channels: of what the scheduler, and copies that the pipeline makes of it, receive of each prediction;
-            negative: of the last, not the first.
-        target_signs: -1 where it receives minus the prediction.
-        learned_variance: whether the denoiser predicts its variance beside them.
+        calls: denoiser calls per step; call: index of the conditional one.
+        chunks: parts of the batch in that call, each with one sample per trajectory; chunk: index of the conditional one.
+        masks: the denoiser's arguments that mask another one, `NAME_mask` beside NAME; a mask that is absent masks nothing.
+        denoisers: their names in the pipeline; of several, each runs for its own timesteps.
+        timestep_scale, timestep_offset: the denoiser's timestep is the scheduler's times the scale plus the offset.
+        target_channels: for the scheduler and each of its copies, the number of channels that it receives of a prediction;
+            a negative number counts from the last channel.
+        target_signs: -1 for a scheduler that receives minus the prediction.
+        learned_variance: whether the denoiser predicts a variance beside these channels.
         no_guidance: the call's arguments that switch the pipeline's guidance off.
-        scale_offset: `w` in `u + w (c - u)` less the number that the pipeline is given for it.
-        unconditional: call and chunk of the unconditional part, where there is one such part.
+        scale_offset: `w` in `u + w (c - u)` minus the pipeline's own number for it.
+        unconditional: call and chunk of the unconditional part, if there is exactly one.
         scale_per_sample: whether one call of the pipeline can hold samples of several scales.
         one_sample: whether a call of the pipeline holds one sample only.
     """

@@ -11,7 +11,7 @@ from stages.errors import UserError
 from stages.records.commits import read_commits
 from stages.records.dataset import Dataset
 from stages.records.manifest import fingerprint
-from stages.records.plans import is_of_plan, plan_digests, read_info
+from stages.records.plans import matches_plan, plan_digests, read_info
 from stages.records.schema import Commit, Counts, GuidanceSpec, PublishedPlan, TensorSpec
 from stages.storage.folder import open_folder
 from stages.storage.sealing import seal, unseal
@@ -106,4 +106,4 @@ def test_a_digest_tells_what_decides_and_nothing_else() -> None:
         assert plan_digests(changed)[0][1] != first
     digests = [(first_end, first), (second_end, second)]
     for unit, digest, own in ((1, first, True), (2, first, False), (4, second, True), (9, first, True)):
-        assert is_of_plan(Commit(unit, digest, "", 0, "", {}, []), digests) == own
+        assert matches_plan(Commit(unit, digest, "", 0, "", {}, []), digests) == own
