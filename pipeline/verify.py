@@ -36,8 +36,8 @@ class VerifyConfig:
     )
     repair: bool = option(
         False,
-        "move damage to `quarantine/` in the dataset, so that generating again makes it anew; write manifests again from whole "
-        "commits; remove orphans older than `grace`",
+        "move damage to `quarantine/` in the dataset, so that generating again makes it anew; write manifests again from "
+        "whole commits; remove orphans older than `grace`",
     )
     grace: float = option(86400.0, "age in seconds from which a repair removes an orphan", at_least=0)
 
@@ -81,7 +81,8 @@ def main(config: VerifyConfig) -> None:
     if problems:
         raise UserError(
             f"{root}: {len(problems)} problem(s); the first: {problems[0]['shard']}: found {problems[0]['found']}: "
-            f"`python -m pipeline.verify {root.override('data_dir')} repair=true` mends it, or sets aside what must be made again"
+            f"`python -m pipeline.verify {root.override('data_dir')} repair=true` mends it, or sets aside what must be made "
+            "again"
         )
     print("whole: nothing is missing or damaged" + ("" if config.deep else "; no shard was read"))
 

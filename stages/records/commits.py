@@ -64,8 +64,8 @@ def read_commit(root: Folder, name: str) -> Commit:
         raise unreadable(root, name) from error
     except (OSError, ValueError) as error:
         raise DamageError(
-            f"{root.where(name)}: damaged: `python -m pipeline.verify {root.override('data_dir')} repair=true` sets it aside; "
-            "then generate again to make its unit anew"
+            f"{root.where(name)}: damaged: `python -m pipeline.verify {root.override('data_dir')} repair=true` sets it "
+            "aside; then generate again to make its unit anew"
         ) from error
     return commit
 

@@ -66,8 +66,8 @@ class Dataset:
         info = read_info(self.root)
         if info is None:
             raise UserError(
-                f"{self.root}: holds no dataset: name the folder of one, or make one there with "
-                f"`python -m pipeline.generate --config FILE {self.root.override('output_dir')}` and a FILE of configs/generate"
+                f"{self.root}: holds no dataset: name the folder of one, or make one there with `python -m pipeline.generate "
+                f"--config FILE {self.root.override('output_dir')}` and a FILE of configs/generate"
             )
         if not info.published or not info.complete:
             raise self._unfinished(sum(plan.units for plan in info.published or info.plans))
@@ -184,11 +184,12 @@ def how_to_finish(root: Folder) -> str:
     config, copied = root.where("config.yaml"), ""
     if "://" in config:
         config, copied = "config.yaml", f", with a copy of {config},"
-    return f"`python -m pipeline.generate --config {shlex.quote(config)} {root.override('output_dir')}`{copied} makes the rest"
+    command = f"python -m pipeline.generate --config {shlex.quote(config)} {root.override('output_dir')}"
+    return f"`{command}`{copied} makes the rest"
 
 
 def read_manifest(root: Folder, plan: PublishedPlan, name: str) -> tuple[bytes | None, dict[str, str]]:
-    """Read the manifest of a snapshot from a file: (content, no problem), or (None, problem) if it is not the published one."""
+    """Read a snapshot's manifest from a file: (content, no problem), or (None, problem) if it is not the published one."""
     content, expected = root.read(name), plan.manifest_sha256
     found = "no such file" if content is None else sha256(content)
     if found == expected:

@@ -17,9 +17,9 @@ class FieldError(ValueError):
 def read_fields(kind: type[Fields], value: Any, name: str = "") -> Fields:
     """A dataclass from a JSON object; keys that it has no field for are ignored.
 
-    The types of fields are `Any`, `str`, `bool`, `int`, `float`, dataclasses, `list[T]`, `tuple[T, ...]` and `dict[str, T]`
-    of these, and `T | None`. A dataclass with a `from_json(value, name)` reads itself. No number is converted, so that what
-    is written again has the same digest.
+    The types of fields are `Any`, `str`, `bool`, `int`, `float`, dataclasses, `list[T]`, `tuple[T, ...]` and
+    `dict[str, T]` of these, and `T | None`. A dataclass with a `from_json(value, name)` reads itself. Numbers are not
+    converted, so that a value that is written again has the same digest.
 
     Args:
         name: the key that holds the object, for the message.

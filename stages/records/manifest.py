@@ -85,7 +85,7 @@ def decode_manifest(content: bytes) -> pa.Table:
 
 
 def fingerprint(table: pa.Table) -> str:
-    """Return the SHA-256 of what the samples hold, unit by unit. Units that are made again bit for bit do not change it."""
+    """Return the SHA-256 of what the samples hold. Units that are made again bit for bit do not change it."""
     digest = hashlib.sha256()
     for batch in table.to_batches(max_chunksize=ROWS_PER_BATCH):
         for row in batch.to_pylist():

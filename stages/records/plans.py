@@ -40,12 +40,13 @@ def read_info(root: Folder) -> DatasetInfo | None:
         version = int(json.loads(content)["schema_version"])
         if version > SCHEMA_VERSION:
             raise UserError(
-                f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest that this version reads: upgrade this project"
+                f"{path}: schema {version} is newer than {SCHEMA_VERSION}, the newest that this version reads: upgrade this "
+                "project"
             )
         if version < SCHEMA_VERSION:
             raise UserError(
-                f"{path}: schema {version} is of an earlier version than {SCHEMA_VERSION}: generate the dataset anew, into another "
-                "output_dir"
+                f"{path}: schema {version} is of an earlier version than {SCHEMA_VERSION}: generate the dataset anew, into "
+                "another output_dir"
             )
         return read_fields(DatasetInfo, unseal(content))
     except PermissionError as error:
@@ -100,5 +101,5 @@ def manifest_copy(number: int) -> str:
 
 
 def manifest_name(info: DatasetInfo, number: int) -> str:
-    """Return the file to read the n-th snapshot's manifest from. While the dataset grows, `manifest.parquet` may be replaced."""
+    """Return the file of the n-th snapshot's manifest. While the dataset grows, `manifest.parquet` may be replaced."""
     return MANIFEST_FILE if number == len(info.plans) else manifest_copy(number)

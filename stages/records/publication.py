@@ -1,4 +1,4 @@
-"""The life of a plan: `dataset.json` describes it before its first shard, and publishes it once all units are committed."""
+"""The life of a plan: it is described before its first shard, and published once all its units are committed."""
 
 from __future__ import annotations
 

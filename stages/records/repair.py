@@ -1,7 +1,7 @@
-"""The repair of a dataset: move damage aside, so that generation makes those units again; rewrite manifests; remove orphans.
+"""The repair of a dataset: set damage aside, so that generation makes the units again, and rewrite manifests.
 
-A unit's commit record is moved before its shard, because without a record the unit is missing to everyone. After a kill at
-any moment, the next repair or the next run of generation continues.
+A unit's commit record is moved before its shard, because without a record the unit is missing to everyone. After a kill
+at any moment, the next repair or the next run of generation continues. Old orphans are removed too.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def encode(trajectory: Trajectory) -> Sample:
 def write_shard(file: BinaryIO, samples: Iterable[Sample]) -> list[dict[str, Any]]:
     """Write samples; return their rows of the manifest, without the columns of the shard.
 
-    Each row's `offset`, `size` and `checksum` (CRC-32) are those of the tensors' bytes inside the tar, so that a reader needs
-    one read and no tar parser.
+    Each row's `offset`, `size` and `checksum` (CRC-32) are those of the tensors' bytes inside the tar, so that a reader
+    needs one read and no tar parser.
     """
     rows = []
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:

@@ -17,12 +17,12 @@ class LayoutFacts:
     Attributes:
         arguments: of the denoiser's calls.
         calls: denoiser calls per step; call: index of the conditional one.
-        chunks: parts of the batch in that call, each with one sample per trajectory; chunk: index of the conditional one.
-        masks: the denoiser's arguments that mask another one, `NAME_mask` beside NAME; a mask that is absent masks nothing.
+        chunks: parts of the batch in that call, each with one sample per trajectory; chunk: the conditional one.
+        masks: the denoiser's arguments that mask another one, `NAME_mask` beside NAME; an absent mask masks nothing.
         denoisers: their names in the pipeline; of several, each runs for its own timesteps.
         timestep_scale, timestep_offset: the denoiser's timestep is the scheduler's times the scale plus the offset.
-        target_channels: for the scheduler and each of its copies, the number of channels that it receives of a prediction;
-            a negative number counts from the last channel.
+        target_channels: the number of channels of each prediction that the scheduler, or a copy of it, receives; a
+            negative number counts from the last channel.
         target_signs: -1 for a scheduler that receives minus the prediction.
         learned_variance: whether the denoiser predicts a variance beside these channels.
         no_guidance: the call's arguments that switch the pipeline's guidance off.

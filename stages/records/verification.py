@@ -117,7 +117,7 @@ class Survey:
 
 
 def verify(address: str | Path, deep: bool = True) -> dict[str, Any]:
-    """Survey a dataset and return its summary; `ok` is true only if there is a snapshot and nothing is missing or damaged.
+    """Survey a dataset; in its summary, `ok` is true only if there is a snapshot and nothing is missing or damaged.
 
     Raises:
         UserError: there is no dataset at `address`, or its `dataset.json` is damaged.

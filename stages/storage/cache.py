@@ -39,7 +39,7 @@ class ShardCache:
             pass
 
     def open(self, source: Folder, name: str, sha256: str, size: int) -> BinaryIO:
-        """Open the copy of a shard, fetched if necessary; open the shard itself if its size is wrong or there is no room.
+        """Open the copy of a shard, fetched if necessary; open the shard itself if its size is wrong or room is lacking.
 
         Args:
             size: of the shard, in bytes.
@@ -78,7 +78,7 @@ class ShardCache:
         return fetched
 
     def _make_room(self, file: BinaryIO, size: int) -> bool:
-        """Remove the least recently read files as far as necessary, then reserve `size` bytes; return whether they fit."""
+        """Remove the least recently read files if necessary, then reserve `size` bytes; return whether they fit."""
         file.truncate(0)
         with self._exclusive():
             files = [(path, path.stat()) for path in self.root.iterdir() if CACHE_FILE.fullmatch(path.name)]

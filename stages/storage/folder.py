@@ -136,7 +136,7 @@ class Folder(ABC):
 
 
 def unreadable(root: Folder, name: str) -> StorageError:
-    """Return the error for a file of another user. It is no `DamageError`: the file must be neither skipped nor moved."""
+    """Return the error for a file of another user. It is no `DamageError`: a reader must not skip the file."""
     return StorageError(
         f"{root.where(name)}: may not be read by this user: let its owner run `chmod -R a+rX` on the dataset"
     )

@@ -20,7 +20,7 @@ PLAN = "0" * 64  # the digest of no plan
 
 
 def teacher_facts(**changes: Any) -> TeacherFacts:
-    """A teacher that guides in one call of a denoiser on a doubled batch."""
+    """Make up a teacher that guides in one call of a denoiser on a doubled batch."""
     layout = LayoutFacts(
         Arguments("sample", "timestep", {"sample": Axis()}, {}), calls=1, call=0, chunks=2, chunk=1, masks=(),
         denoisers=("unet",), timestep_scale=1.0, timestep_offset=0.0, target_channels=(4,), target_signs=(1,),
@@ -34,7 +34,7 @@ def teacher_facts(**changes: Any) -> TeacherFacts:
 
 
 def planned(units: int = 1, trajectories: int = 1, conditions: int = 1, **config: Any) -> PlanEntry:
-    """A plan that is under way."""
+    """Make up a plan that is under way."""
     return PlanEntry(
         units,
         trajectories,
@@ -45,12 +45,12 @@ def planned(units: int = 1, trajectories: int = 1, conditions: int = 1, **config
 
 
 def described(*plans: PlanEntry, **teacher: Any) -> DatasetInfo:
-    """A dataset of these plans."""
+    """Make up a dataset of these plans."""
     return DatasetInfo(complete=False, teacher=teacher_facts(**teacher), plans=plans)
 
 
 def write_dataset(root: Path, units: Sequence[Sequence[Sample]]) -> None:
-    """A published dataset of one plan, a unit for each of these."""
+    """Write and publish a dataset of one plan, from the samples of each unit."""
     folder, info = open_folder(root), described(planned(len(units)))
     ((_, digest),) = plan_digests(info)
     publish(folder, info, [commit_unit(folder, unit, samples, digest) for unit, samples in enumerate(units)])

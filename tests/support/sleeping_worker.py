@@ -47,14 +47,14 @@ def made_up_commit(unit: int, plan: str) -> Commit:
 
 
 def digest_of_plan(root: Path, unit: int) -> str:
-    """Of the plan in `dataset.json` that a unit belongs to."""
+    """Return the digest of a unit's plan, from `dataset.json`."""
     info = read_info(open_folder(root))
     assert info is not None
     return next(digest for end, digest in plan_digests(info) if unit < end)
 
 
 class SleepingWorker:
-    """What a fleet asks of a worker. Its commits are real, written and synced as every other; there are no shards."""
+    """A worker without shards. Its commits are real: written and synced like any other."""
 
     def __init__(self, config: GenerateConfig) -> None:
         self.seconds, self.root = float(str(config.teacher.variant)), Path(config.output_dir)

@@ -26,7 +26,8 @@ class Outer:
 
 
 CONTENT: dict[str, Any] = {
-    "whole": 1, "pair": [{"number": 2}, {"number": 2.5, "name": "b"}], "by_name": {"c": {"number": 0.0}}, "labels": [3, 4],
+    "whole": 1, "pair": [{"number": 2}, {"number": 2.5, "name": "b"}], "by_name": {"c": {"number": 0.0}},
+    "labels": [3, 4],
     "anything": [None],
 }  # fmt: skip
 

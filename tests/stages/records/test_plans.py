@@ -22,7 +22,7 @@ def change_info(root: Path, **changes: Any) -> None:
     (root / "dataset.json").write_bytes(seal(unseal((root / "dataset.json").read_bytes()) | changes))
 
 
-def test_the_description_tells_what_the_dataset_is(dataset: Dataset) -> None:
+def test_dataset_json_describes_the_dataset(dataset: Dataset) -> None:
     info, plan = dataset.info, dataset.plan
     assert plan.counts == Counts(units=4, trajectories=12, samples=12, records=48, bytes=plan.counts.bytes)
     assert info.teacher.pipeline_class == "DiTPipeline"
@@ -90,7 +90,7 @@ def test_a_missing_or_mistyped_key_is_named(damaged: Path) -> None:
             read_info(open_folder(damaged))
 
 
-def test_a_digest_tells_what_decides_and_nothing_else() -> None:
+def test_a_digest_depends_on_what_decides_the_units_alone() -> None:
     plan = planned(2, 6, seed=0)
     info = described(plan, replace(plan, units=3), denoiser_fingerprint="a")
     ((first_end, first), (second_end, second)) = plan_digests(info)

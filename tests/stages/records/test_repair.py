@@ -34,7 +34,7 @@ def mend(root: Path, grace: float = DAY, deep: bool = True) -> list[dict[str, st
 
 
 def put(root: Path, name: str, age: float = 2 * DAY) -> str:
-    """An orphan that was written some seconds ago."""
+    """Write an orphan that is some seconds old."""
     (root / name).write_bytes(b"orphan")
     os.utime(root / name, (time.time() - age,) * 2)
     return name
@@ -50,7 +50,7 @@ def test_a_whole_dataset_is_left_as_it_is(damaged: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in damaged.rglob("*.*")} == before
 
 
-def test_orphans_are_told_and_no_problem_and_go_when_they_are_old(damaged: Path) -> None:
+def test_orphans_are_no_problem_and_go_when_they_are_old(damaged: Path) -> None:
     old = [
         put(damaged, name)
         for name in (
@@ -103,11 +103,11 @@ def test_what_is_committed_between_the_look_and_the_repair_is_kept(damaged: Path
 
 
 class KilledError(Exception):
-    """Instead of a signal: nothing that is done after it is done."""
+    """Stands in for a kill: nothing after it happens."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Die before, within or after the n-th thing that is moved, written or removed."""
+    """Die before, within or after the n-th move, write or removal."""
     steps = iter(range(number + 1))
 
     def step() -> None:
@@ -141,10 +141,10 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", range(12))
-def test_a_repair_killed_at_any_moment_looks_like_no_whole_dataset_and_is_made_up_for(
+def test_a_repair_killed_at_any_moment_is_unfinished_and_continues(
     damaged: Path, shared_dataset: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Two units are set aside, commit record first: four moves, of three moments each."""
+    """Two units are set aside, commit record first: four moves with three moments each."""
     DAMAGES["a flipped bit in a payload"](damaged)
     (damaged / "commits" / "00003.json").write_bytes(b"{}")
     with monkeypatch.context() as patch:
@@ -167,7 +167,7 @@ def test_a_repair_killed_at_any_moment_looks_like_no_whole_dataset_and_is_made_u
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_a_repair_of_manifests_killed_at_any_moment_is_made_up_for(
+def test_a_repair_of_manifests_killed_at_any_moment_continues(
     damaged: Path, shared_dataset: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     for name in ("manifest.parquet", "manifests/1.parquet"):
@@ -176,7 +176,7 @@ def test_a_repair_of_manifests_killed_at_any_moment_is_made_up_for(
         kill_at(patch, number)
         with pytest.raises(KilledError):
             mend(damaged)
-    if number < 3:  # the last of the manifests is not in place
+    if number < 3:  # the last manifest is not written yet
         assert not verify(damaged)["ok"]
         with pytest.raises(UserError, match=r"manifest\.parquet: damaged"):
             Dataset(damaged)
@@ -189,7 +189,7 @@ def test_a_repair_of_manifests_killed_at_any_moment_is_made_up_for(
 def test_units_made_again_are_unfinished_until_they_are_published(
     damaged: Path, tiny_teacher: Path, shared_dataset: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """KilledError before each file that generation writes after a repair; readers and `verify` tell it, and nobody takes it for finished."""
+    """Killed before each file that generation writes after a repair, it is unfinished to readers and `verify`."""
     DAMAGES["a flipped bit in a payload"](damaged)
     mend(damaged)
     config = generate_config(tiny_teacher, damaged)

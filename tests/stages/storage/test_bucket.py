@@ -21,7 +21,7 @@ def answer(status: int | None) -> str:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stores with less patience than obstore's own: one more try, and half a second for an answer."""
+    """Open stores that retry once and wait half a second for an answer."""
 
     def open_store(address: str) -> obstore.store.ObjectStore:
         options: Any = {"allow_http": True, "timeout": "500ms"}
@@ -42,7 +42,7 @@ def test_neighbouring_parts_take_one_request(s3: FaultyS3) -> None:
 
 
 @pytest.mark.parametrize("status", [500, 503, None])
-def test_what_is_transient_is_tried_again(s3: FaultyS3, status: int | None) -> None:
+def test_transient_errors_are_retried(s3: FaultyS3, status: int | None) -> None:
     folder = open_folder("s3://bucket/data")
     for method, done in (
         ("PUT", lambda: folder.write("a", b"content")),
@@ -92,7 +92,7 @@ Refused = Callable[[Folder], object]
         ("GET", lambda folder: folder.list("b"), "data/b: cannot be listed"),
     ],
 )
-def test_what_does_not_pass_is_told_in_a_line(s3: FaultyS3, method: str, done: Refused, message: str) -> None:
+def test_a_lasting_refusal_is_one_line(s3: FaultyS3, method: str, done: Refused, message: str) -> None:
     s3.put("data/a", b"content")
     s3.faults = [Fault(method, "bucket", 503, times=99)]
     with pytest.raises(StorageError, match=f"^s3://bucket/{message}: .*503.*$"):
@@ -101,7 +101,7 @@ def test_what_does_not_pass_is_told_in_a_line(s3: FaultyS3, method: str, done: R
 
 
 @pytest.mark.usefixtures("impatient")
-def test_an_answer_that_takes_too_long_is_asked_for_again(s3: FaultyS3) -> None:
+def test_a_request_that_times_out_is_retried(s3: FaultyS3) -> None:
     folder = open_folder("s3://bucket/data")
     s3.faults = [Fault("PUT", "data/a", 200, seconds=1), Fault("GET", "data/a", 200, seconds=1)]
     folder.write("a", b"content")
@@ -130,7 +130,7 @@ AMBIGUOUS = {
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("name", AMBIGUOUS)
-def test_who_wrote_first_is_told_by_what_is_there(s3: FaultyS3, name: str) -> None:
+def test_the_content_shows_which_writer_was_first(s3: FaultyS3, name: str) -> None:
     folder, faults = open_folder("s3://bucket/data"), AMBIGUOUS[name]
     for content, won in ((b"ours", True), (b"theirs", False)):
         s3.faults = [Fault(**vars(fault)) for fault in faults]
@@ -149,7 +149,7 @@ def test_a_write_that_never_arrives_is_not_won(s3: FaultyS3) -> None:
     survived("a conditional write that never arrives: told in one line", "storage")
 
 
-def test_a_bucket_that_is_not_there_is_named(s3: FaultyS3) -> None:
+def test_a_missing_bucket_is_named(s3: FaultyS3) -> None:
     folder = open_folder("s3://nowhere/data")
     assert folder.read("a") is None
     for done in (lambda: folder.write("a", b""), lambda: folder.create("a", b"")):
@@ -158,7 +158,7 @@ def test_a_bucket_that_is_not_there_is_named(s3: FaultyS3) -> None:
     survived("no such bucket: told in one line", "storage")
 
 
-def test_where_there_is_no_room_to_stage_is_told(s3: FaultyS3) -> None:
+def test_a_full_temporary_folder_is_named(s3: FaultyS3) -> None:
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -181,7 +181,7 @@ def test_where_there_is_no_room_to_stage_is_told(s3: FaultyS3) -> None:
     ],
 )
 def test_each_address_has_its_kind_of_store(address: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only S3 is spoken to in these tests: no server for the other two runs here."""
+    """These tests send requests to S3 only: there is no local server for the other two."""
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "someone")
     folder = open_folder(address)
     assert isinstance(folder, bucket.BucketFolder)

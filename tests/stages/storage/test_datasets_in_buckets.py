@@ -1,4 +1,4 @@
-"""A dataset in a bucket through the whole line: what is made there is what is made on disk."""
+"""Datasets in a bucket, from generation to training: they equal those on disk."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_what_is_generated_into_a_bucket_is_what_is_generated_on_disk(
+def test_a_dataset_in_a_bucket_equals_the_one_on_disk(
     s3: FaultyS3, tiny_teacher: Path, shared_dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr("stages.generate.fleet.RayFleet", InProcessFleet)  # Ray's workers would not see the environment
@@ -153,7 +153,7 @@ def test_generation_goes_through_an_unsteady_service(s3: FaultyS3, tiny_teacher:
     survived("a service that is unsteady for a whole run", "storage")
 
 
-def test_a_service_that_refuses_stops_the_run_with_what_is_there_kept(s3: FaultyS3, tiny_teacher: Path) -> None:
+def test_a_service_that_refuses_stops_the_run_and_keeps_its_units(s3: FaultyS3, tiny_teacher: Path) -> None:
     config = generate_config(tiny_teacher, ADDRESS)
     s3.faults = [Fault("PUT", "shards/00002", 403, times=4)]
     with pytest.raises(StorageError, match=f"{ADDRESS}/shards/00002-.*cannot be written: .*the same command goes on"):
@@ -234,7 +234,7 @@ def test_a_cache_smaller_than_the_dataset_keeps_its_bound(
 def test_a_run_from_a_bucket_is_resumed_exactly(
     s3: FaultyS3, uploaded: str, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    """Begun on disk, gone on with from the bucket: the dataset is the same."""
+    """A run that began with the dataset on disk continues with its copy in the bucket."""
     shutil.copytree(tiny_adapter / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "step-00000012.pt").unlink()
     s3.faults = [Fault("GET", "shards/", 503, times=2), Fault("HEAD", "shards/", None)]

@@ -14,7 +14,7 @@ MULTIPART = 6 << 20  # more than one part of an upload
 
 @pytest.fixture(params=["disk", "bucket"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    """An empty place of each kind."""
+    """An empty folder on a disk and in a bucket."""
     if request.param == "disk":
         return open_folder(tmp_path / "some" / "where")
     request.getfixturevalue("s3")
@@ -51,7 +51,7 @@ def test_a_file_is_moved_unless_the_name_is_taken(folder: Folder) -> None:
     assert list(folder.list("aside")) == ["aside/a"]
 
 
-def test_what_is_written_aside_is_told_by_itself(folder: Folder) -> None:
+def test_temporary_files_are_listed_by_themselves(folder: Folder) -> None:
     folder.write("shards/a.tar", b"whole")
     with folder.whole_file("shards/b.tar"):
         aside = folder.leftovers("shards")
@@ -59,7 +59,7 @@ def test_what_is_written_aside_is_told_by_itself(folder: Folder) -> None:
     assert folder.leftovers("shards") == {}
 
 
-def test_the_place_has_its_own_clock(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_storage_has_its_own_clock(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.write("a", b"")
     real = time.time()
     monkeypatch.setattr(time, "time", lambda: real + 1e6)
@@ -119,14 +119,14 @@ def test_one_of_many_creators_wins(folder: Folder) -> None:
         ("az://container/data", "az://container/data: no bucket that can be opened: .*Account must be specified"),
     ],
 )
-def test_what_is_no_place_for_a_dataset_is_refused(address: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_addresses_are_refused(address: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     with pytest.raises(UserError, match=message) as error:
         open_folder(address)
     assert "\n" not in str(error.value)
 
 
-def test_a_place_has_a_name_for_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absolute_address_is_good_for_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert absolute("data/one") == str(tmp_path.resolve() / "data" / "one")
     assert absolute("s3://bucket/data") == "s3://bucket/data"
