@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stages.adapters import GuidanceAdapter
 from stages.base.arguments import Arguments
 from stages.base.denoiser import denoisers_of, predictions_of
+from stages.base.hooks import Call, watch_steps
 from stages.base.loading import load_pipeline
 from stages.base.sampling import Request, guider_of, sample, scale_keyword, undecoded
 from stages.errors import UserError
@@ -23,7 +24,6 @@ from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.layout import Layout
 from stages.generate.plan import GOLDEN_RATIO
 from stages.generate.timesteps import shifted_timesteps
-from stages.generate.watching import Call, watched
 from stages.records.dataset import Dataset
 from stages.train.student import Student, load_base
 from stages.train.trainer import Trainer
@@ -106,7 +106,7 @@ class Run:
             if shifted:
                 stack.enter_context(shifted_timesteps(pipe.scheduler, SHIFT))
             streams = len(layout.target_channels)
-            stack.enter_context(watched(pipe, self._see, self.latents.append, streams))
+            stack.enter_context(watch_steps(pipe, self._see, self.latents.append, streams))
             sample(pipe, asked, number)
 
     def _see(self, calls: list[Call], received: list[Tensor], timestep: Any) -> None:

@@ -1,4 +1,4 @@
-"""Patching a method of an object for a time."""
+"""Patching a method or an attribute of an object for a time; patches nest."""
 
 from __future__ import annotations
 
@@ -31,17 +31,27 @@ class Patch:
 
 @contextmanager
 def patched(owner: Any, name: str, method: Method, in_copies: bool = False) -> Iterator[None]:
-    """Within it, an object has another method, and afterwards what it had, a patch of someone else's too.
+    """Within the context, an object has another method.
 
     Args:
-        in_copies: whether a deep copy that is made within has it too, for good.
+        in_copies: whether a deep copy made within the context keeps the patch.
+    """
+    with replaced(owner, name, Patch(owner, name, method, getattr(owner, name), in_copies)):
+        yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the context, an attribute of an object has another value; then it is what it was, someone else's patch too.
+
+    The value goes straight into `vars(owner)`: a pipeline's own `__setattr__` would change its configuration as well.
     """
     held, had = vars(owner).get(name), name in vars(owner)
-    setattr(owner, name, Patch(owner, name, method, getattr(owner, name), in_copies))
+    vars(owner)[name] = value
     try:
         yield
     finally:
         if had:
-            setattr(owner, name, held)
+            vars(owner)[name] = held
         else:
-            vars(owner).pop(name, None)  # or whoever patched it since has put it back already
+            vars(owner).pop(name, None)  # a patch that ended out of order may have removed it already

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from stages.base.patching import replaced
 from stages.base.pictures import PICTURES, open_picture
 from stages.base.undecoded import Kept, decode, synchronize, undecoded, up_to_images
 from stages.errors import UserError
@@ -76,11 +77,8 @@ def sample(pipe: Any, request: Request, guidance_scale: float) -> None:
         if guider is None:
             pipe(**arguments, **{scale_keyword(pipe): guidance_scale})
             return
-        before, guider.guidance_scale = guider.guidance_scale, guidance_scale
-        try:
+        with replaced(guider, "guidance_scale", guidance_scale):
             pipe(**arguments)
-        finally:
-            guider.guidance_scale = before
 
 
 def _named_arguments(pipe: Any, conditions: Sequence[Condition], negative_prompt: str | None) -> dict[str, Any]:

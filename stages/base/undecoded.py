@@ -13,7 +13,7 @@ from diffusers import SchedulerMixin
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
-from stages.base.patching import patched
+from stages.base.patching import patched, replaced
 from stages.errors import UserError
 
 RECORDED_ONLY = "it can be recorded, with preview=0, and trained on, but not shown"
@@ -193,8 +193,7 @@ def _unlooked(pipe: Any) -> Iterator[None]:
                 for method in methods:
                     stack.enter_context(patched(part, method, lambda own, owner, images, *_, **__: images))
             else:
-                vars(pipe)[name] = None  # not by `setattr`, which changes the pipeline's configuration too
-                stack.callback(vars(pipe).__setitem__, name, part)
+                stack.enter_context(replaced(pipe, name, None))
         yield
 
 

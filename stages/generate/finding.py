@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stages.base.arguments import Arguments, encoded
 from stages.base.denoiser import MASK, denoiser_of, denoisers_of, part_of
+from stages.base.hooks import Call
 from stages.base.pictures import PICTURES
 from stages.base.sampling import Request, guider_of, scale_keyword
 from stages.errors import UserError
@@ -37,7 +38,6 @@ from stages.generate.sample_axes import find_arguments, relation_of_timesteps
 from stages.generate.scale import PerSampleScale
 from stages.generate.trial import check_trial
 from stages.generate.unguided import Unguided, without_guidance
-from stages.generate.watching import Call
 
 TRUSTED = 0.25  # how far mixed scales may be from separate runs, as a share of what the scales change
 JUST_ABOVE, OFFSET = 1.001, 0.25  # a number, and the share of what 2 adds that is no rounding

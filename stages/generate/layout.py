@@ -10,8 +10,8 @@ from torch import Tensor
 
 from stages.base.arguments import LENGTH, Arguments, encoded, stacked
 from stages.base.denoiser import MASK, NEGATIVE, STEP, as_target, negative_tokens, part_of
+from stages.base.hooks import Call
 from stages.errors import UserError
-from stages.generate.watching import Call
 
 
 @dataclass(frozen=True)

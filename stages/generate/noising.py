@@ -19,12 +19,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from stages.base.denoiser import denoiser_of, latent_name
+from stages.base.hooks import Call, watch_steps
 from stages.base.sampling import Request, sample, undecoded
 from stages.errors import UserError
 from stages.generate.layout import Layout
 from stages.generate.probing import PROBED_SCALES, SAME, distance
 from stages.generate.recorder import Recorder
-from stages.generate.watching import Call, watched
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def sampled(pipe: Any, layout: Layout, n: int) -> Iterator[list[Tensor]]:
     def keep(stepped: Tensor) -> None:
         latents[:] = [layout.part(stepped, n)]
 
-    with watched(pipe, check, keep):
+    with watch_steps(pipe, check, keep):
         yield latents
 
 

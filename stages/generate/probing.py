@@ -10,10 +10,10 @@ from torch import Tensor
 
 from stages.base.arguments import Axis, argument
 from stages.base.denoiser import denoiser_of, denoisers_of, latent_name
+from stages.base.hooks import Call, watch_steps
 from stages.base.loading import first_line
 from stages.base.sampling import Request, guider_of, sample, scale_keyword, undecoded
 from stages.errors import UserError
-from stages.generate.watching import Call, watched
 
 PROBED_STEPS = 3  # the last is judged: some rules of guidance leave the first one out
 PROBED_SCALES = (3.0, 7.0)
@@ -47,7 +47,7 @@ def probe(pipe: Any, request: Request, guidance_scale: float) -> list[Seen]:
     parts: list[Any] = [part for part in denoisers_of(pipe).values() if hasattr(part, "attn_processors")]
     processors = [(part, dict(part.attn_processors)) for part in parts]
     try:
-        with undecoded(pipe), watched(pipe, lambda c, r, t: steps.append(Seen(c, r, float(t))), streams=None):
+        with undecoded(pipe), watch_steps(pipe, lambda c, r, t: steps.append(Seen(c, r, float(t))), streams=None):
             sample(pipe, request, guidance_scale)
     except UserError:
         raise

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.base.denoiser import STEP
+from stages.base.hooks import Call, watch_steps
 from stages.errors import UserError
 from stages.generate.layout import Layout, Pass, constants_of
-from stages.generate.watching import Call, watched
 
 
 @dataclass(frozen=True)
@@ -131,5 +131,5 @@ def record(pipe: Any, layout: Layout, n: int, steps: Tensor | None = None) -> It
     """Within it, a call of `pipe` for n samples is recorded; afterwards `pipe` is as it was."""
     recorder = Recorder(layout, n, steps)
     streams = len(layout.target_channels)
-    with watched(pipe, lambda calls, received, _: recorder.see_step(calls, received), streams=streams):
+    with watch_steps(pipe, lambda calls, received, _: recorder.see_step(calls, received), streams=streams):
         yield recorder

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.base.arguments import encoded
+from stages.base.hooks import Call
 from stages.base.sampling import Request, guider_of, scale_keyword
 from stages.errors import UserError
 from stages.generate.probing import (
@@ -26,7 +27,6 @@ from stages.generate.probing import (
     rows_of,
     uncertain,
 )
-from stages.generate.watching import Call
 
 ROUNDING = 1e-3  # relative distance of predictions in float32 that are the same
 

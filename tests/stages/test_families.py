@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from stages.base.denoiser import denoiser_of, unflatten
+from stages.base.hooks import Call, watch_steps
 from stages.base.loading import load_pipeline
 from stages.base.sampling import CALL_DEFAULTS, Request, sample, undecoded
 from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, conditions_of, load_pair, sample_setting
 from stages.generate.config import TeacherConfig
 from stages.generate.plan import GOLDEN_RATIO
 from stages.generate.timesteps import shifted_timesteps
-from stages.generate.watching import Call, watched
 from stages.records.dataset import Dataset
 from stages.records.verification import verify
 from stages.train.student import Student, load_base
@@ -74,7 +74,7 @@ def test_untrained_the_student_is_the_unguided_teacher(dataset: Dataset) -> None
     seen: list[Call] = []
     request = Request([{"prompt": row["prompt"]}], [row["seed"]], 4, teacher["arguments"])
     shifted = shifted_timesteps(pipe.scheduler, 0.5 * GOLDEN_RATIO)
-    with shifted, undecoded(pipe), watched(pipe, lambda calls, received, _: seen.append(calls[0])):
+    with shifted, undecoded(pipe), watch_steps(pipe, lambda calls, received, _: seen.append(calls[0])):
         sample(pipe, request, 1.0)
     inputs, denoiser = seen[0].inputs, denoiser_of(pipe)[1]
     student = Student.create(dataset, ADAPTER, load_base(dataset))

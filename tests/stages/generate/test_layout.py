@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from stages.base.arguments import Arguments, Axis, Caller, encoded
 from stages.base.denoiser import denoiser_of
+from stages.base.hooks import Call, watch_steps
 from stages.base.sampling import Request, sample, undecoded
 from stages.errors import UserError
 from stages.generate.finding import find_layout
@@ -24,7 +25,6 @@ from stages.generate.layout import Layout
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
 from stages.generate.unguided import guidance_rule
-from stages.generate.watching import Call, watched
 from tests.conftest import tiny_dit
 from tests.support.families import PROMPTS, build, save
 
@@ -39,7 +39,7 @@ def ask(*places: int, **arguments: Any) -> Request:
 def targets_alone(pipe: Any, request: Request, scale: float) -> Tensor:
     """What the untouched pipeline hands its scheduler `[steps, c, h, w]`, for one prompt."""
     seen: list[Tensor] = []
-    with undecoded(pipe), watched(pipe, lambda _, received, t: seen.append(received[0][0])):
+    with undecoded(pipe), watch_steps(pipe, lambda _, received, t: seen.append(received[0][0])):
         sample(pipe, request, scale)
     return torch.stack(seen)
 

@@ -1,4 +1,4 @@
-"""Watching an unmodified pipeline at two points: at its denoisers, and at `scheduler.step`."""
+"""Hooks on an unmodified pipeline: they watch its denoisers and its scheduler, or count what runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stages.base.denoiser import bind_inputs, denoisers_of, latent_name, predictions_of
+from stages.base.denoiser import bind_inputs, denoisers_of, latent_name, predictions_of, samples_in
 from stages.base.patching import patched
 
 Inputs = dict[str, Any]
@@ -35,8 +35,16 @@ class Call:
         return self.predictions[0]
 
 
+@dataclass(frozen=True)
+class SchedulerStep:
+    """What one step of a scheduler began with: its timestep, and the latents `[n, ...]`."""
+
+    timestep: Any
+    latents: Tensor
+
+
 @contextmanager
-def watched(
+def watch_steps(
     pipe: Any,
     see_step: Callable[[list[Call], list[Tensor], Any], None],
     see_latents: Callable[[Tensor], None] = lambda latents: None,
@@ -107,3 +115,38 @@ def _watched_denoiser(name: str, denoiser: nn.Module, calls: list[Call]) -> Iter
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def count_evaluations(*denoisers: nn.Module) -> Iterator[list[int]]:
+    """Within it, the first item counts the denoisers' evaluations: one for each sample of each batch that one really runs."""
+    count = [0]
+
+    def counting(forward: Any, denoiser: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        count[0] += samples_in(denoiser, args, kwargs)
+        return forward(*args, **kwargs)
+
+    with ExitStack() as stack:
+        for denoiser in denoisers:
+            stack.enter_context(patched(denoiser, "forward", counting))
+        yield count
+
+
+@contextmanager
+def scheduler_steps(pipe: Any, n: int) -> Iterator[list[SchedulerStep]]:
+    """Within it, the list holds every step that the pipeline's scheduler has made for n images.
+
+    A pipeline that hands its scheduler a doubled batch has the images first. Nothing waits for the GPU.
+    """
+    steps: list[SchedulerStep] = []
+    signature = inspect.signature(type(pipe.scheduler).step)
+
+    def seen(step: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        handed = signature.bind(scheduler, *args, **kwargs).arguments
+        latents = handed["sample"][:n].clone()
+        result = step(*args, **kwargs)
+        steps.append(SchedulerStep(handed["timestep"], latents))
+        return result
+
+    with patched(pipe.scheduler, "step", seen):
+        yield steps
