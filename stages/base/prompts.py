@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from diffusers import ModularPipeline
 
-from stages.base.loading import first_line, resolve
+from stages.base.loading import first_line, located, resolve
 from stages.base.pictures import PICTURES, PicturePath
 from stages.base.sampling import Condition, takes_class_labels
 from stages.errors import UserError
@@ -226,7 +226,9 @@ def read_prompts(path: str) -> list[Condition]:
         raise UserError(f"prompts={path}: not readable: {first_line(error)}") from error
     if not rows:
         raise UserError(f"prompts={path}: empty: name at least one prompt")
-    folder = path.rpartition("/")[0] if "://" in path else str(Path(resolve(path)).parent)
+    folder = (
+        path.rpartition("/")[0] if "://" in path else str(Path(located(path)).parent)
+    )  # absolute: workers may run elsewhere
     return [_checked(row, folder, f"prompts={path}: row {number}") for number, row in enumerate(rows, start=1)]
 
 

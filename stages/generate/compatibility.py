@@ -1,4 +1,4 @@
-"""What `dataset.json` tells of a run's configuration, and whether another run's goes on with it."""
+"""Whether a run's configuration goes on with the dataset that `dataset.json` describes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from stages.base.loading import located
 from stages.base.sampling import Condition
+from stages.configuration.options import dotted
 from stages.errors import ChangedError, UserError
 from stages.generate.config import EXECUTION_KEYS, GenerateConfig
 from stages.generate.plan import Plan
@@ -53,33 +54,42 @@ def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
         )
 
 
-def check_still_same(root: Any, info: dict[str, Any] | None, plan: Plan, facts: dict[str, Any]) -> None:
-    """Refuse to go on where `dataset.json` no longer tells of what a worker makes, because another run described something else.
+def check_still_same(root: Any, info: dict[str, Any] | None, plan: Plan, teacher: dict[str, Any]) -> None:
+    """Refuse to go on where `dataset.json` no longer describes a run's plan, because another run has replaced it.
 
     Args:
-        info: as it is now; plan, facts: the worker's own, of which the place of the teacher is its own matter.
+        info: the content of `dataset.json`.
+        plan: the run's; it may name another place of the same teacher.
+        teacher: the teacher's facts when the run began.
 
     Raises:
         ChangedError: names what differs.
     """
     if info is None:
-        raise ChangedError(f"{root}: dataset.json is gone: put it back, or take another output_dir")
+        raise gone(root)
     entry = info["plans"][-1]
-    here = defining(plan.config)  # where it is, the driver has judged
-    config = entry["config"] | {
-        "teacher": entry["config"]["teacher"] | {PLACE_OF_TEACHER: here["teacher"][PLACE_OF_TEACHER]}
-    }
+    place = {PLACE_OF_TEACHER: plan.config.teacher.pretrained_model_name_or_path}
+    config = entry["config"] | {"teacher": entry["config"]["teacher"] | place}
     try:
         check_same_config(root, entry | {"config": config}, plan)
     except UserError as error:
         raise ChangedError(str(error)) from error
     if not is_all_of(info["plans"], plan):
         raise ChangedError(f"{root}: has grown since this run began: give the command again")
-    for key, value in facts.items():
+    for key, value in teacher.items():
         if key != PLACE_OF_TEACHER and info["teacher"].get(key) != value:
             raise ChangedError(
                 f"{root}: was begun anew with another teacher: its {key} is {info['teacher'].get(key)}, not {value}"
             )
+
+
+def gone(root: Any) -> ChangedError:
+    return ChangedError(f"{root}: dataset.json is gone: put it back, or take another output_dir")
+
+
+def digest_of_unit(digests: list[tuple[int, str]], unit: int) -> str | None:
+    """The digest of the plan that a unit belongs to, from those of `plan_digests`; None beyond the last plan."""
+    return next((digest for end, digest in digests if unit < end), None)
 
 
 def is_all_of(plans: list[dict[str, Any]], plan: Plan) -> bool:
@@ -126,11 +136,3 @@ def defining(config: GenerateConfig) -> dict[str, Any]:
     resolved = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items() if key not in EXECUTION_KEYS}
-
-
-def dotted(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` to `{"a.b": 1}`: keys as they are given on the command line."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

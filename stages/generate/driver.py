@@ -7,17 +7,27 @@ import time
 import warnings
 from collections import Counter, deque
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from stages.base.loading import first_line
 from stages.base.pictures import check_pictures
 from stages.configuration.options import to_yaml
 from stages.errors import ChangedError, DamageError, StorageError, UserError
-from stages.generate.compatibility import check_same_config, describe_plan, is_all_of
+from stages.generate.compatibility import (
+    check_same_config,
+    check_still_same,
+    describe_plan,
+    digest_of_unit,
+    gone,
+    is_all_of,
+)
 from stages.generate.conditions import makes_images_of_their_size
 from stages.generate.config import GenerateConfig
 from stages.generate.events import Event, Failed, Fleet, Loaded, Made
+from stages.generate.facts import TeacherFacts
 from stages.generate.plan import Plan
+from stages.generate.planned import Unit
 from stages.generate.preview import write_preview_grid
 from stages.generate.profile import Profile
 from stages.generate.progress_reporter import ProgressReporter
@@ -65,6 +75,7 @@ class Driver:
             self.root.probe()
         self.in_flight: set[int] = set()
         self.begun = False
+        self.digests: list[tuple[int, str]] = []  # of the plans in `info`, once this run has begun
         self.attempts: Counter[int | None] = Counter()
         self.quarantined: dict[int, str] = {}
         self.refusals = 0
@@ -115,7 +126,7 @@ class Driver:
         """Unless another driver has, and has made more since."""
         there = read_info(self.root)
         if there is None:
-            raise ChangedError(f"{self.root}: dataset.json is gone: put it back, or take another output_dir")
+            raise gone(self.root)
         if not self._begins(there):
             raise ChangedError(
                 f"{self.root}: was begun anew by another run with another configuration, and is that one's now: take another output_dir"
@@ -140,6 +151,7 @@ class Driver:
 
     def _drive(self, fleet: Fleet) -> None:
         reporter = ProgressReporter(self.plan, (len(self.committed), sum(map(self.plan.records_of, self.committed))))
+        fleet.start(self.plan.conditions[0])
         try:
             while self.todo or self.in_flight or not self.described:
                 self._dispatch(fleet)
@@ -154,12 +166,15 @@ class Driver:
     def _dispatch(self, fleet: Fleet) -> None:
         """A unit that failed before is alone with its worker: if it kills it, it takes no other along."""
         while self.todo and fleet.free(alone := self.attempts[self.todo[0]] > 0):
-            unit = self.todo.popleft()
-            if is_committed(self.root, unit):
-                self.committed.add(unit)  # by another driver
+            index = self.todo.popleft()
+            if is_committed(self.root, index):
+                self.committed.add(index)  # by another driver
             else:
-                fleet.dispatch(unit, alone)
-                self.in_flight.add(unit)
+                fleet.dispatch(self._unit(index), alone)
+                self.in_flight.add(index)
+
+    def _unit(self, index: int) -> Unit:
+        return replace(self.plan.unit(index), plan=digest_of_unit(self.digests, index))
 
     def _see(self, event: Event) -> None:
         match event:
@@ -194,8 +209,8 @@ class Driver:
         self.records_made += self.plan.records_of(unit)
         self.refusals = 0
 
-    def _see_facts(self, facts: dict[str, Any]) -> None:
-        facts = facts | {"pretrained_model_name_or_path": self.config.teacher.pretrained_model_name_or_path}
+    def _see_facts(self, reported: TeacherFacts) -> None:
+        facts = reported.to_json() | {PLACE_OF_TEACHER: self.config.teacher.pretrained_model_name_or_path}
         if not self.begun:
             self._look_again()
         info = self.info or {"complete": False, "teacher": facts, "plans": []}
@@ -227,7 +242,7 @@ class Driver:
                 self.root, info, describe_plan(self.plan, info["plans"], info["teacher"]["guidance_rule"])
             )
         self.root.write("config.yaml", to_yaml(self.config).encode())
-        self.info, self.begun = info, True
+        self.info, self.digests, self.begun = info, plan_digests(info), True
 
     def _see_no_worker(self, failure: Failed) -> None:
         if isinstance(failure.error, UserError):
@@ -237,7 +252,9 @@ class Driver:
             raise UserError(f"no worker could load the teacher in {MAX_ATTEMPTS} attempts: {reason_of(failure.error)}")
 
     def _see_failure(self, failure: Failed, unit: int) -> None:
-        if isinstance(failure.error, ChangedError) and not self._begins(read_info(self.root)):
+        if isinstance(failure.error, ChangedError) and not self._begins(there := read_info(self.root)):
+            assert self.info is not None
+            check_still_same(self.root, there, self.plan, self.info["teacher"])  # names what differs
             raise failure.error
         if is_committed(self.root, unit):  # the worker was lost after its commit, or another driver's was first
             self._see_made(unit)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
+
+from stages.base.sampling import Condition
+from stages.generate.facts import TeacherFacts
+from stages.generate.planned import Unit
 
 WAITING = "waiting for a place"  # the state of a worker for which the cluster has no room yet
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A worker has loaded its teacher and tells its facts."""
+    """A worker has loaded its teacher."""
 
-    facts: dict[str, Any]
+    facts: TeacherFacts
     worker: str = ""
 
 
@@ -49,10 +53,13 @@ Event = Loaded | Made | Failed
 class Fleet(Protocol):
     """Workers, wherever they run. A worker samples one unit while it still writes the one before."""
 
+    def start(self, example: Condition) -> None:
+        """Have every worker load its teacher and try it out on a condition; comes first."""
+
     def free(self, alone: bool) -> bool:
         """Whether a unit can be dispatched now; `alone`, to a worker that does nothing else."""
 
-    def dispatch(self, unit: int, alone: bool) -> None:
+    def dispatch(self, unit: Unit, alone: bool) -> None:
         """Give a unit to a free worker; `alone`, it gets no other before this one is written."""
 
     def poll(self, timeout: float) -> list[Event]:

@@ -18,10 +18,12 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from stages.base.loading import located
+from stages.base.sampling import Condition
 from stages.cluster import join
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, place_of
 from stages.generate.events import WAITING, Event, Failed, Loaded, Made
+from stages.generate.planned import Unit
 from stages.generate.unit import UnitWorker
 from stages.signals import end_on_sigterm
 from stages.storage.folder import absolute
@@ -66,8 +68,8 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Call:
-    """What a worker was asked to do, since when."""
+class PendingCall:
+    """A call of a worker that has not answered yet."""
 
     member: Member
     doing: Doing
@@ -90,11 +92,7 @@ class RayFleet:
         teacher = replace(
             config.teacher, pretrained_model_name_or_path=located(config.teacher.pretrained_model_name_or_path)
         )
-        conditions = {"prompts": config.prompts, "class_labels": config.class_labels}
-        files: dict[str, Any] = {
-            key: located(value) for key, value in conditions.items() if isinstance(value, str) and value != "all"
-        }
-        self.config = replace(config, teacher=teacher, output_dir=absolute(config.output_dir), **files)
+        self.config = replace(config, teacher=teacher, output_dir=absolute(config.output_dir))
         with ray_errors(config):
             self.actor_class = ray.remote(
                 num_cpus=config.num_cpus,
@@ -106,8 +104,9 @@ class RayFleet:
                 max_task_retries=0,
             )(self.worker_class)
         self.run, self.numbers = uuid.uuid4().hex[:4], count(1)
+        self.example: Condition | None = None
         self.members: list[Member] = []
-        self.calls: dict[Any, Call] = {}
+        self.calls: dict[Any, PendingCall] = {}
         for _ in range(config.num_workers):
             self._add_worker()
 
@@ -120,8 +119,12 @@ class RayFleet:
         self._call(member, Doing.PLACE, actor.place.remote())
 
     def _call(self, member: Member, doing: Doing, reference: Any, unit: int | None = None) -> None:
-        self.calls[reference] = Call(member, doing, unit)
+        self.calls[reference] = PendingCall(member, doing, unit)
         member.doing.append(doing)
+
+    def start(self, example: Condition) -> None:
+        """Workers load once they have a place, in `poll`."""
+        self.example = example
 
     def free(self, alone: bool) -> bool:
         return self._free_member(alone) is not None
@@ -131,11 +134,11 @@ class RayFleet:
         free = (member for member in self.members if member.is_free(alone))
         return min(free, key=lambda member: len(member.doing), default=None)
 
-    def dispatch(self, unit: int, alone: bool) -> None:
+    def dispatch(self, unit: Unit, alone: bool) -> None:
         member = self._free_member(alone)
         assert member is not None
         member.alone = alone
-        self._call(member, Doing.SAMPLE, member.actor.sample.remote(unit), unit)
+        self._call(member, Doing.SAMPLE, member.actor.sample.remote(unit), unit.index)
 
     def poll(self, timeout: float) -> list[Event]:
         references = list(self.calls)
@@ -163,14 +166,14 @@ class RayFleet:
         except RayError as error:
             return self._lose(call, ray_error_of(error), self._is_preempted(call, error))
 
-    def _go_on(self, call: Call, result: Any) -> list[Event]:
+    def _go_on(self, call: PendingCall, result: Any) -> list[Event]:
         """The next step of what a worker does, and what is to be told of the last."""
         member, unit = call.member, call.unit
         match call.doing:
             case Doing.PLACE:
                 member.node, address = result
                 member.name = f"{member.name} on {address}"
-                self._call(member, Doing.LOAD, member.actor.load.remote())
+                self._call(member, Doing.LOAD, member.actor.load.remote(self.example))
             case Doing.LOAD:
                 member.is_loaded = True
                 return [Loaded(result, member.name)]
@@ -184,7 +187,7 @@ class RayFleet:
                 return self._lose(call, ConnectionError("its answer was lost on the way"), preempted=True)
         return []
 
-    def _is_preempted(self, call: Call, error: RayError) -> bool:
+    def _is_preempted(self, call: PendingCall, error: RayError) -> bool:
         """Whether nothing that the worker did is the cause."""
         if isinstance(error, RuntimeEnvSetupError) or (isinstance(error, RayActorError) and error.actor_init_failed):
             return False
@@ -192,7 +195,7 @@ class RayFleet:
             return True
         return call.member.node not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
-    def _lose(self, call: Call, error: BaseException, preempted: bool = False) -> list[Event]:
+    def _lose(self, call: PendingCall, error: BaseException, preempted: bool = False) -> list[Event]:
         """Put another worker in the place of one that is gone, or of no use; all that it was doing failed."""
         member = call.member
         units = [call.unit, *(each.unit for each in self.calls.values() if each.member is member and each is not call)]

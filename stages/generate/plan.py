@@ -4,40 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from stages.base.sampling import Condition
 from stages.configuration.options import check_bounds
 from stages.errors import UsageError
 from stages.generate.call_arguments import check_arguments
 from stages.generate.conditions import pipeline_class_of, read_conditions
 from stages.generate.config import GenerateConfig
+from stages.generate.planned import PlannedTrajectory, Unit
 from stages.generate.steps import count_steps
 
 GOLDEN_RATIO = 0.6180339887498949
-
-
-@dataclass(frozen=True)
-class PlannedTrajectory:
-    """What is decided of a trajectory before the teacher runs; `steps` are the ones to record, None for all."""
-
-    index: int
-    seed: int
-    guidance_scale: float
-    condition: Condition
-    steps: list[int] | None = None
-
-
-@dataclass(frozen=True)
-class Unit:
-    """The work that makes one shard: its trajectories, and where in the spacing of its timestep grid the grid lies."""
-
-    index: int
-    trajectories: list[PlannedTrajectory]
-    shift: float
 
 
 class Plan:
@@ -63,19 +42,19 @@ class Plan:
         check_recorded_steps(config, self.steps_per_trajectory)
         self.config = config
         self.conditions = read_conditions(config)
-        self.lock = np.empty((0, 2), dtype=np.int64)
+        self.turns = np.empty((0, 2), dtype=np.int64)
         self.bounds = np.zeros(1, dtype=np.int64)  # of the units, in the trajectories
         for plan in earlier:
             self._add(plan["trajectories"], plan["conditions"].get("count"))
         asked = config.num_trajectories or len(self.conditions) * config.num_trajectories_per_condition
-        self._add(asked - len(self.lock), None)
+        self._add(asked - len(self.turns), None)
 
     def _add(self, count: int, num_conditions: int | None) -> None:
         """Plan so many more trajectories of the first so many conditions, by default of all."""
-        begin, size = len(self.lock), self.config.trajectories_per_unit
-        made = np.bincount(self.lock[:, 1], minlength=len(self.conditions))[:num_conditions]
-        self.lock = np.concatenate([self.lock, take_turns(made, count)])
-        end = len(self.lock)
+        begin, size = len(self.turns), self.config.trajectories_per_unit
+        made = np.bincount(self.turns[:, 1], minlength=len(self.conditions))[:num_conditions]
+        self.turns = np.concatenate([self.turns, take_turns(made, count)])
+        end = len(self.turns)
         self.bounds = np.concatenate([self.bounds, np.append(np.arange(begin + size, end, size), end)[: end - begin]])
 
     def __len__(self) -> int:
@@ -83,7 +62,7 @@ class Plan:
 
     @property
     def num_trajectories(self) -> int:
-        return len(self.lock)
+        return len(self.turns)
 
     @property
     def records_per_trajectory(self) -> int:
@@ -123,7 +102,7 @@ class Plan:
     def trajectory(self, index: int) -> PlannedTrajectory:
         sequence = np.random.SeedSequence([self.config.seed, index])
         random = np.random.default_rng(sequence)
-        repetition, place = self.lock[index].tolist()
+        repetition, place = self.turns[index].tolist()
         condition = dict(self.conditions[place])
         scale = draw_scale(self.config, random)
         scale = condition.pop("guidance_scale", scale)

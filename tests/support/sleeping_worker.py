@@ -10,9 +10,21 @@ from typing import Any
 import ray
 
 from stages.generate.config import GenerateConfig, TeacherConfig
+from stages.generate.facts import TeacherFacts
 from stages.storage.files import create, seal
 
-FACTS = {"guidance_rule": "none: it sleeps"}
+
+class SleepingFacts(TeacherFacts):
+    """As much of a teacher's facts as a driver needs."""
+
+    def __init__(self) -> None:
+        pass
+
+    def to_json(self) -> dict[str, Any]:
+        return {"guidance_rule": "none: it sleeps"}
+
+
+FACTS = SleepingFacts()
 
 
 def sleeping_config(teacher: Path, output: Path, seconds: float, units: int, workers: int = 1) -> GenerateConfig:
@@ -48,10 +60,10 @@ class SleepingWorker:
     def place(self) -> tuple[str, str]:
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
-    def load(self) -> dict[str, Any]:
+    def load(self, example: dict[str, Any]) -> TeacherFacts:
         return FACTS
 
-    def sample(self, index: int) -> None:
+    def sample(self, unit: Any) -> None:
         time.sleep(self.seconds)
 
     def commit(self, index: int) -> tuple[int, dict[str, float]]:

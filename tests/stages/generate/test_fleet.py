@@ -19,7 +19,7 @@ from stages.generate.fleet import MAX_MESSAGE_LENGTH, RayFleet, ray_error_of, st
 from stages.records.verification import verify
 from tests.conftest import generate_config
 from tests.stages.generate.test_driver import assert_same_records
-from tests.support.sleeping_worker import SleepingWorker, sleeping_config
+from tests.support.sleeping_worker import SleepingFacts, SleepingWorker, sleeping_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -35,6 +35,7 @@ def test_one_worker_makes_the_records_of_the_twin(tiny_teacher: Path, shared_dat
 
 def test_an_error_of_a_worker_keeps_its_line(tmp_path: Path) -> None:
     fleet = RayFleet(generate_config(tmp_path / "missing", tmp_path))
+    fleet.start({"class_label": 0})
     events: list[Event] = []
     while not events:
         events = fleet.poll(1)
@@ -44,15 +45,23 @@ def test_an_error_of_a_worker_keeps_its_line(tmp_path: Path) -> None:
     assert "missing" in str(events[0].error)
 
 
-class PlacedWorker(SleepingWorker):
-    """Tells where Ray has put it, and with what."""
-
-    def load(self) -> dict[str, Any]:
-        return {
+class PlacedFacts(SleepingFacts):
+    def __init__(self) -> None:
+        object.__setattr__(self, "place", {
             "gpus": os.environ["CUDA_VISIBLE_DEVICES"],
             "kept": ray.get_runtime_context().get_assigned_resources(),
             "word": os.environ["A_WORD"],
-        }
+        })  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self)["place"])
+
+
+class PlacedWorker(SleepingWorker):
+    """Tells where Ray has put it, and with what."""
+
+    def load(self, example: dict[str, Any]) -> PlacedFacts:
+        return PlacedFacts()
 
 
 class PlacedFleet(RayFleet):
@@ -67,12 +76,13 @@ def test_two_halves_of_a_gpu_and_whatever_else_is_asked_of_ray(tiny_teacher: Pat
         runtime_env={"env_vars": {"A_WORD": "passed on"}},
     )
     placed = PlacedFleet(config)
+    placed.start({})
     events: list[Event] = []
     while len(events) < 2:
         events += placed.poll(1)
     names = ray.util.list_named_actors()
     placed.close()
-    found = [event.facts for event in events if isinstance(event, Loaded)]
+    found = [event.facts.to_json() for event in events if isinstance(event, Loaded)]
     assert found == 2 * [{"gpus": "0", "kept": {"CPU": 1.0, "GPU": 0.5, "teachers": 0.5}, "word": "passed on"}]
     assert sorted(names) == [f"teacher-{number}-of-run-{placed.run}" for number in (1, 2)]
 
