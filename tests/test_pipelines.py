@@ -25,6 +25,7 @@ from stages.generate.layout import Layout
 from stages.generate.plan import GOLDEN_RATIO
 from stages.generate.timesteps import shifted_timesteps
 from stages.records.dataset import Dataset
+from stages.train.selection import SelectedSample
 from stages.train.student import Student, load_base
 from stages.train.trainer import Trainer
 from stages.train.window import load
@@ -161,7 +162,7 @@ def check_records(dataset: Dataset, specimen: Specimen) -> None:
     rows = sorted(dataset.manifest.to_pylist(), key=lambda row: (row["trajectory"], row["key"]))
     for trajectory in (0, 1):
         own = [row for row in rows if row["trajectory"] == trajectory]
-        records = load(dataset, own)
+        records = load(dataset, [*map(SelectedSample, own)])
         targets = records.take(torch.arange(len(records))).target
         request = Request([specimen.conditions[trajectory]], [own[0]["seed"]], STEPS, dict(specimen.arguments))
         guided = Run(pipe, layout, request, own[0]["scale"] - layout.scale_offset, specimen.shifted)
