@@ -9,8 +9,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from decimal import Decimal
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from diffusers import ModularPipeline
 
+from stages.base.columns import COLUMNS, LONGEST_NUMBER, TEXTS, decode_text
 from stages.base.loading import first_line, located, resolve
 from stages.base.pictures import PICTURES, PicturePath
 from stages.base.sampling import Condition, takes_class_labels
@@ -26,73 +25,10 @@ from stages.errors import UserError
 from stages.storage.buckets import read_object
 
 Row = dict[str, Any]
-MOST = 2**63 - 1  # what the manifest's columns hold
-NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,6})?", re.ASCII)
-LONGEST_NUMBER = 300  # digits: a number beyond it is out of every bound
-EXACT = 2**53  # a float beyond it may have been another whole number
 END_OF_LINE = re.compile(r"\r\n|\n|\r")
-MARK = "\ufeff"
-NO_CHARACTER = re.compile("[\ud800-\udfff]")  # bytes that were no UTF-8, halves of characters, and zeros
 ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 LONGEST_SHOWN = 60  # characters of a value in an error
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bytes):
-        value = _decoded(value)
-    if not isinstance(value, str):
-        raise ValueError("not a text")
-    if NO_CHARACTER.search(value):
-        raise ValueError("not a text in UTF-8: save the file as UTF-8")
-    return value
-
-
-def _number(value: Any) -> float | int:
-    """A number as it is, or as a text spells it: whole ones stay whole."""
-    if isinstance(value, bytes):
-        value = _decoded(value)
-    if isinstance(value, str) and len(value) < LONGEST_NUMBER and NUMBER.fullmatch(spelled := value.strip()):
-        value = int(spelled) if spelled.lstrip("+-").isdecimal() else float(spelled)
-    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
-        raise ValueError("not a number")
-    number: Any = value  # the protocols of numbers know no comparison
-    whole = isinstance(number, (int, Decimal)) or abs(number) <= EXACT
-    return int(number) if whole and math.isfinite(number) and number % 1 == 0 else float(number)
-
-
-def _whole_number(value: Any) -> int:
-    number = _number(value)
-    if not isinstance(number, int):
-        raise ValueError("not a whole number")
-    if not 0 <= number <= MOST:
-        raise ValueError(f"give one from 0 to {MOST}")
-    return number
-
-
-def _scale(value: Any) -> float:
-    number = _number(value)
-    if not math.isfinite(number):
-        raise ValueError("give a finite scale")
-    if number < 1:
-        raise ValueError("scales below 1 are not guidance")
-    return float(number)
-
-
-COLUMNS: dict[str, Callable[[Any], Any]] = {
-    "prompt": _text,
-    "negative_prompt": _text,
-    "seed": _whole_number,
-    "guidance_scale": _scale,
-    "class_label": _whole_number,
-    **dict.fromkeys(PICTURES, _text),
-}
-TEXTS = {"negative_prompt"}  # where an empty one is one
-
-
-def _decoded(content: bytes) -> str:
-    """Text of UTF-8, with or without a byte-order mark; what is none becomes halves of characters, which `_text` refuses."""
-    return content.decode("utf-8", "surrogateescape").removeprefix(MARK).replace("\0", "\udc00")
 
 
 def read_text(path: str) -> str:
@@ -106,7 +42,7 @@ def read_text(path: str) -> str:
     content = read_bytes(path)
     if encoding := ENCODINGS.get(content[:2]):
         raise ValueError(f"it is {encoding}: save it as UTF-8")
-    return _decoded(content)
+    return decode_text(content)
 
 
 def _lines(text: str) -> list[str]:
@@ -187,7 +123,7 @@ def _entry(column: pa.Array, i: int) -> Any:
     try:
         return column[i].as_py()
     except UnicodeDecodeError as error:
-        return bytes(error.object)  # which `_text` refuses by its row
+        return bytes(error.object)  # which `text_of` refuses by its row
 
 
 def _check_columns(names: list[str]) -> None:

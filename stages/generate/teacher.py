@@ -167,7 +167,9 @@ class Teacher:
 
     def _previews(self, batch: Sequence[PlannedTrajectory], latents: Tensor) -> dict[int, Tensor]:
         shown = [i for i, planned in enumerate(batch) if planned.index < self.config.preview]
-        images = decode(self.pipe, latents[shown]).cpu() if shown else []
+        if not shown:
+            return {}
+        images = decode(self.pipe, latents[shown]).cpu()
         return {batch[i].index: image for i, image in zip(shown, images, strict=True)}
 
 
