@@ -1,4 +1,4 @@
-"""The columns of prompts, and what each of their values must be."""
+"""The columns of a file of prompts, and the parser of each column's values."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 from stages.base.pictures import PICTURES
 
-MOST = 2**63 - 1  # what the manifest's columns hold
+MOST = 2**63 - 1  # the largest integer in a column of the manifest
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,6})?", re.ASCII)
-LONGEST_NUMBER = 300  # digits: a number beyond it is out of every bound
-EXACT = 2**53  # a float beyond it may have been another whole number
+LONGEST_NUMBER = 300  # digits; a longer number is out of every bound
+EXACT = 2**53  # larger floats may be rounded integers
 MARK = "\ufeff"
-NO_CHARACTER = re.compile("[\ud800-\udfff]")  # bytes that were no UTF-8, halves of characters, and zeros
+NO_CHARACTER = re.compile("[\ud800-\udfff]")  # stands for invalid UTF-8, lone surrogates and zero bytes
 
 
 def decode_text(content: bytes) -> str:
-    """Text of UTF-8, with or without a byte-order mark; what is none becomes halves of characters, which `text_of` refuses."""
+    """Decode UTF-8, with or without a byte-order mark; `text_of` refuses the surrogates of invalid bytes."""
     return content.decode("utf-8", "surrogateescape").removeprefix(MARK).replace("\0", "\udc00")
 
 
@@ -35,14 +35,14 @@ def text_of(value: Any) -> str:
 
 
 def number_of(value: Any) -> float | int:
-    """A number as it is, or as a text spells it: whole ones stay whole."""
+    """A number, or the number that a text spells; whole numbers stay int."""
     if isinstance(value, bytes):
         value = decode_text(value)
     if isinstance(value, str) and len(value) < LONGEST_NUMBER and NUMBER.fullmatch(spelled := value.strip()):
         value = int(spelled) if spelled.lstrip("+-").isdecimal() else float(spelled)
     if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
         raise ValueError("not a number")
-    number: Any = value  # the protocols of numbers know no comparison
+    number: Any = value  # the numeric protocols lack comparisons
     whole = isinstance(number, (int, Decimal)) or abs(number) <= EXACT
     return int(number) if whole and math.isfinite(number) and number % 1 == 0 else float(number)
 
@@ -73,4 +73,4 @@ COLUMNS: dict[str, Callable[[Any], Any]] = {
     "class_label": whole_number_of,
     **dict.fromkeys(PICTURES, text_of),
 }
-TEXTS = {"negative_prompt"}  # where an empty one is one
+TEXTS = {"negative_prompt"}  # columns in which an empty text counts as a value

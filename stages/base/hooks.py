@@ -21,9 +21,9 @@ class Call:
     """One call of a denoiser.
 
     Attributes:
-        inputs: what it was given, flat and by its own names.
-        predictions: `[rows, ...]`, mostly one.
-        denoiser: which it is, by its name in the pipeline.
+        inputs: its arguments, flat, by the denoiser's own names.
+        predictions: `[rows, ...]` each; mostly one.
+        denoiser: its name in the pipeline.
     """
 
     inputs: Inputs
@@ -37,7 +37,7 @@ class Call:
 
 @dataclass(frozen=True)
 class SchedulerStep:
-    """What one step of a scheduler began with: its timestep, and the latents `[n, ...]`."""
+    """The timestep and the latents `[n, ...]` at the start of a scheduler's step."""
 
     timestep: Any
     latents: Tensor
@@ -50,17 +50,17 @@ def watch_steps(
     see_latents: Callable[[Tensor], None] = lambda latents: None,
     streams: int | None = 1,
 ) -> Iterator[None]:
-    """Within it, `see_step` gets the denoisers' calls, what the scheduler received and the timestep of every step of `pipe`.
+    """Within the context, pass every step of a pipeline to `see_step`: denoiser calls, received predictions, timestep.
 
-    What copies receive that the pipeline made of its scheduler, for sound beside pictures, comes after what the scheduler itself
-    received. `see_latents` gets the latents that the scheduler made.
+    Copies that the pipeline makes of its scheduler (for sound beside video) receive predictions of their own; these follow
+    the scheduler's own. `see_latents` gets the latents that each step of the scheduler returns.
 
     Args:
-        streams: the scheduler and so many copies of it, less one; by default a step lasts until the scheduler's next.
+        streams: the number of schedulers that step, the pipeline's own included; None ends a step at the scheduler's next.
     """
     signature = inspect.signature(type(pipe.scheduler).step)
     calls: list[Call] = []
-    step_seen: list[Any] = []  # calls, what was received, timestep
+    step_seen: list[Any] = []  # denoiser calls, received predictions, timestep
 
     def end_step() -> None:
         if step_seen:
@@ -96,9 +96,9 @@ def _watched_denoiser(name: str, denoiser: nn.Module, calls: list[Call]) -> Iter
     latent = latent_name(denoiser)
 
     def see_inputs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = bind_inputs(module, args, kwargs)  # before the call, which may change dictionaries it was given
+        inputs = bind_inputs(module, args, kwargs)  # before the call, which may change its dictionaries
         inputs.pop("return_dict", None)
-        # Some pipelines write the next latents into the last.
+        # Some pipelines write the next latents into the tensor of the last.
         inputs |= {key: value.clone() for key, value in inputs.items() if key.partition(".")[0] == latent}
         given.append(inputs)
 
@@ -119,7 +119,7 @@ def _watched_denoiser(name: str, denoiser: nn.Module, calls: list[Call]) -> Iter
 
 @contextmanager
 def count_evaluations(*denoisers: nn.Module) -> Iterator[list[int]]:
-    """Within it, the first item counts the denoisers' evaluations: one for each sample of each batch that one really runs."""
+    """Within the context, the list's one item counts the denoisers' evaluations, one per sample that runs."""
     count = [0]
 
     def counting(forward: Any, denoiser: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -134,18 +134,18 @@ def count_evaluations(*denoisers: nn.Module) -> Iterator[list[int]]:
 
 @contextmanager
 def scheduler_steps(pipe: Any, n: int) -> Iterator[list[SchedulerStep]]:
-    """Within it, the list holds every step that the pipeline's scheduler has made for n images.
+    """Within the context, the list collects the steps that the pipeline's scheduler makes for n images.
 
-    A pipeline that hands its scheduler a doubled batch has the images first. Nothing waits for the GPU.
+    Of a doubled batch, the first n samples are the images. Nothing waits for the GPU.
     """
     steps: list[SchedulerStep] = []
     signature = inspect.signature(type(pipe.scheduler).step)
 
     def seen(step: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        handed = signature.bind(scheduler, *args, **kwargs).arguments
-        latents = handed["sample"][:n].clone()
+        received = signature.bind(scheduler, *args, **kwargs).arguments
+        latents = received["sample"][:n].clone()
         result = step(*args, **kwargs)
-        steps.append(SchedulerStep(handed["timestep"], latents))
+        steps.append(SchedulerStep(received["timestep"], latents))
         return result
 
     with patched(pipe.scheduler, "step", seen):

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
-Method = Callable[..., Any]  # is given the object's own method, the object, and the arguments
+Method = Callable[..., Any]  # its arguments: the original method, the object, then the call's own
 
 
 class Patch:
-    """In the place of an object's method. A deep copy of the object has its own, patched too where that is asked for."""
+    """Replaces an object's method; a deep copy of the object gets its own, patched if `in_copies` is set."""
 
     def __init__(self, owner: Any, name: str, method: Method, own: Callable[..., Any], in_copies: bool) -> None:
-        functools.update_wrapper(self, own)  # pipelines look at signatures
+        functools.update_wrapper(self, own)  # pipelines inspect signatures
         self.owner, self.name, self.method, self.own, self.in_copies = owner, name, method, own, in_copies
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,9 +42,9 @@ def patched(owner: Any, name: str, method: Method, in_copies: bool = False) -> I
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Within the context, an attribute of an object has another value; then it is what it was, someone else's patch too.
+    """Within the context, an attribute of an object has another value; the end restores the one before, patch or not.
 
-    The value goes straight into `vars(owner)`: a pipeline's own `__setattr__` would change its configuration as well.
+    The value goes straight into `vars(owner)`, because a pipeline's `__setattr__` would change its configuration too.
     """
     held, had = vars(owner).get(name), name in vars(owner)
     vars(owner)[name] = value

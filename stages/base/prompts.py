@@ -1,4 +1,4 @@
-"""Prompts from a file or a bucket: the columns that are known, each read as what it is; nothing else in a file matters."""
+"""Read prompts from a file or a bucket: known columns are parsed, other columns are ignored."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 def read_text(path: str) -> str:
     """The text of a file or an object, in UTF-8, without a byte-order mark.
 
-    What is not UTF-8 is there as halves of characters: it is no fault of a file whose other parts are read.
+    Invalid bytes become lone surrogates, so that they matter only in a column that is read.
 
     Raises:
-        ValueError: it is marked as text in another encoding.
+        ValueError: its byte-order mark is that of another encoding.
     """
     content = read_bytes(path)
     if encoding := ENCODINGS.get(content[:2]):
@@ -46,7 +46,7 @@ def read_text(path: str) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """The lines of a text: no other character ends one, whatever Unicode calls it."""
+    """Split at line feeds and carriage returns alone; Unicode's other line separators belong to a prompt."""
     return END_OF_LINE.split(text)
 
 
@@ -72,7 +72,7 @@ def _rows_of_json(path: str) -> Iterator[Row]:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object as it stands, so that a name that comes twice is noticed."""
+    """A JSON object as name-value pairs, so that a repeated name is noticed."""
 
 
 def _spelled(digits: str) -> float:
@@ -81,7 +81,7 @@ def _spelled(digits: str) -> float:
 
 def _rows_of_csv(path: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    end = "\ud800"  # a row that no file has: where it is missing, a quote was left open
+    end = "\ud800"  # a row that no file holds; if it does not come back last, a quotation mark was left open
     table = csv.reader(io.StringIO(read_text(path).rstrip("\r\n") + f"\n{end}", newline=""))
     rows = [row for row in table if any(cell.strip() for cell in row)]
     if rows.pop() != [end]:
@@ -123,7 +123,7 @@ def _entry(column: pa.Array, i: int) -> Any:
     try:
         return column[i].as_py()
     except UnicodeDecodeError as error:
-        return bytes(error.object)  # which `text_of` refuses by its row
+        return bytes(error.object)  # `text_of` refuses it and names the row
 
 
 def _check_columns(names: list[str]) -> None:
@@ -147,11 +147,11 @@ READERS: dict[str, Callable[[str], Iterator[Row]]] = {
 
 
 def read_prompts(path: str) -> list[Condition]:
-    """Rows with a `prompt`, or what a picture is made of (`image`, `mask_image`, `video`: paths), and perhaps
-    `negative_prompt`, `seed`, `guidance_scale`, `class_label`; other columns are not looked at.
+    """Rows with a `prompt` or input pictures (`image`, `mask_image`, `video`: paths), and optionally
+    `negative_prompt`, `seed`, `guidance_scale`, `class_label`; other columns are ignored.
 
     Raises:
-        UserError: names the file, and the row where one is wrong.
+        UserError: names the file, and the row that is wrong.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in READERS:
@@ -184,10 +184,11 @@ def _checked(row: Row, folder: str, named: str) -> Condition:
 
 
 def check_columns(prompts: Sequence[Condition], named: str, kind: type | None) -> None:
-    """Refuse rows that a pipeline does not take, or that are not alike in what they have.
+    """Refuse columns that a pipeline does not take, and rows with other columns than the first.
 
     Args:
-        kind: of the pipeline; None where it is not known.
+        named: the source of the prompts, for errors.
+        kind: the pipeline's class; None where it is unknown.
 
     Raises:
         UserError: names the row, or the column.
@@ -195,11 +196,11 @@ def check_columns(prompts: Sequence[Condition], named: str, kind: type | None) -
     has = {"prompt", *PICTURES} & prompts[0].keys()
     for number, prompt in enumerate(prompts, start=1):
         if differing := sorted(has ^ ({"prompt", *PICTURES} & prompt.keys())):
-            here, there = (number, 1) if differing[0] in has else (1, number)
+            lacking, having = (number, 1) if differing[0] in has else (1, number)
             raise UserError(
-                f"{named}: row {here}: has no {differing[0]}, which row {there} has: give it to all or to none"
+                f"{named}: row {lacking}: has no {differing[0]}, which row {having} has: give it to all or to none"
             )
-    if kind is None or issubclass(kind, ModularPipeline):  # whose call names no argument
+    if kind is None or issubclass(kind, ModularPipeline):  # a modular pipeline's call names no arguments
         return
     if takes_class_labels(kind):
         raise UserError(f"{named}: {kind.__name__} takes classes, not prompts: say class_labels=all, a list, or a file")
