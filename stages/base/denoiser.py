@@ -90,7 +90,7 @@ def bind_inputs(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def samples_in(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The number of samples in one denoiser call; a doubled batch counts twice. The latent may be a tensor or a list."""
+    """The number of samples in a denoiser call, whose latent is a tensor or a list; a doubled batch counts twice."""
     return len(next(iter(inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments.values())))
 
 
@@ -110,7 +110,7 @@ def negative_tokens(inputs: dict[str, Any], latent: str, rows: slice) -> dict[st
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested arguments as one dictionary by dotted names: `[i]` for a list's entry, `(i)` for a tuple's.
 
-    Lists of constants stay whole, and None is dropped:
+    Lists of constants stay whole. None is dropped, except from a sequence.
 
     `{"a": {"b": 1, "c": None}, "d": [x, (y, 2)]}` of tensors x and y becomes
     `{"a.b": 1, "d.[0]": x, "d.[1].(0)": y, "d.[1].(1)": 2}`.

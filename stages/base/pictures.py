@@ -38,7 +38,7 @@ def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 
 
 class PicturePath(str):
-    """A picture's path as a row of prompts gives it. It compares as that text, so that moving the files changes no dataset.
+    """A picture's path as a row of prompts gives it; it compares as that text, wherever the files are.
 
     Attributes:
         place: the picture's address or path; a relative path is beside the prompts, else in the working directory.

@@ -16,16 +16,16 @@ from stages.generate.config import EXECUTION_KEYS, GenerateConfig
 from stages.generate.plan import Plan
 from stages.records.plans import PLACE_OF_TEACHER
 
-COUNTS = ("num_trajectories", "num_trajectories_per_condition")  # of which a dataset that is made may be asked for more
-CONDITIONS = ("prompts", "class_labels")  # judged by what they name
+COUNTS = ("num_trajectories", "num_trajectories_per_condition")  # options that may rise once a dataset is published
+CONDITIONS = ("prompts", "class_labels")  # options judged by the conditions that they name
 
 
 def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
-    """Refuse another configuration than a plan's, but for one that asks for more once the plan was made to its end.
+    """Refuse a configuration that differs from a described plan's; a published plan may be extended.
 
     Args:
-        root: the dataset, by its address.
-        told_plan: as `dataset.json` tells it; plan: what is asked for now.
+        root: the dataset's folder.
+        told_plan: the entry of `dataset.json`; plan: of this run.
 
     Raises:
         UserError: names the option that differs.
@@ -93,7 +93,7 @@ def digest_of_unit(digests: list[tuple[int, str]], unit: int) -> str | None:
 
 
 def is_all_of(plans: list[dict[str, Any]], plan: Plan) -> bool:
-    """Whether plans that `dataset.json` tells of are, together, what is asked for."""
+    """Whether the plans of `dataset.json` together make up a plan."""
     planned = [sum(entry[key] for entry in plans) for key in ("units", "trajectories")]
     return planned == [len(plan), plan.num_trajectories] and plans[-1]["conditions"].get("count") in (
         None,
@@ -102,7 +102,7 @@ def is_all_of(plans: list[dict[str, Any]], plan: Plan) -> bool:
 
 
 def describe_plan(plan: Plan, begun: list[dict[str, Any]], rule: str) -> dict[str, Any]:
-    """What `dataset.json` tells of what a plan adds to those before it."""
+    """The entry of `dataset.json` for what a plan adds to the plans before it."""
     return {
         "units": len(plan) - sum(entry["units"] for entry in begun),
         "trajectories": plan.num_trajectories - sum(entry["trajectories"] for entry in begun),
@@ -113,7 +113,7 @@ def describe_plan(plan: Plan, begun: list[dict[str, Any]], rule: str) -> dict[st
 
 
 def describe_conditions(conditions: list[Condition]) -> dict[str, Any]:
-    """What `dataset.json` tells of what was sampled: the classes, how many prompts, and what tells the list from any other."""
+    """The conditions as `dataset.json` describes them: classes, numbers of prompts, and a digest of the list."""
     labels = sorted({condition["class_label"] for condition in conditions if "class_label" in condition})
     prompts = {condition["prompt"] for condition in conditions if "prompt" in condition}
     negative = {condition["negative_prompt"] for condition in conditions if "negative_prompt" in condition}
@@ -132,7 +132,7 @@ def digest(conditions: list[Condition]) -> str:
 
 
 def defining(config: GenerateConfig) -> dict[str, Any]:
-    """The part of a configuration that decides what the dataset holds."""
+    """The options that decide the dataset's content."""
     resolved = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items() if key not in EXECUTION_KEYS}

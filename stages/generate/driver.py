@@ -1,4 +1,4 @@
-"""The driver: sends the units that are not committed yet to a fleet of workers, and publishes the dataset when all are."""
+"""The driver sends uncommitted units to a fleet of workers and publishes the dataset once all are committed."""
 
 from __future__ import annotations
 
@@ -43,10 +43,14 @@ POLL_SECONDS = 1.0
 
 
 class Driver:
-    """One run of generation over one output folder, alone or beside others on the same: what another commits is not made again.
+    """One run of generation into an output folder. Several drivers may share it; none repeats a committed unit.
+
+    Attributes:
+        info: the content of `dataset.json`; None before the first plan is described.
+        todo: the numbers of units to make.
 
     Raises:
-        UserError: the folder cannot be written to, or holds a dataset of another configuration; at the end, units are missing.
+        UserError: the folder is not writable, or holds a dataset of another configuration; at the end, units are missing.
     """
 
     def __init__(self, config: GenerateConfig) -> None:
@@ -68,7 +72,7 @@ class Driver:
         if todo:
             of_one_size = makes_images_of_their_size(config.teacher)
             check_pictures(self.plan.conditions, f"prompts={config.prompts}", of_one_size)
-        random.Random().shuffle(todo)  # drivers beside each other seldom come to a unit at the same time
+        random.Random().shuffle(todo)  # so that drivers of one folder seldom make the same unit at the same time
         self.todo = deque(todo)
         if not self.finished:
             check_recordable(self.plan)
@@ -83,7 +87,7 @@ class Driver:
         self.profile = Profile()
 
     def _look(self) -> tuple[dict[str, Any] | None, set[int]]:
-        """What there is by now, in words and in units; without a plan that was described and never begun."""
+        """Read dataset.json and the committed units; ignore a plan that was never started."""
         info, committed = read_info(self.root), set(committed_units(self.root))
         earlier = published(info)
         if info is not None and max(committed, default=-1) < units_of(earlier):
@@ -92,23 +96,27 @@ class Driver:
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier run left nothing to do."""
+        """Whether earlier runs have made and published everything."""
         if self.todo or self.info is None or not self.info["complete"]:
             return False
         return self.described and published(self.info) == self.info["plans"]
 
     @property
     def described(self) -> bool:
-        """Whether `dataset.json` tells of all that is asked for."""
+        """Whether `dataset.json` describes the whole plan."""
         return self.info is not None and is_all_of(self.info["plans"], self.plan)
 
     def run(self, fleet: Fleet) -> dict[str, Any]:
-        """Make what is missing and publish; the content of `generation.json`. Then `info` tells of the whole dataset."""
+        """Make the missing units and publish the dataset.
+
+        Returns:
+            The content of `generation.json`; `info` then describes the whole dataset.
+        """
         start = time.monotonic()
         try:
             self._drive(fleet)
         except BaseException:
-            with suppress(StorageError):  # what refused the shards refuses this too, and is told already
+            with suppress(StorageError):  # the first error counts: storage that refused a shard refuses this file too
                 self._end(fleet, start)
             raise
         summary = self._end(fleet, start)
@@ -123,7 +131,7 @@ class Driver:
         return summary
 
     def _publish(self) -> None:
-        """Unless another driver has, and has made more since."""
+        """Publish, unless another driver has published this plan and a larger one since."""
         there = read_info(self.root)
         if there is None:
             raise gone(self.root)
@@ -135,12 +143,12 @@ class Driver:
         grown = len(there["plans"]) > len(self.info["plans"])
         self.info = there if grown else publish(self.root, there, read_commits(self.root))
 
-    def _begins(self, there: dict[str, Any] | None) -> bool:
-        """Whether a description begins with what this run described; another may have made more since."""
-        if there is None or self.info is None:
+    def _begins(self, described: dict[str, Any] | None) -> bool:
+        """Whether a description begins with this run's plans; another run may have added more."""
+        if described is None or self.info is None:
             return False
-        ours = plan_digests(self.info)
-        return plan_digests(there)[: len(ours)] == ours
+        own = plan_digests(self.info)
+        return plan_digests(described)[: len(own)] == own
 
     def _end(self, fleet: Fleet, start: float) -> dict[str, Any]:
         summary = self._summary(time.monotonic() - start)
@@ -164,11 +172,11 @@ class Driver:
             reporter.close()
 
     def _dispatch(self, fleet: Fleet) -> None:
-        """A unit that failed before is alone with its worker: if it kills it, it takes no other along."""
+        """A unit that failed before gets a worker of its own: if it kills the worker, no other unit is lost."""
         while self.todo and fleet.free(alone := self.attempts[self.todo[0]] > 0):
             index = self.todo.popleft()
             if is_committed(self.root, index):
-                self.committed.add(index)  # by another driver
+                self.committed.add(index)  # another driver was faster
             else:
                 fleet.dispatch(self._unit(index), alone)
                 self.in_flight.add(index)
@@ -182,15 +190,15 @@ class Driver:
                 self.attempts[None] = 0
                 self._see_facts(event.facts)
             case Made():
-                self._see_room(event)
+                self._check_room(event)
                 self._see_made(event.unit)
             case Failed(unit=None):
                 self._see_no_worker(event)
             case Failed(unit=int(unit)):
                 self._see_failure(event, unit)
 
-    def _see_room(self, made: Made) -> None:
-        """Tell, once it is known how large a record is, of a disk that all of them will not fit on."""
+    def _check_room(self, made: Made) -> None:
+        """Once a record's size is known, warn of a disk that cannot hold all records."""
         if self.records_made or (free := self.root.free()) is None:
             return
         with suppress(DamageError):
@@ -224,7 +232,7 @@ class Driver:
             self._begin(info)
 
     def _look_again(self) -> None:
-        """What another driver described or made while the teacher was loaded."""
+        """Take over what another driver described or made while the teacher was loading."""
         info, committed = self._look()
         if info is not None:
             check_same_config(self.root, info["plans"][-1], self.plan)
@@ -234,7 +242,7 @@ class Driver:
         self.todo = deque(unit for unit in self.todo if unit not in committed)
 
     def _begin(self, info: dict[str, Any]) -> None:
-        """Describe what is to be made, unless an earlier run has, or another driver."""
+        """Describe the plan in `dataset.json`, unless an earlier run or another driver has."""
         if info["complete"] and self.todo and min(self.todo) < units_of(published(info)):
             info = withdraw(self.root, info)
         if units_of(info["plans"]) < len(self.plan):
@@ -256,14 +264,14 @@ class Driver:
             assert self.info is not None
             check_still_same(self.root, there, self.plan, self.info["teacher"])  # names what differs
             raise failure.error
-        if is_committed(self.root, unit):  # the worker was lost after its commit, or another driver's was first
+        if is_committed(self.root, unit):  # the worker was lost after its commit, or another driver committed first
             self._see_made(unit)
             return
         if isinstance(failure.error, ChangedError):
             raise failure.error
         self.in_flight.remove(unit)
         if isinstance(failure.error, StorageError):
-            # One node's disk is another worker's matter; nobody can write where they all fail.
+            # One refusal may be that of one node's disk; several in a row mean that no worker can write.
             self.refusals += 1
             if self.refusals >= MAX_ATTEMPTS:
                 raise StorageError(f"{failure.error}; once that is mended, the same command goes on")
@@ -295,9 +303,10 @@ class Driver:
 
 
 def check_recordable(plan: Plan) -> None:
-    """
+    """Check before any unit is made that the manifest can hold every prompt, class and seed.
+
     Raises:
-        UserError: the manifest could not hold a prompt, a class or a seed, which would come out once all is made.
+        UserError: names the first that it cannot hold.
     """
     for column in ("prompt", "class_label", "seed"):
         if found := column_mismatch(column, [condition.get(column) for condition in plan.conditions]):
@@ -313,6 +322,6 @@ def units_of(plans: list[dict[str, Any]]) -> int:
 
 
 def reason_of(error: BaseException) -> str:
-    """One line, which for what is not told to a user begins with the kind of error."""
+    """An error in one line; unless it is a `UserError`, its class comes first."""
     message = first_line(error)
     return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"

@@ -1,4 +1,4 @@
-"""What passes between the driver and its workers, wherever these run."""
+"""The messages between the driver and a fleet of workers, wherever they run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stages.base.sampling import Condition
 from stages.generate.facts import TeacherFacts
 from stages.generate.planned import Unit
 
-WAITING = "waiting for a place"  # the state of a worker for which the cluster has no room yet
+WAITING = "waiting for a place"  # the state of a worker until the cluster has room for it
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Made:
-    """A unit is committed; `seconds` is what its worker spent on it, by what on."""
+    """A unit is committed; `seconds` is its worker's time by activity."""
 
     unit: int
     records: int
@@ -33,11 +33,11 @@ class Made:
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker failed at a unit, or, where `unit` is None, at loading.
+    """A worker failed at a unit, or at loading if `unit` is None.
 
     Attributes:
-        preempted: its node went away: nothing that the unit did.
-        lost: the worker is gone with it, and another takes its place.
+        preempted: its node went away; the unit is not the cause.
+        lost: the worker is gone too; the fleet replaces it.
     """
 
     unit: int | None
@@ -51,22 +51,22 @@ Event = Loaded | Made | Failed
 
 
 class Fleet(Protocol):
-    """Workers, wherever they run. A worker samples one unit while it still writes the one before."""
+    """Workers, wherever they run. A worker may sample a unit while it writes the previous one."""
 
     def start(self, example: Condition) -> None:
-        """Have every worker load its teacher and try it out on a condition; comes first."""
+        """Have every worker load its teacher, with an example condition for trial runs. Call this first."""
 
     def free(self, alone: bool) -> bool:
-        """Whether a unit can be dispatched now; `alone`, to a worker that does nothing else."""
+        """Whether a worker can take a unit now; if `alone`, a worker without other work."""
 
     def dispatch(self, unit: Unit, alone: bool) -> None:
-        """Give a unit to a free worker; `alone`, it gets no other before this one is written."""
+        """Send a unit to a free worker; if `alone`, the worker gets no other until this one is written."""
 
     def poll(self, timeout: float) -> list[Event]:
-        """What happened since the last call; waits at most `timeout` seconds for it."""
+        """The events since the last call; waits up to `timeout` seconds for the first."""
 
     def states(self) -> Counter[str]:
-        """How many workers do what, in words."""
+        """The number of workers in each state."""
 
     def close(self) -> None:
         """Stop every worker."""

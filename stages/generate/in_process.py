@@ -1,4 +1,4 @@
-"""The twin of the Ray fleet: one worker in the driver's own process, for tests and for debugging a teacher."""
+"""A fleet without Ray: one worker in the driver's process, for tests and for debugging a teacher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = "this process"
 
 
 class InProcessFleet:
-    """A fleet of one; whatever is dispatched is made in the next `poll`."""
+    """A fleet of one worker, which makes a dispatched unit in the next `poll`."""
 
     def __init__(self, config: GenerateConfig) -> None:
         self.worker = UnitWorker(config)

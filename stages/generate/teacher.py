@@ -33,12 +33,12 @@ from stages.records.trajectory import Trajectory
 
 @dataclass
 class TeacherOutput:
-    """What the teacher made of a batch, or of all batches of a unit.
+    """The teacher's output for a batch, or for all batches of a unit.
 
     Attributes:
         trajectories: recorded, on the CPU in the storage dtype.
-        previews: decoded images `[c, h, w]` in [-1, 1] by trajectory, of the first so many as `preview` asks for.
-        clock: seconds spent in the pipeline, and on taking over what was recorded in it.
+        previews: decoded images `[c, h, w]` in [-1, 1] by trajectory index, for indices below `preview`.
+        clock: seconds spent in the pipeline, and on converting its recordings.
     """
 
     trajectories: list[Trajectory] = field(default_factory=list)
@@ -52,15 +52,15 @@ class TeacherOutput:
 
 
 class Teacher:
-    """A pipeline with its weights, ready to run units."""
+    """A loaded pipeline, ready to run units."""
 
     def __init__(self, config: GenerateConfig, example: Condition) -> None:
         """
         Args:
-            example: a condition to try the pipeline out on; where it has a negative prompt, those are recorded too.
+            example: a condition for trial runs; if it has a negative prompt, negative prompts are recorded too.
 
         Raises:
-            UserError: how the pipeline guides is not certain, or its latents cannot be noised where that is asked for.
+            UserError: it is not certain how the pipeline guides, or its scheduler cannot noise latents (`trajectory=diffusion`).
         """
         self.config = config
         self.device = choose_device(config.device)
@@ -114,7 +114,7 @@ class Teacher:
         """Record the trajectories of a unit, in its order.
 
         Raises:
-            UserError: the teacher gave, or storing would give, a number that is not finite.
+            UserError: a recorded number is not finite, or does not fit into the storage dtype.
         """
         together = self.layout.scale_per_sample and not self.layout.one_sample
         size = self.config.batch_size if together else 1
@@ -174,7 +174,7 @@ class Teacher:
 
 
 def steps_to_probe(config: GenerateConfig) -> tuple[int, int]:
-    """(`num_inference_steps` of a trial, the steps that are left of them): as few as show how a pipeline guides."""
+    """(`num_inference_steps`, resulting number of steps) of a trial, as few as show how a pipeline guides."""
     few = range(PROBED_STEPS, config.num_inference_steps)
     counted = ((asked, count_steps(config.teacher, asked)) for asked in few if _leaves_steps(config, asked))
     whole = config.num_inference_steps, count_steps(config.teacher, config.num_inference_steps)
@@ -189,7 +189,7 @@ def _leaves_steps(config: GenerateConfig, asked: int) -> bool:
 
 
 def load_teacher(config: TeacherConfig, device: str) -> Any:
-    """The pipeline that a configuration names, on its device, with the scheduler it asks for."""
+    """Load the pipeline that a configuration names, with its guider and scheduler, onto a device."""
     dtype = dtype_named(config.torch_dtype, "teacher.torch_dtype")
     source = {"revision": config.revision, "variant": config.variant}
     place = "cpu" if config.offload_text_encoder else device
@@ -207,7 +207,7 @@ def load_teacher(config: TeacherConfig, device: str) -> Any:
 
 
 def dtype_named(name: str, key: str) -> torch.dtype:
-    """The torch dtype of a configuration's word for it."""
+    """The torch dtype of an option's value; `key` is the option, for the error."""
     known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if name not in known:
         raise UserError(f"{key}={name}: one of {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""What one worker does: load the teacher once, then make units, each a shard and its commit."""
+"""A worker's part of generation: load the teacher once, then make units, each a shard and its commit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class UnitWorker:
         self.sampled: dict[int, SampledUnit] = {}
 
     def load(self, example: Condition) -> TeacherFacts:
-        """Load the teacher and try it out on a condition."""
+        """Load the teacher and find out how it guides, with trial runs on an example condition."""
         self.root = open_folder(self.config.output_dir)
         self.teacher = Teacher(self.config, example)
         return self.teacher.facts()
