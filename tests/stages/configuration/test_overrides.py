@@ -158,7 +158,7 @@ def test_texts_deep_in_a_file_are_texts(tmp_path: Path) -> None:
         overrides: dict[str, list[str]]
         anything: Any = None
 
-    (tmp_path / "deep.yaml").write_text("words: {a: [007, no, 'x'], 1e3: []}\nanything: [007, no, 1e3]\n")
+    (tmp_path / "deep.yaml").write_text("overrides: {a: [007, no, 'x'], 1e3: []}\nanything: [007, no, 1e3]\n")
     config = parse(Deep, ["--config", str(tmp_path / "deep.yaml")])
     assert config.overrides["a"] == ["007", "no", "x"]
     assert config.anything == [7, False, 1000.0]

@@ -63,8 +63,8 @@ def test_what_was_found_tells_the_mean_and_the_spread_of_the_seeds() -> None:
 def test_the_spread_is_of_seeds_and_not_of_scales() -> None:
     gaps = {(1.5, 0): 0.8, (3.0, 0): 0.9, (1.5, 1): 0.82, (3.0, 1): 0.92}
     rows = Rows(row(ONE_PASS, scale, gap, 20.0, "lora", seed=seed) for (scale, seed), gap in gaps.items())
-    assert rows.info("gap_closed") == "0.860 ± 0.010"
-    assert rows.of(seed=0).info("gap_closed") == "0.850"
+    assert rows.format("gap_closed") == "0.860 ± 0.010"
+    assert rows.of(seed=0).format("gap_closed") == "0.850"
 
 
 def test_a_tenth_of_the_evaluations_is_judged_by_what_was_spent() -> None:

@@ -39,7 +39,7 @@ def test_each_step_names_what_it_needs(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"datasets": {"a/b": []}}, "datasets: a/b: a name is of letters"),
-        ({"datasets": {"data": "overrides"}}, "datasets.data: Value 'words'"),
+        ({"datasets": {"data": "overrides"}}, "datasets.data: Value 'overrides'"),
         ({"datasets": {"data": ["num_trajectories=many"]}}, "generate data: num_trajectories=many"),
         ({"datasets": {"data": ["--help"]}}, "generate data: --help: not understood"),
         ({"adapters": {"one": {"data": "other", "overrides": []}}}, "adapters.one.data: other: not among the datasets"),
