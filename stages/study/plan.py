@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from stages.evaluate.comparisons import settings
 from stages.evaluate.config import EvaluateConfig
 from stages.generate.config import GenerateConfig
 from stages.generate.plan import check as check_generation
+from stages.study.claims import ClaimPlan, check_arguments
 from stages.train.config import TrainConfig
 from stages.train.trainer import check as check_training
 
@@ -59,6 +60,7 @@ class StudyFile:
     datasets: dict[str, list[str]] = option(MISSING, "words of pipeline.generate")
     adapters: dict[str, AdapterPlan] = option(MISSING, "each with its dataset and words of pipeline.train")
     evaluations: dict[str, EvaluationPlan] = option(MISSING, "each with its adapters and words of pipeline.evaluate")
+    claims: dict[str, ClaimPlan] = option(dict, "what the rows of the evaluations are to show")
 
 
 class StudyStep(NamedTuple):
@@ -109,7 +111,7 @@ class StudyPlan:
 
     def _check_names(self) -> None:
         file = self.file
-        for kind in ("datasets", "adapters", "evaluations"):
+        for kind in ("datasets", "adapters", "evaluations", "claims"):
             for name in getattr(file, kind):
                 if not NAME.fullmatch(name):
                     raise UsageError(f"{kind}: {name}: a name is of letters, digits, _, - and .")
@@ -120,6 +122,18 @@ class StudyPlan:
             check_each_once(f"evaluations.{name}: adapters", evaluation.adapters)
             for adapter_name in evaluation.adapters:
                 check_among(f"evaluations.{name}.adapters", adapter_name, "adapters", file.adapters)
+        for name, claim in file.claims.items():
+            self._check_claim(f"claims.{name}", claim)
+
+    def _check_claim(self, key: str, claim: ClaimPlan) -> None:
+        check_arguments(key, claim)
+        check_among(f"{key}.evaluation", claim.evaluation, "evaluations", self.file.evaluations)
+        compared = self.file.evaluations[claim.evaluation].adapters
+        for name, adapters in (("adapters", claim.adapters), ("against", claim.against)):
+            if adapters is not None:
+                check_each_once(f"{key}: {name}", adapters)
+            for adapter in adapters or ():
+                check_among(f"{key}.{name}", adapter, f"adapters of the evaluation {claim.evaluation}", compared)
 
     def _check_overrides(self) -> None:
         for step in itertools.chain(*self.steps.values()):
@@ -176,6 +190,6 @@ def check_each_once(key: str, values: Sequence[Any]) -> None:
         raise UsageError(f"{key}={list(values)}: name at least one, and each once")
 
 
-def check_among(key: str, name: str, kind: str, names: Container[str]) -> None:
+def check_among(key: str, name: str, kind: str, names: Collection[str]) -> None:
     if name not in names:
-        raise UsageError(f"{key}: {name}: not among the {kind}")
+        raise UsageError(f"{key}: {name}: not among the {kind}: {', '.join(names) or 'there are none'}")

@@ -21,14 +21,7 @@ from stages.evaluate.report import (
     render,
 )
 from stages.storage.files import whole_file
-from stages.study.claims import Claim
-
-VERDICTS = {True: "holds", False: "does not hold"}
-
-
-def table_of_claims(claims: list[Claim]) -> str:
-    """The claims as lines for a terminal."""
-    return "\n".join(f"{VERDICTS[claim.holds]}: {claim.text} ({claim.goal}): {claim.found}" for claim in claims)
+from stages.study.claims_table import VERDICTS, Claim, markdown_table, to_markdown
 
 
 def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], metadata: dict[str, Any]) -> Path:
@@ -58,15 +51,10 @@ def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], metad
 
 def tables_of(claims: list[Claim], rows: list[Row]) -> Iterator[str]:
     """The claims, and each evaluation, as tables in Markdown."""
-    yield markdown([["", "claim", "goal", "found"], *([VERDICTS[c.holds], c.text, c.goal, c.found] for c in claims)])
+    if claims:
+        yield to_markdown(claims)
     for name in dict.fromkeys(row["evaluation"] for row in rows):
-        yield f"`{name}`\n\n" + markdown(cells_of(over_seeds([row for row in rows if row["evaluation"] == name])))
-
-
-def markdown(cells: list[list[str]]) -> str:
-    """A table, its first line the head."""
-    head, *lines = [f"| {' | '.join(line)} |" for line in cells]
-    return "\n".join([head, "| --- " * len(cells[0]) + "|", *lines])
+        yield f"`{name}`\n\n" + markdown_table(cells_of(over_seeds([row for row in rows if row["evaluation"] == name])))
 
 
 def section(name: str, folder: Path, rows: list[Row]) -> dict[str, Any]:

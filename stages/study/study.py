@@ -22,9 +22,10 @@ from omegaconf import MISSING
 from stages.configuration.options import check_bounds, option
 from stages.errors import UserError
 from stages.storage.files import exclusive_lock, make_folder, write_json
-from stages.study.claims import Claim, judge
+from stages.study.claims import judge
+from stages.study.claims_table import Claim, to_text
 from stages.study.plan import PlannedRun, StudyPlan, StudyStep
-from stages.study.report import table_of_claims, write_study_report
+from stages.study.report import write_study_report
 from stages.study.subprocess_run import run_child
 
 
@@ -92,13 +93,13 @@ class Study:
 
     def _judge(self) -> list[Claim]:
         rows = list(self.rows())
-        claims = judge(rows)
+        claims = judge(self.plan.file.claims, rows)
         metadata = {"study": self.config.study, "seconds": self.seconds}
         write_json(
             self.root / "claims.json", metadata | {"claims": [claim._asdict() for claim in claims], "rows": rows}
         )
         report = write_study_report(self.root, rows, claims, metadata)
-        print(f"{table_of_claims(claims)}\nreport: {report}")
+        print("\n".join([*filter(None, [to_text(claims)]), f"report: {report}"]))
         return claims
 
     def rows(self) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,13 @@ from stages.storage.files import exclusive_lock
 from stages.study.study import Study, StudyConfig
 from tests.support.sleepers import as_soon_as_they_sleep, write_commands, write_sleepers
 
+CLAIMS = {
+    "two_passes": {"judgement": "closes_gap", "threshold": 0.97, "text": "One pass is what two passes are"},
+    "images": {"judgement": "frechet_at_each_scale", "threshold": 1.03, "text": "Its images are as good"},
+    "best_images": {"judgement": "frechet_at_best_scale", "text": "At its best it is not worse"},
+    "partial_guidance": {"judgement": "beats_partial_guidance", "text": "It beats CFG on the first half"},
+    "frozen_base": {"judgement": "matches", "threshold": 0.01, "against": ["full"], "text": "A frozen base is enough"},
+}
 TINY = ["train_batch_size=8", "max_train_steps=4", "validation_share=0.2", "device=cpu"]
 
 
@@ -33,6 +40,7 @@ def study_file(tiny_teacher: Path, tmp_path: Path) -> Path:
                 "overrides": ["guidance_scale=[2]", "num_samples=4", "num_inference_steps=2", "methods=[one_pass,cfg_first_50]", "device=cpu"],
             }
         },
+        "claims": {name: {"evaluation": "scales", "adapters": ["default"]} | claim for name, claim in CLAIMS.items()},
     }  # fmt: skip
     path = tmp_path / "study.yaml"
     path.write_text(json.dumps(study))
@@ -72,7 +80,8 @@ def test_a_study_is_made_judged_and_told(
 def test_a_file_that_is_refused_is_named_before_anything_is_begun(
     study_file: Path, tmp_path: Path, evaluation: dict
 ) -> None:
-    study_file.write_text(json.dumps(json.loads(study_file.read_text()) | {"evaluations": {"scales": evaluation}}))
+    study = json.loads(study_file.read_text()) | {"evaluations": {"scales": evaluation}, "claims": {}}
+    study_file.write_text(json.dumps(study))
     with pytest.raises(UsageError, match=f"^{study_file}: evaluat"):
         Study(StudyConfig(str(study_file), str(tmp_path / "claims")))
     assert not (tmp_path / "claims").exists()
