@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from stages.configuration.parsing import Config, help_text, parse
@@ -44,7 +46,7 @@ def run(
     print_warnings_in_one_line()
     try:
         check_encoding(overrides)
-        if argument and overrides and "=" not in overrides[0] and not overrides[0].startswith("-"):
+        if argument and overrides and is_path(overrides[0]):
             overrides[0] = f"{argument}={overrides[0]}"
         if multirun and MULTIRUN in overrides:
             multirun([override for override in overrides if override != MULTIRUN])
@@ -70,6 +72,12 @@ def run(
         print("error: interrupted; what was written before is kept", file=sys.stderr)
         sys.exit(FAILURE)
     sys.exit(0)
+
+
+def is_path(word: str) -> bool:
+    """Whether a word of the command line is a path, not an option, even if the path contains `=`."""
+    key, equals, _ = word.partition("=")
+    return not word.startswith("-") and (not equals or os.sep in key or Path(word).is_file())
 
 
 def check_encoding(overrides: list[str]) -> None:

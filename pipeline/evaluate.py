@@ -3,17 +3,19 @@
 python -m pipeline.evaluate adapter_dir=runs/mnist_dit guidance_scale=[1.5,2,3]
 python -m pipeline.evaluate adapter_dir=[runs/lora,runs/offset] output_dir=runs/compared
 
-The same command again goes on where an interrupted one stopped. Several GPUs share the work through Ray, several cores by processes.
+Interrupted, the same command continues. Several GPUs share the work through Ray, several cores by processes.
+
+Without output_dir, an adapter that is evaluated as it was trained gets the results into its model card, too: the command
+rewrites README.md and adapter_config.json in adapter_dir, and says so.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pipeline.command import run
 from stages.adapters import GuidanceAdapter
-from stages.adapters.folder import write_card
+from stages.adapters.folder import CARD_FILE, CONFIG_FILE, write_card
 from stages.base.loading import has_several_gpus
 from stages.configuration.options import to_yaml
 from stages.evaluate.config import EvaluateConfig
@@ -27,19 +29,18 @@ def main(config: EvaluateConfig) -> None:
     evaluation = evaluate(config)
     print(table(evaluation.rows))
     print(f"report: {evaluation.folder / 'report.html'}")
+    if (card := write_results_to_card(evaluation)) is not None:
+        print(f"model card: {card} and {CONFIG_FILE} beside it now hold these results")
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Evaluate, and write all that a person or a program reads of it into the evaluation's folder."""
+    """Evaluate, and write the results and the report into the evaluation's folder."""
     evaluation = Evaluation(config)
     rows = evaluation.run(makers(config))
     with whole_file(evaluation.folder / "config.yaml") as file:
         file.write(to_yaml(config).encode())
     write_json(evaluation.folder / "evaluation.json", {**evaluation.metadata, "rows": rows})
     write_report(evaluation.folder, rows, evaluation.shown, evaluation.metadata)
-    as_trained = config.lora is None and config.scheduler is None and config.pretrained_model_name_or_path is None
-    if config.output_dir is None and as_trained and "frechet_distance" in rows[0]:
-        write_results_to_card(Path(config.adapter_dir), rows)
     return evaluation
 
 
@@ -52,12 +53,23 @@ def makers(config: EvaluateConfig) -> Makers:
     return over_cores
 
 
-def write_results_to_card(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Tell the rows in the model card of an adapter's folder, its curves apart."""
-    if folder.is_dir():
-        adapter = GuidanceAdapter.from_pretrained(folder)
-        adapter.metadata["evaluation"] = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]
-        write_card(adapter, folder)
+def write_results_to_card(evaluation: Evaluation) -> Path | None:
+    """Write the rows, without their curves, into the adapter's model card; return the card's path.
+
+    None where nothing is written: results for a folder of their own, or not for the pipeline that the adapter was trained for.
+    """
+    config, folder = evaluation.config, Path(next(iter(evaluation.adapters.values())))
+    as_trained = config.lora is None and config.scheduler is None and config.pretrained_model_name_or_path is None
+    if config.output_dir is not None or not as_trained or "frechet_distance" not in evaluation.rows[0]:
+        return None
+    if not folder.is_dir():
+        return None
+    adapter = GuidanceAdapter.from_pretrained(folder)
+    adapter.metadata["evaluation"] = [
+        {key: value for key, value in row.items() if not isinstance(value, list)} for row in evaluation.rows
+    ]
+    write_card(adapter, folder)
+    return folder / CARD_FILE
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from omegaconf import MISSING
 from pipeline.command import run
 from stages.adapters import GuidanceAdapter
 from stages.adapters.export import DIFFUSERS, FORMATS, KOHYA, export, how_to_load, prepared
-from stages.adapters.folder import write_card
+from stages.adapters.folder import CARD_FILE, CONFIG_FILE, write_card
 from stages.base.loading import choose_device
 from stages.base.prompts import read_prompts
 from stages.configuration.options import check_bounds, option
@@ -71,8 +71,10 @@ def with_dial(config: ExportConfig) -> GuidanceAdapter:
     for row in dial:
         print(f"strength {row['strength']:g}: guidance scale {row['guidance_scale']:.2f}")
     adapter.metadata["dial"] = adapter.metadata.get("dial", {}) | {f"{config.guidance_scale:g}": dial}
-    if Path(config.adapter_dir).is_dir() and base is None:
-        write_card(adapter, Path(config.adapter_dir))
+    folder = Path(config.adapter_dir)
+    if folder.is_dir() and base is None:
+        write_card(adapter, folder)
+        print(f"model card: {folder / CARD_FILE} and {CONFIG_FILE} beside it now hold these strengths")
     return adapter.to("cpu")
 
 

@@ -105,9 +105,9 @@ def load_recorded(metadata: dict[str, Any], name_or_path: str | None, device: st
     Args:
         name_or_path: of another base in place of the teacher's own; its scheduler keeps what belongs to its weights.
     """
-    base, teacher = metadata["base"], metadata.get("teacher", {})
+    base, teacher = metadata["base"], metadata["teacher"]
     source = {} if name_or_path else {key: base[key] for key in ("revision", "variant")}
-    kind = "ModularPipeline" if teacher.get("guider") else base["pipeline_class"]
+    kind = "ModularPipeline" if teacher["guider"] else base["pipeline_class"]
     if not hasattr(diffusers, kind):
         warnings.warn(
             f"diffusers {diffusers.__version__} has no {kind}, of which the records are: the base's own is taken",
@@ -117,14 +117,13 @@ def load_recorded(metadata: dict[str, Any], name_or_path: str | None, device: st
     pipe: Any = load_pipeline(
         name_or_path or base["pretrained_model_name_or_path"], device=device, pipeline_class=kind, **source
     )
-    if teacher.get("guider"):
+    if teacher["guider"]:
         pipe.update_components(guider=new_guider(dict(teacher["guider"])))
-    if "scheduler_class" in teacher:
-        scheduler = diffusers_class(teacher["scheduler_class"], "the scheduler of the records")
-        own = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-        config = own if name_or_path else teacher["scheduler_config"]
-        if type(pipe.scheduler) is not scheduler or json.dumps(own, default=str) != json.dumps(config, default=str):
-            pipe.scheduler = scheduler.from_config(config)
+    scheduler = diffusers_class(teacher["scheduler_class"], "the scheduler of the records")
+    own = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    config = own if name_or_path else teacher["scheduler_config"]
+    if type(pipe.scheduler) is not scheduler or json.dumps(own, default=str) != json.dumps(config, default=str):
+        pipe.scheduler = scheduler.from_config(config)
     return pipe
 
 
@@ -205,7 +204,7 @@ def sample_setting(pipe: Any, adapter: GuidanceAdapter, setting: Setting, reques
     ):
         synchronize(pipe)
         start = time.perf_counter()
-        sample(pipe, *with_guidance(pipe, {} if adapter is None else adapter.metadata, setting, request))
+        sample(pipe, *with_guidance(pipe, adapter.metadata, setting, request))
         synchronize(pipe)
         seconds = (latents.ended or time.perf_counter()) - start
     return Samples(latents[0], count[0], seconds, steps, adapter.fused if setting.method == ONE_PASS else None)
@@ -213,11 +212,11 @@ def sample_setting(pipe: Any, adapter: GuidanceAdapter, setting: Setting, reques
 
 def with_guidance(pipe: Any, metadata: dict[str, Any], setting: Setting, request: Request) -> tuple[Request, float]:
     """A request, and the scale that the pipeline is given for that of a setting; for no guidance, all that switches it off."""
-    offset = metadata.get("scale_offset", 0.0)
+    offset = metadata["scale_offset"]
     guides_itself = setting.method != ONE_PASS or not isinstance(pipe, ModularPipeline)
     if setting.method != NONE and guides_itself:
         return request, setting.guidance_scale - offset
-    off = dict(metadata.get("no_guidance", {}))
+    off = dict(metadata["no_guidance"])
     known = inspect.signature(type(pipe).__call__).parameters
     scale = off.pop(scale_keyword(pipe), 1.0 - offset) if guider_of(pipe) is None else 1.0 - offset
     return replace(request, arguments=request.arguments | {k: v for k, v in off.items() if k in known}), scale
@@ -237,7 +236,7 @@ def guiding(
         finally:
             adapter.detach()
     elif setting.method in FIRST_PERCENT:
-        place = adapter.metadata.get("unconditional")
+        place = adapter.metadata["unconditional"]
         with guided_first(pipe, place, FIRST_PERCENT[setting.method], steps, n):
             yield
     else:

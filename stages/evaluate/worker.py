@@ -145,7 +145,7 @@ class Worker:
 
     @staticmethod
     def _teacher_of(adapter: GuidanceAdapter) -> list[Any]:
-        return [adapter.metadata["base"].get("pipeline_class"), adapter.metadata.get("teacher")]
+        return [adapter.metadata["base"]["pipeline_class"], adapter.metadata["teacher"]]
 
     def _facts(self) -> Facts:
         components = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}

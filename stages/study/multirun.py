@@ -20,7 +20,7 @@ import yaml
 from stages.configuration.parsing import files_and_overrides, parse
 from stages.errors import UsageError, UserError
 from stages.storage.files import check_folder, write_json
-from stages.study.subprocess_run import run_child
+from stages.study.subprocess_run import run_command
 
 SECONDS_TO_END = 30.0
 LONGEST_NAME = 200  # bytes; a log's name and what is written aside add to it
@@ -132,10 +132,10 @@ def new_run(root: Path, overrides: list[str], compared: list[str]) -> TrainingRu
     return TrainingRun(values, folder, [*overrides, f"output_dir={folder}"])
 
 
-def train(run: TrainingRun, here: Path) -> Outcome:
-    """Train in a process of its own, which works in the folder `here`."""
-    ended = run_child("train", run.overrides, here / f"{run.folder}.log", here)
-    return Outcome(run, ended.done, ended.line.removeprefix(f"{run.folder}: "))
+def train(run: TrainingRun, working_dir: Path) -> Outcome:
+    """Train in a process of its own, which runs in `working_dir`."""
+    result = run_command("train", run.overrides, working_dir / f"{run.folder}.log", working_dir)
+    return Outcome(run, result.succeeded, result.last_line.removeprefix(f"{run.folder}: "))
 
 
 def one_by_one(runs: list[TrainingRun]) -> Generator[Outcome]:

@@ -26,7 +26,7 @@ from stages.study.claims import judge
 from stages.study.claims_table import Claim, to_text
 from stages.study.plan import PlannedRun, StudyPlan, StudyStep
 from stages.study.report import write_study_report
-from stages.study.subprocess_run import run_child
+from stages.study.subprocess_run import run_command
 
 
 @dataclass
@@ -87,9 +87,9 @@ class Study:
 
     def _make(self, step: StudyStep) -> str:
         log = self.root / "logs" / f"{step.command}-{step.name}.log"
-        ended = run_child(step.command, step.overrides, log, Path.cwd(), self.started.append, OMP_NUM_THREADS="1")
-        print(f"{step}: {ended.line}", flush=True)
-        return "" if ended.done else f"{step}: {ended.line} (all of it: {log})"
+        result = run_command(step.command, step.overrides, log, Path.cwd(), self.started.append, OMP_NUM_THREADS="1")
+        print(f"{step}: {result.last_line}", flush=True)
+        return "" if result.succeeded else f"{step}: {result.last_line} (all of it: {log})"
 
     def _judge(self) -> list[Claim]:
         rows = list(self.rows())

@@ -13,17 +13,17 @@ from typing import NamedTuple
 Started = Callable[[subprocess.Popen[bytes]], object]
 
 
-class Ended(NamedTuple):
-    """How a process ended: whether well, and the last line that it said."""
+class CommandResult(NamedTuple):
+    """Whether a command succeeded, and the last line of its output."""
 
-    done: bool
-    line: str
+    succeeded: bool
+    last_line: str
 
 
-def run_child(
-    command: str, overrides: list[str], log: Path, here: Path, started: Started = lambda _: None, **environment: str
-) -> Ended:
-    """Run `python -m pipeline.COMMAND WORDS` in the folder `here`; it ends when this call is interrupted.
+def run_command(
+    command: str, overrides: list[str], log: Path, folder: Path, started: Started = lambda _: None, **environment: str
+) -> CommandResult:
+    """Run `python -m pipeline.COMMAND OVERRIDES` in `folder`; it ends when this call is interrupted.
 
     Args:
         log: what it says is added here.
@@ -34,7 +34,7 @@ def run_child(
         start = file.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", f"pipeline.{command}", *overrides],
-            cwd=here,
+            cwd=folder,
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,  # so that the log's last line was said last
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -51,4 +51,4 @@ def run_child(
         line = file.read().decode(errors="replace").rstrip().rpartition("\n")[2]
     if status < 0:
         line = f"ended by signal {-status} after: {line}"
-    return Ended(status == 0, line.removeprefix("error: "))
+    return CommandResult(status == 0, line.removeprefix("error: "))

@@ -139,6 +139,21 @@ def test_the_first_word_may_be_an_option_without_its_key(
         assert capsys.readouterr().out == "x\n"
 
 
+@pytest.mark.parametrize("path", ["a=b/study.yaml", "./a=b.yaml", "a=b.yaml"])
+def test_the_first_word_may_be_a_path_that_contains_an_equals_sign(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not path.startswith("."):  # it could be an option, but for the file of that name
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).touch()
+    for word in (path, f"name={path}"):
+        monkeypatch.setattr(sys, "argv", ["command", word])
+        with pytest.raises(SystemExit):
+            run(Example, lambda config: print(config.name), "", argument="name")
+        assert capsys.readouterr().out == f"{path}\n"
+
+
 def test_another_module_that_is_missing_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
     def main(config: Example) -> None:
         raise ModuleNotFoundError(name="stages.nowhere")

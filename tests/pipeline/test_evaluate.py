@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import evaluate, main
 from stages.errors import UserError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation
@@ -147,20 +147,34 @@ def test_its_processes_end_with_it(how: signal.Signals, tiny_adapter: Path, tmp_
         assert errors == ["error: interrupted; what was written before is kept"]
 
 
-def test_the_card_tells_what_was_measured_beside_the_adapter(tiny_adapter: Path, tmp_path: Path) -> None:
+def test_the_command_adds_the_results_to_the_model_card_and_says_so(
+    tiny_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shutil.copytree(tiny_adapter, tmp_path / "tiny")
-    evaluate(EvaluateConfig(adapter_dir=str(folder), **TEN_PARTS))
+    main(EvaluateConfig(adapter_dir=[str(folder)], **TEN_PARTS))
+    said = f"model card: {folder}/README.md and adapter_config.json beside it now hold these results"
+    assert capsys.readouterr().out.splitlines()[-1] == said
     metadata = json.loads((folder / "adapter_config.json").read_text())
     assert "error_by_timestep" not in json.dumps(metadata)
     assert "| one_pass | 3 |" in (folder / "README.md").read_text()
     assert (folder / "evaluation" / "evaluation.json").exists()
 
 
-def test_the_card_does_not_tell_what_was_measured_otherwise_than_trained(tiny_adapter: Path, tmp_path: Path) -> None:
+def test_the_model_card_stays_where_the_pipeline_is_not_that_of_the_training(
+    tiny_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shutil.copytree(tiny_adapter, tmp_path / "tiny")
-    evaluate(EvaluateConfig(adapter_dir=str(folder), scheduler="DPMSolverMultistepScheduler", **TEN_PARTS))
+    main(EvaluateConfig(adapter_dir=str(folder), scheduler="DPMSolverMultistepScheduler", **TEN_PARTS))
     assert (folder / "evaluation" / "evaluation.json").exists()
     assert "| one_pass |" not in (folder / "README.md").read_text()
+    assert "model card" not in capsys.readouterr().out
+
+
+def test_the_library_leaves_the_adapters_folder_alone(tiny_adapter: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_adapter, tmp_path / "tiny")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    evaluate(EvaluateConfig(adapter_dir=str(folder), **TEN_PARTS))
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.usefixtures("ray_cluster")

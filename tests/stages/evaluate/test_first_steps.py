@@ -28,7 +28,7 @@ class Told:
     """As much of an adapter as the baselines need."""
 
     def __init__(self, place: dict[str, int] | None) -> None:
-        self.metadata = {"unconditional": place}
+        self.metadata = {"unconditional": place, "scale_offset": 0.0, "no_guidance": {}}
 
 
 def placed(pipe: Any, request: Request) -> Any:
