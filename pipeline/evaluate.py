@@ -1,12 +1,12 @@
-"""Adapters against CFG, CFG on the first steps alone, and no guidance -> table, plots, report.
+"""Evaluation: adapters -> table, plots and report, next to CFG, CFG on the first steps only, and no guidance.
 
 python -m pipeline.evaluate adapter_dir=runs/mnist_dit guidance_scale=[1.5,2,3]
 python -m pipeline.evaluate adapter_dir=[runs/lora,runs/offset] output_dir=runs/compared
 
 Interrupted, the same command continues. Several GPUs share the work through Ray, several cores by processes.
 
-Without output_dir, an adapter that is evaluated as it was trained gets the results into its model card, too: the command
-rewrites README.md and adapter_config.json in adapter_dir, and says so.
+Without output_dir=, and with the base and sampler of the training, the command also writes the results into the
+adapter's model card: it rewrites README.md and adapter_config.json in adapter_dir, and says so.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 
 def makers(config: EvaluateConfig) -> Makers:
-    """Several GPUs make the parts through Ray, where there are several, else this machine's cores do."""
+    """Make the parts on several GPUs through Ray, if there are several, else on this machine's cores."""
     if has_several_gpus() and config.device in ("auto", "cuda"):
         from stages.evaluate.fleet import evaluate_over_ray  # imports Ray
 
@@ -56,7 +56,7 @@ def makers(config: EvaluateConfig) -> Makers:
 def write_results_to_card(evaluation: Evaluation) -> Path | None:
     """Write the rows, without their curves, into the adapter's model card; return the card's path.
 
-    None where nothing is written: results for a folder of their own, or not for the pipeline that the adapter was trained for.
+    Return None, and write nothing, if `output_dir` is set or the pipeline is not that of the training.
     """
     config, folder = evaluation.config, Path(next(iter(evaluation.adapters.values())))
     as_trained = config.lora is None and config.scheduler is None and config.pretrained_model_name_or_path is None

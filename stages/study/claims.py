@@ -141,7 +141,7 @@ def closes_gap(rows: Rows, adapters: list[str], threshold: float) -> Finding:
 
 
 def closes_gap_elsewhere(rows: Rows, adapters: list[str], threshold: float) -> Finding:
-    """As `closes_gap`, sampled otherwise than in training; the figures include Frechet distances."""
+    """As `closes_gap`, where sampling differs from training; the figures include Frechet distances."""
     own = rows.named([best_adapter(rows, adapters)])
     return Finding(
         f"closes at least {threshold} of the gap at each scale",
@@ -193,7 +193,7 @@ def beats_partial_guidance(rows: Rows, adapters: list[str]) -> Finding:
 
 
 def matches(rows: Rows, adapters: list[str], against: list[str], threshold: float) -> Finding:
-    """The adapter closes as much of the gap as each of the others, up to the threshold; the figures include its cost."""
+    """The adapter closes as much of the gap as each of the others, up to the threshold; the figures include costs."""
     name = best_adapter(rows, adapters)
     names = [name, *against]
     gap = {each: rows.named([each]).mean("gap_closed") for each in names}

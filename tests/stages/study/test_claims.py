@@ -46,7 +46,7 @@ def row(method: str, scale: float, gap: float, distance: float, name: str | None
 def study(
     default: float = 0.98, full: float = 0.985, distance: float = 20.0, partial: float = 0.8
 ) -> list[dict[str, Any]]:
-    """CFG has a distance of 20 at each scale; `lora` is the same as the default but for one bad scale."""
+    """CFG has a distance of 20 at each scale; `lora` equals the default but for one bad scale."""
     rows = [row(NONE, 1.0, 0.0, 50.0)]
     for scale in SCALES:
         rows += [row(CFG, scale, 1.0, 20.0), row(CFG_FIRST_50, scale, partial, 25.0)]
@@ -82,19 +82,19 @@ def test_each_claim_holds_or_does_not(changes: dict[str, float], holding: list[b
     assert [claim.holds for claim in claims] == holding
 
 
-def test_what_was_found_tells_the_mean_and_the_spread_of_the_seeds() -> None:
+def test_the_figures_are_the_mean_and_the_spread_of_the_seeds() -> None:
     claim = judge(PLANS, study())[0]
     assert claim.found == "default: 0.980 ± 0.005 at 1.5, 0.980 ± 0.005 at 3"
 
 
-def test_the_spread_is_of_seeds_and_not_of_scales() -> None:
+def test_the_spread_is_over_seeds_not_scales() -> None:
     gaps = {(1.5, 0): 0.8, (3.0, 0): 0.9, (1.5, 1): 0.82, (3.0, 1): 0.92}
     rows = Rows(row(ONE_PASS, scale, gap, 20.0, "lora", seed=seed) for (scale, seed), gap in gaps.items())
     assert rows.format("gap_closed") == "0.860 ± 0.010"
     assert rows.where(seed=0).format("gap_closed") == "0.850"
 
 
-def test_a_tenth_of_the_evaluations_is_judged_by_what_was_spent() -> None:
+def test_a_tenth_of_the_evaluations_is_judged_by_the_evaluations_spent() -> None:
     def rows(distance: float) -> list[dict[str, Any]]:
         spent = (("few_long", 80_000, 24.0), ("many_short", 80_000, 20.0), ("many_short_tenth", 8_000, distance))
         return [
@@ -116,7 +116,7 @@ def test_a_comparison_takes_the_side_that_closes_more() -> None:
     assert judge(PLANS, rows(0.9)[:1]) == []
 
 
-def test_the_reference_recipe_is_every_adapter_that_is_named_so() -> None:
+def test_every_adapter_of_the_reference_recipe_must_be_beaten() -> None:
     def rows(theirs: float) -> list[dict[str, Any]]:
         gaps = {"lora": 0.97, "reference_offset": 0.3, "reference_cross_attention": theirs}
         return [row(ONE_PASS, 2.0, gap, 20.0, name, evaluation="reference") for name, gap in gaps.items()]
@@ -127,7 +127,7 @@ def test_the_reference_recipe_is_every_adapter_that_is_named_so() -> None:
 
 @pytest.mark.parametrize(("gap", "holds"), [(0.95, True), (0.85, False)])
 @pytest.mark.parametrize("evaluation", ["outside", "other_sampler", "fewer_steps", "checkpoint"])
-def test_elsewhere_the_least_gap_counts(evaluation: str, gap: float, holds: bool) -> None:
+def test_elsewhere_the_worst_scale_counts(evaluation: str, gap: float, holds: bool) -> None:
     rows = [row(CFG, s, 1.0, 20.0, evaluation=evaluation) for s in SCALES]
     rows += [row(ONE_PASS, s, gap if s == 3 else 0.99, 21.0, "default", evaluation=evaluation) for s in SCALES]
     (claim,) = judge({"": replace(PLANS["closes_gap_elsewhere"], evaluation=evaluation)}, rows)
@@ -154,7 +154,7 @@ def test_prompts_are_met_within_a_hundredth(one_pass: float, holds: bool, evalua
     assert claim.holds is holds
 
 
-def test_what_a_study_has_no_rows_for_is_left_out() -> None:
+def test_a_claim_without_rows_is_left_out() -> None:
     assert judge(PLANS, []) == []
     rows = [row for row in study() if row["method"] != CFG_FIRST_50 and row["name"] != "full"]
     assert [claim.text for claim in judge(PLANS, rows)] == OF_THE_STUDY[:3]
@@ -168,12 +168,12 @@ def test_no_claim_is_judged_without_an_adapter(judgement: str, methods: set[str]
     assert judge({judgement: PLANS[judgement]}, rows) == []
 
 
-def test_every_weight_alone_says_nothing_of_a_frozen_base() -> None:
+def test_full_training_alone_judges_no_frozen_base() -> None:
     assert judge(PLANS, [row for row in study() if row["name"] in (None, "full")]) == []
 
 
 @pytest.mark.parametrize("judgement", list(JUDGEMENTS))
-def test_without_reference_images_what_needs_none_is_judged(judgement: str) -> None:
+def test_without_reference_images_only_claims_without_distances_are_judged(judgement: str) -> None:
     against = None if PLANS[judgement].against is None else ["full"]
     claim = replace(PLANS[judgement], evaluation="scales", adapters=["default"], against=against)
     rows = [row | {"data": "few_long"} for row in study()]
