@@ -10,7 +10,7 @@ from stages.records.dataset import Dataset
 from stages.train.window import load
 
 
-def test_samples_come_in_the_order_they_were_asked_for(dataset: Dataset) -> None:
+def test_samples_come_in_the_requested_order(dataset: Dataset) -> None:
     rows = dataset.manifest.to_pylist()
     everything = load(dataset, rows)
     backwards = load(dataset, rows[::-1])
@@ -21,7 +21,7 @@ def test_samples_come_in_the_order_they_were_asked_for(dataset: Dataset) -> None
     )
 
 
-def test_a_window_is_read_into_the_memory_of_an_earlier_one(dataset: Dataset) -> None:
+def test_a_window_reuses_the_buffers_of_an_earlier_one(dataset: Dataset) -> None:
     rows = dataset.manifest.to_pylist()
     memory: dict[str, torch.Tensor] = {}
     larger = load(dataset, rows[:3], memory=memory)
