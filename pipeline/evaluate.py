@@ -20,7 +20,7 @@ from stages.base.loading import has_several_gpus
 from stages.configuration.options import to_yaml
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation, Makers
-from stages.evaluate.processes import over_cores
+from stages.evaluate.processes import evaluate_over_cores
 from stages.evaluate.report import table, write_report
 from stages.storage.files import whole_file, write_json
 
@@ -50,7 +50,7 @@ def makers(config: EvaluateConfig) -> Makers:
         from stages.evaluate.fleet import evaluate_over_ray  # imports Ray
 
         return evaluate_over_ray
-    return over_cores
+    return evaluate_over_cores
 
 
 def write_results_to_card(evaluation: Evaluation) -> Path | None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from stages.embedded.attributes import stroke_width
 from stages.embedded.digits import thicken, to_images
-from stages.evaluate.metrics import Measure, Reference
+from stages.evaluate.metrics import ImageMetrics, Reference
 
 EMBEDDED = Path(__file__).parents[3] / "stages" / "embedded"
 BASE, FOLDER, DIGITS = EMBEDDED / "mnist_dit", EMBEDDED / "mnist_dit_bold", EMBEDDED / "digits_bold"
@@ -68,9 +68,9 @@ def test_guidance_matters(pipe: DiTPipeline) -> None:
     for scale in (1.0, 2.0):
         labels = [i % 10 for i in range(200)]
         images = pipe(labels, scale, torch.Generator().manual_seed(0), 20, "pt").images * 2 - 1
-        measure = Measure(reference)
-        measure.update(images, [{"class_label": label} for label in labels])
-        found[scale] = measure.compute()
+        metrics = ImageMetrics(reference)
+        metrics.update(images, [{"class_label": label} for label in labels])
+        found[scale] = metrics.compute()
     assert found[2.0]["frechet_distance"] < 0.8 * found[1.0]["frechet_distance"]
     assert found[2.0]["class_accuracy"] > found[1.0]["class_accuracy"] + 0.05
     thin = to_images(load_file(EMBEDDED / "digits" / "reference.safetensors")["pixels"])

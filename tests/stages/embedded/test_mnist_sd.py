@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from stages.base.prompts import read_prompts
 from stages.base.sampling import Request, decode, sample, undecoded
 from stages.embedded.attributes import read_caption
-from stages.evaluate.metrics import Measure, Reference
+from stages.evaluate.metrics import ImageMetrics, Reference
 
 FOLDER = Path(__file__).parents[3] / "stages" / "embedded" / "mnist_sd"
 
@@ -64,9 +64,9 @@ def test_guidance_matters(pipe: StableDiffusionPipeline) -> None:
     for scale in (1.0, 2.0):
         with undecoded(pipe) as latents, torch.no_grad():
             sample(pipe, Request(prompts, range(150), 15, {}), scale)
-        measure = Measure(reference)
-        measure.update(decode(pipe, latents[0]), prompts)
-        found[scale] = measure.compute()
+        metrics = ImageMetrics(reference)
+        metrics.update(decode(pipe, latents[0]), prompts)
+        found[scale] = metrics.compute()
     for name in ("class_accuracy", "stroke_accuracy", "slant_accuracy"):
         assert found[2.0][name] > found[1.0][name] + 0.02
 

@@ -9,6 +9,7 @@ from stages.base.sampling import Request
 from stages.evaluate.comparisons import CFG, CFG_FIRST_50, Setting, sample_setting
 from stages.evaluate.watching import counted
 from tests.pipelines_zoo.gathered import gather
+from tests.stages.evaluate.test_first_steps import AdapterStub
 
 
 class OfLists(nn.Module):
@@ -31,6 +32,6 @@ def test_guidance_ends_for_every_denoiser_of_a_pipeline() -> None:
     specimen = gather()["WanPipeline (2.2)"]
     pipe = specimen.build()
     request = Request(list(specimen.conditions), [0, 1], 4, dict(specimen.arguments))
-    adapter: Any = type("Told", (), {"about": {"unconditional": {"call": 1, "chunk": 0, "chunks": 1}}, "fused": None})()
+    adapter: Any = AdapterStub({"call": 1, "chunk": 0, "chunks": 1})
     whole, half = (sample_setting(pipe, adapter, Setting(method, 3.0), request) for method in (CFG, CFG_FIRST_50))
     assert (whole.denoiser_evaluations, half.denoiser_evaluations) == (2 * 4 * 2, (2 * 2 + 2) * 2)
