@@ -47,7 +47,7 @@ def test_it_is_at_most_twelve_megabytes() -> None:
     assert not [path for path in FOLDER.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
 
 
-def test_every_prompt_that_ships_is_a_caption_of_its_class() -> None:
+def test_every_embedded_prompt_is_a_caption_of_its_class() -> None:
     prompts = read_prompts(str(FOLDER / "prompts.csv"))
     assert len(prompts) == 3000
     for row in prompts:
@@ -57,7 +57,7 @@ def test_every_prompt_that_ships_is_a_caption_of_its_class() -> None:
 
 
 def test_guidance_matters(pipe: StableDiffusionPipeline) -> None:
-    """A small measurement of what `training.json` tells from 2,000 samples."""
+    """A small version of the measurement of 2,000 samples in `training.json`."""
     reference = Reference("stages/embedded/digits", "cpu")
     prompts = read_prompts(str(FOLDER / "prompts.csv"))[:150]
     found = {}
@@ -71,7 +71,7 @@ def test_guidance_matters(pipe: StableDiffusionPipeline) -> None:
         assert found[2.0][name] > found[1.0][name] + 0.02
 
 
-def test_what_the_training_reached_is_told_beside_it() -> None:
+def test_the_results_of_the_training_are_recorded() -> None:
     info = json.loads((FOLDER / "training.json").read_text())
     assert {"recipe", "seconds", "loss_at_step", "unet_parameters", "guidance"} <= info.keys()
     rows = {row["guidance_scale"]: row for row in info["guidance"]}

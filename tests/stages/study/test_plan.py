@@ -62,7 +62,7 @@ def test_each_step_names_the_folders_it_needs(tmp_path: Path) -> None:
         ({"seeds": []}, r"adapters.one: seeds=\[\]: name at least one"),
         ({"seeds": [0, 0]}, r"adapters.one: seeds=\[0, 0\]: name at least one, each once"),
         ({"seeds": [-1]}, "train one--1: seed=-1: at least 0"),
-        ({"evaluations": {"a": {"adapters": "one", "overrides": []}}}, "evaluations.a.adapters: a list is asked for$"),
+        ({"evaluations": {"a": {"adapters": "one", "overrides": []}}}, "evaluations.a.adapters: must be a list$"),
         (
             {"evaluations": {"a": {"adapters": ["x"], "overrides": []}}},
             "evaluations.a.adapters: x: not among the adapters",
