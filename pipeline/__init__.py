@@ -6,18 +6,18 @@ import tempfile
 
 
 def check_surroundings() -> None:
-    """End with a line where to import torch and diffusers would end with an abort or a traceback: they ask for these folders."""
+    """Exit with a one-line error if a folder is missing without which importing torch or diffusers aborts."""
     try:
         os.getcwd()  # noqa: PTH109
     except OSError as error:
-        sys.exit(f"error: the folder that this was started in: {error.strerror}: cd to one that is there")
+        sys.exit(f"error: the working directory: {error.strerror}: cd to one that exists")
     try:
         tempfile.gettempdir()
     except OSError:
-        sys.exit("error: no folder for temporary files can be written to: name one with TMPDIR")
+        sys.exit("error: no folder for temporary files is writable: name one with TMPDIR")
     if compiled := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         try:
-            os.makedirs(compiled, exist_ok=True)  # noqa: PTH103  sooner than pathlib
+            os.makedirs(compiled, exist_ok=True)  # noqa: PTH103  pathlib is not imported yet
         except OSError as error:
             sys.exit(f"error: TORCHINDUCTOR_CACHE_DIR={compiled}: {error.strerror}: unset it, or name another folder")
 

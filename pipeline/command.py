@@ -1,11 +1,13 @@
-"""What the commands share: how each starts, and how it ends, with errors in one line."""
+"""What the commands share: the command line, one-line errors, and exit statuses."""
 
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from stages.configuration.parsing import Config, help_text, parse
@@ -15,7 +17,7 @@ from stages.streams import print_warnings_in_one_line, steady
 
 FAILURE, WRONG_USAGE = 1, 2
 MULTIRUN = "--multirun"
-# A disk's, not a defect of ours.
+# Errors of the disk, not defects of this project.
 REFUSALS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR,
     errno.EISDIR, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE,
@@ -33,8 +35,8 @@ def run(
     """Parse the command line into `config_class`, call `main`, and exit: 0 done, 1 a failure, 2 wrong usage.
 
     Args:
-        multirun: what `--multirun` calls instead of `main`, with the other words as they are.
-        argument: the option that the first word gives, without its key.
+        multirun: called instead of `main` for `--multirun`, with the other arguments.
+        argument: the option that the first argument may give without its key.
     """
     end_on_sigterm()
     overrides = sys.argv[1:]
@@ -44,7 +46,7 @@ def run(
     print_warnings_in_one_line()
     try:
         check_encoding(overrides)
-        if argument and overrides and "=" not in overrides[0] and not overrides[0].startswith("-"):
+        if argument and overrides and is_path(overrides[0]):
             overrides[0] = f"{argument}={overrides[0]}"
         if multirun and MULTIRUN in overrides:
             multirun([override for override in overrides if override != MULTIRUN])
@@ -65,19 +67,25 @@ def run(
         print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         sys.exit(FAILURE)
     except (KeyboardInterrupt, SystemExit) as ended:
-        if isinstance(ended, SystemExit) and ended.code != signal.SIGTERM:  # with which Ray ends while it starts
+        if isinstance(ended, SystemExit) and ended.code != signal.SIGTERM:  # raised by Ray during its start
             raise
         print("error: interrupted; what was written before is kept", file=sys.stderr)
         sys.exit(FAILURE)
     sys.exit(0)
 
 
+def is_path(argument: str) -> bool:
+    """Whether an argument is a path, not an option `key=value`; a path may contain `=`."""
+    key, equals, _ = argument.partition("=")
+    return not argument.startswith("-") and (not equals or os.sep in key or Path(argument).is_file())
+
+
 def check_encoding(overrides: list[str]) -> None:
     """
     Raises:
-        UsageError: a word cannot be read in the encoding of this environment, and so names no file and no prompt.
+        UsageError: an argument cannot be decoded in the encoding of this environment.
     """
     for override in overrides:
-        if any("\ud800" <= character <= "\udfff" for character in override):  # bytes that Python could not read
+        if any("\ud800" <= character <= "\udfff" for character in override):  # a byte that Python could not decode
             way_out = "set PYTHONUTF8=1 if it is UTF-8, else give it another name"
             raise UsageError(f"{override}: not text in {sys.getfilesystemencoding()}: {way_out}")

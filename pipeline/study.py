@@ -1,8 +1,8 @@
-"""A study: datasets, adapters and evaluations that a file names, and its claims, judged by what was measured.
+"""Study: make the datasets, adapters and evaluations that a file names, and judge its claims by the results.
 
 python -m pipeline.study configs/study/claims.yaml output_dir=runs/claims
 
-The same command again goes on where an interrupted one stopped.
+It writes claims.json, claims.md and claims.html. Interrupted, the same command continues.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Stage 2: shards -> adapter. Stream a dataset's records and fit an adapter to the frozen denoiser.
+"""Stage 2: shards -> adapter. Fit an adapter to the frozen denoiser on a dataset's records.
 
 python -m pipeline.train --config configs/train/lora.yaml data_dir=data/mnist_dit output_dir=runs/mnist_dit
 python -m pipeline.train --multirun data_dir=data/mnist_dit output_dir=runs/sweep adapter.variant=offset,lora seed=0,1
 
-`accelerate launch -m pipeline.train ...` trains on several GPUs. With --multirun, every combination of the values between commas is trained, and one table sets them side by side.
+`accelerate launch -m pipeline.train ...` trains on several GPUs. With --multirun, the command trains every combination
+of the comma-separated values and compares them in one table.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from stages.train.trainer import Trainer
 
 def main(config: TrainConfig) -> None:
     root = Path(config.output_dir)
-    resolved = to_yaml(replace(config, resume_from_checkpoint=None))  # however often it was resumed, it is the same run
+    resolved = to_yaml(replace(config, resume_from_checkpoint=None))  # a resumed run is the same run
     if (root / "training.json").is_file() and content_of(root / "config.yaml") == resolved.encode():
         print(f"{root}: already trained with this configuration; nothing to do")
         return
     trainer = Trainer(config)
     with trainer.alone():
         train(trainer, root, resolved)
-    trainer.processes.wait_for_everyone()  # a process that ends earlier takes the others with it
+    trainer.processes.wait_for_everyone()  # a process that exits earlier would take the others down
     trainer.processes.destroy_process_group()
 
 
@@ -50,13 +51,13 @@ def content_of(path: Path) -> bytes | None:
 
 
 def begin(root: Path, resolved: str, trainer: Trainer) -> None:
-    (root / "training.json").unlink(missing_ok=True)  # it tells that config.yaml, written next, was trained to its end
+    (root / "training.json").unlink(missing_ok=True)  # its existence means that config.yaml was trained to the end
     with whole_file(root / "config.yaml") as file:
         file.write(resolved.encode())
     dataset = trainer.dataset
     if not dataset.newest:
         trajectories = dataset.plan.counts.trajectories
-        print(f"{dataset.root}: has grown; goes on with the {trajectories} trajectories that this run began with")
+        print(f"{dataset.root}: has grown; the run continues with the {trajectories} trajectories that it started with")
     print(
         f"{trainer.adapter.variant}: {trainer.adapter_parameters:,} parameters at {len(trainer.adapter.shapes)} sites, "
         f"{trainer.adapter_share:.1%} of the base"
@@ -65,7 +66,7 @@ def begin(root: Path, resolved: str, trainer: Trainer) -> None:
 
 def skipped(summary: dict[str, Any]) -> str:
     records, samples = summary["records_skipped"], len(summary["samples_skipped"])
-    return f"; {records} damaged records in {samples} samples were skipped" if records else ""
+    return f"; {records} damaged records in {samples} samples skipped" if records else ""
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""What is told to a user in a line."""
+"""Errors that a command prints in one line."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something that the user can mend: its text is one line that names the thing and the way out."""
+    """An error that the user can fix; its one-line text names the cause and the way out."""
 
 
 class UsageError(UserError):
-    """The command line or the configuration file is wrong, whatever the state of the world."""
+    """The command line or the configuration file is invalid."""
 
 
 class StorageError(UserError):
-    """The place that is written to or read from refused, e.g. a full disk: no further attempt would do better."""
+    """Reading or writing failed, e.g. because the disk is full; a retry would fail, too."""
 
 
 class ChangedError(UserError):
-    """A dataset is no longer the one that a run began with: to go on would mix two."""
+    """The dataset changed during a run; continuing would mix two datasets."""
 
 
 class DamageError(UserError):
-    """A part of a dataset is missing, or not as it was written."""
+    """A part of a dataset is missing, or differs from what was written."""

@@ -1,4 +1,4 @@
-"""One bar on a terminal, plain lines otherwise."""
+"""Progress: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class _Lines:
-    """Turns the carriage returns by which tqdm redraws its bar into lines of a log."""
+    """Writes each state of tqdm's bar as a line of a log, instead of redrawing it."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -26,7 +26,7 @@ class _Lines:
 
 
 def progress(total: int, description: str, unit: str, initial: int = 0, shown: bool = True) -> tqdm[Any]:
-    """A bar over `total` things named `unit`, of which `initial` were done before; close it, or use it in a `with`."""
+    """A progress bar over `total` units, of which `initial` are done already; close it, or use it as a context."""
     stream = standard_error()
     terminal = stream.isatty()
     return tqdm(

@@ -1,4 +1,4 @@
-"""How a command ends when it is told to."""
+"""Termination of a command by a signal."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import threading
 
 
 def end_on_sigterm() -> None:
-    """Let SIGTERM, which schedulers send, end this process as Ctrl-C does: what runs beside it ends too, and it is told in a line.
+    """Handle SIGTERM, which schedulers send, like Ctrl-C: child processes end, too, and the command prints one line.
 
-    Only the main thread can; `ray.init` puts a handler of its own in the place, which ends in a dump.
+    Call it again after `ray.init`, which installs a handler that dumps a trace. Only the main thread can set handlers; in
+    other threads the call does nothing.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""Standard output and standard error, whatever has become of them: what is told there never ends who tells it."""
+"""Standard output and standard error that never raise: a closed pipe or a full disk does not end a command."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-NOWHERE = Path(os.devnull)
+NULL_DEVICE = Path(os.devnull)
 
 
 class SteadyStream:
-    """A text stream that can always be written to: what it does not take is lost, and the rest goes on.
+    """A text stream whose writes never raise; what cannot be written is lost.
 
-    A character that it cannot encode is told by its code. Once it refuses (its reader has gone, its disk is full, it is
-    closed), its descriptor leads nowhere, so that nothing fails at what it still holds when the process ends.
+    A character that cannot be encoded is written as its escape code. After the first failure (the reader is gone, the
+    disk is full, the stream is closed) the descriptor leads to the null device, so that flushing at exit does not fail.
 
     Attributes:
-        refusal: why it refused, if it did.
+        refusal: the first failure, or None.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        self.stream = stream or NOWHERE.open("w", encoding="utf-8")
+        self.stream = stream or NULL_DEVICE.open("w", encoding="utf-8")
         self.refusal: OSError | ValueError | None = None
 
     def write(self, text: str) -> int:
@@ -48,22 +48,22 @@ class SteadyStream:
     def isatty(self) -> bool:
         try:
             return self.stream.isatty()
-        except ValueError:  # it is closed
+        except ValueError:  # the stream is closed
             return False
 
     def _give_up(self, error: OSError | ValueError) -> None:
-        if isinstance(error, BlockingIOError):  # it takes more in a moment
+        if isinstance(error, BlockingIOError):  # temporary: the stream is busy
             return
         self.refusal = self.refusal or error
-        with suppress(OSError, ValueError, AttributeError), NOWHERE.open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), self.stream.fileno())
+        with suppress(OSError, ValueError, AttributeError), NULL_DEVICE.open("wb") as null:
+            os.dup2(null.fileno(), self.stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
 def standard_error() -> Any:
-    """Where to tell how a run goes, even if there is no standard error; the same object until `sys.stderr` is another."""
+    """Standard error, or a substitute if there is none; the same object until `sys.stderr` changes."""
     global _standard_error
     if isinstance(sys.stderr, SteadyStream):
         return sys.stderr
@@ -77,7 +77,7 @@ _standard_error: tuple[TextIO | None, SteadyStream] | None = None
 
 @contextmanager
 def steady() -> Iterator[None]:
-    """Within it, `sys.stdout` and `sys.stderr` are steady, and no file that is opened gets the number of one that is closed."""
+    """Within the context, `sys.stdout` and `sys.stderr` never raise, and no opened file gets their descriptors."""
     _hold_descriptors()
     before: Any = sys.stdout, sys.stderr
     output, errors = SteadyStream(sys.stdout), SteadyStream(sys.stderr)
@@ -86,27 +86,29 @@ def steady() -> Iterator[None]:
         yield
     finally:
         output.flush()
-        if isinstance(output.refusal, OSError) and output.refusal.errno != errno.EPIPE:  # whose reader had enough
-            errors.write(f"warning: standard output: {output.refusal.strerror}: what was told there is lost\n")
+        if (
+            isinstance(output.refusal, OSError) and output.refusal.errno != errno.EPIPE
+        ):  # a closed pipe is not worth a warning
+            errors.write(f"warning: standard output: {output.refusal.strerror}: some output is lost\n")
         errors.flush()
         sys.stdout, sys.stderr = before
 
 
 def _hold_descriptors() -> None:
-    """Open what is closed of standard input, output and error: else libraries would write there into a file of ours."""
+    """Open closed standard descriptors, or a file opened later would get one and receive libraries' output."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            opened = os.open(NOWHERE, os.O_RDWR)
-            os.dup2(opened, descriptor)  # which a child inherits
+            opened = os.open(NULL_DEVICE, os.O_RDWR)
+            os.dup2(opened, descriptor)  # dup2 makes it inheritable
             if opened != descriptor:
                 os.close(opened)
 
 
 def print_warnings_in_one_line() -> None:
-    """Have warnings told in a line, and libraries say no more than their errors."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to us; a user can do nothing about them
+    """Print warnings in one line each, and let libraries log only errors."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # meant for developers; a user can do nothing about them
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for library in ("diffusers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)

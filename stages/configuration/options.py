@@ -1,4 +1,4 @@
-"""Options: a default, a meaning for `--help`, and the bounds that every value must keep."""
+"""Options of a configuration: a default, a help text, and bounds."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def option(
     one_of: Sequence[str] | None = None,
     kind: Any = None,
 ) -> Any:
-    """A field of a configuration; a callable default makes a new value each time.
+    """Define a field of a configuration; a callable default creates a new value each time.
 
     Args:
-        kind: the type that words are read by, where it is one that the field cannot be declared to have.
+        meaning: the help text.
+        kind: the type to parse values by, if dataclass fields of OmegaConf cannot declare it.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "one_of": one_of}
     metadata = {"help": meaning, "kind": kind, **bounds}
@@ -33,7 +34,7 @@ def option(
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved configuration as it is saved beside every output; `--config` reads it back."""
+    """The resolved configuration in YAML, as saved with every output; `--config` reads it back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -46,10 +47,10 @@ def dotted(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_bounds(config: Any) -> None:
-    """Refuse a value out of its option's bounds; not-a-number is out of any.
+    """Check every value against its option's bounds, all of which exclude NaN.
 
     Raises:
-        UsageError: names the key, the value and the bound.
+        UsageError: a value is out of bounds; names the key, the value and the bound.
     """
     for key, value, bounds in _bounded(config):
         for name, requirement, keeps in _BOUNDS:

@@ -1,6 +1,6 @@
-"""What a word of the command line, or a value of a configuration file, means: a text as it stands, anything else as YAML.
+"""Convert values from the command line and from files by the type of their option: strings verbatim, others as YAML.
 
-YAML alone would change texts: `no`, `007`, `1e3`, `12:30`, and whatever comes after a `#`.
+YAML alone would change strings such as `no`, `007`, `1e3` and `12:30`, and cut them at a `#`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import yaml
 
 from stages.errors import UsageError
 
-NONE = "null"  # by which a word leaves out a text that may be left out
+NONE = "null"  # sets an optional string to None
 QUOTED = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^']|'')*')\s*""")
 
 
-class Plain(NamedTuple):
-    """A value of YAML that is no text, as it stands and as it is read."""
+class Scalar(NamedTuple):
+    """An unquoted YAML scalar that is not a string: its text and its value."""
 
     text: str
     value: Any
 
 
 class Loader(yaml.SafeLoader):
-    """Of values that no option's type makes texts: numbers are decimal, and no other word is one or a time."""
+    """A YAML loader with decimal numbers only: no octal, hexadecimal or sexagesimal numbers, no dates."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
@@ -39,7 +39,7 @@ class Loader(yaml.SafeLoader):
 
 
 NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-KINDS: dict[str, tuple[str, str]] = {  # the pattern, and the first characters
+KINDS: dict[str, tuple[str, str]] = {  # pattern and possible first characters
     "null": ("null|Null|NULL|~|", "nN~"),
     "bool": ("yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF", "yYnNtTfFoO"),
     "int": ("[-+]?[0-9]+", "-+0123456789"),
@@ -47,13 +47,13 @@ KINDS: dict[str, tuple[str, str]] = {  # the pattern, and the first characters
 }
 
 
-def _construct(loader: Loader, node: yaml.ScalarNode) -> Plain:
+def _construct(loader: Loader, node: yaml.ScalarNode) -> Scalar:
     kind, text = node.tag.rpartition(":")[2], node.value
     if kind == "int":
-        return Plain(text, int(text) if len(text) < 400 else float("inf"))
+        return Scalar(text, int(text) if len(text) < 400 else float("inf"))
     if kind == "float":
-        return Plain(text, float(text.lower().replace(".inf", "inf").replace(".nan", "nan")))
-    return Plain(text, None if kind == "null" else text.lower() in ("yes", "true", "on"))
+        return Scalar(text, float(text.lower().replace(".inf", "inf").replace(".nan", "nan")))
+    return Scalar(text, None if kind == "null" else text.lower() in ("yes", "true", "on"))
 
 
 for _name, (_pattern, _first) in KINDS.items():
@@ -63,41 +63,41 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])
 
 
 def read_yaml(content: bytes | str) -> Any:
-    """The content of YAML, with `Plain` values in it.
+    """Load YAML; scalars that are not strings become `Scalar`.
 
     Raises:
-        yaml.YAMLError: it is none.
+        yaml.YAMLError: the content is not YAML.
     """
     return yaml.load(content, Loader=Loader)
 
 
 def read_override(key: str, text: str, kind: Any) -> Any:
-    """What a word `key=text` means for an option of that type.
+    """Convert the text of `key=text` to an option's type.
 
     Raises:
-        UsageError: it means nothing.
+        UsageError: the text cannot be converted.
     """
     kinds = _alternatives(kind)
     is_list = text.startswith("[") and text.endswith("]") and any(get_origin(one) is list for one in kinds)
     if str in kinds and not is_list:
-        return None if NoneType in kinds and text in (NONE, "") else as_text(key, text)
+        return None if NoneType in kinds and text in (NONE, "") else to_string(key, text)
     if list[str] in kinds and is_list:
-        return texts_of(key, text)
+        return to_strings(key, text)
     try:
-        return fitted(key, read_yaml(text), kind)
+        return convert(key, read_yaml(text), kind)
     except yaml.YAMLError as error:
         raise UsageError(f"{key}={text}: not readable as key=value") from error
 
 
-def as_text(key: str, text: str) -> str:
-    """A text as it stands; a path below a home folder, as a shell that looks for it would write it."""
+def to_string(key: str, text: str) -> str:
+    """The text verbatim, except that a leading `~` becomes the home folder."""
     if not text:
         raise UsageError(f"{key}=: empty: say {key}=...")
     return str(Path(text).expanduser()) if text == "~" or text.startswith("~/") else text
 
 
-def texts_of(key: str, text: str) -> list[str]:
-    """The texts between the brackets and commas of `[one, another]`; one in quotes may hold commas."""
+def to_strings(key: str, text: str) -> list[str]:
+    """The strings of a list such as `[one, another]`; a quoted one may contain commas."""
     texts, rest = [], text[1:-1]
     while rest.strip():
         if (quoted := QUOTED.match(rest)) and rest[quoted.end() : quoted.end() + 1] in ("", ","):
@@ -106,34 +106,34 @@ def texts_of(key: str, text: str) -> list[str]:
             continue
         one, _, rest = rest.partition(",")
         if not one.strip():
-            raise UsageError(f"{key}={text}: nothing between two commas: leave one out")
+            raise UsageError(f"{key}={text}: nothing between two commas: remove one")
         texts.append(one.strip())
     return texts
 
 
-def fitted(key: str, value: Any, kind: Any = Any) -> Any:
-    """A value of YAML for an option of that type: what is asked for as a text is one as it stands."""
+def convert(key: str, value: Any, kind: Any = Any) -> Any:
+    """Convert a YAML value to an option's type; a string option takes a scalar's text verbatim."""
     kinds = _alternatives(kind)
-    if isinstance(value, Plain):
-        is_text = str in kinds and value.value is not None
-        return as_text(key, value.text) if is_text else value.value
+    if isinstance(value, Scalar):
+        is_string = str in kinds and value.value is not None
+        return to_string(key, value.text) if is_string else value.value
     if isinstance(value, str):
-        return as_text(key, value) if str in kinds and value else value
+        return to_string(key, value) if str in kinds and value else value
     if isinstance(value, list):
         inner = next((get_args(one)[0] for one in kinds if get_origin(one) is list), Any)
-        return [item.text if inner is str and _is_override(item) else fitted(key, item, inner) for item in value]
+        return [item.text if inner is str and _is_scalar(item) else convert(key, item, inner) for item in value]
     if isinstance(value, dict):
-        named = {name.text if isinstance(name, Plain) else name: item for name, item in value.items()}
-        return {name: fitted(f"{key}.{name}", item, _inner(kinds, name)) for name, item in named.items()}
+        named = {name.text if isinstance(name, Scalar) else name: item for name, item in value.items()}
+        return {name: convert(f"{key}.{name}", item, _inner(kinds, name)) for name, item in named.items()}
     return value
 
 
-def _is_override(value: Any) -> bool:
-    return isinstance(value, Plain) and value.value is not None
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Scalar) and value.value is not None
 
 
 def _inner(kinds: tuple[Any, ...], name: str) -> Any:
-    """The type of what a dictionary, or a dataclass, has under a name."""
+    """The type of an entry of a dictionary or a dataclass."""
     for kind in kinds:
         if is_dataclass(kind):
             return get_type_hints(kind)[name] if name in {field.name for field in fields(kind)} else Any

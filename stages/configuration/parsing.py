@@ -1,4 +1,4 @@
-"""A configuration from files and `key=value` words, checked key by key, and the help that lists its keys."""
+"""Parse a configuration from files and `key=value` overrides, and print its help."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stages.configuration.overrides import Plain, fitted, read_override, read_yaml
+from stages.configuration.overrides import Scalar, convert, read_override, read_yaml
 from stages.errors import UsageError
 
 Config = TypeVar("Config")
-Layer = list[tuple[str, Any]]  # options and their values, from one place
+Layer = list[tuple[str, Any]]  # options and values from one source
 
 
 def parse(config_class: type[Config], overrides: list[str]) -> Config:
-    """The defaults of `config_class`, then the file after `--config`, then each `key=value`, checked key by key.
+    """Create a configuration: the defaults, overridden by the files after `--config`, then by each `key=value`.
 
     Raises:
-        UsageError: an unknown key, a value of another type, a missing one, or a file that cannot be read.
+        UsageError: an unknown key, a value of the wrong type, a missing value, or an unreadable file.
     """
-    known = {name: kind for name, kind, *_ in options(config_class)}
+    types = {name: kind for name, kind, *_ in options(config_class)}
     files, overrides = files_and_overrides(overrides)
-    layers = [read_file(Path(file), known) for file in files] + [override_of(override, known) for override in overrides]
+    layers = [read_file(Path(file), types) for file in files] + [override_of(override, types) for override in overrides]
     config = OmegaConf.structured(config_class)
     for layer in layers:
-        merge(config, layer, known)
+        merge(config, layer, types)
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise UsageError(f"{missing[0]}: not given: say {missing[0]}=...")
@@ -42,22 +42,22 @@ def parse(config_class: type[Config], overrides: list[str]) -> Config:
 
 
 def files_and_overrides(overrides: list[str]) -> tuple[list[str], list[str]]:
-    """What follows each `--config`, and the other words."""
+    """The files after each `--config`, and the other arguments."""
     files, overrides = [], list(overrides)
     while "--config" in overrides:
-        place = overrides.index("--config")
-        if place + 1 == len(overrides):
+        index = overrides.index("--config")
+        if index + 1 == len(overrides):
             raise UsageError("--config: name a YAML file after it")
-        files.append(overrides[place + 1])
-        del overrides[place : place + 2]
+        files.append(overrides[index + 1])
+        del overrides[index : index + 2]
     return files, overrides
 
 
-def read_file(path: Path, known: Mapping[str, Any]) -> Layer:
-    """The options that a YAML file tells.
+def read_file(path: Path, types: Mapping[str, Any]) -> Layer:
+    """Read the options in a YAML file.
 
     Args:
-        known: the options' types.
+        types: the options' types, by dotted key.
     """
     try:
         content = read_yaml(path.expanduser().read_bytes())
@@ -65,46 +65,46 @@ def read_file(path: Path, known: Mapping[str, Any]) -> Layer:
         raise UsageError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from error
-    if content is None or (isinstance(content, Plain) and content.value is None):
+    if content is None or (isinstance(content, Scalar) and content.value is None):
         return []
     if not isinstance(content, dict):
-        raise UsageError(f"--config {path}: holds no keys")
-    return list(leaves(content, known))
+        raise UsageError(f"--config {path}: contains no keys")
+    return list(leaves(content, types))
 
 
-def leaves(content: Mapping[Any, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys with their values, going no deeper than the keys that are known."""
+def leaves(content: Mapping[Any, Any], types: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Flatten nested keys into dotted keys, down to the keys of options."""
     for key, value in content.items():
-        name = f"{prefix}{key.text if isinstance(key, Plain) else key}"
-        if isinstance(value, dict) and name not in known:
-            yield from leaves(value, known, f"{name}.")
+        name = f"{prefix}{key.text if isinstance(key, Scalar) else key}"
+        if isinstance(value, dict) and name not in types:
+            yield from leaves(value, types, f"{name}.")
         else:
-            yield name, fitted(name, value, known.get(name, Any))
+            yield name, convert(name, value, types.get(name, Any))
 
 
-def override_of(override: str, known: Mapping[str, Any]) -> Layer:
-    """The option that a word tells; below one that holds keys of the user's, such as `teacher.call`, the key and its value."""
+def override_of(override: str, types: Mapping[str, Any]) -> Layer:
+    """Read `key=value`; a key below a dictionary option, such as `teacher.call.NAME`, sets that entry."""
     if "=" not in override or override.startswith("-"):
-        raise UsageError(f"{override}: not understood: options are `--config FILE`, `--help` and `key=value`")
+        raise UsageError(f"{override}: not understood: give `--config FILE`, `--help` or `key=value`")
     key, text = override.split("=", 1)
     owner = key
-    while owner not in known and "." in owner:
+    while owner not in types and "." in owner:
         owner = owner.rpartition(".")[0]
-    if owner == key or owner not in known:
-        return [(key, read_override(key, text, known.get(key, Any)))]
+    if owner == key or owner not in types:
+        return [(key, read_override(key, text, types.get(key, Any)))]
     value = read_override(key, text, str if ".env_vars." in key else Any)
     for name in reversed(key.removeprefix(f"{owner}.").split(".")):
         value = {name: value}
     return [(owner, value)]
 
 
-def merge(config: DictConfig, layer: Layer, known: Mapping[str, Any]) -> None:
-    """Merge one layer, a key at a time, so that an error names its key."""
+def merge(config: DictConfig, layer: Layer, types: Mapping[str, Any]) -> None:
+    """Merge one layer, key by key, so that an error names its key."""
     for key, value in layer:
-        if key not in known:
-            if any(name.startswith(f"{key}.") for name in known):
-                raise UsageError(f"{key}: holds keys of its own: say {key}.NAME=..., --help lists them")
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        if key not in types:
+            if any(name.startswith(f"{key}.") for name in types):
+                raise UsageError(f"{key}: contains other keys: say {key}.NAME=..., --help lists them")
+            near = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
             hint = f": did you mean {near[0]}?" if near else ": --help lists the keys"
             raise UsageError(f"{key}: no such key{hint}")
         try:
@@ -114,12 +114,12 @@ def merge(config: DictConfig, layer: Layer, known: Mapping[str, Any]) -> None:
             message = str(error).splitlines()[0]
             within = error.full_key if str(error.full_key).startswith(f"{key}.") else None
             if "is not a ListConfig" in message:
-                message = "a list is asked for" if within else f"a list is asked for: say {key}=[{value}]"
+                message = "must be a list" if within else f"must be a list: say {key}=[{value}]"
             raise UsageError(f"{within or f'{key}={value}'}: {message}") from error
 
 
 def options(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
-    """(dotted key, type, default, meaning) of every option of a dataclass and of those inside it."""
+    """Yield (dotted key, type, default, help text) for every option of a dataclass, including nested ones."""
     kinds = get_type_hints(config_class)
     for option in fields(config_class):
         kind = kinds[option.name]

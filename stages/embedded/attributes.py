@@ -1,4 +1,4 @@
-"""What can be measured of a digit's picture, and the words for it: so that prompt adherence needs no large model."""
+"""Measurable attributes of a digit's image and their captions, so that prompt adherence needs no large model."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 STROKES = ("thin", "regular", "bold")
 SLANTS = ("leaning left", "upright", "leaning right")
-# The terciles of the training digits, so that each word is said of about a third of them.
+# The terciles of the training digits: each word applies to about a third of them.
 STROKE_BOUNDS = (2.14, 2.61)
 SLANT_BOUNDS = (0.02, 0.28)
 
 
 def stroke_width(images: Tensor) -> Tensor:
-    """Mean stroke width in pixels `[n]` of images `[n, 1, h, w]` in [-1, 1]: twice the ink over the length of its edges."""
+    """Mean stroke width in pixels `[n]` of images `[n, 1, h, w]` in [-1, 1]: twice the ink over its edges' length."""
     ink = (images[:, 0] + 1) / 2
     down, right = ink.diff(dim=1)[:, :, :-1], ink.diff(dim=2)[:, :-1]
     return 2 * ink.sum((1, 2)) / (down.square() + right.square()).sqrt().sum((1, 2)).clamp(min=1e-6)
@@ -44,7 +44,7 @@ def caption(label: int, stroke: int, slant: int) -> str:
 
 
 def read_caption(text: str) -> tuple[int, int, int] | None:
-    """(class, stroke, slant) that a caption tells, or None where it is no caption of ours."""
+    """The (class, stroke, slant) of a caption; None if the text is not a caption."""
     captions = {
         caption(label, stroke, slant): (label, stroke, slant)
         for label in range(len(NUMERALS))

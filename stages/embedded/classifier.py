@@ -1,4 +1,4 @@
-"""A small digit classifier: the feature network of the Frechet distance, and the judge of class accuracy."""
+"""A small digit classifier: the feature network for the Frechet distance, and the judge of class accuracy."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 class DigitClassifier(ModelMixin, ConfigMixin):
-    """Images `[n, 1, 32, 32]` in [-1, 1] to class scores; its `features` are what sets of images are compared by.
+    """Maps images `[n, 1, 32, 32]` in [-1, 1] to class scores; metrics compare sets of images by its `features`.
 
-    A diffusers model only for `save_pretrained` and `from_pretrained`: safetensors and a config, never a pickle.
+    It is a diffusers model for `save_pretrained` and `from_pretrained`: safetensors and a config, no pickle.
     """
 
     @register_to_config
@@ -21,8 +21,8 @@ class DigitClassifier(ModelMixin, ConfigMixin):
         channels = [1, 16, 32, 64]
         self.convolutions = nn.Sequential(
             *(
-                nn.Sequential(nn.Conv2d(here, there, 3, padding=1), nn.BatchNorm2d(there), nn.ReLU(), nn.MaxPool2d(2))
-                for here, there in pairwise(channels)
+                nn.Sequential(nn.Conv2d(inner, outer, 3, padding=1), nn.BatchNorm2d(outer), nn.ReLU(), nn.MaxPool2d(2))
+                for inner, outer in pairwise(channels)
             )
         )
         self.project = nn.Linear(64 * 4 * 4, num_features)
@@ -30,7 +30,7 @@ class DigitClassifier(ModelMixin, ConfigMixin):
         self.num_features = num_features
 
     def features(self, images: Tensor) -> Tensor:
-        """Features `[n, num_features]`, after the last non-linearity but one layer before the classes."""
+        """Features `[n, num_features]`: the input of the last layer, after its non-linearity."""
         return self.project(self.convolutions(images).flatten(1)).relu()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class DigitClassifier(ModelMixin, ConfigMixin):
 
 
 class Features(nn.Module):
-    """A classifier's features, in the shape that torchmetrics asks of a feature network."""
+    """A classifier's features as a feature network for torchmetrics."""
 
     def __init__(self, classifier: DigitClassifier) -> None:
         super().__init__()

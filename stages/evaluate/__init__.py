@@ -1,1 +1,1 @@
-"""Evaluation: the adapter against guidance in two passes and against none, on the same noise."""
+"""Evaluation: one pass with the adapter against two guided passes and against no guidance, from the same noise."""

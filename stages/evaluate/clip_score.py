@@ -1,4 +1,4 @@
-"""CLIP score: how far an image is what its prompt says, as a CLIP model sees it."""
+"""CLIP score: the similarity of an image and its prompt, by a CLIP model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from stages.errors import UserError
 
 
 class ClipJudge:
-    """`max(100 cos(image, text), 0)` of each image and its prompt (arXiv 2104.08718, by torchmetrics).
+    """Measures `max(100 cos(image, text), 0)` of each image and its prompt (arXiv 2104.08718, by torchmetrics).
 
     Args:
-        name_or_path: of a CLIP model with its processor, as transformers saves them.
+        name_or_path: a CLIP model with its processor, as transformers saves them.
 
     Raises:
         UserError: it cannot be loaded.
@@ -36,7 +36,7 @@ class ClipJudge:
             model, processor = CLIPModel.from_pretrained(path), CLIPProcessor.from_pretrained(path)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
-                f"clip_model={name_or_path}: no CLIP model with its processor there: {first_line(error)}"
+                f"clip_model={name_or_path}: no CLIP model with its processor found: {first_line(error)}"
             ) from error
         self.metric = CLIPScore(lambda: (ClipEmbedding(model.eval()), processor)).to(device)
 
@@ -45,23 +45,23 @@ class ClipJudge:
         return fingerprint(self.metric.model)
 
     @torch.no_grad()
-    def of(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
+    def measure(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
         """`clip_score` `[n]` of images `[n, c, h, w]` in [-1, 1]."""
         pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
         pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
-        asked = [condition["prompt"] for condition in conditions]
-        scores = [self._score(image, prompt) for image, prompt in zip(pixels, asked, strict=True)]
+        prompts = [condition["prompt"] for condition in conditions]
+        scores = [self._score(image, prompt) for image, prompt in zip(pixels, prompts, strict=True)]
         return {"clip_score": torch.stack(scores).float().cpu()}
 
     def _score(self, image: Tensor, prompt: str) -> Tensor:
-        """Of one image: the bound at zero is each image's own, and torchmetrics tells the mean of what it was given."""
+        """The score of one image: torchmetrics averages before it bounds at zero, so images are scored one by one."""
         self.metric.reset()
         self.metric.update(image, prompt)
         return self.metric.compute()
 
 
 class ClipEmbedding(nn.Module):
-    """A CLIP model whose embeddings are tensors, as torchmetrics expects; newer transformers wrap them."""
+    """A CLIP model that returns tensors, as torchmetrics expects; newer transformers wrap them in an output object."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The ways of sampling that are compared, each through the stock pipeline and from the same noise."""
+"""The sampling methods to compare, each through the stock pipeline and from the same noise."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ COMPARED = (ONE_PASS, *FIRST_PERCENT)
 
 @dataclass(frozen=True)
 class Setting:
-    """A method at a guidance scale; `none` is always at 1. `adapter` names whose one pass it is."""
+    """A method at a guidance scale; `none` is always at 1. `adapter` names the adapter of `one_pass`."""
 
     method: str
     guidance_scale: float
@@ -51,11 +51,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Samples:
-    """Final latents `[n, c, h, w]` as the VAE is handed them, and what they cost; decoding is not counted.
+    """Final latents `[n, c, h, w]`, as passed to the VAE, and their cost without decoding.
 
     Attributes:
-        steps: every step on the way, the latents as the scheduler was handed them.
-        fused: of one pass, whether it ran the base's own modules alone, the scale in their weights.
+        steps: every step of the scheduler, with the latents that it received.
+        fused: for `one_pass`, whether the scale was fused into the weights, so that only the base's modules ran.
     """
 
     latents: Tensor
@@ -68,13 +68,13 @@ class Samples:
 def settings(
     scales: Sequence[float], methods: Sequence[str] = (ONE_PASS,), adapters: Sequence[str | None] = (None,)
 ) -> list[Setting]:
-    """No guidance once, then at every scale CFG and what is compared with it, one pass by every adapter."""
+    """The settings in order: no guidance once, then at every scale CFG and the methods, `one_pass` once per adapter."""
     if not scales or not all(1 < scale < float("inf") for scale in scales):
         raise UserError(
-            f"guidance_scale={list(scales)}: name scales above 1; 1 is no guidance, which is always compared"
+            f"guidance_scale={list(scales)}: name scales above 1; 1 is no guidance, which is always included"
         )
     if unknown := [method for method in methods if method not in COMPARED]:
-        raise UserError(f"methods={unknown[0]}: some of {', '.join(COMPARED)}; none and cfg are always compared")
+        raise UserError(f"methods={unknown[0]}: some of {', '.join(COMPARED)}; none and cfg are always included")
     found = [Setting(NONE, 1.0)]
     for scale in scales:
         found.append(Setting(CFG, scale))
@@ -84,75 +84,75 @@ def settings(
 
 
 def measured_scales(compared: Sequence[Setting]) -> dict[float, Setting]:
-    """What stands for CFG at each scale that it is measured at, by the scale; at 1 that is no guidance."""
+    """The settings that measure CFG, by scale; at scale 1 that is no guidance."""
     return {setting.guidance_scale: setting for setting in compared if setting.method in (NONE, CFG)}
 
 
 def load_pair(
     adapter_dir: str, name_or_path: str | None, device: str, lora: str | None = None
 ) -> tuple[Any, GuidanceAdapter]:
-    """The pipeline, with a LoRA where one is named, and the adapter for it, not attached yet."""
+    """Load the pipeline, with a LoRA if one is named, and the adapter, detached."""
     adapter = GuidanceAdapter.from_pretrained(adapter_dir)
     pipe = load_recorded(adapter.metadata, name_or_path, device)
     if lora is not None:
         load_lora(pipe, lora)
-    return pipe, fitted(adapter, pipe)
+    return pipe, fit_to_pipeline(adapter, pipe)
 
 
 def load_recorded(metadata: dict[str, Any], name_or_path: str | None, device: str) -> Any:
-    """The teacher that an adapter's folder tells of: its pipeline's class, its scheduler, its guider.
+    """Load the teacher that an adapter's metadata describes: its pipeline class, scheduler and guider.
 
     Args:
-        name_or_path: of another base in place of the teacher's own; its scheduler keeps what belongs to its weights.
+        metadata: of an adapter.
+        name_or_path: another base in place of the teacher's; its scheduler keeps its own configuration.
     """
-    base, teacher = metadata["base"], metadata.get("teacher", {})
+    base, teacher = metadata["base"], metadata["teacher"]
     source = {} if name_or_path else {key: base[key] for key in ("revision", "variant")}
-    kind = "ModularPipeline" if teacher.get("guider") else base["pipeline_class"]
+    kind = "ModularPipeline" if teacher["guider"] else base["pipeline_class"]
     if not hasattr(diffusers, kind):
         warnings.warn(
-            f"diffusers {diffusers.__version__} has no {kind}, of which the records are: the base's own is taken",
+            f"diffusers {diffusers.__version__} has no {kind}, which made the records: using the base's own class",
             stacklevel=2,
         )
         kind = None
     pipe: Any = load_pipeline(
         name_or_path or base["pretrained_model_name_or_path"], device=device, pipeline_class=kind, **source
     )
-    if teacher.get("guider"):
+    if teacher["guider"]:
         pipe.update_components(guider=new_guider(dict(teacher["guider"])))
-    if "scheduler_class" in teacher:
-        scheduler = diffusers_class(teacher["scheduler_class"], "the scheduler of the records")
-        own = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-        config = own if name_or_path else teacher["scheduler_config"]
-        if type(pipe.scheduler) is not scheduler or json.dumps(own, default=str) != json.dumps(config, default=str):
-            pipe.scheduler = scheduler.from_config(config)
+    scheduler = diffusers_class(teacher["scheduler_class"], "the scheduler of the records")
+    own = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    config = own if name_or_path else teacher["scheduler_config"]
+    if type(pipe.scheduler) is not scheduler or json.dumps(own, default=str) != json.dumps(config, default=str):
+        pipe.scheduler = scheduler.from_config(config)
     return pipe
 
 
 def load_lora(pipe: Any, name_or_path: str) -> None:
     """
     Raises:
-        UserError: the pipeline takes no LoRA, or none that fits it is there.
+        UserError: the pipeline takes no LoRA, or the LoRA cannot be loaded.
     """
     if not hasattr(pipe, "load_lora_weights"):
-        raise UserError(f"lora={name_or_path}: {type(pipe).__name__} takes none: leave it out")
+        raise UserError(f"lora={name_or_path}: {type(pipe).__name__} takes no LoRA: leave it out")
     try:
         pipe.load_lora_weights(resolve(name_or_path))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"lora={name_or_path}: cannot be loaded: {first_line(error)}") from error
 
 
-def fitted(adapter: GuidanceAdapter, pipe: Any) -> GuidanceAdapter:
-    """The adapter on the pipeline's device; a base that does not fit is refused here, before anything is sampled."""
+def fit_to_pipeline(adapter: GuidanceAdapter, pipe: Any) -> GuidanceAdapter:
+    """Move the adapter to the pipeline's device, and check that it fits the base before anything is sampled."""
     adapter.attach(pipe)
     adapter.detach()
     return adapter.to(pipe.device)
 
 
 def arguments_of(pipe: Any, adapter: GuidanceAdapter) -> dict[str, Any]:
-    """What the adapter's teacher was told besides, as far as this pipeline takes it: not another rule's settings."""
-    known = inspect.signature(type(pipe).__call__).parameters
-    has_guider = guider_of(pipe) is not None  # then the pipeline takes whatever its blocks do
-    return {name: value for name, value in adapter.metadata["arguments"].items() if name in known or has_guider}
+    """The further arguments of the adapter's teacher that this pipeline takes, too."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    has_guider = guider_of(pipe) is not None  # a modular pipeline takes every argument of its blocks
+    return {name: value for name, value in adapter.metadata["arguments"].items() if name in parameters or has_guider}
 
 
 def conditions_of(
@@ -162,13 +162,13 @@ def conditions_of(
     prompts: list[str],
     pictures: Mapping[str, list[str]] | None = None,
 ) -> list[Condition]:
-    """What to sample: the prompts and pictures that are given, or the classes; by default all that the adapter was trained on.
+    """The conditions to sample: the given prompts and pictures, or classes; by default all trained classes.
 
     Args:
-        pictures: paths by the name of the pipeline's argument, as many of each as there are prompts.
+        pictures: paths by the name of the pipeline's argument, as many for each as there are prompts.
 
     Raises:
-        UserError: prompts for a pipeline that takes classes, or the other way round, or a class not trained on.
+        UserError: prompts for a pipeline that takes classes, or the reverse, or a class that was not trained on.
     """
     kind, given = type(pipe), {name: paths for name, paths in (pictures or {}).items() if paths}
     if not takes_class_labels(kind):
@@ -195,7 +195,7 @@ def conditions_of(
 
 
 def sample_setting(pipe: Any, adapter: GuidanceAdapter, setting: Setting, request: Request) -> Samples:
-    """Sample one image per condition, its noise from its own seed, in the way that a setting says."""
+    """Sample one image per condition by a setting; each image's noise has its own seed."""
     n = len(request.seeds)
     with (
         undecoded(pipe) as latents,
@@ -205,31 +205,31 @@ def sample_setting(pipe: Any, adapter: GuidanceAdapter, setting: Setting, reques
     ):
         synchronize(pipe)
         start = time.perf_counter()
-        sample(pipe, *with_guidance(pipe, {} if adapter is None else adapter.metadata, setting, request))
+        sample(pipe, *with_guidance(pipe, adapter.metadata, setting, request))
         synchronize(pipe)
         seconds = (latents.ended or time.perf_counter()) - start
     return Samples(latents[0], count[0], seconds, steps, adapter.fused if setting.method == ONE_PASS else None)
 
 
 def with_guidance(pipe: Any, metadata: dict[str, Any], setting: Setting, request: Request) -> tuple[Request, float]:
-    """A request, and the scale that the pipeline is given for that of a setting; for no guidance, all that switches it off."""
-    offset = metadata.get("scale_offset", 0.0)
+    """The request and the scale to pass to the pipeline; for no guidance, with all arguments that switch it off."""
+    offset = metadata["scale_offset"]
     guides_itself = setting.method != ONE_PASS or not isinstance(pipe, ModularPipeline)
     if setting.method != NONE and guides_itself:
         return request, setting.guidance_scale - offset
-    off = dict(metadata.get("no_guidance", {}))
-    known = inspect.signature(type(pipe).__call__).parameters
+    off = dict(metadata["no_guidance"])
+    parameters = inspect.signature(type(pipe).__call__).parameters
     scale = off.pop(scale_keyword(pipe), 1.0 - offset) if guider_of(pipe) is None else 1.0 - offset
-    return replace(request, arguments=request.arguments | {k: v for k, v in off.items() if k in known}), scale
+    return replace(request, arguments=request.arguments | {k: v for k, v in off.items() if k in parameters}), scale
 
 
 @contextmanager
 def guiding(
     pipe: Any, adapter: GuidanceAdapter, setting: Setting, steps: list[SchedulerStep], n: int
 ) -> Iterator[None]:
-    """Within it, a call of the pipeline at the setting's scale is guided by the setting's method."""
+    """Within the context, a pipeline call at the setting's scale uses the setting's method."""
     if setting.method == ONE_PASS:
-        is_modular = isinstance(pipe, ModularPipeline)  # whose call names no argument that an adapter could take
+        is_modular = isinstance(pipe, ModularPipeline)  # its call has no guidance_scale argument to intercept
         adapter.attach(denoiser_of(pipe)[1] if is_modular else pipe)
         try:
             with adapter.guidance_scale(setting.guidance_scale) if is_modular else nullcontext():
@@ -237,7 +237,7 @@ def guiding(
         finally:
             adapter.detach()
     elif setting.method in FIRST_PERCENT:
-        place = adapter.metadata.get("unconditional")
+        place = adapter.metadata["unconditional"]
         with guided_first(pipe, place, FIRST_PERCENT[setting.method], steps, n):
             yield
     else:

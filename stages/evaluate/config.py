@@ -1,4 +1,4 @@
-"""What evaluation and sampling can be told."""
+"""The options of evaluation and sampling."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from stages.configuration.options import option
 from stages.evaluate.comparisons import COMPARED
 from stages.evaluate.feature_extractors import CLASSIFIER, NETWORKS
 
-MOST = 2**31 - 1
+MAX_SEED = 2**31 - 1
 
 
 @dataclass
 class EvaluateConfig:
     adapter_dir: Any = option(
         MISSING,
-        "folder of the adapter, on disk or in a bucket, or its hub id; or a list of them: adapters of one base, compared in one run",
+        "the adapter: a folder on disk or in a bucket, or a hub id; or a list, to compare adapters of one base",
         kind=str | list[str],
     )
-    guidance_scale: list[float] = option(lambda: [1.5, 2.0, 3.0], "scales to compare at")
+    guidance_scale: list[float] = option(lambda: [1.5, 2.0, 3.0], "guidance scales to compare at")
     methods: list[str] = option(
         lambda: list(COMPARED),
-        "what is compared with no guidance and CFG: `one_pass`, and CFG on the first steps only: `cfg_first_50`, "
+        "methods to compare with no guidance and CFG: `one_pass`, and CFG on the first steps only, `cfg_first_50` and "
         "`cfg_first_60`",
     )
     prompts: str | None = option(
         None,
-        "where the pipeline takes prompts: a file with a column prompt and perhaps class_label (.txt, .jsonl, .csv, "
-        ".parquet), and with image, mask_image or video where it takes pictures: their paths, relative to the file",
+        "if the pipeline takes prompts: a file (.txt, .jsonl, .csv, .parquet) with a column prompt, optionally "
+        "class_label, and image, mask_image or video if it takes pictures: their paths, relative to the file",
     )
     reference: str | None = option(
         "stages/embedded/digits",
@@ -40,36 +40,37 @@ class EvaluateConfig:
     inception_weights: str | None = option(
         None, "file of InceptionV3's weights; by default torch-fidelity downloads it"
     )
-    clip_model: str | None = option(None, "folder or hub id of a CLIP model: adds the CLIP score of prompts")
-    output_dir: str | None = option(None, "by default `evaluation` in the adapter's folder")
-    pretrained_model_name_or_path: str | None = option(None, "the pipeline; by default the base that the adapter names")
+    clip_model: str | None = option(None, "folder or hub id of a CLIP model, to measure the CLIP score of prompts")
+    output_dir: str | None = option(None, "folder for the evaluation; by default `evaluation` in the adapter's folder")
+    pretrained_model_name_or_path: str | None = option(None, "the pipeline; by default the adapter's base")
     lora: str | None = option(
-        None, "folder, file or hub id of a LoRA that the pipeline loads first: does the adapter compose with it?"
+        None,
+        "folder, file or hub id of a LoRA to load into the pipeline first, to test the adapter together with it",
     )
     scheduler: str | None = option(
-        None, "a scheduler class of diffusers in place of the pipeline's own, with its configuration"
+        None, "a scheduler class of diffusers that replaces the pipeline's, with the same configuration"
     )
-    num_samples: int = option(1000, "images per method and scale, classes or prompts in turn", at_least=2)
+    num_samples: int = option(1000, "images per method and scale; classes or prompts are taken in turn", at_least=2)
     num_inference_steps: int = option(25, "denoising steps per image", at_least=1, at_most=1000)
-    batch_size: int = option(100, "images sampled at once; an interrupted run goes on with the next batch", at_least=1)
-    seed: int = option(0, "seed of the noise, the same for every method", at_least=0, at_most=MOST)
+    batch_size: int = option(
+        100, "images sampled at once; an interrupted run continues after the last whole batch", at_least=1
+    )
+    seed: int = option(0, "seed of the noise, the same for every method", at_least=0, at_most=MAX_SEED)
     save_images: bool = option(False, "keep every image: output_dir/images/METHOD-SCALE/NUMBER.png")
-    device: str = option("auto", "`auto` (a GPU where there is one; several share the work), `cuda` or `cpu`")
+    device: str = option("auto", "`auto` (a GPU if there is one; several share the work), `cuda` or `cpu`")
 
 
 @dataclass
 class SampleConfig:
-    adapter_dir: str = option(MISSING, "folder of the adapter, on disk or in a bucket, or its hub id")
-    class_labels: list[int] | None = option(
-        None, "one image each; by default all classes that the adapter was trained on"
-    )
-    prompts: list[str] = option(list, "one image each, where the pipeline takes prompts")
-    image: list[str] = option(list, "paths, one for each image, where the pipeline takes pictures")
-    mask_image: list[str] = option(list, "paths of masks, one for each image, where the pipeline takes them")
-    video: list[str] = option(list, "paths of moving pictures, one for each image, where the pipeline takes them")
+    adapter_dir: str = option(MISSING, "the adapter: a folder on disk or in a bucket, or a hub id")
+    class_labels: list[int] | None = option(None, "classes to sample, one image each; by default all trained classes")
+    prompts: list[str] = option(list, "prompts to sample, one image each, if the pipeline takes prompts")
+    image: list[str] = option(list, "paths of pictures, one per image, if the pipeline takes them")
+    mask_image: list[str] = option(list, "paths of masks, one per image, if the pipeline takes them")
+    video: list[str] = option(list, "paths of videos, one per image, if the pipeline takes them")
     guidance_scale: float = option(2.0, "scale of the guided and the one-pass row", above=1)
     output: str = option("grid.png", "image file")
-    pretrained_model_name_or_path: str | None = option(None, "the pipeline; by default the base that the adapter names")
+    pretrained_model_name_or_path: str | None = option(None, "the pipeline; by default the adapter's base")
     num_inference_steps: int = option(25, "denoising steps per image", at_least=1, at_most=1000)
-    seed: int = option(0, "seed of the noise, the same for every row", at_least=0, at_most=MOST)
-    device: str = option("auto", "`auto` (a GPU where there is one), `cuda` or `cpu`")
+    seed: int = option(0, "seed of the noise, the same for every row", at_least=0, at_most=MAX_SEED)
+    device: str = option("auto", "`auto` (a GPU if there is one), `cuda` or `cpu`")

@@ -1,4 +1,4 @@
-"""The dial: what turning the strength of an exported LoRA does, told as the guidance scale that its samples show."""
+"""The dial: the effective guidance scale of an exported LoRA at each strength."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.evaluate.effective_scale import effective_scale, squared_distances
 from stages.evaluate.threads import threads_that_pay
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
-BEYOND = 1.5  # where CFG is measured last: the scale that this strength would mean, did the strength scale the guidance
+HIGHEST_CFG = 1.5  # CFG is measured up to the scale of this strength, if strength scaled guidance linearly
 
 
 def measure_dial(
@@ -29,44 +29,50 @@ def measure_dial(
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[dict[str, float]]:
-    """The effective guidance scale of a file that holds one scale, at each of some strengths.
+    """Measure the effective guidance scale of a one-scale LoRA at each of `STRENGTHS`.
 
-    Each strength is sampled by the pipeline's own single pass, with `W + strength * dW` for weights, and set beside CFG from the
-    same noise, at scales from no guidance to beyond the file's; those beyond the last are told as the last.
+    The pipeline samples each strength in a single pass with weights `W + strength * dW`. The samples are compared with
+    CFG from the same noise, at scales from 1 to beyond the LoRA's; the highest of these is the maximum result.
 
     Args:
-        pipe: nothing rides on its denoiser; adapter: attached to nothing; both are left so.
-        guidance_scale: of the file, above 1; conditions: taken in turn.
+        pipe: a pipeline whose denoiser has no adapter.
+        adapter: an adapter that is not attached; it is detached again at the end.
+        guidance_scale: the LoRA's scale, above 1.
+        conditions: taken in turn.
 
     Returns:
-        A row per strength, rising: `strength` and `guidance_scale`.
+        A row per strength, ascending: `strength` and `guidance_scale`.
 
     Raises:
-        UserError: the adapter, or the base as it is, cannot be fused.
+        UserError: the adapter cannot be fused into the base.
     """
-    scales = [1 + share * (guidance_scale - 1) for share in (0.0, *STRENGTHS, BEYOND)]
+    scales = [1 + share * (guidance_scale - 1) for share in (0.0, *STRENGTHS, HIGHEST_CFG)]
     sums = torch.zeros(len(STRENGTHS) + len(scales), len(scales), dtype=torch.float64)
     for start in range(0, num_samples, batch_size):
         indices = range(start, min(start + batch_size, num_samples))
-        asked = [conditions[i % len(conditions)] for i in indices]
+        batch = [conditions[i % len(conditions)] for i in indices]
         seeds = [(seed << 32) + i for i in indices]
-        request = Request(asked, seeds, num_inference_steps, arguments_of(pipe, adapter))
+        request = Request(batch, seeds, num_inference_steps, arguments_of(pipe, adapter))
         with threads_that_pay(pipe):
-            turned = [of_strength(pipe, adapter, guidance_scale, strength, request) for strength in STRENGTHS]
-            measured = [of_cfg(pipe, adapter, scale, request) for scale in scales]
-        sums += torch.stack([squared_distances(latents, measured).sum(dim=0).cpu() for latents in turned + measured])
+            at_strengths = [
+                sample_at_strength(pipe, adapter, guidance_scale, strength, request) for strength in STRENGTHS
+            ]
+            measured = [sample_cfg(pipe, adapter, scale, request) for scale in scales]
+        sums += torch.stack(
+            [squared_distances(latents, measured).sum(dim=0).cpu() for latents in at_strengths + measured]
+        )
     distances = (sums / num_samples).tolist()
-    between = [of_scale[i + 1] for i, of_scale in enumerate(distances[len(STRENGTHS) : -1])]
+    between = [row[i + 1] for i, row in enumerate(distances[len(STRENGTHS) : -1])]
     return [
         {"strength": strength, "guidance_scale": effective_scale(found, between, scales)}
         for strength, found in zip(STRENGTHS, distances, strict=False)
     ]
 
 
-def of_strength(
+def sample_at_strength(
     pipe: Any, adapter: GuidanceAdapter, guidance_scale: float, strength: float, request: Request
 ) -> Tensor:
-    """Final latents `[n, ...]` of the pipeline's own single pass with one scale in its weights, so many times."""
+    """Final latents `[n, ...]` of a single pass with one scale's change, times the strength, in the weights."""
     adapter.attach(denoiser_of(pipe)[1])
     try:
         adapter.fuse(guidance_scale, strength)
@@ -75,7 +81,7 @@ def of_strength(
         adapter.detach()
 
 
-def of_cfg(pipe: Any, adapter: GuidanceAdapter, guidance_scale: float, request: Request) -> Tensor:
-    """Final latents `[n, ...]` of the base alone; at scale 1 without guidance."""
+def sample_cfg(pipe: Any, adapter: GuidanceAdapter, guidance_scale: float, request: Request) -> Tensor:
+    """Final latents `[n, ...]` of the base with CFG; at scale 1 without guidance."""
     method = CFG if guidance_scale > 1 else NONE
     return sample_setting(pipe, adapter, Setting(method, guidance_scale), request).latents

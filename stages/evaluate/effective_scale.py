@@ -1,4 +1,4 @@
-"""The effective scale: how much guidance samples show, whatever they were asked for, told as a scale of CFG."""
+"""The effective scale: the CFG scale whose samples are nearest to given samples."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ def squared_distances(latents: Tensor, measured: Sequence[Tensor]) -> Tensor:
     """Mean squared distances `[n, k]`, in double precision, of n images' latents to those of CFG at k scales.
 
     Args:
-        latents: `[n, ...]`; measured: of CFG from the same noise, each `[n, ...]`.
+        latents: `[n, ...]`.
+        measured: the latents of CFG from the same noise, each `[n, ...]`.
     """
     return torch.stack([(latents - guided).double().square().flatten(1).mean(dim=1) for guided in measured], dim=1)
 
 
 def effective_scale(distances: Sequence[float], between: Sequence[float], scales: Sequence[float]) -> float:
-    """The CFG scale whose samples some others are nearest to.
+    """The CFG scale whose samples are nearest to the given samples.
 
-    Between two neighbouring measured scales CFG's latents are taken as linear in the scale, a straight segment for all
-    images together. What lies beyond the measured scales is told as the lowest or the highest of them.
+    Between adjacent measured scales, CFG's latents are taken as linear in the scale. The result lies within the
+    measured scales. Means over images suffice as input.
 
     Args:
-        distances: `[k]`, mean squared distances of the samples to CFG at each of k scales; only these and `between` are
-            needed, so that means over images suffice.
-        between: `[k - 1]`, those of CFG at each scale to CFG at the next.
-        scales: `[k]`, rising, the first 1: no guidance.
+        distances: `[k]`, mean squared distances of the samples to CFG at each of k scales.
+        between: `[k - 1]`, mean squared distances of CFG at each scale to CFG at the next.
+        scales: `[k]`, ascending; the first is 1, no guidance.
     """
     found = []
     for i, length in enumerate(between):

@@ -1,4 +1,4 @@
-"""One evaluation: parts are made, here or elsewhere, and the rows are told from what the parts hold."""
+"""One evaluation: workers make its parts, in this process or elsewhere, and the rows are computed from the parts."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ Begin = Callable[[Facts], list[int]]
 Makers = Callable[["Evaluation", Begin], Iterator[int]]
 
 
-def in_process(evaluation: Evaluation, begin: Begin) -> Iterator[int]:
-    """Make the parts that are missing in this process; the number of images of each as it is made."""
+def evaluate_in_process(evaluation: Evaluation, begin: Begin) -> Iterator[int]:
+    """Make the missing parts in this process; yield the number of images of each finished part."""
     worker = evaluation.new_worker()
     for part in begin(worker.load()):
         yield worker.make(part)
 
 
 class Evaluation:
-    """Compare one pass, by one adapter or several, with two passes and with none.
+    """Compares one pass, by one adapter or several, with CFG and with no guidance.
 
     Attributes:
-        folder: where everything is written.
-        adapters: the adapters' folders by name: the folder's own, or where two are alike the path.
-        settings: what is compared, in the order of the rows.
-        rows: one per setting, as `evaluation.json` holds them, once `run` has ended.
-        metadata: what `evaluation.json` tells besides.
+        folder: the output folder.
+        adapters: the adapters' folders by name; the name is the folder's, or the path if two folders share a name.
+        settings: the settings to compare, in the order of the rows.
+        rows: one per setting, as in `evaluation.json`, after `run`.
+        metadata: the other content of `evaluation.json`.
         shown: the first images of each setting, bytes `[10, c, h, w]`, from the same noise.
 
     Raises:
-        UserError: something in the configuration cannot be.
+        UserError: the configuration is invalid.
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
@@ -58,10 +58,10 @@ class Evaluation:
         self.config = config
         self.adapters = adapter_names(config.adapter_dir)
         if config.output_dir is None and len(self.adapters) > 1:
-            raise UserError("output_dir: not given: with several adapters say where the evaluation goes")
+            raise UserError("output_dir: not given: with several adapters, name the folder of the evaluation")
         folder = next(iter(self.adapters.values()))
         if config.output_dir is None and "://" in folder:
-            raise UserError(f"output_dir: not given: {folder} is in a bucket, so say where the evaluation goes")
+            raise UserError(f"output_dir: not given: {folder} is in a bucket: name a local folder for the evaluation")
         self.folder = Path(config.output_dir or Path(folder) / "evaluation")
         self.settings = settings(config.guidance_scale, config.methods, list(self.adapters))
         self.reference: Reference | None = None
@@ -75,11 +75,11 @@ class Evaluation:
     def new_worker(self) -> Worker:
         return Worker(self.config, self.adapters, self.folder)
 
-    def run(self, makers: Makers = in_process) -> list[dict[str, Any]]:
-        """Make the parts that an earlier run of the same evaluation has not made, and tell the rows of all."""
+    def run(self, makers: Makers = evaluate_in_process) -> list[dict[str, Any]]:
+        """Make the parts that are missing, and return the rows."""
         check_folder(self.folder)
-        if self.reference is not None:  # first, so that a file that is no image is told before hours of sampling
-            remember_features(self.reference, self.folder / "reference_features.safetensors")
+        if self.reference is not None:  # first, to report unreadable images before hours of sampling
+            cache_features(self.reference, self.folder / "reference_features.safetensors")
         with progress(self.config.num_samples, "evaluate", "images") as bar:
 
             def begin(facts: Facts) -> list[int]:
@@ -113,10 +113,10 @@ class Evaluation:
     def _rows(self) -> list[dict[str, Any]]:
         total, timesteps = self.config.num_samples, self.parts.timesteps()
         adapters = {info["adapter"]: info for info in self.metadata["adapters"]}
-        closeness = self._closeness()
+        closeness = self._distances_to_cfg()
         rows = []
         for number, setting in enumerate(self.settings):
-            found = self.parts.of(number)
+            found = self.parts.result(number)
             self.shown[setting] = found.shown
             if setting.method == NONE:
                 plain = found
@@ -126,7 +126,7 @@ class Evaluation:
                     "method": setting.method,
                     "guidance_scale": setting.guidance_scale,
                     **{key: adapter.get(key) for key in ("adapter", "variant", "seed")},
-                    **summary(measured_of_images(found), self.reference),
+                    **summary(image_measurements(found), self.reference),
                     **closeness[setting],
                     "denoiser_evaluations": found.denoiser_evaluations / total,
                     "fused": found.fused,
@@ -137,8 +137,8 @@ class Evaluation:
             )
         return rows
 
-    def _closeness(self) -> dict[Setting, dict[str, float]]:
-        """How near each setting comes to CFG: to that at its own scale, and to that at which scale the nearest."""
+    def _distances_to_cfg(self) -> dict[Setting, dict[str, float]]:
+        """The gap to CFG at its own scale that each setting closes, and its effective scale."""
         measured = measured_scales(self.settings)
         scales = sorted(measured)
         means = [self.parts.values(number, DISTANCES).mean(dim=0).tolist() for number in range(len(self.settings))]
@@ -167,7 +167,7 @@ def adapter_names(adapter_dir: Any) -> dict[str, str]:
 
 
 def adapter_info(name: str, folder: str, parameters_of_denoiser: int) -> dict[str, Any]:
-    """What `evaluation.json` tells of an adapter; its seed where its folder has the configuration of its training."""
+    """An adapter's entry in `evaluation.json`; its seed comes from `config.yaml` in its folder, if there is one."""
     adapter = GuidanceAdapter.from_pretrained(folder)
     parameters = sum(p.numel() for p in adapter.parameters())
     config = Path(folder) / "config.yaml"
@@ -184,8 +184,8 @@ def adapter_info(name: str, folder: str, parameters_of_denoiser: int) -> dict[st
     }
 
 
-def remember_features(reference: Reference, path: Path) -> None:
-    """Take the features of image files from where they were kept, or keep them there."""
+def cache_features(reference: Reference, path: Path) -> None:
+    """Read the features of image files from a cache file, or compute and cache them."""
     if isinstance(reference.images, Tensor):
         return
     try:
@@ -200,8 +200,8 @@ def remember_features(reference: Reference, path: Path) -> None:
         kept.write(content)
 
 
-def measured_of_images(found: Result) -> dict[str, Tensor]:
-    """What the judges measured of each image."""
+def image_measurements(found: Result) -> dict[str, Tensor]:
+    """The judges' measurements of each image."""
     return {name: v for name, v in found.values.items() if name != DISTANCES and not name.startswith(ERROR)}
 
 
@@ -213,7 +213,7 @@ def gap_closed(setting: Setting, distances: dict[float, float], gaps: dict[float
 
 
 def errors_by_timestep(found: Result, timesteps: list[float]) -> list[dict[str, Any]]:
-    """Curves over the scheduler's timesteps, of the mean squared distance of the latents to those of CFG at a scale."""
+    """The mean squared distance of the latents to CFG's at each timestep, one curve per CFG scale."""
     curves = {
         float(n.removeprefix(ERROR)): v.mean(dim=0).tolist() for n, v in found.values.items() if n.startswith(ERROR)
     }

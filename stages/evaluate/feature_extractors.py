@@ -1,4 +1,4 @@
-"""Feature networks: what sets of images are compared by. Exchangeable, and told by name with `features=`."""
+"""Feature networks for comparing sets of images, selected by `features=`."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ INCEPTION_SIZE = 299
 
 
 class FeatureNetwork(Protocol):
-    """Images to what they are compared by."""
+    """Maps images to features and class scores."""
 
     @property
     def module(self) -> nn.Module:
-        """What its weights are in."""
+        """The module that holds the weights."""
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features `[n, f]` and class scores `[n, k]` (logits) of images `[n, c, h, w]` in [-1, 1]."""
 
 
 class ClassifierNetwork:
-    """The digits' own classifier."""
+    """The digit classifier as a feature network."""
 
     def __init__(self, classifier: DigitClassifier) -> None:
         self.module: DigitClassifier = classifier
@@ -45,11 +45,11 @@ class ClassifierNetwork:
 class InceptionNetwork:
     """The InceptionV3 of the published distances, as torch-fidelity ports it from TensorFlow.
 
-    Every image is brought to 299 x 299 by the same antialiased filter, because how images are resized moves the
-    distance more than many models differ (arXiv 2104.11222).
+    Every image is resized to 299 x 299 by the same antialiased filter, because the choice of filter changes the
+    distance more than the choice between many models does (arXiv 2104.11222).
 
     Args:
-        weights: a file; by default torch-fidelity downloads its own.
+        weights: a file of weights; by default torch-fidelity downloads them.
 
     Raises:
         UserError: torch-fidelity is not installed, or there are no weights.
@@ -58,7 +58,7 @@ class InceptionNetwork:
     def __init__(self, weights: str | None, device: str) -> None:
         try:
             from torch_fidelity import FeatureExtractorInceptionV3
-        except (ImportError, RuntimeError) as error:  # a torchvision made for another torch ends in a RuntimeError
+        except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises RuntimeError
             raise UserError(
                 f"features=inception: torch-fidelity cannot be used: {first_line(error)}: pip install '.[inception]'"
             ) from error
@@ -67,7 +67,7 @@ class InceptionNetwork:
         except (OSError, RuntimeError, ValueError, EOFError) as error:
             found = f"inception_weights={weights}" if weights else "features=inception: its weights"
             raise UserError(
-                f"{found}: not to be had: {first_line(error)}: name a file: inception_weights=..."
+                f"{found}: cannot be loaded: {first_line(error)}: name a file: inception_weights=..."
             ) from error
         self.module: Any = extractor.to(device)
 
@@ -78,11 +78,11 @@ class InceptionNetwork:
 
 
 def to_inception(picture: Image.Image) -> Tensor:
-    """A picture as the network takes it: bytes `[3, 299, 299]`, the middle square of it, resized."""
+    """The network's input: the picture's central square, resized, as bytes `[3, 299, 299]`."""
     square = ImageOps.fit(picture.convert("RGB"), (INCEPTION_SIZE, INCEPTION_SIZE), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
 def load_classifier(folder: Path) -> DigitClassifier | None:
-    """The judge of class accuracy that stands beside reference images, where there is one."""
+    """Load the classifier for class accuracy from a folder; None if there is no such folder."""
     return DigitClassifier.from_pretrained(folder).eval() if folder.is_dir() else None

@@ -1,4 +1,4 @@
-"""CFG on the first steps alone: what anyone can do without training, and so the baseline to beat."""
+"""CFG on the first steps only: a baseline that needs no training."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ Forward = Callable[..., Any]
 def guided_first(
     pipe: Any, place: dict[str, int] | None, percent: int, steps: list[SchedulerStep], n: int
 ) -> Iterator[None]:
-    """Within it, the pipeline's guidance acts on the first steps, and later ones cost one conditional pass.
+    """Within the context, the pipeline guides the first steps, and each later step costs one conditional pass.
 
-    Guided are `ceil(percent / 100 * T)` of the scheduler's T timesteps. Afterwards the denoiser runs the conditional
-    part alone and answers with it for the unconditional part too: whatever the pipeline combines, `u + w (c - u) = c`.
+    The first `ceil(percent / 100 * T)` of the scheduler's T timesteps are guided. Afterwards the denoiser runs the
+    conditional part only and returns it as the unconditional part, too, so that `u + w (c - u) = c` for any `w`.
 
     Args:
-        place: call, chunk and number of chunks of a guided step's unconditional part, as an adapter's folder tells it.
-        steps: those made so far, as `scheduler_steps` lists them; n: images.
+        place: call, chunk and number of chunks of a guided step's unconditional part, from an adapter's metadata.
+        steps: the scheduler's steps so far, as `scheduler_steps` lists them.
+        n: number of images.
 
     Raises:
-        UserError: where the conditional part lies is not known in time.
+        UserError: the position of the conditional part is unknown, or it runs after the unconditional one.
     """
     in_calls = _in_calls(pipe, place)
     conditional: dict[int, Forward] = {}
@@ -53,11 +54,11 @@ def guided_first(
 
 
 def _in_calls(pipe: Any, place: dict[str, int] | None) -> bool:
-    """Whether a guided step is two calls, the conditional one first; else it is one call of a doubled batch."""
+    """Whether a guided step makes two calls, the conditional one first; else it makes one call with a doubled batch."""
     name = type(pipe).__name__
     way_out = "leave cfg_first_50 and cfg_first_60 out of methods=[...]"
     if place is None:
-        raise UserError(f"{name}: where a guided step has its unconditional part is not known: {way_out}")
+        raise UserError(f"{name}: the unconditional part of a guided step is unknown: {way_out}")
     if place["chunks"] > 2:
         raise UserError(f"{name}: a guided step has {place['chunks']} parts, not two: {way_out}")
     if place["chunks"] == 1 and place["call"] == 0:
@@ -66,7 +67,7 @@ def _in_calls(pipe: Any, place: dict[str, int] | None) -> bool:
 
 
 def once_per_step(forward: Forward, steps: list[SchedulerStep]) -> Forward:
-    """The first call of each step runs, and the later ones are answered as it was."""
+    """Run the first call of each step, and return its output for the later calls of the step."""
     kept: dict[int, Any] = {}
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -74,14 +75,14 @@ def once_per_step(forward: Forward, steps: list[SchedulerStep]) -> Forward:
             return kept[len(steps)]
         kept.clear()
         output = forward(*args, **kwargs)
-        kept[len(steps)] = copy.deepcopy(output)  # pipelines may guide in place
+        kept[len(steps)] = copy.deepcopy(output)  # pipelines may modify it in place
         return output
 
     return run
 
 
 def _of_chunks(denoiser: Any, forward: Forward, place: dict[str, int] | None, n: int) -> Forward:
-    """Of a doubled batch the conditional chunk runs, and stands for both; a batch of n is conditional already."""
+    """Run the conditional chunk of a doubled batch and return it twice; a batch of n is all conditional."""
     assert place is not None
     name, rows = latent_name(denoiser), slice((1 - place["chunk"]) * n, (2 - place["chunk"]) * n)
 
@@ -89,7 +90,7 @@ def _of_chunks(denoiser: Any, forward: Forward, place: dict[str, int] | None, n:
         size = len(args[0] if args else kwargs[name])
         if size == n:
             return forward(*args, **kwargs)
-        output = forward(*cut(args, size, rows), **cut(kwargs, size, rows))
+        output = forward(*select_rows(args, size, rows), **select_rows(kwargs, size, rows))
         if isinstance(output, tuple):
             return (torch.cat([output[0]] * 2), *output[1:])
         output.sample = torch.cat([output.sample] * 2)
@@ -98,13 +99,13 @@ def _of_chunks(denoiser: Any, forward: Forward, place: dict[str, int] | None, n:
     return run
 
 
-def cut(given: Any, size: int, rows: slice) -> Any:
-    """Arguments with only those rows of every tensor that has `size` of them."""
+def select_rows(given: Any, size: int, rows: slice) -> Any:
+    """Arguments in which every tensor of `size` rows is reduced to the given rows."""
     match given:
         case Tensor():
             return given[rows] if given.ndim and len(given) == size else given
         case dict():
-            return {name: cut(value, size, rows) for name, value in given.items()}
+            return {name: select_rows(value, size, rows) for name, value in given.items()}
         case tuple() | list():
-            return type(given)(cut(value, size, rows) for value in given)
+            return type(given)(select_rows(value, size, rows) for value in given)
     return given

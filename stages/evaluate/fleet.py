@@ -1,4 +1,4 @@
-"""The parts of an evaluation over the GPUs that Ray has: each loads everything once; the driver here owns retries."""
+"""Make the parts of an evaluation on the GPUs of a Ray cluster. Workers load everything once; the driver retries."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ PATHS = ("prompts", "reference", "inception_weights", "clip_model", "pretrained_
 def evaluate_over_ray(
     evaluation: Evaluation, begin: Begin, num_workers: int | None = None, **resources: float
 ) -> Iterator[int]:
-    """Make the parts that are missing; the number of images of each as it is made.
+    """Make the missing parts; yield the number of images of each finished part.
 
     Args:
-        num_workers: by default one per GPU; resources: what each takes, as Ray names it, by default one GPU.
+        num_workers: by default one per GPU.
+        resources: what each worker takes, by Ray's names; by default one GPU.
 
     Raises:
-        UserError: a worker refused, or a part failed three times.
+        UserError: a worker raised it, or a part failed three times.
     """
     with joined():
         fleet = EvaluationFleet(evaluation, resources or {"num_gpus": 1})
@@ -38,20 +39,22 @@ def evaluate_over_ray(
 
 
 class EvaluationFleet:
-    """Plain actors that Ray never restarts; one that dies is replaced, and its part goes to another."""
+    """Actors that Ray never restarts: the fleet replaces a dead one and reassigns its part."""
 
     def __init__(self, evaluation: Evaluation, resources: dict[str, float]) -> None:
         adapters = {name: located(folder) for name, folder in evaluation.adapters.items()}
-        self.given = everywhere(evaluation.config), adapters, evaluation.folder.resolve()
+        self.arguments = with_absolute_paths(evaluation.config), adapters, evaluation.folder.resolve()
         self.parts = number_of_parts(evaluation.config)
         self.actor = ray.remote(max_restarts=0, max_task_retries=0, **resources)(Worker)
-        self.waiting: dict[Any, tuple[Any, int | None]] = {}
+        self.pending: dict[Any, tuple[Any, int | None]] = {}
         self.attempts: Counter[int | None] = Counter()
 
     def number_of_gpus(self) -> int:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if not gpus:
-            raise UserError(f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no GPU there: unset it to evaluate here")
+            raise UserError(
+                f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: the cluster has no GPU: unset it to evaluate here"
+            )
         return gpus
 
     def run(self, begin: Begin, num_workers: int) -> Iterator[int]:
@@ -61,12 +64,12 @@ class EvaluationFleet:
         idle: list[Any] = []
         try:
             while todo is None or todo or self._in_flight():
-                (reference,), _ = ray.wait(list(self.waiting), num_returns=1)
-                worker, part = self.waiting.pop(reference)
+                (reference,), _ = ray.wait(list(self.pending), num_returns=1)
+                worker, part = self.pending.pop(reference)
                 try:
                     made = ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    self._see_failure(part, error)
+                    self._count_failure(part, error)
                     if part is not None and todo is not None:
                         todo.append(part)
                     ray.kill(worker)
@@ -79,36 +82,36 @@ class EvaluationFleet:
                 idle.append(worker)
                 while todo and idle:
                     part, worker = todo.popleft(), idle.pop()
-                    self.waiting[worker.make.remote(part)] = worker, part
+                    self.pending[worker.make.remote(part)] = worker, part
         finally:
-            for worker in [*idle, *(worker for worker, _ in self.waiting.values())]:
+            for worker in [*idle, *(worker for worker, _ in self.pending.values())]:
                 ray.kill(worker)
 
     def _in_flight(self) -> bool:
-        return any(part is not None for _, part in self.waiting.values())
+        return any(part is not None for _, part in self.pending.values())
 
     def _add_worker(self) -> None:
-        worker = self.actor.remote(*self.given)
-        self.waiting[worker.load.remote()] = worker, None
+        worker = self.actor.remote(*self.arguments)
+        self.pending[worker.load.remote()] = worker, None
 
-    def _see_failure(self, part: int | None, error: Exception) -> None:
+    def _count_failure(self, part: int | None, error: Exception) -> None:
         """
         Raises:
-            UserError: another attempt would not do better.
+            UserError: the worker raised it, or this was the last attempt.
         """
         cause = getattr(error, "cause", None) or error
         if isinstance(cause, UserError):
             raise cause
         self.attempts[part] += 1
         if self.attempts[part] >= MAX_ATTEMPTS:
-            what = "loading" if part is None else f"part {part}"
+            task = "loading" if part is None else f"part {part}"
             reason = f"{type(cause).__name__}: {first_line(cause)}"
             raise UserError(
-                f"{what} failed {MAX_ATTEMPTS} times: {reason}; the same command goes on with what is missing"
+                f"{task} failed {MAX_ATTEMPTS} times: {reason}; repeat the command to make the missing parts"
             )
 
 
-def everywhere(config: EvaluateConfig) -> EvaluateConfig:
-    """The configuration with paths that a worker in another folder finds too."""
+def with_absolute_paths(config: EvaluateConfig) -> EvaluateConfig:
+    """The configuration with paths that are valid in a worker's working directory."""
     found: dict[str, Any] = {key: located(path) for key in PATHS if (path := getattr(config, key)) is not None}
     return replace(config, **found)

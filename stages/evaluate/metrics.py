@@ -1,4 +1,4 @@
-"""Metrics of sets of images, from stored features: torchmetrics' own, but for precision and recall, which it lacks."""
+"""Metrics of sets of images from stored features: torchmetrics', plus precision and recall, which it lacks."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from stages.errors import UserError
 from stages.evaluate.reference import Reference
 
 FEATURES, SCORES = "features", "scores"
-KID_SUBSETS, KID_SUBSET_SIZE = 10, 1000  # a tenth of the usual subsets: they overlap where there are few images
+KID_SUBSETS, KID_SUBSET_SIZE = 10, 1000  # a tenth of the usual number: the subsets overlap with few images
 NEIGHBOURS = 3  # as in arXiv 1904.06991
 BLOCK = 2000
 
 
-class Measure:
-    """What is measured of images that come in batches, and the metrics of all of them.
+class ImageMetrics:
+    """Measures images batch by batch, and computes the metrics of all of them.
 
-    Frechet distance (arXiv 1706.08500), kernel distance (1801.01401), Inception Score (1606.03498), precision and
-    recall (1904.06991) by the reference's feature network; class accuracy by its classifier; and where the prompts are
-    captions of measured attributes (`stages.embedded.attributes`), how often those are met.
+    The reference's feature network gives Frechet distance (arXiv 1706.08500), kernel distance (1801.01401), Inception
+    Score (1606.03498), precision and recall (1904.06991); its classifier gives class accuracy. If the prompts are
+    captions of measured attributes (`stages.embedded.attributes`), the share of images that meet them is measured, too.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -39,16 +39,17 @@ class Measure:
 
     @property
     def fingerprint(self) -> str:
-        """Of the networks that judge."""
+        """A hash of the networks' weights."""
         classifier = self.reference.classifier
         return fingerprint(self.reference.network.module) + (fingerprint(classifier) if classifier is not None else "")
 
     @torch.no_grad()
-    def of(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
-        """What the metrics are computed from: `features`, `scores` and what each image met, each `[n, ...]`.
+    def measure(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
+        """Measure images: `features`, `scores` and the conditions that each image meets, each `[n, ...]`, on the CPU.
 
         Args:
-            images: `[n, c, h, w]` in [-1, 1], asked to be of these classes or captions; conditions: all of one kind.
+            images: `[n, c, h, w]` in [-1, 1].
+            conditions: the classes or captions of the images, all of one kind.
         """
         self._check_size(images)
         features, scores = self.reference.network(images)
@@ -57,33 +58,33 @@ class Measure:
         if self.reference.classifier is not None and None not in labels:
             right = self.reference.classifier(images).argmax(1).cpu() == torch.tensor(labels)
             values["class_accuracy"] = right.float()
-        asked = [read_caption(condition.get("prompt", "")) for condition in conditions]
-        if self.reference.classifier is not None and None not in asked:
-            met = attributes(images).cpu() == torch.tensor([caption[1:] for caption in asked if caption])
+        captions = [read_caption(condition.get("prompt", "")) for condition in conditions]
+        if self.reference.classifier is not None and None not in captions:
+            met = attributes(images).cpu() == torch.tensor([caption[1:] for caption in captions if caption])
             values |= dict(zip(("stroke_accuracy", "slant_accuracy"), met.float().T, strict=True))
         return {name: value.cpu() for name, value in values.items()}
 
     def _check_size(self, images: Tensor) -> None:
         real = self.reference.images
         if isinstance(real, Tensor) and real.shape[1:] != images.shape[1:]:
-            here, there = ("x".join(map(str, batch.shape[1:])) for batch in (real, images))
+            expected, found = ("x".join(map(str, batch.shape[1:])) for batch in (real, images))
             raise UserError(
-                f"reference={self.reference.folder}: holds images of {here}, and the pipeline makes {there}: name a "
-                "folder of real images with features=inception, or leave it out: reference=null"
+                f"reference={self.reference.folder}: holds images of {expected}, and the pipeline makes {found}: name "
+                "a folder of real images with features=inception, or leave it out: reference=null"
             )
 
     def update(self, images: Tensor, conditions: Sequence[Condition]) -> None:
-        """Add images `[n, c, h, w]` in [-1, 1] that were asked to be of these classes, or of these captions."""
-        self.values.append(self.of(images, conditions))
+        """Add images `[n, c, h, w]` in [-1, 1] of these classes or captions."""
+        self.values.append(self.measure(images, conditions))
 
     def compute(self) -> dict[str, float]:
-        """Every metric of all images so far."""
+        """The metrics of all images so far."""
         joined = {name: torch.cat([values[name] for values in self.values]) for name in self.values[0]}
         return summary(joined, self.reference)
 
 
 def summary(values: dict[str, Tensor], reference: Reference | None) -> dict[str, float]:
-    """Every metric of images from what was measured of each: of features against the reference's, else the mean."""
+    """The metrics of images from their measurements: features against the reference's, all others by their mean."""
     means = {name: float(v.double().mean()) for name, v in values.items() if name not in (FEATURES, SCORES)}
     if reference is None:
         return means
@@ -98,8 +99,8 @@ def summary(values: dict[str, Tensor], reference: Reference | None) -> dict[str,
     }
 
 
-class Given(nn.Module):
-    """In a feature network's place where torchmetrics asks for one: it is given the features themselves."""
+class PrecomputedFeatures(nn.Module):
+    """The identity in place of a feature network, because torchmetrics receives the features themselves."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -111,35 +112,35 @@ class Given(nn.Module):
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """`|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))` of features `[m, f]` and `[n, f]` (arXiv 1706.08500, equation 6)."""
-    return _of_sets(FrechetInceptionDistance(Given(real.shape[1])), real.double(), fake.double())
+    return _compare(FrechetInceptionDistance(PrecomputedFeatures(real.shape[1])), real.double(), fake.double())
 
 
 def kernel_distance(real: Tensor, fake: Tensor) -> float:
     """Squared maximum mean discrepancy of features `[m, f]`, `[n, f]`, cubic kernel, unbiased (arXiv 1801.01401)."""
     size = min(KID_SUBSET_SIZE, len(real), len(fake))
     with quiet():
-        metric = KernelInceptionDistance(Given(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
-    return _of_sets(metric, real, fake)
+        metric = KernelInceptionDistance(PrecomputedFeatures(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+    return _compare(metric, real, fake)
 
 
-def _of_sets(metric: Any, real: Tensor, fake: Tensor) -> float:
+def _compare(metric: Any, real: Tensor, fake: Tensor) -> float:
     metric.to(real.device)
     metric.update(real, real=True)
     metric.update(fake, real=False)
-    found = _computed(metric)
+    found = _compute(metric)
     return float(found[0] if isinstance(found, tuple) else found)
 
 
 def inception_score(scores: Tensor) -> float:
     """`exp(E KL(p(y|x) || p(y)))` of class scores `[n, k]` (logits), the mean over ten splits (arXiv 1606.03498)."""
     with quiet():
-        metric = InceptionScore(Given(scores.shape[1]))
+        metric = InceptionScore(PrecomputedFeatures(scores.shape[1]))
     metric.update(scores)
-    return float(_computed(metric)[0])
+    return float(_compute(metric)[0])
 
 
-def _computed(metric: Any) -> Any:
-    """A metric's value, its random subsets the same each time."""
+def _compute(metric: Any) -> Any:
+    """A metric's value, with random subsets from a fixed seed."""
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
         return metric.compute()
@@ -147,18 +148,18 @@ def _computed(metric: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it, torchmetrics does not warn that it keeps what it was given, nor of the deviation of a single split."""
+    """Silence torchmetrics' warnings about its memory use and about the deviation of a single split."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def share_inside(points: Tensor, manifold: Tensor) -> float:
-    """The share of points `[n, f]` inside a manifold that is estimated from others `[m, f]`.
+    """The share of points `[n, f]` inside a manifold that is estimated from other points `[m, f]`.
 
-    arXiv 1904.06991, equations 1 and 2: the manifold is the union of the balls around its points that reach each one's
-    third nearest neighbour. Precision is the share of generated images inside the manifold of the real ones, recall the
-    other way round.
+    arXiv 1904.06991, equations 1 and 2: the manifold is the union of balls around its points, each with the distance to
+    the third nearest neighbour as its radius. Precision is the share of generated images inside the manifold of the
+    real ones, recall the share of real images inside that of the generated ones.
     """
     points, manifold = points.double(), manifold.double()
     nearest = min(NEIGHBOURS, len(manifold) - 1) + 1  # each point is its own nearest

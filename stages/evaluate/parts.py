@@ -1,4 +1,4 @@
-"""The parts of an evaluation: small files, each whole or not there, from which an interrupted run goes on."""
+"""The parts of an evaluation: small files, written atomically, from which an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from stages.errors import UserError
 from stages.storage.files import whole_file
 
 SHOWN = "shown"
-LAYOUT = 2  # counts up when older parts hold something else
+LAYOUT = 2  # increases with every change of the parts' content
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one setting gave in one part.
+    """The result of one setting in one part.
 
     Attributes:
-        values: by name, an entry per image `[n, ...]`.
+        values: measurements by name, with an entry per image `[n, ...]`.
         shown: images for the report, bytes `[k, c, h, w]`.
-        fused: whether one pass ran the base's own modules alone; None of other methods.
+        fused: for `one_pass`, whether only the base's modules ran; None for other methods.
     """
 
     values: dict[str, Tensor]
@@ -38,10 +38,12 @@ class Result:
 
 
 class Parts:
-    """`OUTPUT/parts/00003.safetensors`: the results of every setting on one batch of seeds.
+    """Files such as `OUTPUT/parts/00003.safetensors`, each with the results of every setting on one batch of seeds.
 
     Args:
-        output: folder of the evaluation; identity: of what was evaluated; count: parts there are.
+        output: folder of the evaluation.
+        identity: hash of everything that the parts depend on.
+        count: number of parts.
     """
 
     def __init__(self, output: Path, identity: str, count: int) -> None:
@@ -52,15 +54,16 @@ class Parts:
         return self.folder / f"{part:05d}.safetensors"
 
     def missing(self) -> list[int]:
-        """The parts that are still to be made.
+        """The parts that are not made yet.
 
         Raises:
-            UserError: the folder holds those of another evaluation.
+            UserError: the folder holds parts of another evaluation.
         """
         found = {path: self._metadata(path).get("identity") for path in self.folder.glob("*.safetensors")}
         if set(found.values()) - {None, self.identity}:
             raise UserError(
-                f"{self.output}: holds an evaluation of something else, or with other options: take another output_dir, or remove it"
+                f"{self.output}: holds another evaluation, or one with other options: take another output_dir, or "
+                "remove it"
             )
         return [part for part in range(self.count) if found.get(self.path(part)) != self.identity]
 
@@ -81,17 +84,17 @@ class Parts:
             file.write(safetensors.torch.save(tensors, metadata))
 
     def timesteps(self) -> list[float]:
-        """Of the scheduler's steps, the same in every part."""
+        """The timesteps of the scheduler's steps, equal in every part."""
         return json.loads(self._metadata(self.path(0))["timesteps"])
 
-    def of(self, setting: int) -> Result:
-        """What a setting gave in all parts together."""
+    def result(self, setting: int) -> Result:
+        """The result of a setting over all parts."""
         values: dict[str, list[Tensor]] = {}
         evaluations, seconds, fused = 0, 0.0, []
         for part in range(self.count):
             with safetensors.safe_open(self.path(part), "pt") as file:
                 metadata = file.metadata()
-                for name in file.keys():  # noqa: SIM118  no dictionary
+                for name in file.keys():  # noqa: SIM118  not a dictionary
                     number, _, value = name.partition(".")
                     if int(number) == setting:
                         values.setdefault(value, []).append(file.get_tensor(name))
@@ -103,7 +106,7 @@ class Parts:
         return Result(joined, shown, evaluations, seconds, None if None in fused else all(fused))
 
     def values(self, setting: int, name: str) -> Tensor:
-        """What one setting gave under a name, of the images of all parts `[n, ...]`."""
+        """One measurement of a setting, over the images of all parts `[n, ...]`."""
         found = []
         for part in range(self.count):
             with safetensors.safe_open(self.path(part), "pt") as file:
@@ -112,7 +115,7 @@ class Parts:
 
     @staticmethod
     def _metadata(path: Path) -> dict[str, Any]:
-        """What a file tells of itself; nothing where it cannot be read, so that it is made again."""
+        """A file's metadata; empty if the file cannot be read, so that the part is made again."""
         try:
             with safetensors.safe_open(path, "pt") as file:
                 return file.metadata() or {}

@@ -1,4 +1,4 @@
-"""The parts of an evaluation over the cores of this machine: processes of one thread each, none of which waits for another."""
+"""Make the parts of an evaluation on the cores of this machine, in single-threaded processes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from stages.evaluate.threads import takes_one_thread
 from stages.evaluate.worker import Worker
 from stages.streams import print_warnings_in_one_line
 
-FEW = 2  # parts that are made sooner than a process has started
+FEW = 2  # parts that take less time than starting a process
 
 
-def over_cores(evaluation: Evaluation, begin: Begin) -> Iterator[int]:
-    """Make the parts that are missing; the number of images of each as it is made.
+def evaluate_over_cores(evaluation: Evaluation, begin: Begin) -> Iterator[int]:
+    """Make the missing parts; yield the number of images of each finished part.
 
-    A small denoiser on the CPU gets a process in place of each thread that torch would take (`OMP_NUM_THREADS`); few parts,
-    a large denoiser or one on a GPU stay in this process.
+    A small denoiser on the CPU runs in as many processes as torch would use threads (`OMP_NUM_THREADS`). With few
+    parts, a large denoiser or a GPU, this process makes the parts.
 
     Raises:
-        UserError: a worker refused, or its process ended.
+        UserError: a worker raised it, or its process ended.
     """
     worker = evaluation.new_worker()
     missing = begin(worker.load())
@@ -42,25 +42,25 @@ def over_cores(evaluation: Evaluation, begin: Begin) -> Iterator[int]:
         yield from map(worker.make, missing)
     else:
         del worker
-        yield from over_processes(evaluation, missing, count)
+        yield from evaluate_over_processes(evaluation, missing, count)
 
 
-def over_processes(evaluation: Evaluation, parts: list[int], count: int) -> Iterator[int]:
-    """Make these parts in so many processes, which all end with this call."""
+def evaluate_over_processes(evaluation: Evaluation, parts: list[int], count: int) -> Iterator[int]:
+    """Make these parts in `count` processes, which all end with this call."""
     todo = deque(parts)
-    children: dict[Any, Child] = {}
+    children: dict[Any, WorkerProcess] = {}
     try:
         for number in range(count):
-            child = Child(evaluation, tells=number == 0)
+            child = WorkerProcess(evaluation, warns=number == 0)
             children[child.connection] = child
-            child.ask(todo.popleft())
+            child.request(todo.popleft())
         busy = list(children)
         while busy:
             for connection in wait(busy):
                 child = children[connection]
-                yield child.answer()
+                yield child.result()
                 if todo:
-                    child.ask(todo.popleft())
+                    child.request(todo.popleft())
                 else:
                     busy.remove(connection)
     finally:
@@ -68,35 +68,35 @@ def over_processes(evaluation: Evaluation, parts: list[int], count: int) -> Iter
             child.end()
 
 
-class Child:
-    """A process that makes parts, one after another.
+class WorkerProcess:
+    """A process that makes parts, one at a time.
 
     Args:
-        tells: whether its warnings are shown, which every child would repeat.
+        warns: whether it prints warnings, which all processes would repeat.
     """
 
-    def __init__(self, evaluation: Evaluation, tells: bool) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked process would inherit locks of torch's threads
-        self.connection, theirs = context.Pipe()
-        given = theirs, tells, evaluation.config, evaluation.adapters, evaluation.folder
-        self.process = context.Process(target=serve, args=given, daemon=True)
-        with ctrl_c_ignored():
+    def __init__(self, evaluation: Evaluation, warns: bool) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked process would inherit the locks of torch's threads
+        self.connection, remote = context.Pipe()
+        arguments = remote, warns, evaluation.config, evaluation.adapters, evaluation.folder
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        with sigint_ignored():
             self.process.start()
-        theirs.close()  # so that the child's end is the last, and is noticed when the child ends
+        remote.close()  # else the end of the process would not close the pipe
 
-    def ask(self, part: int) -> None:
-        with suppress(BrokenPipeError):  # it has ended, which its missing answer tells
+    def request(self, part: int) -> None:
+        with suppress(BrokenPipeError):  # the process has ended, which `result` reports
             self.connection.send(part)
 
-    def answer(self) -> int:
-        """The number of images of the part that it was asked for, once that is made."""
+    def result(self) -> int:
+        """Wait for the requested part; return its number of images."""
         try:
             made = self.connection.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
             raise UserError(
-                f"a process that makes parts ended with status {self.process.exitcode}: the same command goes on with what is "
-                "missing; OMP_NUM_THREADS=1 makes them in one process"
+                f"a worker process ended with status {self.process.exitcode}: repeat the command to make the missing "
+                "parts; OMP_NUM_THREADS=1 makes them in one process"
             ) from None
         if isinstance(made, Exception):
             raise made
@@ -109,9 +109,9 @@ class Child:
 
 
 @contextmanager
-def ctrl_c_ignored() -> Iterator[None]:
-    """A process that is started within it never sees Ctrl-C, which a terminal sends to all: its parent ends it."""
-    if threading.current_thread() is not threading.main_thread():  # which alone can
+def sigint_ignored() -> Iterator[None]:
+    """Processes started within the context ignore Ctrl-C, which a terminal sends to all; their parent ends them."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -121,16 +121,16 @@ def ctrl_c_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def serve(connection: Connection, tells: bool, config: EvaluateConfig, adapters: dict[str, str], output: Path) -> None:
-    """Make the parts that are asked for until nobody asks; what a user can mend is answered, anything else is a defect."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # cleanly, or Python warns of semaphores that are left
+def serve(connection: Connection, warns: bool, config: EvaluateConfig, adapters: dict[str, str], output: Path) -> None:
+    """Make the requested parts until the connection closes; send a `UserError` or `OSError` back, raise others."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # a clean exit, or Python warns about leaked semaphores
     torch.set_num_threads(1)
     print_warnings_in_one_line()
-    if not tells:
+    if not warns:
         warnings.simplefilter("ignore")
     worker = Worker(config, adapters, output)
 
-    def answers() -> Iterator[int | Exception]:
+    def results() -> Iterator[int | Exception]:
         try:
             worker.load()
             while True:
@@ -138,6 +138,6 @@ def serve(connection: Connection, tells: bool, config: EvaluateConfig, adapters:
         except (UserError, OSError) as error:
             yield error
 
-    with suppress(EOFError, ConnectionError):  # the parent has ended
-        for answer in answers():
-            connection.send(answer)
+    with suppress(EOFError, ConnectionError):  # the parent process has ended
+        for result in results():
+            connection.send(result)

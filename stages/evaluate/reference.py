@@ -1,4 +1,4 @@
-"""Real images to compare with: the digits that ship, or any folder of image files."""
+"""Real images to compare with: the embedded digits, or any folder of image files."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ NAMED_FILES = 3
 
 
 class Reference:
-    """Held-out real images, the network whose features they are compared by, and perhaps a classifier that judges.
+    """Held-out real images, a feature network to compare them by, and optionally a classifier.
 
     Args:
-        folder: holds `reference.safetensors` (`pixels`, bytes `[m, 28, 28]`) or image files (png, jpg, webp), and
-            perhaps `classifier/`.
-        features: a feature network by name.
-        weights: of InceptionV3.
+        folder: a folder with `reference.safetensors` (`pixels`, bytes `[m, 28, 28]`) or image files (png, jpg, webp),
+            and optionally `classifier/`.
+        features: name of the feature network.
+        weights: file of InceptionV3's weights.
 
     Attributes:
         images: `[m, 1, 32, 32]` in [-1, 1], or the image files' paths.
-        classifier: judges class accuracy, if the folder has one.
+        classifier: the classifier for class accuracy, or None.
 
     Raises:
-        UserError: the folder lacks what is asked of it.
+        UserError: the folder lacks images or the classifier that `features` needs.
     """
 
     def __init__(self, folder: str, device: str, features: str = CLASSIFIER, weights: str | None = None) -> None:
@@ -58,7 +58,7 @@ class Reference:
             raise UserError(f"reference={folder}: cannot be read: {first_line(error)}") from error
         if len(self.images) < 2:
             raise UserError(
-                f"reference={folder}: no reference.safetensors and no two image files there "
+                f"reference={folder}: no reference.safetensors and no two image files found "
                 f"({', '.join(sorted(SUFFIXES))})"
             )
         if self.classifier is not None:
@@ -70,7 +70,7 @@ class Reference:
             return InceptionNetwork(weights, self.device)
         if self.classifier is None or not isinstance(self.images, Tensor):
             raise UserError(
-                f"reference={self.folder}: no reference.safetensors with a classifier/ there: say features=inception"
+                f"reference={self.folder}: no reference.safetensors with a classifier/ found: say features=inception"
             )
         return ClassifierNetwork(self.classifier)
 
@@ -80,7 +80,7 @@ class Reference:
         """Features `[m, f]` of the real images, on the CPU.
 
         Raises:
-            UserError: names the files that cannot be read as images.
+            UserError: some files cannot be read as images; names them.
         """
         return torch.cat([self.network(batch.to(self.device))[0].cpu() for batch in self._batches()])
 
@@ -103,12 +103,12 @@ class Reference:
             named = ", ".join(unreadable[:NAMED_FILES]) + (", ..." if len(unreadable) > NAMED_FILES else "")
             raise UserError(
                 f"reference={self.folder}: {len(unreadable)} of {len(self.images)} files cannot be read as images: "
-                f"{named}: mend or remove them"
+                f"{named}: fix or remove them"
             )
 
     @property
     def fingerprint(self) -> str:
-        """Of what `features` depends on: the network's weights, and the images (of files: name, size and time)."""
+        """A hash of the network's weights and of the images, or of the image files' names, sizes and times."""
         digest = hashlib.sha256(fingerprint(self.network.module).encode())
         if isinstance(self.images, Tensor):
             digest.update(self.images.numpy().tobytes())

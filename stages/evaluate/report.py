@@ -1,4 +1,4 @@
-"""The report: a table, plots and images in one file that opens anywhere."""
+"""The report: a table, plots and images in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 
 
 class Column(NamedTuple):
-    """A column of the table: its head, and how a value is told."""
+    """A column of the table: its title, and the format of its values."""
 
     title: str
     format: Callable[[Any], str]
@@ -70,12 +70,12 @@ COLUMNS = {
 PLOTS = {
     "frechet_distance": "Frechet distance to real images (lower is better)",
     "kernel_distance": "kernel distance to real images (lower is better)",
-    "precision": "precision: share of images among the real ones",
-    "recall": "recall: share of real images among them",
-    "class_accuracy": "share of images of the class asked for",
+    "precision": "precision: share of images inside the real manifold",
+    "recall": "recall: share of real images inside the generated manifold",
+    "class_accuracy": "share of images of the requested class",
     "clip_score": "CLIP score of images and prompts",
     "gap_closed": "gap closed in the final latents",
-    "effective_scale": "effective scale: that of the nearest CFG",
+    "effective_scale": "effective scale: scale of the nearest CFG",
 }
 Row = dict[str, Any]
 
@@ -85,7 +85,7 @@ def adapters_in(rows: list[Row]) -> list[str]:
 
 
 def cells_of(rows: list[Row]) -> list[list[str]]:
-    """The table's cells, its head first; columns that no row has, or that tell the one adapter, are left out."""
+    """The table's cells, header first, without columns that no row has and without the name of a single adapter."""
     shown = {name: column for name, column in COLUMNS.items() if name in rows[0]}
     if len(adapters_in(rows)) < 2:
         shown.pop("adapter", None)
@@ -94,7 +94,7 @@ def cells_of(rows: list[Row]) -> list[list[str]]:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text with aligned columns, for a terminal."""
+    """The rows as an aligned text table."""
     cells = cells_of(rows)
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join(
@@ -104,7 +104,7 @@ def table(rows: list[Row]) -> str:
 
 
 def style_of(method: str, adapter: str | None, adapters: list[str]) -> dict[str, Any]:
-    """Colour and label of a method's line, the same in every plot."""
+    """Colour, label and line style of a method, the same in every plot."""
     if method != ONE_PASS:
         dashed = "-" if method == CFG else "--"
         return {"color": COLOURS[method], "label": TITLES[method], "linestyle": dashed}
@@ -120,7 +120,7 @@ def title_of(method: str, adapter: str | None, adapters: list[str]) -> str:
 
 
 def plot_over_scale(rows: list[Row], quantity: str) -> bytes:
-    """A quantity against the scale as PNG, a line per method and adapter; what has no scale is a level."""
+    """A PNG plot of a quantity against the scale, a line per method and adapter; no guidance is a horizontal line."""
     figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
     adapters = adapters_in(rows)
     for method, adapter in dict.fromkeys((row["method"], row.get("adapter")) for row in rows):
@@ -137,14 +137,14 @@ def plot_over_scale(rows: list[Row], quantity: str) -> bytes:
 
 
 def plot_over_time(rows: list[Row], scale: float) -> bytes:
-    """The distance to CFG at a scale against the timestep as PNG, from noise on the left to images on the right."""
+    """A PNG plot of the distance to CFG at a scale against the timestep, from noise to images."""
     figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
     adapters = adapters_in(rows)
     for row in rows:
         for curve in row["error_by_timestep"]:
             if curve["guidance_scale"] == scale:
                 style = style_of(row["method"], row.get("adapter"), adapters)
-                errors = [error or float("nan") for error in curve["error"]]  # none, on an axis of powers of ten
+                errors = [error or float("nan") for error in curve["error"]]  # a logarithmic axis has no zero
                 axes.plot(curve["timestep"], errors, marker=".", **style)
     axes.set_yscale("log")
     axes.invert_xaxis()
@@ -163,7 +163,7 @@ def finished(figure: Any, axes: Any) -> bytes:
 
 
 class Grid(NamedTuple):
-    """Images of every method at a scale, from the same noise: a row each, with its title."""
+    """Images of every method at a scale, from the same noise: a titled row per method."""
 
     scale: float
     titles: list[str]
@@ -185,10 +185,13 @@ def grid_at(shown: dict[Setting, Tensor], scale: float) -> Grid:
 
 
 def write_report(folder: Path, rows: list[Row], shown: dict[Setting, Tensor], metadata: dict[str, Any]) -> Path:
-    """Write `report.html`, one self-contained file, with the plots and grids as files beside it.
+    """Write `report.html`, a self-contained file, and its plots and grids as separate files, too.
 
     Args:
-        shown: bytes `[k, c, h, w]` of each setting.
+        shown: images of each setting, bytes `[k, c, h, w]`.
+
+    Returns:
+        The path of the page.
     """
     scales = sorted({setting.guidance_scale for setting in shown if setting.method == CFG})
     over_scale = {name: (title, plot_over_scale(rows, name)) for name, title in PLOTS.items() if name in rows[0]}
@@ -215,7 +218,7 @@ def write_report(folder: Path, rows: list[Row], shown: dict[Setting, Tensor], me
 
 
 def render(template: Path, **values: Any) -> bytes:
-    """A page from a template; it may use the others of its folder, and those of this one."""
+    """Render a template, which may include templates of its own folder and of this one."""
     loader = jinja2.FileSystemLoader([template.parent, Path(__file__).parent])
     templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     return templates.get_template(template.name).render(**values).encode()

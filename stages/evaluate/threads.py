@@ -1,4 +1,4 @@
-"""How many threads a pipeline takes."""
+"""The number of threads for a pipeline."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ONE_THREAD_BELOW = 30_000_000  # parameters
 
 
 def takes_one_thread(pipe: Any) -> bool:
-    """Whether the denoiser is a small one on the CPU, at whose matrices a second thread mostly waits for the first.
+    """Whether the denoiser is small and on the CPU, so that a second thread would mostly wait for the first.
 
-    Where something else takes a core, threads wait for each other at every layer, and take many times as long together.
+    When another process uses a core, threads wait for each other at every layer and take many times as long.
     """
     parameters = sum(parameter.numel() for parameter in denoiser_of(pipe)[1].parameters())
     return pipe.device.type == "cpu" and parameters < ONE_THREAD_BELOW
@@ -24,7 +24,7 @@ def takes_one_thread(pipe: Any) -> bool:
 
 @contextmanager
 def threads_that_pay(pipe: Any) -> Iterator[None]:
-    """Within it, a pipeline that takes one thread has one; any other keeps its own."""
+    """Within the context, torch uses one thread for a pipeline that takes one; else the number is unchanged."""
     before = torch.get_num_threads()
     if takes_one_thread(pipe):
         torch.set_num_threads(1)

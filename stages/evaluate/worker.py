@@ -1,4 +1,4 @@
-"""What one process does of an evaluation: it samples every setting on a batch of seeds, and judges the images."""
+"""A worker of an evaluation: it samples every setting on a batch of seeds, and measures the images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from stages.evaluate.comparisons import (
     Setting,
     arguments_of,
     conditions_of,
-    fitted,
+    fit_to_pipeline,
     load_pair,
     measured_scales,
     sample_setting,
@@ -36,24 +36,25 @@ from stages.evaluate.comparisons import (
 )
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.effective_scale import squared_distances
-from stages.evaluate.metrics import Measure
+from stages.evaluate.metrics import ImageMetrics
 from stages.evaluate.parts import LAYOUT, Parts, Result
 from stages.evaluate.reference import Reference
 from stages.evaluate.threads import threads_that_pay
 from stages.storage.files import whole_file
 
 SHOWN, SHOWN_SIZE = 10, 256
-ERROR = "error."  # before the scale of the CFG that a setting's latents are compared with at each step
-DISTANCES = "distances"  # of the final latents to those of CFG at each measured scale
+ERROR = "error."  # prefix of the scale of the CFG that the latents are compared with at each step
+DISTANCES = "distances"  # between the final latents and those of CFG at each measured scale
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is evaluated.
+    """Facts about the evaluation that a worker knows once it has loaded.
 
     Attributes:
-        identity: a hash of everything that the parts depend on.
-        parameters: of the denoiser; device: by name.
+        identity: hash of everything that the parts depend on.
+        parameters: number of the denoiser's parameters.
+        device: the device's name.
     """
 
     identity: str
@@ -62,18 +63,18 @@ class Facts:
 
 
 class Judge(Protocol):
-    """Something that measures images."""
+    """Measures images."""
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights that it judges by."""
+        """A hash of the judge's weights."""
 
-    def of(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
-        """Values by name, an entry per image `[n, ...]`, of images `[n, c, h, w]` in [-1, 1] of these conditions."""
+    def measure(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
+        """Measure images `[n, c, h, w]` in [-1, 1]; return values by name with an entry per image `[n, ...]`."""
 
 
 class Worker:
-    """Makes parts of an evaluation. Everything is loaded once, by `load`."""
+    """Makes parts of an evaluation; `load` loads everything once."""
 
     def __init__(self, config: EvaluateConfig, adapters: dict[str, str], output: Path) -> None:
         self.config, self.folders, self.output = config, adapters, output
@@ -88,13 +89,15 @@ class Worker:
             use_scheduler(self.pipe, config.scheduler, "scheduler")
         self.adapters = {name: self.first}
         for name, folder in others:
-            self.adapters[name] = fitted(GuidanceAdapter.from_pretrained(folder), self.pipe)
+            self.adapters[name] = fit_to_pipeline(GuidanceAdapter.from_pretrained(folder), self.pipe)
         self.arguments = arguments_of(self.pipe, self.first)
         self.conditions = self._read_conditions()
-        self._check_alike()
+        self._check_comparable()
         self.judges: list[Judge] = []
         if config.reference is not None:
-            self.judges.append(Measure(Reference(config.reference, device, config.features, config.inception_weights)))
+            self.judges.append(
+                ImageMetrics(Reference(config.reference, device, config.features, config.inception_weights))
+            )
         if config.clip_model is not None:
             self.judges.append(ClipJudge(config.clip_model, device))
         facts = self._facts()
@@ -103,21 +106,19 @@ class Worker:
         return facts
 
     def _read_conditions(self) -> list[Condition]:
-        """Classes, or prompts, whose class is known of all of them or of none."""
+        """The classes, or the prompts; either all prompts have a class or none has."""
         prompts = self.config.prompts
         if prompts is None or takes_class_labels(type(self.pipe)):
             if self.config.clip_model is not None and takes_class_labels(type(self.pipe)):
                 raise UserError(
-                    f"clip_model: {type(self.pipe).__name__} takes classes: the score is of images and prompts"
+                    f"clip_model: {type(self.pipe).__name__} takes classes, and the score needs prompts: leave it out"
                 )
             return conditions_of(self.pipe, self.first, None, [prompts] if prompts else [])
         rows = read_prompts(prompts)
         check_columns(rows, f"prompts={prompts}", type(self.pipe))
         check_pictures(rows[: self.config.num_samples], f"prompts={prompts}", of_one_size=False)
         if self.config.clip_model is not None and "prompt" not in rows[0]:
-            raise UserError(
-                f"clip_model: prompts={prompts} has no prompts: the score is of images and prompts: leave it out"
-            )
+            raise UserError(f"clip_model: prompts={prompts} has no prompts, and the score needs them: leave it out")
         named = [row for row in rows if "class_label" in row]
         if named and len(named) < len(rows):
             raise UserError(
@@ -125,8 +126,8 @@ class Worker:
             )
         return rows
 
-    def _check_alike(self) -> None:
-        """Adapters that are compared share the samples of their base, and so must have been trained for the same."""
+    def _check_comparable(self) -> None:
+        """Check that all adapters were trained for the same base and teacher, because they share the base's samples."""
         for name, adapter in self.adapters.items():
             checks = {
                 "base": adapter.metadata["base"]["denoiser_fingerprint"]
@@ -137,7 +138,7 @@ class Worker:
                 "classes": adapter.metadata["sampled"]["class_labels"]
                 == self.first.metadata["sampled"]["class_labels"],
             }
-            if differing := [what for what, alike in checks.items() if not alike]:
+            if differing := [name for name, equal in checks.items() if not equal]:
                 raise UserError(
                     f"adapter_dir: {name} was trained with another {differing[0]} than {next(iter(self.adapters))}: "
                     "evaluate each in a run of its own"
@@ -145,7 +146,7 @@ class Worker:
 
     @staticmethod
     def _teacher_of(adapter: GuidanceAdapter) -> list[Any]:
-        return [adapter.metadata["base"].get("pipeline_class"), adapter.metadata.get("teacher")]
+        return [adapter.metadata["base"]["pipeline_class"], adapter.metadata["teacher"]]
 
     def _facts(self) -> Facts:
         components = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
@@ -166,7 +167,7 @@ class Worker:
         return Facts(identity, sum(p.numel() for p in denoiser_of(self.pipe)[1].parameters()), device)
 
     def make(self, part: int) -> int:
-        """Write a part; how many images it has of each setting."""
+        """Make and write a part; return its number of images per setting."""
         with threads_that_pay(self.pipe):
             return self._make(part)
 
@@ -174,7 +175,7 @@ class Worker:
         start = part * self.config.batch_size
         indices = range(start, min(start + self.config.batch_size, self.config.num_samples))
         if not self.is_warm:
-            self._sample(indices[:2])  # a first call is slower than the rest: it is not timed
+            self._sample(indices[:2])  # the first call is slower, so it is not timed
             self.is_warm = True
         samples, errors = self._sample(indices)
         measured = [samples[self.measured[scale]].latents for scale in sorted(self.measured)]
@@ -182,7 +183,9 @@ class Worker:
         for setting, result in samples.items():
             images = decode(self.pipe, result.latents)
             values = {
-                name: value for judge in self.judges for name, value in judge.of(images, self._of(indices)).items()
+                name: value
+                for judge in self.judges
+                for name, value in judge.measure(images, self._conditions_at(indices)).items()
             }
             values[DISTANCES] = squared_distances(result.latents, measured).cpu()
             shown = shrunk(images[: max(0, SHOWN - start)])
@@ -193,16 +196,16 @@ class Worker:
         self.parts.write(part, self.timesteps, results)
         return len(indices)
 
-    def _of(self, indices: range) -> list[Condition]:
+    def _conditions_at(self, indices: range) -> list[Condition]:
         return [self.conditions[i % len(self.conditions)] for i in indices]
 
     def _sample(self, indices: range) -> tuple[dict[Setting, Samples], dict[Setting, dict[str, Tensor]]]:
-        """Every setting on one batch, right one after another, so that their times compare; how far each is from CFG on the way.
+        """Sample every setting on one batch, one after another so that times compare; measure the distances to CFG.
 
-        Of what lies between noise and image no more is kept than no guidance's and one CFG's.
+        Keep intermediate latents for the unguided run and the current CFG run only.
         """
         seeds = [(self.config.seed << 32) + i for i in indices]
-        request = Request(self._of(indices), seeds, self.config.num_inference_steps, self.arguments)
+        request = Request(self._conditions_at(indices), seeds, self.config.num_inference_steps, self.arguments)
         samples: dict[Setting, Samples] = {}
         errors: dict[Setting, dict[str, Tensor]] = {setting: {} for setting in self.settings}
         for setting in self.settings:
@@ -231,19 +234,19 @@ def number_of_parts(config: EvaluateConfig) -> int:
 
 
 def folder_name(setting: Setting, several: bool) -> str:
-    """`one_pass-2`, and of several adapters `one_pass-2-NAME`."""
+    """A name such as `one_pass-2`, or `one_pass-2-NAME` if there are several adapters."""
     name = f"{setting.method}-{setting.guidance_scale:g}"
     return f"{name}-{setting.adapter.replace('/', '_')}" if several and setting.adapter else name
 
 
 def squared_errors(one: Samples, other: Samples) -> Tensor:
-    """Mean squared distances `[n, steps]` of n images' latents at each step."""
+    """Mean squared distances `[n, steps]` between the latents of n images at each step."""
     pairs = [(a.latents, b.latents) for a, b in zip(one.steps, other.steps, strict=True)]
     return torch.stack([(a - b).double().square().flatten(1).mean(dim=1) for a, b in pairs], dim=1).cpu()
 
 
 def shrunk(images: Tensor) -> Tensor:
-    """Images `[n, c, h, w]` in [-1, 1] as bytes for the report, the longer side at most 256."""
+    """Images `[n, c, h, w]` in [-1, 1] as bytes for the report, with a longer side of at most 256."""
     factor = SHOWN_SIZE / max(images.shape[2:])
     if factor < 1 and len(images):
         images = functional.interpolate(images, scale_factor=factor, mode="area")

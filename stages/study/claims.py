@@ -1,273 +1,287 @@
-"""The method's claims, each judged by the rows of a study; one that does not hold is told as such."""
+"""The judgements that a study's file names for its claims, each by the rows of one evaluation."""
 
 from __future__ import annotations
 
+import inspect
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from omegaconf import MISSING
+
+from stages.configuration.options import option
+from stages.errors import UsageError
 from stages.evaluate.comparisons import CFG, CFG_FIRST_50, NONE, ONE_PASS
+from stages.study.claims_table import Claim
 
 Row = dict[str, Any]
-GAP_GOAL, FRECHET_GOAL, ELSEWHERE_GOAL, ADHERENCE_GOAL = 0.97, 1.03, 0.9, 0.01
-FULL, GUIDED, FEW_LONG = "full", "guided", "few_long"
-REFERENCE = "reference_"  # begins the names of the adapters that stand for the published recipe
+ACCURACIES = ("class_accuracy", "stroke_accuracy", "slant_accuracy")
 
 
-class Claim(NamedTuple):
-    """A claim, the goal that stands for it, what was found, and whether it holds."""
+class Finding(NamedTuple):
+    """What a judgement asks for, the figures that it found, and whether they reach the goal."""
 
-    text: str
     goal: str
     found: str
     holds: bool
 
 
-class NothingToJudgeByError(Exception):
-    """The rows that a claim is judged by are not there."""
+class MissingRowsError(Exception):
+    """The evaluation lacks the rows, or the measurements, that a judgement needs."""
 
 
-Judgement = Callable[["Rows"], Claim]  # raises NothingToJudgeByError
+@dataclass
+class ClaimPlan:
+    """A claim as a study's file states it."""
+
+    text: str = option(MISSING, "the claim, as the report prints it")
+    judgement: str = option(MISSING, "how it is judged: a name in `JUDGEMENTS`")
+    evaluation: str = option(MISSING, "the evaluation whose rows it is judged by")
+    adapters: list[str] = option(MISSING, "adapters of that evaluation; of several, the best one is judged")
+    against: list[str] | None = option(None, "adapters of that evaluation to compare with, if the judgement compares")
+    threshold: float | None = option(None, "the goal's figure, if the judgement has one")
+
+    def arguments(self) -> dict[str, Any]:
+        """The judgement's arguments, by name, that the file gives."""
+        given = {"adapters": self.adapters, "against": self.against, "threshold": self.threshold}
+        return {name: value for name, value in given.items() if value is not None}
 
 
-def judge(rows: list[Row]) -> list[Claim]:
-    """The claims that a study has an evaluation and the adapters for, in the order of `CLAIMS`."""
-    judged = []
-    for evaluation, claims in CLAIMS.items():
-        for claim in claims:
-            with suppress(NothingToJudgeByError):
-                judged.append(claim(Rows(rows).of(evaluation=evaluation)))
-    return judged
+def judge(plans: Mapping[str, ClaimPlan], rows: list[Row]) -> list[Claim]:
+    """Judge the claims, in their order; one whose rows are missing is left out."""
+    claims = []
+    for plan in plans.values():
+        with suppress(MissingRowsError):
+            own = Rows(rows).where(evaluation=plan.evaluation)
+            claims.append(Claim(plan.text, *JUDGEMENTS[plan.judgement](own, **plan.arguments())))
+    return claims
+
+
+def check_arguments(key: str, plan: ClaimPlan) -> None:
+    """
+    Raises:
+        UsageError: there is no such judgement, or the claim lacks an argument of it or has one too many.
+    """
+    if plan.judgement not in JUDGEMENTS:
+        raise UsageError(f"{key}.judgement={plan.judgement}: one of {', '.join(JUDGEMENTS)}")
+    needed = [*inspect.signature(JUDGEMENTS[plan.judgement]).parameters][1:]
+    given = plan.arguments()
+    for name in needed:
+        if name not in given:
+            raise UsageError(f"{key}.{name}: not given: {plan.judgement} needs it")
+    for name in given:
+        if name not in needed:
+            raise UsageError(f"{key}.{name}={given[name]}: {plan.judgement} takes no {name}: leave it out")
 
 
 class Rows:
-    """Rows of a study, to be chosen from."""
+    """Rows of a study, to filter and average."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self.rows = list(rows)
 
-    def of(self, **wanted: Any) -> Rows:
-        return Rows(row for row in self.rows if all(row.get(key) == value for key, value in wanted.items()))
+    def where(self, **values: Any) -> Rows:
+        return Rows(row for row in self.rows if all(row.get(key) == value for key, value in values.items()))
 
-    def each(self, key: str) -> list[Any]:
-        """The values that there are, each once, in order."""
+    def named(self, names: list[str]) -> Rows:
+        """The one-pass rows of these adapters."""
+        return Rows(row for row in self.where(method=ONE_PASS).rows if row["name"] in names)
+
+    def unique(self, key: str) -> list[Any]:
+        """The distinct values of a column, sorted."""
         return sorted({row[key] for row in self.rows if row.get(key) is not None})
 
     def mean(self, key: str) -> float:
         values: list[Any] = [row.get(key) for row in self.rows]
         if not values or None in values:
-            raise NothingToJudgeByError(key)
+            raise MissingRowsError(key)
         return statistics.fmean(values)
 
     def format(self, key: str, form: str = ".3f") -> str:
-        """The mean over seeds, each a mean over scales, with the largest deviation from it where there are several."""
-        seeds = self.each("seed")
-        values = [self.of(seed=seed).mean(key) for seed in seeds] or [self.mean(key)]
+        """The mean over the seeds of their means over scales; with several seeds, ± the largest deviation from it."""
+        seeds = self.unique("seed")
+        values = [self.where(seed=seed).mean(key) for seed in seeds] or [self.mean(key)]
         mean = statistics.fmean(values)
         spread = max(abs(value - mean) for value in values)
         return f"{mean:{form}} ± {spread:{form}}" if len(values) > 1 else f"{mean:{form}}"
 
+    def by_scale(self, key: str, form: str = ".3f") -> str:
+        scales = self.unique("guidance_scale")
+        return ", ".join(f"{self.where(guidance_scale=scale).format(key, form)} at {scale:g}" for scale in scales)
 
-def least_over_scales(rows: Rows, key: str = "gap_closed") -> float:
-    scales = rows.each("guidance_scale")
-    if not scales:
-        raise NothingToJudgeByError(key)
-    return min(rows.of(guidance_scale=scale).mean(key) for scale in scales)
+    def least_over_scales(self, key: str) -> float:
+        scales = self.unique("guidance_scale")
+        if not scales:
+            raise MissingRowsError(key)
+        return min(self.where(guidance_scale=scale).mean(key) for scale in scales)
 
-
-def best_adapter(rows: Rows) -> str:
-    """Of the frozen base's, the one whose least gap closed over the scales is the greatest."""
-    ones = rows.of(method=ONE_PASS)
-    names = [name for name in ones.each("name") if name != FULL]
-    if not names:
-        raise NothingToJudgeByError("adapters of a frozen base")
-    return max(names, key=lambda name: least_over_scales(ones.of(name=name)))
-
-
-def by_scale(rows: Rows, key: str, form: str = ".3f") -> str:
-    return ", ".join(
-        f"{rows.of(guidance_scale=scale).format(key, form)} at {scale:g}" for scale in rows.each("guidance_scale")
-    )
-
-
-def closes_the_gap(rows: Rows) -> Claim:
-    name = best_adapter(rows)
-    own = rows.of(method=ONE_PASS, name=name)
-    return Claim(
-        "One pass is what two passes are", f"the best adapter closes at least {GAP_GOAL} of the gap at each scale",
-        f"{name}: {by_scale(own, 'gap_closed')}", least_over_scales(own) >= GAP_GOAL,
-    )  # fmt: skip
-
-
-def frechet_ratios(rows: Rows, name: str) -> dict[float, float]:
-    """One pass over CFG, by scale."""
-    ones, guided = rows.of(method=ONE_PASS, name=name), rows.of(method=CFG)
-    return {
-        scale: ones.of(guidance_scale=scale).mean("frechet_distance")
-        / guided.of(guidance_scale=scale).mean("frechet_distance")
-        for scale in ones.each("guidance_scale")
-    }
-
-
-def as_good_at_each_scale(rows: Rows) -> Claim:
-    name = best_adapter(rows)
-    ratios = frechet_ratios(rows, name)
-    own = rows.of(method=ONE_PASS, name=name)
-    return Claim(
-        "Its images are as good at each scale", f"Frechet distance at most CFG's times {FRECHET_GOAL}",
-        f"{name}: {by_scale(own, 'frechet_distance', '.1f')}; over CFG: {', '.join(f'{r:.3f} at {s:g}' for s, r in ratios.items())}",
-        max(ratios.values()) <= FRECHET_GOAL,
-    )  # fmt: skip
-
-
-def as_good_at_its_best(rows: Rows) -> Claim:
-    name = best_adapter(rows)
-    ones, guided = rows.of(method=ONE_PASS, name=name), rows.of(method=CFG)
-    best, least = least_over_scales(ones, "frechet_distance"), least_over_scales(guided, "frechet_distance")
-    return Claim(
-        "At its best it is not worse", "the least Frechet distance over the scales is not above CFG's",
-        f"{name} {best:.1f}, CFG {least:.1f}", best <= least,
-    )  # fmt: skip
-
-
-def beats_the_free_alternative(rows: Rows) -> Claim:
-    name = best_adapter(rows)
-    ones, partial = rows.of(method=ONE_PASS, name=name), rows.of(method=CFG_FIRST_50)
-    wins = all(
-        ones.of(guidance_scale=scale).mean("gap_closed") > partial.of(guidance_scale=scale).mean("gap_closed")
-        for scale in ones.each("guidance_scale")
-    )
-    return Claim(
-        "It beats CFG on the first half of the steps, at two thirds of its cost", "closes more of the gap at each scale",
-        f"{name}: {by_scale(ones, 'gap_closed')}; first half: {by_scale(partial, 'gap_closed')}", wins,
-    )  # fmt: skip
-
-
-def quality(rows: Rows, name: str) -> str:
-    return f"{name}: gap closed {rows.format('gap_closed')}, Frechet distance {rows.format('frechet_distance', '.1f')}"
-
-
-def compared(rows: Rows, text: str, ours: str, other: str, slack: float = 0.0) -> Claim:
-    """Whether one adapter closes as much of the gap as another, over all scales."""
-    one, two = (rows.of(method=ONE_PASS, name=name) for name in (ours, other))
-    return Claim(
-        text, f"{ours} closes more of the gap than {other}" if not slack else f"{ours} closes what {other} does, but for {slack}",
-        f"{quality(one, ours)}; {quality(two, other)}",
-        one.mean("gap_closed") > two.mean("gap_closed") - slack,
-    )  # fmt: skip
-
-
-def guided_trajectories_are_better(equal: str, other: str) -> Judgement:
-    """Whether they are, where both sides had as many of something."""
-
-    def claim(rows: Rows) -> Claim:
-        text = f"Guided trajectories are better to train on than diffusion trajectories, at as many {equal}"
-        found = compared(rows, text, GUIDED, other)
-        cost = [
-            f"{name}: {rows.of(name=name).mean('teacher_evaluations'):,.0f} evaluations" for name in (GUIDED, other)
-        ]
-        return found._replace(found="; ".join([found.found, *cost]))
-
-    return claim
-
-
-def a_frozen_base_is_enough(rows: Rows) -> Claim:
-    best = best_adapter(rows)
-    claim = compared(rows, "A frozen base with an adapter does what training every weight does", best, FULL, 0.01)
-    messages = []
-    for name in (best, FULL):
-        own = rows.of(method=ONE_PASS, name=name)
-        megabytes = own.mean("training_peak_memory_bytes") / 1e6
-        messages.append(
-            f"{name}: {own.mean('share'):.1%} of the base, {own.mean('training_seconds'):.0f} s, {megabytes:.0f} MB"
+    def quality(self, name: str) -> str:
+        own = self.named([name])
+        return (
+            f"{name}: gap closed {own.format('gap_closed')}, Frechet distance {own.format('frechet_distance', '.1f')}"
         )
-    return claim._replace(found="; ".join([claim.found, *messages]))
 
 
-def a_tenth_of_the_evaluations_is_enough(rows: Rows) -> Claim:
-    rows = rows.of(method=ONE_PASS)
-    most = rows.of(data=FEW_LONG)
+def best_adapter(rows: Rows, adapters: list[str]) -> str:
+    """The adapter whose least share of the gap closed, over the scales, is the greatest."""
+    return max(adapters, key=lambda name: rows.named([name]).least_over_scales("gap_closed"))
+
+
+def closes_gap(rows: Rows, adapters: list[str], threshold: float) -> Finding:
+    """The adapter closes that share of the gap between no guidance and CFG, at each scale."""
+    name = best_adapter(rows, adapters)
+    own = rows.named([name])
+    return Finding(
+        f"the best adapter closes at least {threshold} of the gap at each scale",
+        f"{name}: {own.by_scale('gap_closed')}",
+        own.least_over_scales("gap_closed") >= threshold,
+    )
+
+
+def closes_gap_elsewhere(rows: Rows, adapters: list[str], threshold: float) -> Finding:
+    """As `closes_gap`, where sampling differs from training; the figures include Frechet distances."""
+    own = rows.named([best_adapter(rows, adapters)])
+    return Finding(
+        f"closes at least {threshold} of the gap at each scale",
+        f"{own.by_scale('gap_closed')}; Frechet distance {own.by_scale('frechet_distance', '.1f')}; "
+        f"CFG {rows.where(method=CFG).by_scale('frechet_distance', '.1f')}",
+        own.least_over_scales("gap_closed") >= threshold,
+    )
+
+
+def frechet_at_each_scale(rows: Rows, adapters: list[str], threshold: float) -> Finding:
+    """The Frechet distance is at most CFG's times the threshold, at each scale."""
+    name = best_adapter(rows, adapters)
+    own, cfg = rows.named([name]), rows.where(method=CFG)
+    ratios = {
+        scale: own.where(guidance_scale=scale).mean("frechet_distance")
+        / cfg.where(guidance_scale=scale).mean("frechet_distance")
+        for scale in own.unique("guidance_scale")
+    }
+    over_cfg = ", ".join(f"{ratio:.3f} at {scale:g}" for scale, ratio in ratios.items())
+    return Finding(
+        f"Frechet distance at most CFG's times {threshold}",
+        f"{name}: {own.by_scale('frechet_distance', '.1f')}; over CFG: {over_cfg}",
+        max(ratios.values()) <= threshold,
+    )
+
+
+def frechet_at_best_scale(rows: Rows, adapters: list[str]) -> Finding:
+    """The least Frechet distance over the scales is at most CFG's."""
+    name = best_adapter(rows, adapters)
+    own = rows.named([name]).least_over_scales("frechet_distance")
+    cfg = rows.where(method=CFG).least_over_scales("frechet_distance")
+    return Finding(
+        "the least Frechet distance over the scales is not above CFG's", f"{name} {own:.1f}, CFG {cfg:.1f}", own <= cfg
+    )
+
+
+def beats_partial_guidance(rows: Rows, adapters: list[str]) -> Finding:
+    """The adapter closes more of the gap than CFG on the first half of the steps, at each scale."""
+    name = best_adapter(rows, adapters)
+    own, partial = rows.named([name]), rows.where(method=CFG_FIRST_50)
+    return Finding(
+        "closes more of the gap at each scale",
+        f"{name}: {own.by_scale('gap_closed')}; first half: {partial.by_scale('gap_closed')}",
+        all(
+            own.where(guidance_scale=scale).mean("gap_closed") > partial.where(guidance_scale=scale).mean("gap_closed")
+            for scale in own.unique("guidance_scale")
+        ),
+    )
+
+
+def matches(rows: Rows, adapters: list[str], against: list[str], threshold: float) -> Finding:
+    """The adapter closes as much of the gap as each of the others, up to the threshold; the figures include costs."""
+    name = best_adapter(rows, adapters)
+    names = [name, *against]
+    gap = {each: rows.named([each]).mean("gap_closed") for each in names}
+    return Finding(
+        f"{name} closes what {' and '.join(against)} does, but for {threshold}",
+        "; ".join([*map(rows.quality, names), *(training_cost(rows, each) for each in names)]),
+        all(gap[name] > gap[other] - threshold for other in against),
+    )
+
+
+def training_cost(rows: Rows, name: str) -> str:
+    own = rows.named([name])
+    megabytes = own.mean("training_peak_memory_bytes") / 1e6
+    return f"{name}: {own.mean('share'):.1%} of the base, {own.mean('training_seconds'):.0f} s, {megabytes:.0f} MB"
+
+
+def outperforms(rows: Rows, adapters: list[str], against: list[str]) -> Finding:
+    """The adapter closes more of the gap than each of the others; the figures include the teacher's evaluations."""
+    name = best_adapter(rows, adapters)
+    names = [name, *against]
+    gap = {each: rows.named([each]).mean("gap_closed") for each in names}
+    costs = [f"{each}: {rows.named([each]).mean('teacher_evaluations'):,.0f} evaluations" for each in names]
+    return Finding(
+        f"{name} closes more of the gap than {' and '.join(against)}",
+        "; ".join([*map(rows.quality, names), *costs]),
+        all(gap[name] > gap[other] for other in against),
+    )
+
+
+def needs_a_tenth(rows: Rows, adapters: list[str], against: list[str]) -> Finding:
+    """Adapters of at most a tenth of the others' teacher evaluations have a Frechet distance not above theirs."""
+    most = rows.named(against)
     limit = most.mean("teacher_evaluations") / 10
-    tenth = Rows(row for row in rows.rows if row["data"] != FEW_LONG and row["teacher_evaluations"] <= limit)
-    curve = "; ".join(
-        f"{data}: {int(own.mean('teacher_evaluations')):,} evaluations, Frechet distance {own.format('frechet_distance', '.1f')}, "
-        f"gap closed {own.format('gap_closed')}"
-        for data in rows.each("data") for own in [rows.of(data=data)]
-    )  # fmt: skip
-    return Claim(
-        "Many short, shifted trajectories take a tenth of the teacher's evaluations",
-        "with a tenth of them, a Frechet distance not above that of few long ones", curve,
+    tenth = Rows(row for row in rows.named(adapters).rows if row["teacher_evaluations"] <= limit)
+    curve = []
+    for data in rows.named([*adapters, *against]).unique("data"):
+        own = rows.named([*adapters, *against]).where(data=data)
+        curve.append(
+            f"{data}: {own.mean('teacher_evaluations'):,.0f} evaluations, "
+            f"Frechet distance {own.format('frechet_distance', '.1f')}, gap closed {own.format('gap_closed')}"
+        )
+    return Finding(
+        "with a tenth of them, a Frechet distance not above that of few long ones",
+        "; ".join(curve),
         tenth.mean("frechet_distance") <= most.mean("frechet_distance"),
-    )  # fmt: skip
+    )
 
 
-def better_than_the_reference(rows: Rows) -> Claim:
-    rows = rows.of(method=ONE_PASS)
-    names = rows.each("name")
-    gap = {name: rows.of(name=name).mean("gap_closed") for name in names}
-    theirs = [name for name in names if name.startswith(REFERENCE)]
-    if not theirs or theirs == names:
-        raise NothingToJudgeByError(REFERENCE)
-    return Claim(
-        "Better than the reference recipe on the same teacher", "closes more of the gap than each of its adapters",
-        "; ".join(quality(rows.of(name=name), name) for name in names),
-        min(gap[name] for name in names if name not in theirs) > max(gap[name] for name in theirs),
-    )  # fmt: skip
+def beats_each(rows: Rows, adapters: list[str], against: list[str]) -> Finding:
+    """Every adapter closes more of the gap than each of the others."""
+    names = sorted([*adapters, *against])
+    gap = {name: rows.named([name]).mean("gap_closed") for name in names}
+    return Finding(
+        "closes more of the gap than each of its adapters",
+        "; ".join(map(rows.quality, names)),
+        min(gap[name] for name in adapters) > max(gap[name] for name in against),
+    )
 
 
-def holds_elsewhere(text: str) -> Judgement:
-    """Whether an adapter closes most of the gap where it was not trained."""
-
-    def claim(rows: Rows) -> Claim:
-        own = rows.of(method=ONE_PASS)
-        return Claim(
-            text, f"closes at least {ELSEWHERE_GOAL} of the gap at each scale",
-            f"{by_scale(own, 'gap_closed')}; Frechet distance {by_scale(own, 'frechet_distance', '.1f')}; "
-            f"CFG {by_scale(rows.of(method=CFG), 'frechet_distance', '.1f')}",
-            least_over_scales(own) >= ELSEWHERE_GOAL,
-        )  # fmt: skip
-
-    return claim
-
-
-def prompts_are_met(text: str) -> Judgement:
-    """Whether images show what was asked for as often as under CFG, over all scales."""
-
-    def claim(rows: Rows) -> Claim:
-        none, cfg, one = (rows.of(method=method) for method in (NONE, CFG, ONE_PASS))
-        keys = [key for key in ("class_accuracy", "stroke_accuracy", "slant_accuracy") if rows.each(key)]
-        if not keys:
-            raise NothingToJudgeByError("accuracies")
-        format = [
-            f"{key.replace('_', ' ')}: one pass {one.format(key)}, CFG {cfg.mean(key):.3f}, none {none.mean(key):.3f}"
-            for key in keys
-        ]
-        holds = all(one.mean(key) >= cfg.mean(key) - ADHERENCE_GOAL for key in keys)
-        goal = f"{', '.join(key.removesuffix('_accuracy') for key in keys)} within {ADHERENCE_GOAL} of CFG's"
-        return Claim(text, goal, "; ".join([*format, f"gap closed {one.format('gap_closed')}"]), holds)
-
-    return claim
+def meets_prompts(rows: Rows, adapters: list[str], threshold: float) -> Finding:
+    """Images show what their prompts ask for as often as under CFG, up to the threshold, over all scales."""
+    own, cfg, none = rows.named([best_adapter(rows, adapters)]), rows.where(method=CFG), rows.where(method=NONE)
+    keys = [key for key in ACCURACIES if rows.unique(key)]
+    if not keys:
+        raise MissingRowsError("accuracies")
+    figures = [
+        f"{key.replace('_', ' ')}: one pass {own.format(key)}, CFG {cfg.mean(key):.3f}, none {none.mean(key):.3f}"
+        for key in keys
+    ]
+    return Finding(
+        f"{', '.join(key.removesuffix('_accuracy') for key in keys)} within {threshold} of CFG's",
+        "; ".join([*figures, f"gap closed {own.format('gap_closed')}"]),
+        all(own.mean(key) >= cfg.mean(key) - threshold for key in keys),
+    )
 
 
-CLAIMS: dict[str, list[Judgement]] = {
-    "scales": [
-        closes_the_gap,
-        as_good_at_each_scale,
-        as_good_at_its_best,
-        beats_the_free_alternative,
-        a_frozen_base_is_enough,
-    ],
-    "trajectories": [
-        guided_trajectories_are_better("evaluations of the teacher", "diffusion"),
-        guided_trajectories_are_better("records", "diffusion_twice"),
-    ],
-    "data_cost": [a_tenth_of_the_evaluations_is_enough],
-    "reference": [better_than_the_reference],
-    "outside": [holds_elsewhere("It goes on outside the scales of its training")],
-    "other_sampler": [holds_elsewhere("It does not depend on the sampler of its training")],
-    "fewer_steps": [holds_elsewhere("It does not depend on the number of steps")],
-    "checkpoint": [holds_elsewhere("It moves to a fine-tuned checkpoint of the same base")],
-    "text": [prompts_are_met("Prompts are met as under CFG")],
-    "text_lora": [prompts_are_met("Prompts are met as under CFG, with a LoRA loaded into the pipeline")],
+JUDGEMENTS: dict[str, Callable[..., Finding]] = {
+    function.__name__: function
+    for function in (
+        closes_gap,
+        closes_gap_elsewhere,
+        frechet_at_each_scale,
+        frechet_at_best_scale,
+        beats_partial_guidance,
+        matches,
+        outperforms,
+        needs_a_tenth,
+        beats_each,
+        meets_prompts,
+    )
 }

@@ -1,11 +1,11 @@
-"""What a study's file names, checked whole before anything is begun, and the steps that make it."""
+"""The plan of a study: its file, checked as a whole before anything starts, and the steps that it takes."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from stages.evaluate.comparisons import settings
 from stages.evaluate.config import EvaluateConfig
 from stages.generate.config import GenerateConfig
 from stages.generate.plan import check as check_generation
+from stages.study.claims import ClaimPlan, check_arguments
 from stages.train.config import TrainConfig
 from stages.train.trainer import check as check_training
 
@@ -30,7 +31,7 @@ def check_evaluation(config: EvaluateConfig) -> None:
     settings(config.guidance_scale, config.methods)
 
 
-# What each command refuses by itself once it runs, after the hours of those before it.
+# What each command would refuse only once it runs, hours into the study.
 CHECKS: dict[str, tuple[Any, Callable[[Any], object]]] = {
     "generate": (GenerateConfig, check_generation),
     "train": (TrainConfig, check_training),
@@ -40,29 +41,30 @@ CHECKS: dict[str, tuple[Any, Callable[[Any], object]]] = {
 
 @dataclass
 class AdapterPlan:
-    data: str = option(MISSING, "the dataset that it is trained on")
-    overrides: list[str] = option(MISSING, "of pipeline.train")
-    seeds: list[int] | None = option(None, "one run each; by default the study's")
+    data: str = option(MISSING, "the dataset to train on")
+    overrides: list[str] = option(MISSING, "overrides of pipeline.train")
+    seeds: list[int] | None = option(None, "one training each; by default the study's")
 
 
 @dataclass
 class EvaluationPlan:
-    adapters: list[str] = option(MISSING, "all runs of each are compared")
-    overrides: list[str] = option(MISSING, "of pipeline.evaluate")
+    adapters: list[str] = option(MISSING, "the evaluation compares every seed of each")
+    overrides: list[str] = option(MISSING, "overrides of pipeline.evaluate")
 
 
 @dataclass
 class StudyFile:
-    """What a study's file holds, by the names of what is made."""
+    """The content of a study's file."""
 
-    seeds: list[int] = option(MISSING, "of the adapters that name none")
-    datasets: dict[str, list[str]] = option(MISSING, "words of pipeline.generate")
-    adapters: dict[str, AdapterPlan] = option(MISSING, "each with its dataset and words of pipeline.train")
-    evaluations: dict[str, EvaluationPlan] = option(MISSING, "each with its adapters and words of pipeline.evaluate")
+    seeds: list[int] = option(MISSING, "seeds of the adapters that name none")
+    datasets: dict[str, list[str]] = option(MISSING, "overrides of pipeline.generate, by dataset")
+    adapters: dict[str, AdapterPlan] = option(MISSING, "adapters to train, by name")
+    evaluations: dict[str, EvaluationPlan] = option(MISSING, "evaluations to run, by name")
+    claims: dict[str, ClaimPlan] = option(dict, "claims to judge by the evaluations, by name")
 
 
 class StudyStep(NamedTuple):
-    """One command of a study: the folder that it makes, and those that it needs."""
+    """One command of a study, the folder that it makes, and the folders that it needs."""
 
     command: str
     name: str
@@ -75,7 +77,7 @@ class StudyStep(NamedTuple):
 
 
 class PlannedRun(NamedTuple):
-    """One training of an adapter."""
+    """One training of an adapter, with one seed."""
 
     name: str
     seed: int
@@ -84,13 +86,14 @@ class PlannedRun(NamedTuple):
 
 
 class StudyPlan:
-    """The steps of a study's file, in the order of their kinds.
+    """The steps of a study, by kind, in the order in which they run.
 
     Args:
-        root: folder of everything that they make.
+        study: path of the study's file.
+        root: folder for everything that the steps make.
 
     Raises:
-        UsageError: the file, or the words of one of its commands, are not understood.
+        UsageError: the file, or the overrides of one of its commands, are invalid.
     """
 
     def __init__(self, study: str, root: Path) -> None:
@@ -109,10 +112,10 @@ class StudyPlan:
 
     def _check_names(self) -> None:
         file = self.file
-        for kind in ("datasets", "adapters", "evaluations"):
+        for kind in ("datasets", "adapters", "evaluations", "claims"):
             for name in getattr(file, kind):
                 if not NAME.fullmatch(name):
-                    raise UsageError(f"{kind}: {name}: a name is of letters, digits, _, - and .")
+                    raise UsageError(f"{kind}: {name}: a name has letters, digits, _, - and . only")
         for name, adapter in file.adapters.items():
             check_each_once(f"adapters.{name}: seeds", self._seeds(name))
             check_among(f"adapters.{name}.data", adapter.data, "datasets", file.datasets)
@@ -120,6 +123,18 @@ class StudyPlan:
             check_each_once(f"evaluations.{name}: adapters", evaluation.adapters)
             for adapter_name in evaluation.adapters:
                 check_among(f"evaluations.{name}.adapters", adapter_name, "adapters", file.adapters)
+        for name, claim in file.claims.items():
+            self._check_claim(f"claims.{name}", claim)
+
+    def _check_claim(self, key: str, claim: ClaimPlan) -> None:
+        check_arguments(key, claim)
+        check_among(f"{key}.evaluation", claim.evaluation, "evaluations", self.file.evaluations)
+        compared = self.file.evaluations[claim.evaluation].adapters
+        for name, adapters in (("adapters", claim.adapters), ("against", claim.against)):
+            if adapters is not None:
+                check_each_once(f"{key}: {name}", adapters)
+            for adapter in adapters or ():
+                check_among(f"{key}.{name}", adapter, f"adapters of the evaluation {claim.evaluation}", compared)
 
     def _check_overrides(self) -> None:
         for step in itertools.chain(*self.steps.values()):
@@ -134,7 +149,7 @@ class StudyPlan:
         return self.file.seeds if own is None else own
 
     def runs(self, adapter: str) -> Iterator[PlannedRun]:
-        """Of one adapter, a run for each seed."""
+        """The trainings of one adapter, one for each seed."""
         data = self.root / "data" / self.file.adapters[adapter].data
         for seed in self._seeds(adapter):
             yield PlannedRun(adapter, seed, data, self.root / "adapters" / f"{adapter}-{seed}")
@@ -167,15 +182,15 @@ class StudyPlan:
 
 
 def override(key: str, value: Any) -> str:
-    """`key=value` as a command takes it, whatever characters the value holds."""
+    """An override `key=value` for a command; the value may contain any character."""
     return f"{key}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
 
 
 def check_each_once(key: str, values: Sequence[Any]) -> None:
     if not values or len(set(values)) < len(values):
-        raise UsageError(f"{key}={list(values)}: name at least one, and each once")
+        raise UsageError(f"{key}={list(values)}: name at least one, each once")
 
 
-def check_among(key: str, name: str, kind: str, names: Container[str]) -> None:
+def check_among(key: str, name: str, kind: str, names: Collection[str]) -> None:
     if name not in names:
-        raise UsageError(f"{key}: {name}: not among the {kind}")
+        raise UsageError(f"{key}: {name}: not among the {kind}: {', '.join(names) or 'there are none'}")

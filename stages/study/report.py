@@ -1,4 +1,4 @@
-"""The report of a study: its claims, what they were judged by, and each evaluation, in one file that opens anywhere."""
+"""The report of a study: its claims and its evaluations, as a self-contained HTML page and as Markdown."""
 
 from __future__ import annotations
 
@@ -21,20 +21,14 @@ from stages.evaluate.report import (
     render,
 )
 from stages.storage.files import whole_file
-from stages.study.claims import Claim
-
-VERDICTS = {True: "holds", False: "does not hold"}
-
-
-def table_of_claims(claims: list[Claim]) -> str:
-    """The claims as lines for a terminal."""
-    return "\n".join(f"{VERDICTS[claim.holds]}: {claim.text} ({claim.goal}): {claim.found}" for claim in claims)
+from stages.study.claims_table import VERDICTS, Claim, markdown_table, to_markdown
 
 
 def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], metadata: dict[str, Any]) -> Path:
-    """Write `claims.html`, one self-contained file, from the rows and from the grids of images that the evaluations left.
+    """Write `claims.html`, with plots and image grids, and `claims.md`, with tables of the means over seeds.
 
-    Its tables stand in `claims.md` too, with what the seeds of an adapter have in the mean.
+    Returns:
+        The path of the page.
     """
     names = dict.fromkeys(row["evaluation"] for row in rows)
     sections = [
@@ -57,20 +51,15 @@ def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], metad
 
 
 def tables_of(claims: list[Claim], rows: list[Row]) -> Iterator[str]:
-    """The claims, and each evaluation, as tables in Markdown."""
-    yield markdown([["", "claim", "goal", "found"], *([VERDICTS[c.holds], c.text, c.goal, c.found] for c in claims)])
+    """Markdown tables: the claims, then each evaluation."""
+    if claims:
+        yield to_markdown(claims)
     for name in dict.fromkeys(row["evaluation"] for row in rows):
-        yield f"`{name}`\n\n" + markdown(cells_of(over_seeds([row for row in rows if row["evaluation"] == name])))
-
-
-def markdown(cells: list[list[str]]) -> str:
-    """A table, its first line the head."""
-    head, *lines = [f"| {' | '.join(line)} |" for line in cells]
-    return "\n".join([head, "| --- " * len(cells[0]) + "|", *lines])
+        yield f"`{name}`\n\n" + markdown_table(cells_of(over_seeds([row for row in rows if row["evaluation"] == name])))
 
 
 def section(name: str, folder: Path, rows: list[Row]) -> dict[str, Any]:
-    """What the report tells of one evaluation: plots of what the seeds have in the mean, and grids with the table's rows."""
+    """One evaluation's section of the page: its table, plots of the means over seeds, and image grids."""
     means = over_seeds(rows)
     scales = sorted({curve["guidance_scale"] for row in means for curve in row["error_by_timestep"]})
     plots = {key: (PLOTS[key], plot_over_scale(means, key)) for key in ("frechet_distance", "gap_closed")}
@@ -81,7 +70,7 @@ def section(name: str, folder: Path, rows: list[Row]) -> dict[str, Any]:
     }
     grids = [
         {
-            "title": f"from the same noise, scale {scale:g}: the table's rows in their order",
+            "title": f"images from the same noise at scale {scale:g}, in the order of the table",
             "source": as_source(png.read_bytes()),
         }
         for scale in scales
@@ -91,10 +80,10 @@ def section(name: str, folder: Path, rows: list[Row]) -> dict[str, Any]:
 
 
 def over_seeds(rows: list[Row]) -> list[Row]:
-    """One row for all seeds of an adapter at a scale, under the adapter's name in the study."""
-    alike: dict[tuple[Any, ...], list[Row]] = {}
+    """Average the rows of an adapter's seeds at each scale, and name the adapter as the study's file does."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        alike.setdefault((row["method"], row["guidance_scale"], row["name"]), []).append(row)
+        groups.setdefault((row["method"], row["guidance_scale"], row["name"]), []).append(row)
     return [
         group[0]
         | {"adapter": name}
@@ -104,12 +93,12 @@ def over_seeds(rows: list[Row]) -> list[Row]:
             if isinstance(value, float)
         }
         | {"error_by_timestep": mean_curves([row["error_by_timestep"] for row in group])}
-        for (_, _, name), group in alike.items()
+        for (_, _, name), group in groups.items()
     ]
 
 
 def mean_curves(curves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The mean, at each timestep, of curves that are told for the same scales."""
+    """The mean at each timestep of curves that have the same scales."""
     return [
         same_scale[0] | {"error": [statistics.fmean(e) for e in zip(*(c["error"] for c in same_scale), strict=True)]}
         for same_scale in zip(*curves, strict=True)
@@ -117,7 +106,7 @@ def mean_curves(curves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def plot_over_cost(rows: list[Row]) -> bytes:
-    """The Frechet distance against what the teacher evaluated for the records, as PNG; a line per scale."""
+    """A PNG plot of the Frechet distance against the teacher's evaluations; a colour per scale."""
     figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
     ones = [row for row in rows if row["name"]]
     for scale in sorted({row["guidance_scale"] for row in ones}):

@@ -1,4 +1,4 @@
-"""A command of this project as a process of its own, with what it says kept in a log."""
+"""Run a command of this project as a subprocess, with its output in a log file."""
 
 from __future__ import annotations
 
@@ -13,36 +13,38 @@ from typing import NamedTuple
 Started = Callable[[subprocess.Popen[bytes]], object]
 
 
-class Ended(NamedTuple):
-    """How a process ended: whether well, and the last line that it said."""
+class CommandResult(NamedTuple):
+    """Whether a command succeeded, and the last line of its output."""
 
-    done: bool
-    line: str
+    succeeded: bool
+    last_line: str
 
 
-def run_child(
-    command: str, overrides: list[str], log: Path, here: Path, started: Started = lambda _: None, **environment: str
-) -> Ended:
-    """Run `python -m pipeline.COMMAND WORDS` in the folder `here`; it ends when this call is interrupted.
+def run_command(
+    command: str, overrides: list[str], log: Path, folder: Path, started: Started = lambda _: None, **environment: str
+) -> CommandResult:
+    """Run `python -m pipeline.COMMAND OVERRIDES` in `folder`; an interruption of this call terminates it.
 
     Args:
-        log: what it says is added here.
-        started: is handed the process, for who waits in another thread to end it.
-        environment: variables besides our own.
+        log: file to which the output is appended.
+        started: called with the process, so that another thread can terminate it.
+        environment: variables in addition to those of this process.
     """
     with log.open("ab") as file:
         start = file.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", f"pipeline.{command}", *overrides],
-            cwd=here,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,  # so that the log's last line was said last
+            cwd=folder,
+            env=os.environ
+            | {"PYTHONUNBUFFERED": "1"}
+            | environment,  # so that the log ends with the last line of output
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
         )
         try:
             started(process)
-            status = process.wait(math.inf)  # with a limit it wakes up now and then, and notices that Ray cancels it
+            status = process.wait(math.inf)  # with a timeout it polls, and so notices when Ray cancels the task
         finally:
             process.terminate()
             process.wait()
@@ -51,4 +53,4 @@ def run_child(
         line = file.read().decode(errors="replace").rstrip().rpartition("\n")[2]
     if status < 0:
         line = f"ended by signal {-status} after: {line}"
-    return Ended(status == 0, line.removeprefix("error: "))
+    return CommandResult(status == 0, line.removeprefix("error: "))

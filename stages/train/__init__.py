@@ -1,1 +1,1 @@
-"""Stage 2: stream a dataset's records and fit an adapter to them. The teacher is never run, nor even loaded."""
+"""Stage 2: fit an adapter to a dataset's records. Training streams them and never loads the teacher pipeline."""

@@ -1,4 +1,4 @@
-"""A batch of records, and how samples of several lengths become one."""
+"""A batch of records, and the padding that collates samples of different lengths."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from stages.base.arguments import LENGTH
 
 @dataclass(frozen=True)
 class Batch:
-    """Some records.
+    """A batch of n records.
 
     Attributes:
         latent, target: `[n, ...]`.
         timestep, scale: `[n]`.
-        cond: `[n, ...]`, by the denoiser's argument names.
-        guidance_stats: `[n]` float32, what else a record tells of its guidance, by name.
+        cond: `[n, ...]`, by the names of the denoiser's arguments.
+        guidance_stats: `[n]` float32, the other numbers that a record holds about its guidance, by name.
     """
 
     latent: Tensor
@@ -38,15 +38,15 @@ class Batch:
         return self._each(lambda value: gather(value, chosen))
 
     def on(self, chosen: Tensor) -> Batch:
-        """As `take`, on the batch's own device."""
+        """Like `take`, but indexed on the batch's device."""
         return self._each(lambda value: value[chosen])
 
     def pin(self) -> Batch:
-        """In page-locked memory, from which a GPU copies without the CPU waiting for it."""
+        """Copy the batch to page-locked memory, from which a GPU copies asynchronously."""
         return self._each(Tensor.pin_memory)
 
     def to(self, device: str, dtype: torch.dtype) -> Batch:
-        """On the device, floating-point tensors but target, scale and numbers in the given dtype."""
+        """Move the batch to a device; floating-point tensors except target, scale and guidance_stats take the dtype."""
         return Batch(
             self.latent.to(device, dtype, non_blocking=True),
             self.timestep.to(device, non_blocking=True),
@@ -71,18 +71,18 @@ class Batch:
 
 
 def as_bytes(values: Tensor) -> np.ndarray:
-    """The same memory as bytes `[n, ...]`, because numpy knows no bfloat16."""
+    """View the same memory as bytes `[n, ...]`, because numpy has no bfloat16."""
     return values[:, None].flatten(1).view(torch.uint8).numpy()
 
 
 def gather(values: Tensor, chosen: Tensor) -> Tensor:
-    """`values[chosen]`, copied by this thread alone: torch's threads wait for each other where a core is busy."""
+    """Return `values[chosen]`, copied by this thread only: torch's thread pool stalls when a core is busy."""
     taken = torch.from_numpy(np.take(as_bytes(values), chosen.numpy(), axis=0).ravel())
     return taken.view(values.dtype).view(len(chosen), *values.shape[1:])
 
 
 def concatenate(parts: list[Batch]) -> Batch:
-    """One batch; token embeddings of several lengths are padded, as `collate` does."""
+    """Concatenate batches; token embeddings of different lengths are padded as in `collate`."""
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
@@ -97,7 +97,7 @@ def concatenate(parts: list[Batch]) -> Batch:
 
 
 def joined(conds: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The conditions of several batches as one."""
+    """Concatenate the conditions of several batches."""
     names = [name for name in conds[0] if not name.endswith(LENGTH)]
     whole = {name: torch.cat(padded([cond[name] for cond in conds], 1)) for name in names}
     for name in names:
@@ -108,39 +108,39 @@ def joined(conds: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def lengths(name: str, cond: dict[str, Tensor]) -> Tensor:
-    """How long each sample's own tokens are `[n]`."""
+    """The number of unpadded tokens of each sample `[n]`."""
     n, length = cond[name].shape[:2]
     return cond.get(name + LENGTH, torch.full((n,), length))
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The conditions of several samples, by name `[n, ...]`; shorter embeddings and their masks are padded with zeros.
+    """Stack the conditions of several samples, by name `[n, ...]`; pad shorter embeddings and their masks with zeros.
 
-    Beside embeddings that differ in length, and have no mask to tell the padding by, are their lengths, `NAME_length` `[n]`.
+    Embeddings that differ in length and have no mask get an entry `NAME_length` `[n]` with their lengths.
     """
     collated = {}
     for name in rows[0] if rows else {}:
         values = [row[name] for row in rows]
         collated[name] = torch.stack(padded(values, 0))
-        longest = max(rows, key=lambda row: row[name].shape[:1])  # on few tokens, positions look like a mask
+        longest = max(rows, key=lambda row: row[name].shape[:1])  # positions of only two tokens look like a mask
         if len({value.shape for value in values}) > 1 and not has_mask(name, longest, 0):
             collated[name + LENGTH] = torch.tensor([len(value) for value in values])
     return collated
 
 
 def has_mask(name: str, cond: dict[str, Tensor], dim: int) -> bool:
-    """Whether a condition masks another one, or is the mask: it has the same length, and no more than that."""
+    """Whether a condition is a mask or has one: a tensor of the same leading shape and no further dimensions."""
     shape = cond[name].shape[: dim + 1]
     return any(other.shape == shape and is_mask(other) for key, other in cond.items() if not key.endswith(LENGTH))
 
 
 def is_mask(value: Tensor) -> bool:
-    """Whether a tensor says of each token whether it counts."""
+    """Whether a tensor is a token mask: booleans, or integers that are all 0 or 1."""
     return value.dtype == torch.bool or (not value.is_floating_point() and bool((value.ge(0) & value.le(1)).all()))
 
 
 def of_one_length(batch: Batch) -> list[tuple[Tensor, Batch]]:
-    """The records of a batch `[k]` with equal lengths of every condition, and they as a batch without padding."""
+    """Split a batch by the lengths of its conditions: indices `[k]` of records, and these records without padding."""
     named = {name.removesuffix(LENGTH): value for name, value in batch.cond.items() if name.endswith(LENGTH)}
     table = torch.stack(list(named.values()), 1)
     parts = []
@@ -153,7 +153,7 @@ def of_one_length(batch: Batch) -> list[tuple[Tensor, Batch]]:
 
 
 def padded(values: list[Tensor], dim: int) -> list[Tensor]:
-    """Tensors that differ in one dimension, filled up with zeros there to the longest."""
+    """Pad tensors that differ in one dimension with zeros to the longest."""
     if len({value.shape[dim:] for value in values}) == 1:
         return values
     longest = max(value.shape[dim] for value in values)

@@ -1,4 +1,4 @@
-"""Means by guidance scale and by timestep: where an adapter is good and where it is not."""
+"""Means by guidance scale and by timestep, to show where an adapter is accurate."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Range = tuple[float, float]
 
 
 class BinnedMean:
-    """Gathers a value of many records by scale and by timestep, on their device, which is made to wait only by `means`.
+    """Accumulates a value per record in bins of scale and of timestep, on the device; only `means` synchronizes.
 
     Args:
-        scale_range, timestep_range: cut into bins of equal width; what lies outside counts in the outermost.
+        scale_range, timestep_range: ranges to cut into bins of equal width; the outermost bins include values outside.
     """
 
     def __init__(self, scale_range: Range, timestep_range: Range, device: str) -> None:
@@ -32,7 +32,7 @@ class BinnedMean:
             self.sums[name], self.counts[name] = (torch.zeros(len(edges) - 1, device=edges.device) for _ in range(2))
 
     def add(self, values: Tensor, scale: Tensor, timestep: Tensor) -> None:
-        """Values, scales and timesteps of n records `[n]`."""
+        """Add the values of n records; values, scale and timestep `[n]`."""
         values = values.detach().float()
         for name, keys in (("scale", scale), ("timestep", timestep)):
             bins = torch.bucketize(keys.float(), self.edges[name][1:-1])
@@ -40,7 +40,7 @@ class BinnedMean:
             self.counts[name].index_add_(0, bins, torch.ones_like(values))
 
     def means(self) -> tuple[float, dict[str, float]]:
-        """(over all records, by name of the bin such as `scale_1_2.5`) of all processes; then it begins anew."""
+        """Return the mean over all processes' records and that of each bin, by names such as `scale_1_2.5`; reset."""
         means: dict[str, float] = {}
         mean = float("nan")
         for name, edges in self.edges.items():

@@ -1,4 +1,4 @@
-"""Checkpoints: one file each, whole or not there, without anything that could run code when it is loaded."""
+"""Checkpoints: one file each, written atomically and loaded without executing code."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CHECKPOINTS, UNFINISHED = "step-[0-9]*.pt", ".step-*.pt.*.tmp"
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], total_limit: int) -> Path:
-    """Write the state after `step` steps, then remove what a killed run left and all but the newest `total_limit` checkpoints.
+    """Write the state after `step` steps, then keep only the newest `total_limit` checkpoints up to this step.
 
-    Later steps than this one are of a run that was gone back from: they go too.
+    Checkpoints of later steps belong to an abandoned run; they and the temporary files of killed runs are removed.
 
     Raises:
-        StorageError: the disk refused; the older checkpoints are as they were.
+        StorageError: the checkpoint could not be written; the older ones are unchanged.
     """
     path = folder / f"step-{step:08d}.pt"
     with whole_file(path) as file:
@@ -37,20 +37,21 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], total_limit:
 
 
 def check_room(folder: Path, size: int, count: int) -> None:
-    """Refuse to begin a run whose checkpoints would fill the disk.
+    """Refuse a run whose checkpoints would fill the disk.
 
     Args:
-        size: bytes of each of the `count` that will be written beside those that are there.
+        size: bytes of one checkpoint.
+        count: checkpoints that the run adds to those on the disk.
 
     Raises:
-        StorageError: there is less free than they take.
+        StorageError: the free space is too small.
     """
     make_folder(folder)
     free = shutil.disk_usage(folder).free
     if size * count > free:
         raise StorageError(
-            f"{folder}: {count} checkpoints of {size / 1e6:,.1f} MB are to be there, and {free / 1e6:,.1f} MB are free: make room, "
-            "name another output_dir, or lower checkpoints_total_limit"
+            f"{folder}: {count} checkpoints of {size / 1e6:,.1f} MB are needed, and {free / 1e6:,.1f} MB are free: "
+            "make room, name another output_dir, or lower checkpoints_total_limit"
         )
 
 
@@ -58,23 +59,23 @@ def _save(state: dict[str, Any], file: BinaryIO) -> None:
     try:
         torch.save(state, file)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch hides the disk's refusal behind an error of its own
+        if isinstance(error.__context__, OSError):  # torch wraps the error of the disk
             raise error.__context__ from None
         raise
 
 
 def find_checkpoint(folder: Path, which: str | None) -> Path | None:
-    """The file that a run goes on from: the newest in its folder for `latest`, or the one that is named; None to begin anew."""
+    """The checkpoint to resume from: for `latest` the newest in the folder, else the named file; None for a new run."""
     if which != "latest":
         return None if which is None else Path(which)
     return max(folder.glob(CHECKPOINTS), default=None)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a file.
+    """Load the state from a checkpoint.
 
     Raises:
-        UserError: it is not readable, or no checkpoint.
+        UserError: the file cannot be read, or is not a checkpoint.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -82,10 +83,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(
             f"resume_from_checkpoint={path}: no such file: name one of output_dir's checkpoints/, or `latest`"
         ) from error
-    except Exception as error:  # whatever unpickling stumbles over in a file that is none of ours
-        message = first_line(error) if isinstance(error, OSError) else "damaged, or no checkpoint"
+    except Exception as error:  # unpickling a foreign file raises errors of any type
+        message = first_line(error) if isinstance(error, OSError) else "damaged, or not a checkpoint"
         raise UserError(
-            f"resume_from_checkpoint: {path}: not readable ({message}): move it away to go on from the one before"
+            f"resume_from_checkpoint: {path}: not readable ({message}): move it away to resume from the one before"
         ) from error
     if not isinstance(state, dict) or "dataset_fingerprint" not in state:
         raise UserError(f"resume_from_checkpoint: {path}: not a checkpoint of this project")
@@ -93,25 +94,27 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_resumable(state: dict[str, Any], dataset: Dataset, config: TrainConfig) -> None:
-    """Refuse to go on with other records or another adapter than the checkpoint's.
+    """Refuse to resume with another dataset, or with options that must stay.
 
     Raises:
-        UserError: names what differs, with both values.
+        UserError: names the difference, with both values.
     """
     if state["dataset_fingerprint"] != dataset.fingerprint:
         raise UserError(
             f"{dataset.root}: not the dataset of the checkpoint: fingerprint {dataset.fingerprint[:12]}, "
-            f"the checkpoint has {state['dataset_fingerprint'][:12]}: name that one by data_dir, or take another output_dir"
+            f"the checkpoint has {state['dataset_fingerprint'][:12]}: set data_dir to that one, or take another "
+            "output_dir"
         )
     now, before = dotted(effective(config)), dotted(state["config"])
     changed = [key for key in sorted(now.keys() | before) if now.get(key) != before.get(key)]
     for key in changed:
         message = f"{key}={now.get(key)}: the checkpoint's run had {before.get(key)}"
         if key.partition(".")[0] in KEPT_WHEN_RESUMED:
-            raise UserError(f"{message}: resume with that, or begin a new run in another output_dir")
+            raise UserError(f"{message}: resume with that value, or start a new run in another output_dir")
         if state["step"] == config.max_train_steps:
-            raise UserError(f"{message}, and has ended: raise max_train_steps, or take another output_dir")
+            raise UserError(f"{message}, and has finished: raise max_train_steps, or take another output_dir")
     if state["step"] > config.max_train_steps:
         raise UserError(
-            f"max_train_steps={config.max_train_steps}: the checkpoint is already at step {state['step']}: raise it, or take another output_dir"
+            f"max_train_steps={config.max_train_steps}: the checkpoint is already at step {state['step']}: raise "
+            "it, or take another output_dir"
         )

@@ -1,4 +1,4 @@
-"""What compiling fails with where something is missing, told in a line."""
+"""Turn compiler failures into a one-line error."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ COMPILERS = (
     "torch._inductor",
     "torch._dynamo",
     "triton",
-)  # not imported: that alone fails without a folder to write to
-BACKENDS = ("torch._inductor", "triton")  # what the tracer itself refuses is an error of this project
-OF_THE_MACHINE = (OSError, ImportError, LookupError, subprocess.SubprocessError)  # no folder, no header, no user's name
+)  # named, not imported: importing them fails without a writable folder
+BACKENDS = ("torch._inductor", "triton")  # not the tracer: what it rejects is a defect of this project
+OF_THE_MACHINE = (
+    OSError,
+    ImportError,
+    LookupError,
+    subprocess.SubprocessError,
+)  # e.g. no writable folder, no header file, no user name
 FRAMES, MAX_MESSAGE_LENGTH = 4, 300
 
 
 @contextmanager
-def compile_errors(asked: bool = True) -> Iterator[None]:
+def compile_errors(compiling: bool = True) -> Iterator[None]:
     """
     Args:
-        asked: whether anything is compiled at all.
+        compiling: whether anything is compiled at all.
 
     Raises:
-        UserError: something could not be compiled.
+        UserError: compilation failed.
     """
     try:
         yield
     except Exception as error:
-        if not (asked and _of_a_compiler(error)):
+        if not (compiling and _from_compiler(error)):
             raise
         message = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:MAX_MESSAGE_LENGTH]
         way_out = (
@@ -40,8 +45,8 @@ def compile_errors(asked: bool = True) -> Iterator[None]:
         raise UserError(f"torch_compile=true: {message or type(error).__name__}: {way_out}") from error
 
 
-def _of_a_compiler(error: Exception) -> bool:
-    """Whether a compiler refused, or stumbled over what this machine lacks."""
+def _from_compiler(error: Exception) -> bool:
+    """Whether a compiler raised the error, or this machine lacks something that the compiler needs."""
     kinds = type(error).__mro__
     if any(kind.__module__.startswith(BACKENDS) or kind.__name__ == "BackendCompilerFailed" for kind in kinds):
         return True

@@ -1,4 +1,4 @@
-"""What training can be told; the names are those of diffusers' training scripts."""
+"""The options of training, named as in diffusers' training scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ON_DAMAGE = ("stop", "skip")
 PRECISIONS = ("no", "bf16", "fp16")
 QUANTIZATIONS = ("none", "int8")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup")
-# A resumed run must draw the same records and hold out the same trajectories; what else changes is the user's choice.
+# A resumed run must draw the same records and hold out the same trajectories; the user may change all other options.
 KEPT_WHEN_RESUMED = (
     "adapter",
     "seed",
@@ -32,7 +32,7 @@ KEPT_WHEN_RESUMED = (
     "denoiser",
     "filters",
 )
-# What changes neither the weights that a run ends with nor how they are judged.
+# Options that affect neither the final weights nor their validation.
 WITHOUT_EFFECT = frozenset(
     {
         "data_dir",
@@ -61,20 +61,20 @@ class TrainConfig:
     data_dir: str = option(
         MISSING, "folder of the dataset, on disk or in a bucket: `s3://bucket/prefix`, `gs://`, `az://`"
     )
-    output_dir: str = option(MISSING, "folder of the adapter, its checkpoints and logs")
+    output_dir: str = option(MISSING, "folder for the adapter, its checkpoints and logs")
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    pretrained_model_name_or_path: str | None = option(
-        None, "the frozen base; by default the teacher that the dataset names"
+    pretrained_model_name_or_path: str | None = option(None, "the frozen base; by default the dataset's teacher")
+    seed: int = option(
+        0, "seed of the adapter's initialization and of the order of records", at_least=0, at_most=2**31 - 1
     )
-    seed: int = option(0, "seed of the adapter's start and of the order of records", at_least=0, at_most=2**31 - 1)
-    train_batch_size: int = option(64, "records at once, of each process", at_least=1)
-    gradient_accumulation_steps: int = option(1, "batches that make one optimizer step", at_least=1)
+    train_batch_size: int = option(64, "records per batch and process", at_least=1)
+    gradient_accumulation_steps: int = option(1, "batches per optimizer step", at_least=1)
     max_train_steps: int = option(5000, "optimizer steps", at_least=1)
     loss: str = option(
         "rms",
-        "`rms`, the root of each record's mean squared error; `l1`, `l2`; l2 weighed, as `noise_weighted` by the share of noise "
-        "in the latent, as `guidance_weighted` by how far guidance turns the prediction, as `guidance_delta` by one over the "
-        "square of what guidance adds",
+        "`rms`: root of each record's mean squared error; `l1`; `l2`; or l2 weighted by the share of noise in the "
+        "latent (`noise_weighted`), by how far guidance turns the prediction (`guidance_weighted`), or by the inverse "
+        "square of what guidance adds (`guidance_delta`)",
         one_of=LOSSES,
     )
     learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0, at_most=1e3)
@@ -83,38 +83,44 @@ class TrainConfig:
     adam_weight_decay: float = option(0.0, "weight decay of AdamW", at_least=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
     use_ema: bool = option(False, "validate and save an exponential moving average of the adapter's weights")
-    ema_decay: float = option(0.999, "most that the average keeps at a step", at_least=0, at_most=1)
+    ema_decay: float = option(0.999, "maximum decay of the average", at_least=0, at_most=1)
     mixed_precision: str = option(
         "no",
         "`no`, `bf16` or `fp16`: precision of the frozen base; the adapter's weights stay in fp32",
         one_of=PRECISIONS,
     )
-    gradient_checkpointing: bool = option(
-        False, "compute the base's activations again in the backward pass: less memory"
-    )
+    gradient_checkpointing: bool = option(False, "recompute the base's activations in the backward pass: less memory")
     quantization: str = option(
         "none",
-        "`int8`: hold the linear layers of the frozen base in 8 bits, by torchao; with gradient_checkpointing",
+        "`int8`: quantize the linear layers of the frozen base by torchao; needs gradient_checkpointing=true",
         one_of=QUANTIZATIONS,
     )
     torch_compile: bool = option(False, "compile the denoiser with its adapter")
-    scale_range: list[float] | None = option(None, "train on records with a guidance scale in [LOW,HIGH] only")
-    timestep_range: list[float] | None = option(None, "and a timestep, as the denoiser is given it, in [LOW,HIGH] only")
-    max_trajectories: int | None = option(None, "train on so many trajectories only, the first of the plan", at_least=1)
+    scale_range: list[float] | None = option(None, "train only on records with a guidance scale in [LOW,HIGH]")
+    timestep_range: list[float] | None = option(
+        None, "train only on records with a timestep, as the denoiser receives it, in [LOW,HIGH]"
+    )
+    max_trajectories: int | None = option(
+        None, "train only on that many trajectories, the first of the plan", at_least=1
+    )
     denoiser: str | None = option(
-        None, "of a teacher with several denoisers, the one that the adapter is for, by its name in the pipeline"
+        None, "the denoiser to adapt, by its name in the pipeline, if the teacher has several"
     )
     filters: list[Any] | None = option(
-        None, "train on samples whose row of the manifest passes all of these only, such as [[class_label,in,[1,2]]]"
+        None, "train only on samples whose manifest row passes all of these, such as [[class_label,in,[1,2]]]"
     )
-    shuffle_bytes: int = option(1 << 30, "records are drawn across a window of so many bytes of samples", at_least=1)
+    shuffle_bytes: int = option(
+        1 << 30, "size of the shuffle window: bytes of samples that are in memory together", at_least=1
+    )
     cache_dir: str | None = option(
-        None, "local folder that shards are fetched into, for several runs if you like; by default read where they are"
+        None, "local cache folder for shards, which several runs may share; by default shards are read in place"
     )
-    cache_bytes: int = option(1 << 36, "most that it holds; shards read least lately are removed", at_least=1)
+    cache_bytes: int = option(
+        1 << 36, "maximum size of the cache; the least recently read shards are removed", at_least=1
+    )
     on_damage: str = option(
         "stop",
-        "at a damaged shard: `stop`, or `skip` its damaged records, which `training.json` counts",
+        "at a damaged shard, `stop`, or `skip` its damaged records; `training.json` counts them",
         one_of=ON_DAMAGE,
     )
     validation_share: float = option(
@@ -122,44 +128,45 @@ class TrainConfig:
     )
     validation_steps: int = option(1000, "steps between two validations", at_least=1)
     vae_name_or_path: str | None = option(
-        None, "folder or hub id of a pipeline or a VAE: each validation shows what some held-out predictions decode to"
+        None, "folder or hub id of a pipeline or a VAE: each validation decodes some held-out predictions into images"
     )
-    logging_steps: int = option(50, "steps between two points of the log", at_least=1)
+    logging_steps: int = option(50, "steps between two log entries", at_least=1)
     checkpointing_steps: int = option(1000, "steps between two checkpoints", at_least=1)
-    checkpoints_total_limit: int = option(2, "older checkpoints are removed", at_least=1)
+    checkpoints_total_limit: int = option(2, "number of checkpoints to keep", at_least=1)
     resume_from_checkpoint: str | None = option(
-        None, "`latest`, which begins where there is none, or a checkpoint's file"
+        None, "`latest`, which starts a new run if there is none, or a checkpoint's file"
     )
-    report_to: str = option("tensorboard", "`tensorboard`, another tracker of accelerate by its name, or `none`")
+    report_to: str = option("tensorboard", "`tensorboard`, the name of another accelerate tracker, or `none`")
     device: str = option("auto", "`auto` (a GPU where there is one), `cuda` or `cpu`")
 
 
 def effective(config: TrainConfig) -> dict[str, Any]:
-    """The options that the weights at the end follow from, and how they are judged."""
+    """The options that determine the final weights and their validation."""
     return {key: value for key, value in asdict(config).items() if key not in WITHOUT_EFFECT}
 
 
 def check_together(config: TrainConfig) -> None:
     """
     Raises:
-        UsageError: two options are at odds.
+        UsageError: two options contradict each other.
     """
     for name in ("output_dir", "cache_dir"):
         if "://" in str(getattr(config, name)):
-            raise UsageError(
-                f"{name}={getattr(config, name)}: a local folder is needed; only data_dir can be in a bucket"
-            )
+            raise UsageError(f"{name}={getattr(config, name)}: name a local folder; only data_dir can be in a bucket")
     if Path(config.output_dir).resolve() == Path(config.data_dir).resolve():
-        raise UsageError(f"output_dir={config.output_dir}: is the dataset: take another folder")
+        raise UsageError(f"output_dir={config.output_dir}: is the dataset's folder: take another one")
     if config.adapter.variant == "full":
         if config.gradient_checkpointing:
             raise UsageError(
-                "gradient_checkpointing=true: `full` lends its weights to the forward pass only: leave it out"
+                "gradient_checkpointing=true: the variant `full` swaps its weights in for the forward pass only: "
+                "leave it out"
             )
         if config.quantization != "none":
-            raise UsageError(f"quantization={config.quantization}: `full` trains the base's own weights: leave it out")
+            raise UsageError(
+                f"quantization={config.quantization}: the variant `full` trains the base's weights: leave it out"
+            )
     if config.quantization != "none" and not config.gradient_checkpointing:
         raise UsageError(
-            f"quantization={config.quantization}: every layer's whole weight would be kept for the backward pass, more than is "
-            "saved: add gradient_checkpointing=true"
+            f"quantization={config.quantization}: the backward pass would keep every layer's full weight, more than "
+            "quantization saves: add gradient_checkpointing=true"
         )

@@ -1,4 +1,4 @@
-"""What some held-out predictions decode to, so that a user sees how a run is going; only with a VAE that the user names."""
+"""Decode some held-out predictions into images, to show a run's progress; needs a VAE that the user names."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ COLUMNS = 8
 
 
 class Decoder:
-    """Decodes the clean latent that a prediction at a recorded step points to.
+    """Decodes the clean latents that predictions at recorded steps imply.
 
     Raises:
-        UserError: there is no VAE at that place, or the latents are not those of images.
+        UserError: there is no VAE at that path, or the latents are not those of images.
     """
 
     def __init__(
@@ -51,33 +51,33 @@ class Decoder:
     def _try_out(self, name_or_path: str) -> None:
         """
         Raises:
-            UserError: what is recorded does not decode, which the first validation would come upon.
+            UserError: the recorded targets do not decode; the first validation would fail.
         """
         try:
             for image in self.decode(self.batch.target.float().cpu()):
                 to_picture(image)
-        except Exception as error:  # another's VAE, with latents that it may not be made for
+        except Exception as error:  # a foreign VAE may raise anything on latents it was not made for
             message = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(
-                f"vae_name_or_path={name_or_path}: does not decode what is recorded: {message}: leave it out"
+                f"vae_name_or_path={name_or_path}: cannot decode the recorded latents: {message}: leave it out"
             ) from error
 
     @torch.no_grad()
     def draw(self, student: Student) -> Image.Image:
-        """In a column each held-out record, less noisy from left to right: no guidance, the recorded target, one pass."""
+        """A column per held-out record, less noisy to the right; rows: no guidance, the recorded target, one pass."""
         batch = self.batch.to(self.device, student.dtype)
         rows = (student.predict(batch, guided=False), batch.target, student.predict(batch))
         return grid([[to_picture(image) for image in self.decode(row.float().cpu())] for row in rows])
 
     def decode(self, predictions: Tensor) -> Tensor:
-        """Images `[n, channels, height, width]` in [-1, 1] of predictions for the records."""
+        """Decode predictions for the records into images `[n, channels, height, width]` in [-1, 1]."""
         config: Any = self.vae.config
         like = next(self.vae.parameters())
         latents = self.denoised(predictions) / config.scaling_factor + (config.get("shift_factor") or 0)
         return self.vae.decode(latents.to(like)).sample.clamp(-1, 1)
 
     def denoised(self, predictions: Tensor) -> Tensor:
-        """The clean latents `[n, c, h, w]` that predictions at the records' timesteps point to."""
+        """The clean latents `[n, c, h, w]` that predictions at the records' timesteps imply."""
         latents = self.batch.latent.float()
         steps = (self.batch.timestep.float() / self.teacher.layout.timestep_scale).round().long()
         steps = steps.clamp(0, len(self.noise) - 1)
@@ -94,15 +94,15 @@ class Decoder:
 
 
 def load_vae(name_or_path: str, channels: int) -> Any:
-    """The VAE for latents of so many channels of a pipeline's folder, or of a folder of its own, or the same on a hub.
+    """Load a VAE for latents of that many channels, from a pipeline or by itself, in a folder or on a hub.
 
     Raises:
         UserError: there is none.
     """
     path, message = resolve(name_or_path), ""
-    for place in ({"subfolder": "vae"}, {}):
+    for location in ({"subfolder": "vae"}, {}):
         try:
-            vae = AutoModel.from_pretrained(path, **place)
+            vae = AutoModel.from_pretrained(path, **location)
         except (OSError, ValueError, KeyError) as error:
             message = message or first_line(error)
             continue
@@ -112,14 +112,14 @@ def load_vae(name_or_path: str, channels: int) -> Any:
             or config.get("scaling_factor") is None
             or config.get("latent_channels") != channels
         ):
-            message = f"{type(vae).__name__} is none for latents of {channels} channels"
+            message = f"{type(vae).__name__} is not a VAE for latents of {channels} channels"
             break
         return vae.eval().requires_grad_(False)
     raise UserError(f"vae_name_or_path={name_or_path}: no VAE could be loaded from it: {message}")
 
 
 def from_noise_to_image(dataset: Dataset, samples: list[SelectedSample], skip_damaged: bool = False) -> Batch:
-    """One intact record of each sample, later in its trajectory from sample to sample."""
+    """One intact record per sample, each later in its trajectory than that of the sample before."""
     window = load(dataset, samples, skip_damaged)
     counts = torch.tensor([sample.records for sample in samples])
     places = counts.cumsum(0) - counts + torch.arange(len(samples)) * counts // len(samples)

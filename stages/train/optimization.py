@@ -1,4 +1,4 @@
-"""From a loss to new weights: AdamW with its schedule, clipping, loss scaling, averaging over processes and over time."""
+"""The optimizer step: AdamW, schedule, clipping, loss scaling, averaging over processes, and EMA."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from stages.train.config import TrainConfig
 
 
 class Optimization:
-    """Changes an adapter's weights, which stay in fp32; none of it makes the device wait.
+    """Updates an adapter's weights, which stay in fp32, without synchronizing with the device.
 
     Attributes:
-        average: the exponential moving average of the weights, where one is kept.
+        average: the exponential moving average of the weights, with `use_ema`.
     """
 
     def __init__(self, adapter: nn.Module, config: TrainConfig, device: str) -> None:
@@ -42,19 +42,19 @@ class Optimization:
         return self.schedule.get_last_lr()[0]
 
     def is_finite(self) -> bool:
-        """Whether every weight is a number; the device is made to wait."""
+        """Whether every weight is finite; synchronizes with the device."""
         return bool(torch.stack([parameter.isfinite().all() for parameter in self.parameters]).all())
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one of the batches that make a step; one without guidance asks nothing of the adapter, and has none."""
+        """Accumulate the gradients of one batch; a batch that is all at scale 1 bypasses the adapter and has none."""
         scaled = self.scaler.scale(loss / self.config.gradient_accumulation_steps)
         if scaled.requires_grad:
             scaled.backward()
 
     def step(self) -> Tensor:
-        """Change the weights by the gradients that were added up, and forget these; their norm before it was clipped."""
+        """Update the weights by the accumulated gradients, and clear these; return their norm before clipping."""
         for parameter in self.parameters:
-            if parameter.grad is None:  # the loss scale asks for one, and all processes must have as many
+            if parameter.grad is None:  # the loss scaler needs one, and processes must have the same number
                 parameter.grad = torch.zeros_like(parameter)
         self._average_over_processes()
         self.scaler.unscale_(self.optimizer)
@@ -68,17 +68,19 @@ class Optimization:
         return norm
 
     def _average_over_processes(self) -> None:
-        """Before the loss scale is taken out, so that one process's overflow is noticed by all."""
+        """Average the gradients before unscaling, so that all processes notice the overflow of one."""
         if not torch.distributed.is_initialized():
             return
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]  # all have one
+        gradients = [
+            parameter.grad for parameter in self.parameters if parameter.grad is not None
+        ]  # every one has a gradient by now
         mean = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
         for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within it, the adapter has its averaged weights, where an average is kept."""
+        """Within the context, the adapter has its averaged weights, if there is an average."""
         if self.average is None:
             yield
             return
@@ -98,14 +100,14 @@ class Optimization:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state; rates and decays are those of this run's configuration, which may have changed."""
+        """Restore a state; learning rate and decays come from this run's configuration, which may have changed."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.schedule.base_lrs = [self.config.learning_rate] * len(self.optimizer.param_groups)
         for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
             group["initial_lr"], group["weight_decay"] = self.config.learning_rate, self.config.adam_weight_decay
             group["lr"] = self.config.learning_rate * factor(self.schedule.last_epoch)
-        if state["scaler"]:  # empty where the run had no loss scale
+        if state["scaler"]:  # empty without loss scaling
             self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

@@ -1,4 +1,4 @@
-"""Which records of a dataset a run trains on, and which it is judged by: an ablation needs no new data."""
+"""Select the records to train on and to validate with, so that an ablation needs no new data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.errors import DamageError, UserError
 from stages.records.dataset import Dataset
 from stages.train.config import TrainConfig
 
-Row = dict[str, Any]  # of the manifest
+Row = dict[str, Any]  # a row of the manifest
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class SelectedSample:
 def select(dataset: Dataset, config: TrainConfig) -> tuple[list[SelectedSample], list[SelectedSample]]:
     """(training, validation): the samples to read, and of each the records in `timestep_range`.
 
-    The trajectories that are held out follow from the seed and the whole manifest, so that runs on parts of a dataset are
-    judged by the same ones.
+    The held-out trajectories depend on the seed and the whole manifest only, so that runs on parts of a dataset
+    validate with the same ones.
 
     Raises:
-        UserError: a filter is none, or nothing is left.
+        UserError: a filter is invalid, or no record is left.
     """
     manifest = dataset.manifest.filter(pc.field("denoiser") == choose_denoiser(dataset, config))
     held_out = hold_out(manifest, config.validation_share, config.seed)
@@ -58,39 +58,37 @@ def select(dataset: Dataset, config: TrainConfig) -> tuple[list[SelectedSample],
     parts = tuple(list(in_timestep_range(dataset, table, config)) for table in (training, validation))
     if not all(parts) and pc.count_distinct(dataset.manifest["trajectory"]).as_py() < 2:
         raise UserError(
-            f"{dataset.root}: holds a single trajectory, and one is held out to validate with: generate more of them "
+            f"{dataset.root}: holds a single trajectory, and validation needs one: generate more of them "
             "(num_trajectories)"
         )
     for samples, purpose in zip(parts, ("train on", "validate with"), strict=True):
         if not samples:
             raise UserError(
-                f"{dataset.root}: nothing is left to {purpose}: change validation_share={config.validation_share:g}, or widen "
-                "scale_range, timestep_range, max_trajectories or filters"
+                f"{dataset.root}: no record is left to {purpose}: change validation_share={config.validation_share:g}, "
+                "or widen scale_range, timestep_range, max_trajectories or filters"
             )
     return parts[0], parts[1]
 
 
 def choose_denoiser(dataset: Dataset, config: TrainConfig) -> str:
-    """The denoiser that an adapter is trained for, by its name in the pipeline.
+    """The denoiser to adapt, by its name in the pipeline.
 
     Raises:
-        UserError: the teacher has several, or has none of that name.
+        UserError: the teacher has several and none is named, or none of that name.
     """
-    known = sorted(dataset.manifest["denoiser"].unique().to_pylist())
-    if config.denoiser is None and len(known) == 1:
-        return known[0]
-    if config.denoiser is None or config.denoiser not in known:
-        message = (
-            "several denoisers, each of which needs an adapter of its own" if config.denoiser is None else "no such one"
-        )
+    names = sorted(dataset.manifest["denoiser"].unique().to_pylist())
+    if config.denoiser is None and len(names) == 1:
+        return names[0]
+    if config.denoiser is None or config.denoiser not in names:
+        message = "several denoisers, and each needs its own adapter" if config.denoiser is None else "no such denoiser"
         raise UserError(
-            f"denoiser={config.denoiser}: the teacher has {message}: say denoiser={' or denoiser='.join(known)}"
+            f"denoiser={config.denoiser}: the teacher has {message}: say denoiser={' or denoiser='.join(names)}"
         )
     return config.denoiser
 
 
 def hold_out(manifest: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.Table]:
-    """(training, validation): whole trajectories are held out, because the records of one resemble each other."""
+    """(training, validation): whole trajectories are held out, because the records of a trajectory are correlated."""
     trajectories = np.unique(manifest["trajectory"].to_numpy())
     count = max(1, round(share * len(trajectories)))
     chosen = np.random.default_rng([seed, 1]).permutation(trajectories)[:count]
@@ -99,7 +97,7 @@ def hold_out(manifest: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.
 
 
 def matching(table: pa.Table, config: TrainConfig) -> pa.Table:
-    """The rows with a scale in `scale_range` that pass `filters`, a conjunction as Parquet readers take it."""
+    """The rows with a scale in `scale_range` that pass `filters`, a conjunction as in Parquet readers."""
     conditions: list[Any] = []
     if config.scale_range is not None:
         low, high = interval("scale_range", config.scale_range)
@@ -111,13 +109,13 @@ def matching(table: pa.Table, config: TrainConfig) -> pa.Table:
         return table.filter(pq.filters_to_expression(conditions))
     except (ValueError, TypeError, pa.ArrowException) as error:
         raise UserError(
-            f"filters={config.filters}: {first_line(error)}: each is [column, operator, value] with a column of the manifest: "
-            f"{', '.join(table.column_names)}"
+            f"filters={config.filters}: {first_line(error)}: give each as [column, operator, value] with a column of "
+            f"the manifest: {', '.join(table.column_names)}"
         ) from error
 
 
 def trained_scales(samples: list[SelectedSample], config: TrainConfig) -> list[float] | None:
-    """The lowest and the highest scale that a run was restricted to; None where it trains on all that the dataset has."""
+    """The lowest and highest scale that a run was restricted to; None if it trains on all scales of the dataset."""
     if config.filters:
         scales = [sample.row["scale"] for sample in samples]
         return [min(scales), max(scales)]
@@ -126,12 +124,12 @@ def trained_scales(samples: list[SelectedSample], config: TrainConfig) -> list[f
 
 def interval(name: str, value: list[float]) -> tuple[float, float]:
     if len(value) != 2 or not value[0] <= value[1]:
-        raise UserError(f"{name}={value}: say [LOW,HIGH], with the lower number first")
+        raise UserError(f"{name}={value}: give [LOW,HIGH], the lower number first")
     return value[0], value[1]
 
 
 def in_timestep_range(dataset: Dataset, table: pa.Table, config: TrainConfig) -> Iterator[SelectedSample]:
-    """The samples with records at timesteps in `timestep_range`, as the denoiser is given them, both ends among them."""
+    """The samples with records at timesteps in `timestep_range`, both ends included, as the denoiser receives them."""
     if config.timestep_range is None:
         yield from map(SelectedSample, table.to_pylist())
         return
@@ -145,7 +143,7 @@ def in_timestep_range(dataset: Dataset, table: pa.Table, config: TrainConfig) ->
             except DamageError:
                 if config.on_damage == "stop":
                     raise
-                yield SelectedSample(row)  # reading its records reports the damage
+                yield SelectedSample(row)  # reading its records will report the damage
                 continue
             chosen = [i for i, timestep in enumerate(timesteps) if low <= timestep <= high]
             if chosen:

@@ -1,8 +1,8 @@
-"""The stream of records: shuffled, read ahead by one thread, and resumable to the record.
+"""The stream of records: shuffled, prefetched by one thread, and resumable at any record.
 
-The order is a pure function of (seed, epoch): shards are permuted, cut into windows of a bounded size, and the records
-of a window are drawn in random order. Where a run stands is one number, the records it has consumed. Several processes
-read the same windows and take turns at their records.
+The order is a pure function of (seed, epoch): shards are permuted and cut into windows of bounded size, and the records
+of a window are drawn in random order. The number of consumed records is the stream's whole state. Several processes
+read the same windows and take the records in turn.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stages.train.window import Memory, Window, load
 
 
 class Draw(NamedTuple):
-    """What is drawn from one window: its samples, the order of its records `[m]`, the place of its first in the run."""
+    """A draw from one window: its samples, the order of its records `[m]`, and the stream offset of the first."""
 
     samples: list[SelectedSample]
     order: Tensor
@@ -37,22 +37,22 @@ def on_disk(sample: SelectedSample) -> tuple[str, int]:
 
 
 class RecordStream:
-    """Batches without end, each record once per epoch; a batch may reach over the end of an epoch.
+    """Endless batches with each record once per epoch; a batch may span two epochs.
 
     Args:
         batch_size: records in each process's batch. Of every `batch_size * world_size` records, a process takes
-            every `world_size`-th, from its `rank` on.
-        shuffle_bytes: of the samples in a window; two windows are in memory, the one in use and the one being read.
-        skip_damaged: leave out the records of damaged samples instead of ending with an error.
-        pin: hand out batches in page-locked memory, where there is a GPU to copy them to.
+            every `world_size`-th, starting at its `rank`.
+        shuffle_bytes: size of a window's samples; two windows are in memory, the one in use and the one being read.
+        skip_damaged: skip the records of damaged samples instead of raising an error.
+        pin: return batches in page-locked memory, if there is a GPU.
 
     Attributes:
-        consumed: places of the order that all processes together are past, those of records left out among them; a
-            stream made with it goes on exactly there, with any `world_size`.
-        skipped: the number of records of each sample that was found damaged, by its name.
+        consumed: positions of the order that all processes together have passed, including skipped records; a stream
+            created with it continues exactly there, with any `world_size`.
+        skipped: the number of records of each damaged sample, by the sample's name.
 
     Raises:
-        UserError: at reading: a sample is damaged, or all are.
+        UserError: while reading, if a sample is damaged, or all are.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class RecordStream:
     def __iter__(self) -> Iterator[Batch]:
         size = self.batch_size * self.world_size
         parts: list[Batch] = []
-        filled = 0  # of the batches of all processes together
+        filled = 0  # records in the batches of all processes
         for window, draw in self._windows_ahead():
-            self._note(window.damaged)
+            self._record_damage(window.damaged)
             places = window.intact[draw.order].nonzero().flatten()
             while len(places):
                 drawn, places = places.tensor_split([size - filled])
@@ -96,9 +96,9 @@ class RecordStream:
                     parts, filled = [], 0
 
     def locate_records(self, consumed: int, count: int) -> list[str]:
-        """Names of the records at `count` places of the order from `consumed` on, those of damaged samples left out.
+        """Describe the `count` records from position `consumed` on, except those of damaged samples.
 
-        The samples are read again, for their timesteps.
+        Reads the samples again to obtain the timesteps.
         """
         records = list(islice(self._records(consumed), count))
         window = load(
@@ -112,16 +112,16 @@ class RecordStream:
             if intact
         ]
 
-    def _note(self, damaged: dict[str, int]) -> None:
+    def _record_damage(self, damaged: dict[str, int]) -> None:
         self.skipped = self.skipped | damaged
         if sum(self.skipped.values()) == self.records_per_epoch:
             raise UserError(
                 f"{self.dataset.root}: every record to train on is damaged: "
-                f"`python -m pipeline.verify {self.dataset.root.override('data_dir')}` tells how"
+                f"`python -m pipeline.verify {self.dataset.root.override('data_dir')}` lists the damage"
             )
 
     def _windows_ahead(self) -> Iterator[tuple[Window, Draw]]:
-        """Each window and what is drawn from it; meanwhile the next is read into the memory of the one before."""
+        """Yield each window with its draw, while the next window is read into the memory of the previous one."""
         with ThreadPoolExecutor(max_workers=1) as thread:
             memories: Iterator[Memory] = cycle([{}, {}])
             draws = self._draws(self.consumed)
@@ -135,7 +135,7 @@ class RecordStream:
                 draw = next_draw
 
     def _records(self, consumed: int) -> Iterator[tuple[SelectedSample, int]]:
-        """(sample, number of the record in it) of each record of the order."""
+        """Yield each record of the order as (sample, number of the record in it)."""
         for samples, order, _ in self._draws(consumed):
             numbered = [
                 (sample, number)
@@ -157,9 +157,9 @@ class RecordStream:
             epoch += 1
 
     def _cut(self, epoch: int) -> Iterator[list[SelectedSample]]:
-        """An epoch's samples, shard by shard in random order, in windows of at most `shuffle_bytes`.
+        """Cut an epoch's samples, shard by shard in random order, into windows of at most `shuffle_bytes`.
 
-        Within a window they stand as on disk, so that windows of the same samples are equal.
+        Samples within a window are in the order of the disk, so that windows of the same samples are equal.
         """
         shards = sorted({sample.row["shard"] for sample in self.samples})
         place = dict(zip(shards, np.random.default_rng([self.seed, epoch]).permutation(len(shards)), strict=True))

@@ -22,7 +22,7 @@ from stages.records.teacher import LayoutFacts, TeacherFacts
 from stages.records.trajectory import CONDITION_PREFIX
 from stages.train.batch import Batch, of_one_length
 
-if TYPE_CHECKING:  # without it a student can be made where there is no pyarrow
+if TYPE_CHECKING:  # a student needs no pyarrow
     from stages.records.dataset import Dataset
 
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,7 +38,7 @@ BASE_KEYS = (
 
 
 def facts_of_teacher(dataset: Dataset, denoiser: str | None = None) -> TeacherFacts:
-    """The facts of the teacher, with the denoiser of this name as the first; by default the first."""
+    """The facts of the teacher in `dataset.json`, with those of one denoiser; by default the first."""
     teacher = dataset.info.teacher
     name = denoiser or teacher.denoiser_subfolder
     chosen = teacher.denoisers[name]
@@ -53,11 +53,11 @@ def facts_of_teacher(dataset: Dataset, denoiser: str | None = None) -> TeacherFa
 def describe_base(
     dataset: Dataset, scale_range: list[float] | None = None, denoiser: str | None = None
 ) -> dict[str, Any]:
-    """What an adapter's folder tells of its data and its base: conditions, trained range, identity of the base.
+    """The metadata that an adapter's folder keeps: conditions, trained range, identity of the base.
 
     Args:
-        scale_range: what the run was restricted to.
-        denoiser: which of the teacher's, by its name in the pipeline; by default the first.
+        scale_range: the scales that the run was restricted to.
+        denoiser: the denoiser's name in the pipeline; by default the first.
     """
     teacher, conditions = facts_of_teacher(dataset, denoiser), dataset.plan.conditions
     low, high = dataset.plan.guidance.scale_range
@@ -91,7 +91,7 @@ def describe_base(
 
 
 def unconditional_place(layout: LayoutFacts) -> dict[str, int] | None:
-    """Where a guided step of the pipeline has its unconditional part; None where that is not known."""
+    """The position of the unconditional part in a guided step; None if it is unknown."""
     if layout.unconditional is None:
         return None
     call, chunk = layout.unconditional
@@ -99,7 +99,7 @@ def unconditional_place(layout: LayoutFacts) -> dict[str, int] | None:
 
 
 def example_inputs(dataset: Dataset) -> dict[str, Any]:
-    """The denoiser's arguments for three records, flat, on the meta device."""
+    """The denoiser's arguments for three records, flattened, on the meta device."""
     tensors, n, meta = dataset.info.tensors, 3, torch.device("meta")
 
     def empty(spec: TensorSpec) -> Tensor:
@@ -111,12 +111,12 @@ def example_inputs(dataset: Dataset) -> dict[str, Any]:
 
 
 def arguments_of(dataset: Dataset) -> Arguments:
-    """How the arguments of the teacher's denoiser are laid out."""
+    """The layout of the arguments of the teacher's denoiser."""
     return dataset.info.teacher.layout.arguments
 
 
 def condition_tensors(dataset: Dataset) -> dict[str, TensorSpec]:
-    """Dtype and shape of the conditional inputs that the records hold, by the denoiser's own names."""
+    """Dtype and shape of the recorded conditions, by the names of the denoiser's arguments."""
     return {
         name.removeprefix(CONDITION_PREFIX): spec
         for name, spec in dataset.info.tensors.items()
@@ -132,15 +132,15 @@ def load_base(
     quantization: str = "none",
     denoiser: str | None = None,
 ) -> nn.Module:
-    """The frozen denoiser that the records were made with.
+    """Load the frozen denoiser that the records were made with.
 
     Args:
-        mixed_precision: `bf16` or `fp16`: the base is held in it; by default as the teacher was.
-        quantization: `int8`: the linear layers' weights in 8 bits.
-        denoiser: which of the teacher's, by its name in the pipeline; by default the first.
+        mixed_precision: dtype of the base, `bf16` or `fp16`; by default the teacher's.
+        quantization: `int8` for linear layers with 8-bit weights.
+        denoiser: the denoiser's name in the pipeline; by default the first.
 
     Raises:
-        UserError: another denoiser is found there, or other weights, than the teacher had.
+        UserError: the denoiser found differs from the teacher's in class or in weights.
     """
     teacher = facts_of_teacher(dataset, denoiser)
     path = name_or_path or teacher.pretrained_model_name_or_path
@@ -152,7 +152,7 @@ def load_base(
     if found != teacher.denoiser_fingerprint:
         raise UserError(
             f"{path}: not the weights that made {dataset.root}: fingerprint {found[:12]}, the dataset has "
-            f"{teacher.denoiser_fingerprint[:12]}: name the teacher's own with pretrained_model_name_or_path=..."
+            f"{teacher.denoiser_fingerprint[:12]}: name the teacher's with pretrained_model_name_or_path=..."
         )
     if mixed_precision != "no":
         cast(base, PRECISION[mixed_precision])
@@ -162,10 +162,10 @@ def load_base(
 
 
 def check_architecture(dataset: Dataset, teacher: TeacherFacts, path: str, config: dict[str, Any]) -> None:
-    """What a denoiser's configuration tells, before its weights are loaded.
+    """Check a denoiser's configuration before its weights are loaded.
 
     Raises:
-        UserError: it is another class, or takes latents of other channels, than the teacher's.
+        UserError: its class or its number of latent channels differs from the teacher's.
     """
     expected, had = teacher.denoiser_class, teacher.denoisers[teacher.denoiser_subfolder].in_channels
     channels = config.get("in_channels")
@@ -176,7 +176,7 @@ def check_architecture(dataset: Dataset, teacher: TeacherFacts, path: str, confi
 
 
 def cast(denoiser: nn.Module, dtype: torch.dtype) -> None:
-    """To another precision, but for the parts that the model's makers keep in fp32."""
+    """Convert to another precision, except the modules that the model class keeps in fp32."""
     denoiser.to(dtype)
     kept = getattr(denoiser, "_keep_in_fp32_modules", None) or []
     for name, module in denoiser.named_modules():
@@ -201,9 +201,9 @@ class Student:
     """Predicts the guided output of a batch in one conditional pass.
 
     Args:
-        arguments: of the denoiser's calls, as the teacher's were laid out.
-        channels: of each of its predictions that the target has.
-        mixed_precision: as `load_base` was told.
+        arguments: the layout of the denoiser's arguments in the teacher's calls.
+        channels: the channels of each prediction that are in the target.
+        mixed_precision: as given to `load_base`.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class Student:
         mixed_precision: str = "no",
         name: str | None = None,
     ) -> Student:
-        """A new adapter on the dataset's denoiser of that name; see `describe_base` for `scale_range`."""
+        """Attach a new adapter to the dataset's denoiser of that name; see `describe_base` for `scale_range`."""
         metadata, inputs = describe_base(dataset, scale_range, name), example_inputs(dataset)
         adapter = GuidanceAdapter.for_denoiser(config, denoiser, metadata, inputs)
         adapter.to(next(denoiser.parameters()).device)
@@ -239,25 +239,25 @@ class Student:
         return cls(denoiser, adapter, arguments_of(dataset), channels, mixed_precision)
 
     def compile(self) -> None:
-        """Run the denoiser and the adapter's hooks compiled from now on."""
+        """Compile the denoiser with the adapter's hooks."""
         self.call = torch.compile(self.denoiser)
 
     def checkpoint_gradients(self) -> None:
-        """Have the base compute its activations again in the backward pass.
+        """Recompute the base's activations in the backward pass.
 
         Raises:
-            UserError: the denoiser cannot.
+            UserError: the denoiser does not support it.
         """
         denoiser: Any = self.denoiser
         if not getattr(denoiser, "_supports_gradient_checkpointing", False):
-            raise UserError(f"gradient_checkpointing=true: {type(denoiser).__name__} cannot: leave it out")
+            raise UserError(f"gradient_checkpointing=true: {type(denoiser).__name__} does not support it: leave it out")
         denoiser.enable_gradient_checkpointing()
 
     def predict(self, batch: Batch, guided: bool = True) -> Tensor:
-        """The channels of the prediction that the target has `[n, c, ...]`; a learned variance beside them is left out.
+        """Predict the target's channels `[n, c, ...]`, without a learned variance.
 
         Args:
-            guided: at the batch's scales; else the base alone predicts.
+            guided: whether the adapter acts, at the batch's scales; else the base predicts alone.
         """
         if any(name.endswith(LENGTH) for name in batch.cond):
             return self._predict_by_length(batch, guided)
@@ -268,7 +268,7 @@ class Student:
             return self._forward(batch)
 
     def _predict_by_length(self, batch: Batch, guided: bool) -> Tensor:
-        """One pass for the records of each length: the denoiser cannot be told what is padding."""
+        """Run one pass per length, because the denoiser takes no mask for the padding."""
         parts = [(chosen, self.predict(part, guided)) for chosen, part in of_one_length(batch)]
         order = torch.cat([chosen for chosen, _ in parts]).argsort()
         return torch.cat([prediction for _, prediction in parts])[order]

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a meter of its losses and its speed, and the trackers that these go to."""
+"""Telemetry of a run: a meter of losses and speed, and the trackers that log them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from stages.train.bins import BinnedMean, Range
 LOGS = "logs"
 
 
-class Place(NamedTuple):
-    """Of a batch: the step it belongs to, where in the stream it begins, and how many places of it all processes' batches take."""
+class BatchPosition(NamedTuple):
+    """A batch's step, stream offset, and global length: positions that the batches of all processes take."""
 
     step: int
     begin: int
@@ -32,10 +32,10 @@ class Place(NamedTuple):
 
 
 class Meter:
-    """Gathers over the steps from one point of the log to the next, without making the device wait before `read`.
+    """Accumulates measurements between two log entries; only `read` and `not_finite` synchronize with the device.
 
     Attributes:
-        seconds: that all steps took so far, without validations and checkpoints.
+        seconds: total time of all steps, without validations and checkpoints.
     """
 
     def __init__(self, scale_range: Range, timestep_range: Range, device: str) -> None:
@@ -44,42 +44,42 @@ class Meter:
         self._clear()
 
     def _clear(self) -> None:
-        self.batches: list[tuple[Place, Tensor]] = []
+        self.batches: list[tuple[BatchPosition, Tensor]] = []
         self.norms: list[Tensor] = []
         self.before, self.waited = self.seconds, 0.0
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Time within it is time that steps take."""
+        """Count the time within the context as time of steps."""
         start = time.monotonic()
         yield
         self.seconds += time.monotonic() - start
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time within it is time in which a step waits for records."""
+        """Count the time within the context as time that a step waits for records."""
         start = time.monotonic()
         yield
         self.waited += time.monotonic() - start
 
-    def add(self, losses: Tensor, scale: Tensor, timestep: Tensor, place: Place) -> None:
-        """The losses, scales and timesteps of a batch's n records `[n]`."""
+    def add(self, losses: Tensor, scale: Tensor, timestep: Tensor, position: BatchPosition) -> None:
+        """Add a batch; losses, scale and timestep `[n]`."""
         self.losses.add(losses, scale, timestep)
-        self.batches.append((place, losses))
+        self.batches.append((position, losses))
 
-    def not_finite(self) -> tuple[Place, list[int]] | None:
-        """The first batch with losses that are no numbers, and which of its records have them."""
-        for place, losses in self.batches:
+    def not_finite(self) -> tuple[BatchPosition, list[int]] | None:
+        """The first batch with non-finite losses, and the indices of those records; None if all losses are finite."""
+        for position, losses in self.batches:
             wrong = (~losses.isfinite()).nonzero().flatten().tolist()
             if wrong:
-                return place, wrong
+                return position, wrong
         return None
 
     def read(self) -> dict[str, float]:
-        """What was gathered, by name; then it begins anew."""
-        with self.working():  # the device still is
+        """Return the measurements by name, and reset."""
+        with self.working():  # the device may still be computing
             loss, by_bin = self.losses.means()
-        seconds, records = self.seconds - self.before, sum(place.length for place, _ in self.batches)
+        seconds, records = self.seconds - self.before, sum(position.length for position, _ in self.batches)
         scalars = {
             "loss": loss,
             "gradient_norm": float(torch.stack(self.norms).mean()),
@@ -91,7 +91,7 @@ class Meter:
 
 
 def tracker_class(report_to: str) -> Any:
-    """The tracker of accelerate that is meant; None for `none`.
+    """The accelerate tracker of that name; None for `none`.
 
     Raises:
         UserError: there is no such tracker, or it is not installed.
@@ -106,18 +106,19 @@ def tracker_class(report_to: str) -> Any:
 
 
 class Trackers:
-    """The trackers of accelerate that a run reports to, by name; `none` is none.
+    """The accelerate tracker that a run reports to.
 
-    One that fails while the run goes on is told of and left: it is no reason to end a run.
+    A tracker that fails during the run is dropped with a warning; the run continues.
 
     Raises:
-        UserError: one could not begin.
+        UserError: the tracker could not start.
     """
 
     def __init__(self, report_to: str, root: Path, step: int, settings: dict[str, Any]) -> None:
         """
         Args:
-            step: the last one of the state that the run goes on from: TensorBoard drops what was told of later ones.
+            report_to: the tracker's name, or `none`.
+            step: the step from which the run resumes; TensorBoard drops the entries of later steps.
             settings: the run's configuration.
         """
         self.tracker: Any = None
@@ -125,45 +126,45 @@ class Trackers:
         kind = tracker_class(report_to)
         if kind is None or not PartialState().is_main_process:
             return
-        known = {"purge_step": step + 1} if report_to == "tensorboard" else {}
+        options = {"purge_step": step + 1} if report_to == "tensorboard" else {}
         try:
-            tracker = kind(LOGS, logging_dir=root, **known) if kind.requires_logging_directory else kind(root.name)
+            tracker = kind(LOGS, logging_dir=root, **options) if kind.requires_logging_directory else kind(root.name)
             tracker.start()
             tracker.store_init_configuration(settings)
-        except Exception as error:  # whatever another's code stumbles over: a log-in, a server, a disk
+        except Exception as error:  # third-party code may raise anything: log-in, server, disk
             caught = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(
-                f"report_to={report_to}: could not begin: {caught}: mend that, or say report_to=none"
+                f"report_to={report_to}: could not start: {caught}: fix that, or say report_to=none"
             ) from error
         self.tracker = tracker
 
     def log(self, values: dict[str, float], step: int) -> None:
-        with self._left_if_it_fails():
+        with self._drop_on_failure():
             if self.tracker is not None:
                 self.tracker.log(values, step=step)
 
     def show(self, name: str, picture: Image.Image, step: int) -> None:
-        """A picture, where a tracker shows pictures."""
+        """Log an image, if the tracker supports images."""
         pixels = np.asarray(picture)
-        with self._left_if_it_fails():
+        with self._drop_on_failure():
             if getattr(self.tracker, "name", None) == "tensorboard":
                 self.tracker.log_images({name: pixels.transpose(2, 0, 1)[None]}, step=step)
             elif hasattr(self.tracker, "log_images"):
                 self.tracker.log_images({name: [pixels]}, step=step)
 
     @contextmanager
-    def _left_if_it_fails(self) -> Iterator[None]:
+    def _drop_on_failure(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             self.tracker = None
             message = f"{type(error).__name__}: {first_line(error)}"
-            warnings.warn(f"report_to={self.report_to}: failed, and is told no more: {message}", stacklevel=3)
+            warnings.warn(f"report_to={self.report_to}: failed and is no longer used: {message}", stacklevel=3)
 
     def __enter__(self) -> Trackers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._left_if_it_fails():
+        with self._drop_on_failure():
             if self.tracker is not None:
                 self.tracker.finish()

@@ -1,4 +1,4 @@
-"""The trainer: one loop from records to an adapter's folder."""
+"""The trainer: from a dataset's records to an adapter's folder."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ from stages.train.optimization import Optimization
 from stages.train.selection import choose_denoiser, select, trained_scales
 from stages.train.stream import RecordStream
 from stages.train.student import Student, load_base
-from stages.train.telemetry import Meter, Place, Trackers, tracker_class
+from stages.train.telemetry import BatchPosition, Meter, Trackers, tracker_class
 from stages.train.validation import Validation, guidance_gain
 
 NAMED_RECORDS = 5
 
 
 class Trainer:
-    """One training run, or one process of it where `accelerate launch` starts several.
+    """One training run, or one process of it under `accelerate launch`.
 
-    What costs nothing to check is checked before the base is loaded.
+    Cheap checks come before the base is loaded.
 
     Raises:
-        UserError: the dataset cannot be read, does not fit the base, or the folder holds another run, has no room or cannot be
-            written to.
+        UserError: the dataset cannot be read or does not fit the base, or the folder holds another run, lacks space, or
+            cannot be written.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -72,13 +72,13 @@ class Trainer:
         several = device == "cuda" and self.processes.num_processes > 1
         self.device = f"cuda:{self.processes.local_process_index}" if several else device
         skipping = config.on_damage == "skip"
-        state = self._earlier()
+        state = self._load_state()
         self.dataset = self._open_dataset(None if state is None else state["dataset_fingerprint"])
         if state is not None:
             check_resumable(state, self.dataset, config)
         training, held_out = select(self.dataset, config)
         objective = Objective(config.loss, self.dataset.info.teacher, self.device)
-        if self.processes.is_main_process:  # after all that can be refused without a folder
+        if self.processes.is_main_process:  # after the checks that need no folder
             check_folder(self.root)
 
         torch.manual_seed(config.seed)
@@ -102,21 +102,21 @@ class Trainer:
         if state is not None:
             self.restore(state)
         if self.processes.is_main_process:
-            check_room(self.checkpoints, self._size_of_state(), self._checkpoints_to_come())
+            check_room(self.checkpoints, self._size_of_state(), self._additional_checkpoints())
 
     def _size_of_state(self) -> int:
-        """Bytes of a checkpoint: the weights, two moments of each, and their average where one is kept."""
+        """Bytes of a checkpoint: the weights, two moments of each, and their average if there is one."""
         each = sum(parameter.numel() * parameter.element_size() for parameter in self.adapter.parameters())
         return each * (4 if self.config.use_ema else 3)
 
-    def _checkpoints_to_come(self) -> int:
-        """How many more than there are now will be there at once: each is written before the oldest is removed."""
-        config, there = self.config, len(list(self.checkpoints.glob(CHECKPOINTS)))
+    def _additional_checkpoints(self) -> int:
+        """How many checkpoints the run adds at most, since each is written before the oldest is removed."""
+        config, existing = self.config, len(list(self.checkpoints.glob(CHECKPOINTS)))
         left = math.ceil((config.max_train_steps - self.step) / config.checkpointing_steps)
-        return min(left, max(1, config.checkpoints_total_limit + 1 - there))
+        return min(left, max(1, config.checkpoints_total_limit + 1 - existing))
 
-    def _earlier(self) -> dict[str, Any] | None:
-        """The state that the run goes on from; None where it begins."""
+    def _load_state(self) -> dict[str, Any] | None:
+        """The state to resume from; None for a new run."""
         path = find_checkpoint(self.checkpoints, self.config.resume_from_checkpoint)
         if path is not None:
             return load_checkpoint(path)
@@ -125,26 +125,27 @@ class Trainer:
                 f"{self.root}: holds an earlier run: take another output_dir, or resume_from_checkpoint=latest"
             )
         if (self.root / CONFIG_FILE).exists():
-            raise UserError(f"{self.root}: holds an adapter, and no checkpoint to go on from: take another output_dir")
+            raise UserError(f"{self.root}: holds an adapter, and no checkpoint to resume from: take another output_dir")
         return None
 
     def _open_dataset(self, fingerprint: str | None) -> Dataset:
-        """The snapshot of that fingerprint if the dataset has it, because records that came later are none of a resumed run's; else the newest.
+        """Open the checkpoint's snapshot if it exists, else the newest.
 
-        Of several processes the first decides: another may look when the dataset has grown.
+        The main process decides for all, because the dataset may grow between two processes' reads.
         """
         config = self.config
         cache = None if config.cache_dir is None else ShardCache(Path(config.cache_dir), config.cache_bytes)
-        known = snapshots(open_folder(config.data_dir))
-        (snapshot,) = broadcast_object_list([fingerprint if fingerprint in known else next(reversed(known), None)])
+        available = snapshots(open_folder(config.data_dir))
+        newest = next(reversed(available), None)
+        (snapshot,) = broadcast_object_list([fingerprint if fingerprint in available else newest])
         return Dataset(config.data_dir, snapshot, check_sizes=config.on_damage != "skip", cache=cache)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Within it, no other run trains in this one's folder; a killed one lets go of it.
+        """Lock the run's folder; a killed run releases the lock.
 
         Raises:
-            UserError: another one does.
+            UserError: another run is training in the folder.
         """
         if not self.processes.is_main_process:
             yield
@@ -182,7 +183,7 @@ class Trainer:
         return self.adapter_parameters / sum(parameter.numel() for parameter in self.student.denoiser.parameters())
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on as if it had never stopped."""
+        """The complete state of the run: a resumed run continues as if it had never stopped."""
         return {
             "step": self.step,
             "seconds": self.meter.seconds,
@@ -198,7 +199,7 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state that fits this run."""
+        """Restore a state that passed `check_resumable`."""
         self.adapter.load_state_dict(state["adapter"])
         self.optimization.restore(state["optimization"])
         torch.set_rng_state(state["rng"][0])
@@ -209,12 +210,12 @@ class Trainer:
         self.loss, self.unguided_loss = state["loss"], state["unguided_loss"]
 
     def run(self) -> dict[str, Any]:
-        """Train to the end, write the adapter's folder, and tell the content of `training.json`.
+        """Train to the end, write the adapter's folder, and return the content of `training.json`.
 
         Raises:
-            UserError: a loss or a weight is not a number, or nothing can be compiled.
+            UserError: a loss or a weight is not finite, or compilation failed.
         """
-        with compile_errors(self.config.torch_compile):  # each kind of pass when it first comes
+        with compile_errors(self.config.torch_compile):  # torch compiles each kind of pass on first use
             return self._run()
 
     def _run(self) -> dict[str, Any]:
@@ -225,7 +226,7 @@ class Trainer:
             self._fit(trackers)
             validation_loss, by_bin = self._validate(trackers)
         if not math.isfinite(validation_loss):
-            raise UserError(f"step {self.step}: the validation loss is not a number: {self._way_out}")
+            raise UserError(f"step {self.step}: the validation loss is not finite: {self._way_out}")
         skipped = self.stream.skipped | self.validation.skipped
         summary = {
             "steps": self.step,
@@ -242,7 +243,7 @@ class Trainer:
             "peak_memory_bytes": peak_memory(self.device),
         }
         low, high = self.adapter.metadata["scale_range"]
-        if low < high:  # else there is no other scale to ask for
+        if low < high:  # a single trained scale leaves no room for a gain
             self.adapter.metadata["guidance_gain"] = guidance_gain(validation_loss, self.unguided_loss)
         measured = ("steps", "validation_loss", "validation_loss_unguided")
         kind = {"kind": self.dataset.plan.config["trajectory"]}
@@ -272,42 +273,42 @@ class Trainer:
                     save_checkpoint(self.checkpoints, self.step, self.state(), config.checkpoints_total_limit)
 
     def train_step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step; what it tells stays on the device, so that the device is not made to wait."""
+        """Run one optimizer step; measurements stay on the device, so that nothing synchronizes."""
         for _ in range(self.config.gradient_accumulation_steps):
             begin = self.stream.consumed
             with self.meter.waiting():
                 batch = next(batches).to(self.device, self.student.dtype)
             losses = self.objective(self.student.predict(batch), batch)
             self.optimization.backward(losses.mean())
-            place = Place(self.step + 1, begin, self.stream.consumed - begin)
-            self.meter.add(losses.detach(), batch.scale, batch.timestep, place)
+            position = BatchPosition(self.step + 1, begin, self.stream.consumed - begin)
+            self.meter.add(losses.detach(), batch.scale, batch.timestep, position)
         self.meter.norms.append(self.optimization.step())
         self.step += 1
 
     def _report(self, trackers: Trackers, bar: tqdm[Any]) -> None:
         """
         Raises:
-            UserError: a loss since the last report, or a weight, is not a number; no checkpoint was written since.
+            UserError: a loss since the last report, or a weight, is not finite; no checkpoint was written since.
         """
         if (found := self.meter.not_finite()) is not None:
-            raise UserError(self._where_losses_failed(*found))
+            raise UserError(self._locate_failure(*found))
         if not self.optimization.is_finite():
-            raise UserError(f"step {self.step}: the weights are not numbers any more: {self._way_out}")
+            raise UserError(f"step {self.step}: the weights are no longer finite: {self._way_out}")
         scalars = self.meter.read()
         self.loss = scalars["loss"]
         scalars |= {"learning_rate": self.optimization.learning_rate, "peak_memory_bytes": peak_memory(self.device)}
         trackers.log(scalars, self.step)
         bar.set_postfix_str(f"loss {self.loss:.5f}, {scalars['records_per_second']:.0f} records/s", refresh=False)
 
-    def _where_losses_failed(self, place: Place, wrong: list[int]) -> str:
-        names = self.stream.locate_records(place.begin, place.length)[self.stream.rank :: self.stream.world_size]
+    def _locate_failure(self, position: BatchPosition, wrong: list[int]) -> str:
+        names = self.stream.locate_records(position.begin, position.length)[self.stream.rank :: self.stream.world_size]
         named = "; ".join(names[i] for i in wrong[:NAMED_RECORDS])
         more = f"; and {len(wrong) - NAMED_RECORDS} more of its batch" if len(wrong) > NAMED_RECORDS else ""
-        return f"step {place.step}: the loss is not a number at {named}{more}: {self._way_out}"
+        return f"step {position.step}: the loss is not finite at {named}{more}: {self._way_out}"
 
     @property
     def _way_out(self) -> str:
-        return f"lower learning_rate={self.config.learning_rate:g}; what is in {self.checkpoints} is from before"
+        return f"lower learning_rate={self.config.learning_rate:g}; the checkpoints in {self.checkpoints} are older"
 
     def _validate(self, trackers: Trackers) -> tuple[float, dict[str, float]]:
         with self.optimization.averaged():
@@ -324,10 +325,10 @@ class Trainer:
 
 
 def check(config: TrainConfig) -> None:
-    """Refuse what no run could carry out, before anything is read.
+    """Check the options, before anything is read.
 
     Raises:
-        UserError: names the option.
+        UserError: an option is invalid; names it.
     """
     check_bounds(config)
     check_together(config)
@@ -336,13 +337,13 @@ def check(config: TrainConfig) -> None:
 
 
 def ranges_of(dataset: Dataset, scale_range: list[float]) -> tuple[Range, Range]:
-    """The ranges of scale and of timestep that a run is told of by bins."""
+    """The ranges of scale and of timestep that a run's bins cover."""
     low, high = (pc.min_max(dataset.manifest[f"timestep_{end}"]).as_py()[end] for end in ("min", "max"))
     return (scale_range[0], scale_range[1]), (low, high)
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: of the GPU's memory where there is one, else of this process."""
+    """Peak memory in bytes: of the GPU, or of this process on the CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""How good an adapter is at trajectories it was not trained on."""
+"""Validation: the error of an adapter on held-out trajectories."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from stages.train.student import Student
 from stages.train.window import load
 
 SAMPLES_AT_ONCE = 32
-LEAST_EXPLAINED = 0.5  # of what guidance adds; with less, what an adapter adds is no weaker guidance but another change
+LEAST_EXPLAINED = 0.5  # share of the guidance; an adapter that explains less is not weaker guidance but another change
 
 
 class Validation:
-    """The mean squared error over held-out samples, whatever the loss, split between the processes.
+    """The mean squared error on held-out samples, for any training loss; the processes share the samples.
 
     Attributes:
-        skipped: the number of records of each sample of this process that was found damaged, by its name.
+        skipped: the number of records of each damaged sample of this process, by the sample's name.
     """
 
     def __init__(
@@ -43,7 +43,10 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, student: Student, guided: bool = True) -> tuple[float, dict[str, float]]:
-        """(over all records, by bin of scale and of timestep); not guided, of the base without guidance.
+        """Return the mean error over all records, and that of each bin of scale and of timestep.
+
+        Args:
+            guided: whether the adapter acts; else the base predicts alone.
 
         Raises:
             UserError: there is no intact record.
@@ -60,17 +63,17 @@ class Validation:
         if not by_bin:
             raise UserError(
                 f"{self.dataset.root}: every record to validate with is damaged: "
-                f"`python -m pipeline.verify {self.dataset.root.override('data_dir')} repair=true` tells how to make them anew; a new run "
-                "with another seed holds out others"
+                f"`python -m pipeline.verify {self.dataset.root.override('data_dir')} repair=true` says how to "
+                "regenerate them; a new run with another seed holds out others"
             )
         return mean, by_bin
 
 
 def guidance_gain(loss: float, unguided_loss: float) -> float:
-    """The factor by which more guidance is asked of an adapter, so that its change of a prediction is as large as guidance's.
+    """The factor on the requested guidance that makes an adapter's change of a prediction as large as guidance's.
 
-    What a regression predicts is smaller than its target: of the target's mean square it has the share that it explains,
-    `1 - loss / unguided_loss`, the mean squared errors with the adapter and of the base without guidance.
+    A regression's prediction is smaller than its target: its mean square is the explained share of the target's,
+    `1 - loss / unguided_loss`, where the losses are the mean squared errors with the adapter and of the unguided base.
     """
     explained = 1 - loss / unguided_loss if unguided_loss else 0.0
     return explained**-0.5 if explained >= LEAST_EXPLAINED else 1.0

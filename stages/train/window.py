@@ -1,4 +1,4 @@
-"""A window: the samples that are in memory together, for records to be drawn across them."""
+"""A window: the samples that are in memory together, across which records are shuffled."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Memory = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Window:
-    """All records of some samples: those of each sample share its conditions, which are held once.
+    """All records of some samples; the records of a sample share its conditions, which are stored once.
 
     Attributes:
-        records: every tensor `[m, ...]`, with those conditions only that change from step to step.
-        owner: `[m]`, where in `cond` each record's conditions are.
-        cond: `[n, ...]`, by the denoiser's argument names.
-        intact: `[m]`, False for the records of damaged samples; what these hold means nothing.
-        damaged: the number of records of each damaged sample, by its name.
+        records: every per-record tensor `[m, ...]`, including the conditions that change from step to step.
+        owner: `[m]`, index of each record's conditions in `cond`.
+        cond: `[n, ...]`, by the names of the denoiser's arguments.
+        intact: `[m]`, False for the records of damaged samples, whose content is undefined.
+        damaged: the number of records of each damaged sample, by the sample's name.
     """
 
     records: Batch
@@ -50,11 +50,11 @@ class Window:
 def load(
     dataset: Dataset, samples: list[SelectedSample], skip_damaged: bool = False, memory: Memory | None = None
 ) -> Window:
-    """All records of some samples, in their order.
+    """Read all records of some samples, in their order.
 
     Args:
-        skip_damaged: whether to go on where a sample is damaged.
-        memory: what an earlier window, no longer in use, was read into: new memory takes longer to touch than to fill.
+        skip_damaged: whether to continue if a sample is damaged.
+        memory: buffers of an earlier window that is no longer in use; allocating memory takes longer than filling it.
 
     Raises:
         DamageError: a sample is damaged.
@@ -86,7 +86,7 @@ def load(
 
 
 def allocate_buffers(memory: Memory, dataset: Dataset, count: int) -> dict[str, Tensor]:
-    """Of each tensor that the records have, the first `[count, ...]` in memory, which grows where it is too small."""
+    """A buffer `[count, ...]` for each per-record tensor, from `memory`, which grows where it is too small."""
     for name, spec in dataset.info.tensors.items():
         if is_per_record(name) and len(memory.get(name, ())) < count:
             memory[name] = torch.empty(count, *spec.shape, dtype=getattr(torch, spec.dtype))
@@ -96,7 +96,7 @@ def allocate_buffers(memory: Memory, dataset: Dataset, count: int) -> dict[str, 
 def read_samples(
     dataset: Dataset, samples: list[SelectedSample], skip_damaged: bool
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """(index among the samples, tensors) of each sample; neighbours in a shard share one opening of it."""
+    """Yield each sample with its index; a shard is opened once for adjacent samples."""
     tolerated = (DamageError,) if skip_damaged else ()
     for shard, places in groupby(range(len(samples)), lambda i: samples[i].row["shard"]):
         with suppress(*tolerated), dataset.open(shard) as file:

@@ -31,7 +31,7 @@ class Example:
     path: str | None = field(default=None, metadata={"help": "where"})
 
 
-def test_words_come_after_the_file_and_the_file_after_the_defaults(tmp_path: Path) -> None:
+def test_overrides_take_precedence_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "example.yaml"
     file.write_text("name: file\ninner:\n  depth: 3\nscales: [4]\n")
     config = parse(Example, ["--config", str(file), "inner.depth=5", "anything=[1,a]"])
@@ -40,7 +40,7 @@ def test_words_come_after_the_file_and_the_file_after_the_defaults(tmp_path: Pat
     assert parse(Example, ["name=x", "path=null"]).path is None
 
 
-def test_no_is_a_word_where_a_word_is_asked_for(tmp_path: Path) -> None:
+def test_no_is_a_string_for_a_string_option(tmp_path: Path) -> None:
     (tmp_path / "example.yaml").write_text("name: no\npath: no\nanything: no\n")
     assert parse(TrainConfig, ["data_dir=d", "output_dir=o", "mixed_precision=no"]).mixed_precision == "no"
     config = parse(Example, ["--config", str(tmp_path / "example.yaml")])
@@ -60,8 +60,8 @@ def test_the_saved_configuration_is_read_back(tmp_path: Path) -> None:
         (["name=x", "zzz=3"], "zzz: no such key: --help lists the keys"),
         (["name=x", "inner.depth=deep"], "inner.depth=deep: Value 'deep'"),
         (["name=x", "scales=[a]"], r"scales=\['a'\]: Value 'a'"),
-        (["name=x", "scales=3"], r"scales=3: a list is asked for: say scales=\[3]"),
-        (["name=x", "inner=3"], "inner: holds keys of its own: say inner.NAME="),
+        (["name=x", "scales=3"], r"scales=3: must be a list: say scales=\[3]"),
+        (["name=x", "inner=3"], "inner: contains other keys: say inner.NAME="),
         (["name=${foo}"], r"name=\$\{foo}: Interpolation key 'foo' not found"),
         (["name=${name}"], r"name=\$\{name}: Recursive interpolation"),
         (["name=???"], "name: not given"),
@@ -75,14 +75,14 @@ def test_the_saved_configuration_is_read_back(tmp_path: Path) -> None:
         (["name="], "name=: empty: say name="),
     ],
 )
-def test_wrong_usage_is_told_in_one_line_that_names_the_key(overrides: list[str], message: str) -> None:
+def test_wrong_usage_is_a_one_line_error_that_names_the_key(overrides: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message) as error:
         parse(Example, overrides)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", ["a: [", "- a\n", "\x00"])
-def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: str) -> None:
+def test_an_invalid_configuration_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "bad.yaml").write_text(content)
     with pytest.raises(UsageError, match=r"bad\.yaml: ") as error:
         parse(Example, ["--config", str(tmp_path / "bad.yaml")])
@@ -129,7 +129,7 @@ def test_exit_status_and_one_line(
     assert capsys.readouterr().err.startswith(info)
 
 
-def test_the_first_word_may_be_an_option_without_its_key(
+def test_the_first_argument_may_be_an_option_without_its_key(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for override in ("x", "name=x"):
@@ -139,7 +139,22 @@ def test_the_first_word_may_be_an_option_without_its_key(
         assert capsys.readouterr().out == "x\n"
 
 
-def test_another_module_that_is_missing_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["a=b/study.yaml", "./a=b.yaml", "a=b.yaml"])
+def test_the_first_argument_may_be_a_path_that_contains_an_equals_sign(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not path.startswith("."):  # it could be an option, but for the file of that name
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).touch()
+    for word in (path, f"name={path}"):
+        monkeypatch.setattr(sys, "argv", ["command", word])
+        with pytest.raises(SystemExit):
+            run(Example, lambda config: print(config.name), "", argument="name")
+        assert capsys.readouterr().out == f"{path}\n"
+
+
+def test_another_missing_module_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
     def main(config: Example) -> None:
         raise ModuleNotFoundError(name="stages.nowhere")
 
@@ -148,7 +163,7 @@ def test_another_module_that_is_missing_is_a_defect(monkeypatch: pytest.MonkeyPa
         run(Example, main, "")
 
 
-def test_an_error_of_ours_stays_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["command", "name=x"])
     with pytest.raises(ZeroDivisionError):
         run(Example, lambda _: 1 / 0, "")  # type: ignore[arg-type, return-value]

@@ -19,12 +19,12 @@ import psutil
 import pytest
 import torch
 
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import evaluate, main
 from stages.errors import UserError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation
 from stages.evaluate.fleet import EvaluationFleet, evaluate_over_ray
-from stages.evaluate.processes import Child, over_cores, over_processes
+from stages.evaluate.processes import WorkerProcess, evaluate_over_cores, evaluate_over_processes
 from tests.stages.evaluate.test_evaluation import without_times
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def test_everything_is_written(undisturbed: Evaluation) -> None:
     assert not (folder / "images").exists()
 
 
-def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(
+def test_a_killed_evaluation_resumes_and_ends_like_an_undisturbed_one(
     undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     overrides = [f"{key}={value}" for key, value in TEN_PARTS.items()]
@@ -79,50 +79,56 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """As torch has them on two cores."""
+    """Torch's default on two cores."""
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_processes_give_what_one_gives(
+def test_processes_give_the_results_of_one_process(
     undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[bool] = []
-    start = Child.__init__
-    monkeypatch.setattr(Child, "__init__", lambda *args, tells: (started.append(tells), start(*args, tells=tells))[1])
+    start = WorkerProcess.__init__
+    monkeypatch.setattr(
+        WorkerProcess, "__init__", lambda *args, warns: (started.append(warns), start(*args, warns=warns))[1]
+    )
     run = Evaluation(config(tiny_adapter, tmp_path))
-    assert without_times(run.run(over_cores)) == without_times(undisturbed.rows)
+    assert without_times(run.run(evaluate_over_cores)) == without_times(undisturbed.rows)
     assert started == [True, False]
     assert not multiprocessing.active_children()
     for path in sorted((tmp_path / "parts").iterdir())[:2]:
         path.unlink()
-    assert without_times(Evaluation(config(tiny_adapter, tmp_path)).run(over_cores)) == without_times(undisturbed.rows)
+    assert without_times(Evaluation(config(tiny_adapter, tmp_path)).run(evaluate_over_cores)) == without_times(
+        undisturbed.rows
+    )
     assert len(started) == 2  # few parts are made in this process
     assert torch.get_num_threads() == 2
 
 
-def test_a_process_that_is_killed_ends_the_run_in_a_line(
+def test_a_killed_process_is_a_one_line_error(
     tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = Child.answer
-    monkeypatch.setattr(Child, "answer", lambda child: (child.process.kill(), child.process.join(), answer(child))[2])
+    result = WorkerProcess.result
+    monkeypatch.setattr(
+        WorkerProcess, "result", lambda child: (child.process.kill(), child.process.join(), result(child))[2]
+    )
     run = Evaluation(config(tiny_adapter, tmp_path))
-    with pytest.raises(UserError, match="a process that makes parts ended with status -9: the same command goes on"):
-        run.run(lambda _, begin: over_processes(run, begin(run.new_worker().load()), 2))
+    with pytest.raises(UserError, match="a worker process ended with status -9: repeat the command"):
+        run.run(lambda _, begin: evaluate_over_processes(run, begin(run.new_worker().load()), 2))
     assert not multiprocessing.active_children()
 
 
-def test_what_a_process_refuses_is_told_in_its_line(tiny_adapter: Path, tmp_path: Path) -> None:
+def test_a_users_error_in_a_process_is_raised(tiny_adapter: Path, tmp_path: Path) -> None:
     run = Evaluation(config(tiny_adapter, tmp_path, clip_model="somewhere"))
     with pytest.raises(UserError, match="clip_model: DiTPipeline takes classes"):
-        list(over_processes(run, [0, 1], 2))
+        list(evaluate_over_processes(run, [0, 1], 2))
     assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_its_processes_end_with_it(how: signal.Signals, tiny_adapter: Path, tmp_path: Path) -> None:
+def test_worker_processes_end_with_the_evaluation(how: signal.Signals, tiny_adapter: Path, tmp_path: Path) -> None:
     overrides = [f"{key}={value}" for key, value in (TEN_PARTS | {"num_samples": 2000}).items()]
     command = [sys.executable, "-m", "pipeline.evaluate", f"adapter_dir={tiny_adapter}", f"output_dir={tmp_path}"]
     log = tmp_path / "log.txt"
@@ -147,24 +153,38 @@ def test_its_processes_end_with_it(how: signal.Signals, tiny_adapter: Path, tmp_
         assert errors == ["error: interrupted; what was written before is kept"]
 
 
-def test_the_card_tells_what_was_measured_beside_the_adapter(tiny_adapter: Path, tmp_path: Path) -> None:
+def test_the_command_adds_the_results_to_the_model_card_and_says_so(
+    tiny_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shutil.copytree(tiny_adapter, tmp_path / "tiny")
-    evaluate(EvaluateConfig(adapter_dir=str(folder), **TEN_PARTS))
+    main(EvaluateConfig(adapter_dir=[str(folder)], **TEN_PARTS))
+    said = f"model card: {folder}/README.md and adapter_config.json beside it now hold these results"
+    assert capsys.readouterr().out.splitlines()[-1] == said
     metadata = json.loads((folder / "adapter_config.json").read_text())
     assert "error_by_timestep" not in json.dumps(metadata)
     assert "| one_pass | 3 |" in (folder / "README.md").read_text()
     assert (folder / "evaluation" / "evaluation.json").exists()
 
 
-def test_the_card_does_not_tell_what_was_measured_otherwise_than_trained(tiny_adapter: Path, tmp_path: Path) -> None:
+def test_the_model_card_stays_where_the_pipeline_is_not_that_of_the_training(
+    tiny_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shutil.copytree(tiny_adapter, tmp_path / "tiny")
-    evaluate(EvaluateConfig(adapter_dir=str(folder), scheduler="DPMSolverMultistepScheduler", **TEN_PARTS))
+    main(EvaluateConfig(adapter_dir=str(folder), scheduler="DPMSolverMultistepScheduler", **TEN_PARTS))
     assert (folder / "evaluation" / "evaluation.json").exists()
     assert "| one_pass |" not in (folder / "README.md").read_text()
+    assert "model card" not in capsys.readouterr().out
+
+
+def test_the_library_leaves_the_adapters_folder_alone(tiny_adapter: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_adapter, tmp_path / "tiny")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    evaluate(EvaluateConfig(adapter_dir=str(folder), **TEN_PARTS))
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_workers_side_by_side_give_what_one_process_gives(
+def test_parallel_workers_give_the_results_of_one_process(
     undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     shared = Evaluation(config(tiny_adapter, tmp_path))
@@ -176,7 +196,7 @@ def test_workers_side_by_side_give_what_one_process_gives(
 
 
 class KillsAWorker(EvaluationFleet):
-    """Kills the processes of all workers as soon as one has a part to make."""
+    """Kills all worker processes as soon as one has a part to make."""
 
     killed = 0
 
@@ -209,7 +229,7 @@ def test_a_killed_worker_is_replaced_and_loses_nothing(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_what_a_worker_refuses_is_told_in_its_line(tiny_adapter: Path, tmp_path: Path) -> None:
+def test_a_users_error_in_a_worker_is_raised(tiny_adapter: Path, tmp_path: Path) -> None:
     wrong = Evaluation(config(tiny_adapter, tmp_path, clip_model="somewhere"))
     with pytest.raises(UserError, match="clip_model: DiTPipeline takes classes"):
         wrong.run(functools.partial(evaluate_over_ray, num_workers=1, num_cpus=1))

@@ -17,7 +17,7 @@ from tests.conftest import small_adapter, tiny_dit
 from tests.stages.adapters.test_export import new_adapter
 
 
-def test_a_folder_is_exported_and_its_reader_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_prints_how_to_load_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new_adapter(tiny_dit(), ranks=(3, 3)).save_pretrained(tmp_path / "adapter")
     overrides = [
         f"adapter_dir={tmp_path / 'adapter'}",
@@ -39,7 +39,7 @@ def test_a_folder_is_exported_and_its_reader_named(tmp_path: Path, capsys: pytes
     ("overrides", "message"),
     [(["guidance_scale=1"], "guidance_scale=1.0: more than 1"), (["format=onnx"], "format=onnx: one of")],
 )
-def test_what_the_options_do_not_allow_is_wrong_usage(overrides: list[str], message: str) -> None:
+def test_invalid_options_are_wrong_usage(overrides: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         main(parse(ExportConfig, ["adapter_dir=a", "output=o", "guidance_scale=2", *overrides]))
 

@@ -22,7 +22,7 @@ WORDS = [
 
 
 def train(command: list[str], *overrides: str) -> tuple[str, str]:
-    """What it printed, and what it told of its progress."""
+    """Its output and its progress lines."""
     done = subprocess.run(
         [sys.executable, "-m", *command, *WORDS, *overrides],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
@@ -31,7 +31,7 @@ def train(command: list[str], *overrides: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-def test_two_processes_train_what_one_trains_with_twice_the_batch(shared_dataset: Path, tmp_path: Path) -> None:
+def test_two_processes_train_like_one_with_twice_the_batch(shared_dataset: Path, tmp_path: Path) -> None:
     data = f"data_dir={shared_dataset}"
     printed, info = train(LAUNCH, data, f"output_dir={tmp_path / 'two'}", "train_batch_size=4")
     train(["pipeline.train"], data, f"output_dir={tmp_path / 'one'}", "train_batch_size=8")

@@ -29,7 +29,7 @@ def command(name: str, *overrides: str, status: int = 0) -> subprocess.Completed
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the line is run once: generate, verify, train, evaluate."""
+    """A folder in which generate, verify, train and evaluate ran once."""
     root = tmp_path_factory.mktemp("line")
     generate = ["--config", "configs/generate/mnist_dit.yaml", f"output_dir={root}/data", "num_trajectories=100"]
     command("generate", *generate)
@@ -57,7 +57,7 @@ def test_each_command_leaves_its_summary_and_its_configuration(folder: Path) -> 
     assert list((folder / "adapter" / "logs").iterdir())
 
 
-def test_images_come_side_by_side(folder: Path) -> None:
+def test_images_are_sampled_in_a_grid(folder: Path) -> None:
     output = folder / "grid.png"
     overrides = ["class_labels=[0,1,2]", "guidance_scale=2", "num_inference_steps=5", f"output={output}"]
     printed = command("sample", f"adapter_dir={folder}/adapter", *overrides).stdout
@@ -82,7 +82,7 @@ def test_damage_ends_verify_and_train_with_one_line(folder: Path) -> None:
     assert not (folder / "other").exists()
 
 
-def test_wrong_words_end_with_status_two_and_one_line() -> None:
+def test_wrong_usage_ends_with_status_two_and_one_line() -> None:
     printed = command("train", "data_dir=x", "output_dir=y", "learning_rat=3", status=2)
     assert printed.stderr.strip() == "error: learning_rat: no such key: did you mean learning_rate?"
     assert "usage: --config FILE key=value" in command("evaluate", "--help").stdout

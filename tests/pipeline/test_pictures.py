@@ -25,7 +25,7 @@ ZOO = gather()
 
 
 def made(folder: Path, name: str) -> tuple[Path, list[dict[str, Any]]]:
-    """A dataset of a specimen whose pictures lie beside its prompts."""
+    """A dataset of a specimen pipeline, with pictures next to its prompts."""
     specimen = ZOO[name]
     (folder / "shown").mkdir()
     rows = []

@@ -1,4 +1,4 @@
-"""A study from its file to its report, on the tiny teacher, by the real commands."""
+"""A study from its file to its report: the real commands, on the tiny teacher."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ from stages.storage.locks import exclusive_lock
 from stages.study.study import Study, StudyConfig
 from tests.support.sleepers import as_soon_as_they_sleep, write_commands, write_sleepers
 
+CLAIMS = {
+    "two_passes": {"judgement": "closes_gap", "threshold": 0.97, "text": "One pass is what two passes are"},
+    "images": {"judgement": "frechet_at_each_scale", "threshold": 1.03, "text": "Its images are as good"},
+    "best_images": {"judgement": "frechet_at_best_scale", "text": "At its best it is not worse"},
+    "partial_guidance": {"judgement": "beats_partial_guidance", "text": "It beats CFG on the first half"},
+    "frozen_base": {"judgement": "matches", "threshold": 0.01, "against": ["full"], "text": "A frozen base is enough"},
+}
 TINY = ["train_batch_size=8", "max_train_steps=4", "validation_share=0.2", "device=cpu"]
 
 
@@ -33,13 +40,14 @@ def study_file(tiny_teacher: Path, tmp_path: Path) -> Path:
                 "overrides": ["guidance_scale=[2]", "num_samples=4", "num_inference_steps=2", "methods=[one_pass,cfg_first_50]", "device=cpu"],
             }
         },
+        "claims": {name: {"evaluation": "scales", "adapters": ["default"]} | claim for name, claim in CLAIMS.items()},
     }  # fmt: skip
     path = tmp_path / "study.yaml"
     path.write_text(json.dumps(study))
     return path
 
 
-def test_a_study_is_made_judged_and_told(
+def test_a_study_runs_and_its_claims_are_judged_and_reported(
     study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "claims"
@@ -69,16 +77,15 @@ def test_a_study_is_made_judged_and_told(
         {"adapters": ["x"], "overrides": []},
     ],
 )
-def test_a_file_that_is_refused_is_named_before_anything_is_begun(
-    study_file: Path, tmp_path: Path, evaluation: dict
-) -> None:
-    study_file.write_text(json.dumps(json.loads(study_file.read_text()) | {"evaluations": {"scales": evaluation}}))
+def test_an_invalid_file_is_named_before_anything_starts(study_file: Path, tmp_path: Path, evaluation: dict) -> None:
+    study = json.loads(study_file.read_text()) | {"evaluations": {"scales": evaluation}, "claims": {}}
+    study_file.write_text(json.dumps(study))
     with pytest.raises(UsageError, match=f"^{study_file}: evaluat"):
         Study(StudyConfig(str(study_file), str(tmp_path / "claims")))
     assert not (tmp_path / "claims").exists()
 
 
-def test_all_that_does_not_need_what_failed_is_done_first(
+def test_a_failure_skips_only_what_depends_on_it(
     study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = json.loads(study_file.read_text())
@@ -90,7 +97,7 @@ def test_all_that_does_not_need_what_failed_is_done_first(
         tmp_path, "import sys\nsys.exit(any(word.endswith('data/bad') for word in sys.argv) and 'error: no')"
     )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^generate bad: no \(all of it: .*generate-bad.log\); once that is mended"):
+    with pytest.raises(UserError, match=r"^generate bad: no \(log: .*generate-bad.log\); fix that and repeat"):
         Study(StudyConfig(str(study_file), "claims", jobs=1)).run()
     assert capsys.readouterr().out.splitlines() == [
         "generate bad: no",
@@ -98,25 +105,25 @@ def test_all_that_does_not_need_what_failed_is_done_first(
         "train default-0: ",
         "train default-1: ",
         "train full-0: ",
-        "train bad-0: left out, because what it needs failed",
+        "train bad-0: skipped, because a command that it needs failed",
         "evaluate scales: ",
-        "evaluate data_cost: left out, because what it needs failed",
+        "evaluate data_cost: skipped, because a command that it needs failed",
     ]
 
 
-def test_one_study_at_a_time_is_made_in_a_folder(study_file: Path, tmp_path: Path) -> None:
+def test_a_folder_is_locked_for_one_study_at_a_time(study_file: Path, tmp_path: Path) -> None:
     study = Study(StudyConfig(str(study_file), str(tmp_path / "claims")))
     with (
         exclusive_lock(tmp_path / "claims", "a test goes on"),
-        pytest.raises(UserError, match="another study is being made"),
+        pytest.raises(UserError, match="another study is running"),
     ):
         study.run()
 
 
-def test_an_interruption_ends_what_runs_and_begins_no_more(
+def test_an_interruption_ends_running_commands_and_starts_no_other(
     study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the study's process alone, as by SIGTERM; a terminal interrupts the others too."""
+    """Only the study's process is interrupted, as by SIGTERM; a terminal would interrupt all."""
     study = json.loads(study_file.read_text())
     study["datasets"]["other"] = study["datasets"]["tiny"]
     study_file.write_text(json.dumps(study))

@@ -1,4 +1,4 @@
-"""Where the commands are started: what is missing there is told in a line, before libraries fail at it in ways of their own."""
+"""One-line errors about the folders that commands start with, before libraries fail on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pipeline
 PLACES = {
     "a folder that is gone": (
         'cd "$0/gone"; rmdir "$0/gone"',
-        "the folder that this was started in: No such file or directory: cd to one that is there",
+        "the working directory: No such file or directory: cd to one that exists",
     ),
     "a folder of compiled code that cannot be": (
         'touch "$0/file"; export TORCHINDUCTOR_CACHE_DIR="$0/file/cache"',
@@ -24,7 +24,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_place_where_torch_cannot_be_imported_is_told(place: str, tmp_path: Path) -> None:
+def test_a_place_where_torch_cannot_be_imported_is_reported(place: str, tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     script, info = PLACES[place]
     command = f'{script}; exec "{sys.executable}" -m pipeline.verify data_dir=/data'
@@ -34,8 +34,8 @@ def test_a_place_where_torch_cannot_be_imported_is_told(place: str, tmp_path: Pa
     assert (ended.returncode, ended.stderr) == (1, f"error: {info.format(tmp_path)}\n")
 
 
-def test_a_machine_without_any_place_for_temporary_files_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_temporary_folders_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.tempfile, "tempdir", None)
     monkeypatch.setattr(pipeline.tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
-    with pytest.raises(SystemExit, match="no folder for temporary files can be written to: name one with TMPDIR"):
+    with pytest.raises(SystemExit, match="no folder for temporary files is writable: name one with TMPDIR"):
         pipeline.check_surroundings()

@@ -10,12 +10,12 @@ import pytest
 import ray
 
 from stages import cluster
-from stages.cluster import LONGEST_SOCKET, join
+from stages.cluster import MAX_SOCKET_PATH, join
 from stages.errors import UserError
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
-def test_a_place_where_nobody_answers_is_told_at_once(address: str) -> None:
+def test_an_address_where_nothing_listens_fails_at_once(address: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = address.format(free.getsockname()[1])
@@ -25,7 +25,7 @@ def test_a_place_where_nobody_answers_is_told_at_once(address: str) -> None:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """In the place of ray: it tells what it was to start with, or refuses."""
+    """A fake Ray that records the arguments of its start, or raises."""
 
     def init(**given: Any) -> None:
         if fake.refusal:
@@ -38,7 +38,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     return fake
 
 
-def test_below_a_long_path_for_temporary_files_ray_gets_a_short_one(
+def test_ray_gets_a_short_temporary_folder_if_tmpdir_is_long(
     started: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = tmp_path / "scratch" / ("a-job-of-a-cluster-" * 4)
@@ -50,13 +50,13 @@ def test_below_a_long_path_for_temporary_files_ray_gets_a_short_one(
         place = started.given["_temp_dir"]
         assert place == f"/tmp/ray-{os.getuid()}"
         sockets = f"{place}/session_2025-12-31_23-59-59_999999_4194304/sockets/plasma_store"
-        assert len(sockets) <= LONGEST_SOCKET
+        assert len(sockets) <= MAX_SOCKET_PATH
         monkeypatch.delenv(variable)
     join(None)
     assert "_temp_dir" not in started.given
 
 
-def test_where_no_folder_is_short_enough_tmpdir_is_named(
+def test_without_a_short_folder_the_error_names_tmpdir(
     started: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", "/" + "long" * 30)
@@ -65,7 +65,7 @@ def test_where_no_folder_is_short_enough_tmpdir_is_named(
         join(None)
 
 
-def test_ray_is_started_where_there_is_little_shared_memory_or_none(
+def test_ray_starts_with_little_or_no_shared_memory(
     started: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     join(None, num_cpus=3)
@@ -76,7 +76,7 @@ def test_ray_is_started_where_there_is_little_shared_memory_or_none(
     assert Path(started.given["_plasma_directory"]).is_dir()
 
 
-def test_a_ray_that_does_not_start_is_told_as_one(started: Any) -> None:
+def test_a_failed_start_of_ray_is_a_one_line_error(started: Any) -> None:
     started.refusal = RuntimeError("no\n room")
     with pytest.raises(UserError, match="^Ray could not be started on this machine: no room$"):
         join(None)

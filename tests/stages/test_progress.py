@@ -5,7 +5,7 @@ import pytest
 from stages.progress import progress
 
 
-def test_away_from_a_terminal_it_writes_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress(10, "generate", "records", initial=4) as bar:
         bar.update(6)
     lines = capsys.readouterr().err.splitlines()

@@ -9,7 +9,7 @@ import pytest
 from stages.signals import end_on_sigterm
 
 
-def test_sigterm_interrupts_as_ctrl_c_does() -> None:
+def test_sigterm_interrupts_like_ctrl_c() -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         end_on_sigterm()
@@ -19,7 +19,7 @@ def test_sigterm_interrupts_as_ctrl_c_does() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_other_threads_leave_it_as_it_is() -> None:
+def test_other_threads_do_not_change_the_handler() -> None:
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=end_on_sigterm)
     thread.start()

@@ -13,7 +13,7 @@ from stages.errors import UserError
 from stages.progress import progress
 from stages.streams import SteadyStream, standard_error, steady
 
-# A command that tells as all do, on both streams, more than a pipe or a buffer holds, and then writes a file.
+# A command that writes more to both streams than a pipe or a buffer holds, and then writes a file.
 COMMAND = """
 import sys, warnings
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_command_ends_as_it_would_wherever_it_tells(place: str, tmp_path: Path) -> None:
+def test_a_command_succeeds_whatever_its_streams_are(place: str, tmp_path: Path) -> None:
     (tmp_path / "command.py").write_text(COMMAND, encoding="utf-8")
     overrides = f'"{sys.executable}" "{tmp_path}/command.py" output="{tmp_path}/öutput" {PLACES[place]}'
     ended = subprocess.run(
@@ -72,10 +72,10 @@ def test_a_command_ends_as_it_would_wherever_it_tells(place: str, tmp_path: Path
         assert ended.stdout.endswith(b"done \\u2713\n")
         assert rb"warning: gr\xf6\xdfer" in ended.stderr
     if place == "a standard output that is a full disk":
-        assert b"warning: standard output: No space left on device: what was told there is lost\n" in ended.stderr
+        assert b"warning: standard output: No space left on device: some output is lost\n" in ended.stderr
 
 
-def test_a_word_that_is_no_text_here_is_refused_in_a_line(tmp_path: Path) -> None:
+def test_an_undecodable_argument_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "command.py").write_text(COMMAND, encoding="utf-8")
     command = [sys.executable.encode(), str(tmp_path / "command.py").encode(), b"output=\xff"]
     ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(Path.cwd())}, capture_output=True, check=False)
@@ -90,7 +90,7 @@ def closed() -> Iterator[io.TextIOWrapper]:
         yield stream
 
 
-def test_progress_is_told_where_python_has_no_stream(monkeypatch: pytest.MonkeyPatch, closed: io.TextIOWrapper) -> None:
+def test_progress_works_without_a_stream(monkeypatch: pytest.MonkeyPatch, closed: io.TextIOWrapper) -> None:
     for stream in (None, closed):
         monkeypatch.setattr(sys, "stderr", stream)
         assert standard_error() is standard_error()
@@ -99,7 +99,7 @@ def test_progress_is_told_where_python_has_no_stream(monkeypatch: pytest.MonkeyP
         assert not standard_error().isatty()
 
 
-def test_streams_are_put_back_when_a_command_fails() -> None:
+def test_streams_are_restored_when_a_command_fails() -> None:
     before = sys.stdout, sys.stderr
     with pytest.raises(UserError), steady():
         assert isinstance(sys.stdout, SteadyStream)
@@ -107,7 +107,7 @@ def test_streams_are_put_back_when_a_command_fails() -> None:
     assert (sys.stdout, sys.stderr) == before
 
 
-def test_a_stream_that_is_busy_is_not_given_up() -> None:
+def test_a_busy_stream_is_kept() -> None:
     class Busy(io.StringIO):
         def write(self, text: str) -> int:
             if not text:

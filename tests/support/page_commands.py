@@ -24,7 +24,7 @@ from stages.configuration.parsing import files_and_overrides, options, parse
 from stages.generate import fleet
 from stages.generate.in_process import InProcessFleet
 from stages.study import multirun
-from stages.study.subprocess_run import Ended
+from stages.study.subprocess_run import CommandResult
 from tests.support.pages import ROOT, run_as_main
 
 SEPARATORS = {"&&", "||", "|", ";"}
@@ -232,7 +232,10 @@ def small(module: str, given: list[str]) -> list[str]:
 def run_command(module: str, words: list[str], folder: Path) -> None:
     """Run a command in a folder, in this process: its workers, and the commands that it runs, are no processes."""
     output = io.StringIO()
-    workers, children = patch.object(fleet, "RayFleet", InProcessFleet), patch.object(multirun, "run_child", run_child)
+    workers, children = (
+        patch.object(fleet, "RayFleet", InProcessFleet),
+        patch.object(multirun, "run_command", run_in_process),
+    )
     with inside(folder), workers, children, redirect_stdout(output), redirect_stderr(output):
         try:
             run_as_main(module, words)
@@ -241,7 +244,7 @@ def run_command(module: str, words: list[str], folder: Path) -> None:
                 raise AssertionError(f"{module} {shlex.join(words)}:\n{output.getvalue()}") from None
 
 
-def run_child(command: str, words: list[str], log: Path, here: Path) -> Ended:
+def run_in_process(command: str, overrides: list[str], log: Path, folder: Path) -> CommandResult:
     """The twin of what runs a command as a process."""
-    run_command(f"pipeline.{command}", words, here)
-    return Ended(True, "")
+    run_command(f"pipeline.{command}", overrides, folder)
+    return CommandResult(True, "")

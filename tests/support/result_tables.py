@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.evaluate.report import cells_of
-from stages.study.report import VERDICTS, markdown
+from stages.study.claims_table import Claim, markdown_table, to_markdown
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 COLUMNS = (
@@ -50,7 +50,7 @@ def study_rows(evaluation: str) -> list[Row]:
 
 def comparison(rows: list[Row]) -> str:
     """Rows of an evaluation, some of their columns."""
-    return markdown(cells_of([{key: row[key] for key in COLUMNS if key in row} for row in rows]))
+    return markdown_table(cells_of([{key: row[key] for key in COLUMNS if key in row} for row in rows]))
 
 
 def per_scale(rows: list[Row], key: str, decimals: int) -> str:
@@ -67,7 +67,7 @@ def variants() -> str:
         time = statistics.median(row["time_relative_to_none"] for row in own)
         gap, distance = per_scale(own, "gap_closed", 3), per_scale(own, "frechet_distance", 1)
         cells.append([f"`{name}`" if size else name, size, gap, distance, f"{time:.2f}x"])
-    return markdown(cells)
+    return markdown_table(cells)
 
 
 def by_name(rows: list[Row]) -> list[tuple[str, list[Row]]]:
@@ -90,14 +90,12 @@ def default() -> str:
         spread = max(abs(gap - mean) for gap in gaps)
         theirs = guided["frechet_distance"]
         cells.append([f"{scale:g}", f"{mean:.3f}", f"{spread:.4f}", f"{distance:.1f}", f"{theirs:.1f}"])
-    return markdown(cells)
+    return markdown_table(cells)
 
 
 def claims() -> str:
     """The claims of the study, in its words."""
-    judged = read("claims/claims.json")["claims"]
-    rows = [[VERDICTS[claim["holds"]], claim["text"], claim["goal"], claim["found"]] for claim in judged]
-    return markdown([["verdict", "claim", "goal", "found"], *rows])
+    return to_markdown([Claim(**claim) for claim in read("claims/claims.json")["claims"]])
 
 
 def scale() -> str:
@@ -106,7 +104,7 @@ def scale() -> str:
     for row in read("scale/scale.json")["workers"]:
         milliseconds = f"{row['driver_cpu_milliseconds_per_unit']:.1f} ms"
         cells.append([str(row["workers"]), f"{row['units']:,}", f"{row['efficiency']:.3f}", milliseconds])
-    return markdown(cells)
+    return markdown_table(cells)
 
 
 def teachers() -> str:
@@ -118,7 +116,7 @@ def teachers() -> str:
         for key, (title, decimals) in MEASURES.items():
             if key in rows[0]:
                 cells.append([f"`{name}`", title, *(f"{row[key]:.{decimals}f}" for row in rows)])
-    return markdown(cells)
+    return markdown_table(cells)
 
 
 TABLES: dict[str, Callable[[], str]] = {

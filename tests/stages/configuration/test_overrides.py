@@ -54,7 +54,7 @@ def train(*overrides: str) -> TrainConfig:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_text_is_taken_as_it_stands(text: str) -> None:
+def test_a_string_is_taken_verbatim(text: str) -> None:
     assert train(f"output_dir={text}").output_dir == text
     assert train(f"cache_dir={text}").cache_dir == text
     assert parse(EvaluateConfig, [f"adapter_dir={text}"]).adapter_dir == text
@@ -64,7 +64,7 @@ def test_a_text_is_taken_as_it_stands(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if text not in ("1_000",)])
-def test_so_is_one_in_a_file(text: str, tmp_path: Path) -> None:
+def test_a_string_in_a_file_is_taken_verbatim(text: str, tmp_path: Path) -> None:
     plain = text not in ("exp #2", "a: b", "{a}", "'x'", '"x"', "[draft", "!x", "%x", "@x", "&x", "*x", "?", "- a")
     shown = text if plain else f'"{text}"' if '"' not in text else f"'{text}'"
     (tmp_path / "train.yaml").write_text(
@@ -75,7 +75,7 @@ def test_so_is_one_in_a_file(text: str, tmp_path: Path) -> None:
     assert config.adapter.sites == [text if text != "null," else "x"]
 
 
-def test_null_leaves_out_what_may_be_left_out() -> None:
+def test_null_unsets_an_optional_string() -> None:
     assert train("cache_dir=x", "cache_dir=null").cache_dir is None
     assert train("cache_dir=x", "cache_dir=").cache_dir is None
     assert train("output_dir=null").output_dir == "null"
@@ -98,7 +98,7 @@ def test_null_leaves_out_what_may_be_left_out() -> None:
         ("[a,]", ["a"]),
     ],
 )
-def test_a_list_of_texts_is_parted_at_its_commas(override: str, texts: list[str]) -> None:
+def test_a_list_of_strings_is_split_at_its_commas(override: str, texts: list[str]) -> None:
     assert parse(SampleConfig, ["adapter_dir=x", f"prompts={override}"]).prompts == texts
     assert train(f"adapter.sites={override}").adapter.sites == texts
     if texts:
@@ -108,7 +108,7 @@ def test_a_list_of_texts_is_parted_at_its_commas(override: str, texts: list[str]
 def test_a_list_with_nothing_between_commas_is_refused() -> None:
     with pytest.raises(UsageError, match=r"prompts=\[a,,b\]: nothing between two commas"):
         parse(SampleConfig, ["adapter_dir=x", "prompts=[a,,b]"])
-    with pytest.raises(UsageError, match=r"prompts=a: a list is asked for: say prompts=\[a\]"):
+    with pytest.raises(UsageError, match=r"prompts=a: must be a list: say prompts=\[a\]"):
         parse(SampleConfig, ["adapter_dir=x", "prompts=a"])
 
 
@@ -121,7 +121,7 @@ def test_numbers_are_decimal() -> None:
         train("max_train_steps=12:30")
 
 
-def test_what_belongs_to_the_user_is_yaml() -> None:
+def test_dictionary_options_are_yaml() -> None:
     overrides = ["output_dir=o", "teacher.pretrained_model_name_or_path=x"]
     config = parse(
         GenerateConfig,
@@ -136,7 +136,7 @@ def test_what_belongs_to_the_user_is_yaml() -> None:
     assert parse(GenerateConfig, [*overrides, "class_labels=007"]).class_labels == "007"
 
 
-def test_a_home_folder_is_what_a_shell_means_by_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "train.yaml").write_text("cache_dir: ~/cache\nmax_train_steps: 7\n")
     config = train("--config", "~/train.yaml", "output_dir=~/run", "pretrained_model_name_or_path=a~b")
@@ -146,19 +146,19 @@ def test_a_home_folder_is_what_a_shell_means_by_it(monkeypatch: pytest.MonkeyPat
     assert train("data_dir=s3://bucket/~/a#b").data_dir == "s3://bucket/~/a#b"
 
 
-def test_a_key_that_is_there_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_key_in_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("seed: 1\nseed: 2\n")
     with pytest.raises(UsageError, match=r"twice\.yaml: not readable as YAML: seed is there twice"):
         train("--config", str(tmp_path / "twice.yaml"))
 
 
-def test_texts_deep_in_a_file_are_texts(tmp_path: Path) -> None:
+def test_nested_strings_in_a_file_are_verbatim(tmp_path: Path) -> None:
     @dataclass
     class Deep:
         overrides: dict[str, list[str]]
         anything: Any = None
 
-    (tmp_path / "deep.yaml").write_text("words: {a: [007, no, 'x'], 1e3: []}\nanything: [007, no, 1e3]\n")
+    (tmp_path / "deep.yaml").write_text("overrides: {a: [007, no, 'x'], 1e3: []}\nanything: [007, no, 1e3]\n")
     config = parse(Deep, ["--config", str(tmp_path / "deep.yaml")])
     assert config.overrides["a"] == ["007", "no", "x"]
     assert config.anything == [7, False, 1000.0]

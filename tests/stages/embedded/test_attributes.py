@@ -20,7 +20,7 @@ from stages.evaluate.metrics import Reference
 
 
 def bar(width: float, lean: float = 0.0) -> torch.Tensor:
-    """A soft-edged bar `[1, 1, 64, 64]` of that width, sheared so that it leans right."""
+    """A soft-edged bar `[1, 1, 64, 64]` of that width, sheared to the right."""
     y = torch.arange(64.0).view(-1, 1) - 31.5
     x = torch.arange(64.0).view(1, -1) - 31.5 + lean * y
     ink = torch.sigmoid(4 * (width / 2 - x.abs())) * (y.abs() < 20)
@@ -39,7 +39,7 @@ def test_the_slant_of_a_sheared_bar_is_its_shear(lean: float) -> None:
     assert float(slant(turned)) == pytest.approx(lean, abs=0.02)
 
 
-def test_each_word_is_said_of_about_a_third_of_the_digits() -> None:
+def test_each_word_applies_to_about_a_third_of_the_digits() -> None:
     found = attributes(Reference("stages/embedded/digits", "cpu").images)
     for column in found.T:
         shares = column.bincount(minlength=3) / len(column)

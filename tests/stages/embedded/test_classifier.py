@@ -7,7 +7,7 @@ import torch
 from stages.embedded.classifier import DigitClassifier, Features
 
 
-def test_it_comes_back_from_its_folder(tmp_path: Path) -> None:
+def test_a_saved_classifier_is_loaded_unchanged(tmp_path: Path) -> None:
     classifier = DigitClassifier(num_features=32).eval()
     classifier.save_pretrained(tmp_path)
     images = torch.randn(3, 1, 32, 32)

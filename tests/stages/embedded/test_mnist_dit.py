@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file
 
 from stages.embedded.classifier import DigitClassifier
-from stages.evaluate.metrics import Measure, Reference
+from stages.evaluate.metrics import ImageMetrics, Reference
 
 EMBEDDED = Path(__file__).parents[3] / "stages" / "embedded"
 
@@ -31,7 +31,7 @@ def test_the_stock_class_loads_the_folder_unchanged(pipe: DiTPipeline) -> None:
     assert pipe([7], num_inference_steps=2).images[0].size == (32, 32)
 
 
-def test_everything_that_ships_is_at_most_eight_megabytes_of_safetensors() -> None:
+def test_the_embedded_files_are_at_most_eight_megabytes_of_safetensors() -> None:
     ours = [EMBEDDED / name for name in ("mnist_dit", "digits")]
     files = [path for folder in ours for path in folder.rglob("*") if path.is_file()] + list(EMBEDDED.glob("*.*"))
     assert sum(path.stat().st_size for path in files) <= 8_000_000
@@ -39,20 +39,20 @@ def test_everything_that_ships_is_at_most_eight_megabytes_of_safetensors() -> No
 
 
 def test_guidance_matters(pipe: DiTPipeline) -> None:
-    """A small measurement of what `training.json` tells from 2,000 samples."""
+    """A small version of the measurement of 2,000 samples in `training.json`."""
     reference = Reference("stages/embedded/digits", "cpu")
     found = {}
     for scale in (1.0, 2.0):
         labels = [i % 10 for i in range(200)]
         images = pipe(labels, scale, torch.Generator().manual_seed(0), 20, "pt").images * 2 - 1
-        measure = Measure(reference)
-        measure.update(images, [{"class_label": label} for label in labels])
-        found[scale] = measure.compute()
+        metrics = ImageMetrics(reference)
+        metrics.update(images, [{"class_label": label} for label in labels])
+        found[scale] = metrics.compute()
     assert found[2.0]["frechet_distance"] < 0.8 * found[1.0]["frechet_distance"]
     assert found[2.0]["class_accuracy"] > found[1.0]["class_accuracy"] + 0.05
 
 
-def test_what_the_training_reached_is_told_beside_it() -> None:
+def test_the_results_of_the_training_are_recorded() -> None:
     info = json.loads((EMBEDDED / "mnist_dit" / "training.json").read_text())
     assert {"recipe", "seconds", "classifier_accuracy", "vae_error", "denoiser_loss_at_step", "guidance"} <= info.keys()
     rows = {row["guidance_scale"]: row for row in info["guidance"]}
@@ -61,7 +61,7 @@ def test_what_the_training_reached_is_told_beside_it() -> None:
     assert best["class_accuracy"] > rows[1.0]["class_accuracy"] + 0.05
 
 
-def test_the_classifier_knows_digits_it_was_not_trained_on() -> None:
+def test_the_classifier_classifies_held_out_digits() -> None:
     held_out = load_file(EMBEDDED / "digits" / "reference.safetensors")
     reference = Reference("stages/embedded/digits", "cpu")
     assert isinstance(reference.classifier, DigitClassifier)

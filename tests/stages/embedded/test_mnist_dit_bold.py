@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from stages.embedded.attributes import stroke_width
 from stages.embedded.digits import thicken, to_images
-from stages.evaluate.metrics import Measure, Reference
+from stages.evaluate.metrics import ImageMetrics, Reference
 
 EMBEDDED = Path(__file__).parents[3] / "stages" / "embedded"
 BASE, FOLDER, DIGITS = EMBEDDED / "mnist_dit", EMBEDDED / "mnist_dit_bold", EMBEDDED / "digits_bold"
@@ -33,7 +33,7 @@ def test_the_stock_class_loads_the_folder_unchanged(pipe: DiTPipeline) -> None:
     assert pipe([7], num_inference_steps=2).images[0].size == (32, 32)
 
 
-def test_the_denoisers_weights_alone_are_other_than_those_of_the_base() -> None:
+def test_only_the_denoisers_weights_differ_from_the_base() -> None:
     files = [{path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} for folder in (BASE, FOLDER)]
     assert files[0] == files[1]
     for name in files[0] - {WEIGHTS, Path("training.json")}:
@@ -45,7 +45,7 @@ def test_the_denoisers_weights_alone_are_other_than_those_of_the_base() -> None:
         assert not torch.equal(tensor, after[name]), name
 
 
-def test_what_ships_of_it_is_at_most_eight_megabytes_of_safetensors() -> None:
+def test_its_embedded_files_are_at_most_eight_megabytes_of_safetensors() -> None:
     files = [path for folder in (FOLDER, DIGITS) for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 8_000_000
     assert {path.suffix for path in files} <= {".json", ".safetensors"}
@@ -62,22 +62,22 @@ def test_the_reference_is_that_of_the_base_thickened() -> None:
 
 
 def test_guidance_matters(pipe: DiTPipeline) -> None:
-    """A small measurement of what `training.json` tells from 2,000 samples; and the digits are bold."""
+    """A small version of the measurement of 2,000 samples in `training.json`; and the digits are bold."""
     reference = Reference("stages/embedded/digits_bold", "cpu")
     found = {}
     for scale in (1.0, 2.0):
         labels = [i % 10 for i in range(200)]
         images = pipe(labels, scale, torch.Generator().manual_seed(0), 20, "pt").images * 2 - 1
-        measure = Measure(reference)
-        measure.update(images, [{"class_label": label} for label in labels])
-        found[scale] = measure.compute()
+        metrics = ImageMetrics(reference)
+        metrics.update(images, [{"class_label": label} for label in labels])
+        found[scale] = metrics.compute()
     assert found[2.0]["frechet_distance"] < 0.8 * found[1.0]["frechet_distance"]
     assert found[2.0]["class_accuracy"] > found[1.0]["class_accuracy"] + 0.05
     thin = to_images(load_file(EMBEDDED / "digits" / "reference.safetensors")["pixels"])
     assert stroke_width(images).mean() > 1.5 * stroke_width(thin).mean()
 
 
-def test_what_the_training_reached_is_told_beside_it() -> None:
+def test_the_results_of_the_training_are_recorded() -> None:
     info = json.loads((FOLDER / "training.json").read_text())
     assert {"recipe", "seconds", "classifier_accuracy", "denoiser_loss_at_step", "guidance"} <= info.keys()
     rows = {row["guidance_scale"]: row for row in info["guidance"]}

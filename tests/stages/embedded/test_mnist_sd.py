@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from stages.base.prompts import read_prompts
 from stages.base.sampling import Request, decode, sample, undecoded
 from stages.embedded.attributes import read_caption
-from stages.evaluate.metrics import Measure, Reference
+from stages.evaluate.metrics import ImageMetrics, Reference
 
 FOLDER = Path(__file__).parents[3] / "stages" / "embedded" / "mnist_sd"
 
@@ -47,7 +47,7 @@ def test_it_is_at_most_twelve_megabytes() -> None:
     assert not [path for path in FOLDER.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
 
 
-def test_every_prompt_that_ships_is_a_caption_of_its_class() -> None:
+def test_every_embedded_prompt_is_a_caption_of_its_class() -> None:
     prompts = read_prompts(str(FOLDER / "prompts.csv"))
     assert len(prompts) == 3000
     for row in prompts:
@@ -57,21 +57,21 @@ def test_every_prompt_that_ships_is_a_caption_of_its_class() -> None:
 
 
 def test_guidance_matters(pipe: StableDiffusionPipeline) -> None:
-    """A small measurement of what `training.json` tells from 2,000 samples."""
+    """A small version of the measurement of 2,000 samples in `training.json`."""
     reference = Reference("stages/embedded/digits", "cpu")
     prompts = read_prompts(str(FOLDER / "prompts.csv"))[:150]
     found = {}
     for scale in (1.0, 2.0):
         with undecoded(pipe) as latents, torch.no_grad():
             sample(pipe, Request(prompts, range(150), 15, {}), scale)
-        measure = Measure(reference)
-        measure.update(decode(pipe, latents[0]), prompts)
-        found[scale] = measure.compute()
+        metrics = ImageMetrics(reference)
+        metrics.update(decode(pipe, latents[0]), prompts)
+        found[scale] = metrics.compute()
     for name in ("class_accuracy", "stroke_accuracy", "slant_accuracy"):
         assert found[2.0][name] > found[1.0][name] + 0.02
 
 
-def test_what_the_training_reached_is_told_beside_it() -> None:
+def test_the_results_of_the_training_are_recorded() -> None:
     info = json.loads((FOLDER / "training.json").read_text())
     assert {"recipe", "seconds", "loss_at_step", "unet_parameters", "guidance"} <= info.keys()
     rows = {row["guidance_scale"]: row for row in info["guidance"]}

@@ -22,7 +22,7 @@ def share_of_bold(pipe: StableDiffusionPipeline) -> float:
     return float((strokes == list(STROKES).index("bold")).float().mean())
 
 
-def test_a_stock_pipeline_loads_it_and_writes_bold_digits() -> None:
+def test_a_stock_pipeline_loads_it_and_draws_bold_digits() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(EMBEDDED / "mnist_sd")
     pipe.set_progress_bar_config(disable=True)
     assert share_of_bold(pipe) <= 0.1
@@ -32,7 +32,7 @@ def test_a_stock_pipeline_loads_it_and_writes_bold_digits() -> None:
     assert share_of_bold(pipe) <= 0.1
 
 
-def test_what_the_training_reached_is_told_beside_it() -> None:
+def test_the_results_of_the_training_are_recorded() -> None:
     info = json.loads((FOLDER / "training.json").read_text())
     at_two = next(row for row in info["guidance"] if row["guidance_scale"] == 2.0)
     assert at_two["frechet_distance"] < info["without_it"]["frechet_distance"] / 5

@@ -35,7 +35,7 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
-def test_the_score_is_the_angle_of_image_and_prompt(tiny_clip: Path) -> None:
+def test_the_score_is_the_cosine_of_image_and_prompt(tiny_clip: Path) -> None:
     model, processor = CLIPModel.from_pretrained(tiny_clip).eval(), CLIPProcessor.from_pretrained(tiny_clip)
     pixels = ((IMAGES + 1) * 127.5).round().byte()
     with torch.no_grad():
@@ -47,20 +47,20 @@ def test_the_score_is_the_angle_of_image_and_prompt(tiny_clip: Path) -> None:
             model.visual_projection.weight.neg_()
             model.save_pretrained(tiny_clip)
             cosine = -cosine
-    found = ClipJudge(str(tiny_clip), "cpu").of(IMAGES, CONDITIONS)["clip_score"]
+    found = ClipJudge(str(tiny_clip), "cpu").measure(IMAGES, CONDITIONS)["clip_score"]
     expected = (100 * cosine).clamp(min=0)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
     assert found.max() > 0
 
 
-def test_each_image_has_its_own_score_and_grey_ones_are_seen_too(tiny_clip: Path) -> None:
+def test_images_are_scored_one_by_one_and_may_be_grey(tiny_clip: Path) -> None:
     judge = ClipJudge(str(tiny_clip), "cpu")
-    both = judge.of(IMAGES, CONDITIONS)["clip_score"]
-    torch.testing.assert_close(both[1:], judge.of(IMAGES[1:], CONDITIONS[1:])["clip_score"])
-    assert judge.of(IMAGES[:, :1], CONDITIONS)["clip_score"].shape == (2,)
+    both = judge.measure(IMAGES, CONDITIONS)["clip_score"]
+    torch.testing.assert_close(both[1:], judge.measure(IMAGES[1:], CONDITIONS[1:])["clip_score"])
+    assert judge.measure(IMAGES[:, :1], CONDITIONS)["clip_score"].shape == (2,)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="clip_model=.*no CLIP model with its processor there") as raised:
+    with pytest.raises(UserError, match="clip_model=.*no CLIP model with its processor found") as raised:
         ClipJudge(str(tmp_path), "cpu")
     assert "\n" not in str(raised.value)

@@ -37,7 +37,7 @@ def test_no_guidance_once_and_both_ways_at_every_scale() -> None:
             settings(scales)
 
 
-def test_methods_start_from_the_same_noise_and_cost_what_they_cost(tiny_adapter: Path) -> None:
+def test_methods_start_from_the_same_noise_and_count_their_evaluations(tiny_adapter: Path) -> None:
     pipe, adapter = load_pair(str(tiny_adapter), None, "cpu")
     start = {}
     for setting in settings([3.0]):
@@ -88,7 +88,7 @@ def test_another_checkpoint_of_the_base_is_accepted(tiny_adapter: Path, other_te
 
 
 def test_a_lora_that_cannot_be_loaded_is_named(tiny_adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="DiTPipeline takes none"):
+    with pytest.raises(UserError, match="DiTPipeline takes no LoRA"):
         load_pair(str(tiny_adapter), None, "cpu", lora=str(tmp_path))
     with pytest.raises(UserError, match=r"lora=.*cannot be loaded"):
         load_lora(load_pipeline("stages/embedded/mnist_sd"), str(tmp_path))

@@ -58,7 +58,7 @@ def test_an_adapter_that_does_nothing_has_a_dial_that_does_nothing(pipe: Any, ad
     assert {row["guidance_scale"] for row in dial(pipe, untrained)} == {1.0}
 
 
-def test_what_cannot_be_fused_has_none(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_an_adapter_that_cannot_be_fused_has_no_dial(pipe: Any, adapter: GuidanceAdapter) -> None:
     offset = GuidanceAdapter.for_denoiser(small_adapter("offset"), pipe.transformer, adapter.metadata)
     with pytest.raises(UserError, match="cannot be fused"):
         dial(pipe, offset)

@@ -16,7 +16,7 @@ SCALES = [1.0, 2.0, 4.0]
 
 
 def of_cfg() -> list[Tensor]:
-    """Latents `[5, 2, 3, 3]` at each of the scales: a path with a bend at 2."""
+    """Latents `[5, 2, 3, 3]` at each scale: a path with a bend at scale 2."""
     start, first, second = torch.randn(3, 5, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     return [start, start + first, start + first + second]
 
@@ -31,14 +31,14 @@ def effective(latents: Tensor, measured: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.3, 2.0, 2.5, 3.9, 4.0])
-def test_what_lies_between_measured_scales_has_the_scale_of_its_place(scale: float) -> None:
+def test_samples_between_measured_scales_are_interpolated(scale: float) -> None:
     low, middle, high = measured = of_cfg()
     share = scale - 1 if scale <= 2 else (scale - 2) / 2
     latents = low + share * (middle - low) if scale <= 2 else middle + share * (high - middle)
     assert effective(latents, measured) == pytest.approx(scale)
 
 
-def test_what_lies_beside_the_path_has_the_scale_of_the_nearest_place() -> None:
+def test_samples_off_the_path_have_the_scale_of_the_nearest_point() -> None:
     low, middle, high = measured = of_cfg()
     aside = torch.randn_like(low)
     along = high - middle
@@ -46,18 +46,18 @@ def test_what_lies_beside_the_path_has_the_scale_of_the_nearest_place() -> None:
     assert effective(middle + 0.25 * along + 0.1 * aside, measured) == pytest.approx(2.5)
 
 
-def test_what_lies_beyond_has_the_scale_of_the_end() -> None:
+def test_samples_beyond_the_path_have_the_scale_of_its_end() -> None:
     low, middle, high = measured = of_cfg()
     assert effective(low - 0.5 * (middle - low), measured) == 1
     assert effective(high + 0.5 * (high - middle), measured) == 4
 
 
-def test_guidance_that_changes_nothing_is_none() -> None:
+def test_guidance_without_effect_has_scale_one() -> None:
     same = torch.zeros(2, 1, 1, 1)
     assert effective(same, [same] * 3) == 1
 
 
-def test_parts_together_tell_what_one_tells(tmp_path: Path) -> None:
+def test_parts_give_the_same_values_as_one_part(tmp_path: Path) -> None:
     measured = of_cfg()
     distances = squared_distances(measured[1] + 0.3, measured)
     shown = torch.zeros(0, 1, 1, 1, dtype=torch.uint8)

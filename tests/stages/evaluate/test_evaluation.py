@@ -40,7 +40,7 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def whole(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
-    """An evaluation that nothing disturbed."""
+    """An evaluation that ran without interruption."""
     run = evaluation(tiny_adapter, tmp_path_factory.mktemp("evaluation"))
     run.run()
     return run
@@ -53,7 +53,7 @@ def other_adapter(shared_dataset: Path, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def test_rows_tell_what_each_method_reached_and_cost(whole: Evaluation) -> None:
+def test_rows_hold_the_quality_and_cost_of_each_method(whole: Evaluation) -> None:
     rows = {Setting(row["method"], row["guidance_scale"], row["adapter"]): row for row in whole.rows}
     assert list(rows) == whole.settings
     assert {setting.method: row["denoiser_evaluations"] for setting, row in rows.items()} == {
@@ -109,7 +109,7 @@ def test_gap_and_errors_are_those_of_the_latents(whole: Evaluation, tiny_adapter
 
 
 def test_the_effective_scale_is_that_of_the_nearest_cfg(whole: Evaluation, tiny_adapter: Path, tmp_path: Path) -> None:
-    """Which is looked for here in small steps between the latents of CFG; the order of the scales does not matter."""
+    """Compared with a search in small steps between CFG's latents; the order of the scales does not matter."""
     worker = evaluation(tiny_adapter, whole.folder).new_worker()
     worker.load()
     samples = worker._sample(range(6))[0]
@@ -126,7 +126,7 @@ def test_the_effective_scale_is_that_of_the_nearest_cfg(whole: Evaluation, tiny_
     assert falling[4]["effective_scale"] == pytest.approx(rows[one_pass_setting(2.0)]["effective_scale"], abs=1e-4)
 
 
-def test_what_is_missing_is_made_and_no_more(
+def test_only_missing_parts_are_made(
     whole: Evaluation, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
@@ -154,12 +154,12 @@ def test_another_evaluation_in_the_same_folder_is_refused_and_nothing_lost(
         evaluation(tmp_path / "gained" / "tiny", tmp_path / "out"),
         evaluation(tmp_path / "other" / "tiny", tmp_path / "out"),
     ):
-        with pytest.raises(UserError, match="out: holds an evaluation of something else, or with other options"):
+        with pytest.raises(UserError, match="out: holds another evaluation, or one with other options"):
             run.run()
     assert without_times(evaluation(tiny_adapter, tmp_path / "out").run()) == without_times(whole.rows)
 
 
-def test_the_gain_is_told_and_changes_what_is_found(whole: Evaluation, tmp_path: Path, tiny_adapter: Path) -> None:
+def test_the_gain_is_recorded_and_changes_the_results(whole: Evaluation, tmp_path: Path, tiny_adapter: Path) -> None:
     adapter = GuidanceAdapter.from_pretrained(tiny_adapter)
     adapter.metadata["guidance_gain"] = 1.5
     adapter.save_pretrained(tmp_path / "tiny")
@@ -197,7 +197,7 @@ def test_adapters_of_unlike_bases_are_refused(tiny_adapter: Path, other_adapter:
         evaluation([tiny_adapter, unlike], tmp_path / "out").run()
 
 
-def test_images_are_kept_on_request(tiny_adapter: Path, tmp_path: Path) -> None:
+def test_images_are_saved_on_request(tiny_adapter: Path, tmp_path: Path) -> None:
     evaluation(tiny_adapter, tmp_path, save_images=True, guidance_scale=[2.0], methods=["one_pass"]).run()
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"none-1", "cfg-2", "one_pass-2"}
     names = sorted(path.name for path in (tmp_path / "images" / "one_pass-2").iterdir())
@@ -214,7 +214,7 @@ def test_without_a_reference_the_latents_are_compared_alone(tiny_adapter: Path, 
 
 @pytest.fixture(scope="module")
 def text_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a tiny Stable Diffusion, briefly trained."""
+    """The folder of a briefly trained adapter for a tiny Stable Diffusion."""
     root = tmp_path_factory.mktemp("text")
     (root / "prompts.txt").write_text("\n".join(PROMPTS))
     teacher = save("stable_diffusion", root / "teacher")
@@ -234,7 +234,7 @@ def test_a_text_model_is_judged_by_clip_without_a_reference(text_adapter: Path, 
     assert [row["denoiser_evaluations"] for row in rows] == [4, 8, 4, 6, 7]
 
 
-def test_prompts_tell_their_class_all_or_none(text_adapter: Path, tmp_path: Path) -> None:
+def test_all_prompts_have_a_class_or_none(text_adapter: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("prompt,class_label\na zero,0\na seven,\n")
     with pytest.raises(UserError, match="1 rows have no class_label: give it to all or to none"):
@@ -243,7 +243,7 @@ def test_prompts_tell_their_class_all_or_none(text_adapter: Path, tmp_path: Path
         evaluation(text_adapter, tmp_path, reference=None).run()
 
 
-def test_what_cannot_be_is_refused(tiny_adapter: Path, tmp_path: Path) -> None:
+def test_an_invalid_configuration_is_refused(tiny_adapter: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"num_samples": 1}, "at least 2"),
         ({"methods": ["cfg_first_70"]}, "methods=cfg_first_70: some of one_pass, cfg_first_50, cfg_first_60"),

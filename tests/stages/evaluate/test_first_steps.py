@@ -14,7 +14,7 @@ from stages.base.denoiser import denoiser_of, latent_name
 from stages.base.sampling import Request
 from stages.errors import UserError
 from stages.evaluate.comparisons import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE, Samples, Setting, sample_setting
-from stages.evaluate.first_steps import cut, guided_first
+from stages.evaluate.first_steps import guided_first, select_rows
 from stages.generate.finding import find_layout
 from stages.train.student import unconditional_place
 from tests.conftest import tiny_dit
@@ -25,20 +25,20 @@ SCALE, STEPS = 3.0, 5
 CONDITIONS = [{"class_label": 1}, {"class_label": 2}]
 
 
-class Told:
-    """As much of an adapter as the baselines need."""
+class AdapterStub:
+    """The part of an adapter that the baselines need."""
 
     def __init__(self, place: dict[str, int] | None) -> None:
-        self.metadata = {"unconditional": place}
+        self.metadata = {"unconditional": place, "scale_offset": 0.0, "no_guidance": {}}
 
 
 def placed(pipe: Any, request: Request) -> Any:
-    return Told(unconditional_place(find_layout(pipe, request)))
+    return AdapterStub(unconditional_place(find_layout(pipe, request)))
 
 
 @contextmanager
 def conditional_twice(pipe: Any, place: dict[str, int], guided: int) -> Iterator[None]:
-    """The reference: everything is run, and from a step on the conditional prediction written over the other one."""
+    """The reference: run everything, and overwrite the unconditional prediction from a step on."""
     denoiser = denoiser_of(pipe)[1]
     kept: list[Any] = []
     calls = 0
@@ -69,7 +69,7 @@ def states(samples: Samples) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_guided_first_and_then_conditional_at_that_cost(family: str) -> None:
+def test_every_family_is_guided_first_and_then_runs_conditional_passes(family: str) -> None:
     pipe = build(family)
     request = Request([{"prompt": prompt} for prompt in PROMPTS], [0, 1], STEPS, ARGUMENTS.get(family, {}))
     info = placed(pipe, request)
@@ -93,7 +93,7 @@ def test_every_family_is_guided_first_and_then_conditional_at_that_cost(family: 
     ("method", "steps", "guided"), [(CFG_FIRST_50, 4, 2), (CFG_FIRST_50, 5, 3), (CFG_FIRST_60, 5, 3)]
 )
 def test_the_later_steps_are_those_without_guidance(method: str, steps: int, guided: int) -> None:
-    """Made by hand: from the state that CFG left, DDIM steps with the conditional prediction."""
+    """Computed by hand: DDIM steps with the conditional prediction, from the state after the guided steps."""
     pipe, request = tiny_dit(), Request(CONDITIONS, [0, 1], steps, {})
     info = placed(pipe, request)
     cfg, first = (sample_setting(pipe, info, Setting(name, SCALE), request) for name in (CFG, method))
@@ -124,7 +124,7 @@ def test_a_scheduler_that_asks_twice_per_step_is_guided_on_half_of_its_calls() -
     assert evaluations == {NONE: 7, CFG: 14, CFG_FIRST_50: 7 + 4}
 
 
-def test_a_batch_that_is_not_doubled_is_run_as_it_is() -> None:
+def test_a_batch_that_is_not_doubled_is_unchanged() -> None:
     pipe, request = tiny_dit(), Request(CONDITIONS, [0, 1], 4, {})
     info = placed(pipe, request)
     none, first = (sample_setting(pipe, info, Setting(name, 1.0), request) for name in (NONE, CFG_FIRST_50))
@@ -135,14 +135,12 @@ def test_a_batch_that_is_not_doubled_is_run_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        (None, "not known"),
+        (None, "unknown"),
         ({"call": 0, "chunk": 0, "chunks": 3}, "3 parts, not two"),
         ({"call": 0, "chunk": 0, "chunks": 1}, "unconditional part first"),
     ],
 )
-def test_where_the_conditional_part_is_not_known_in_time_it_is_refused(
-    place: dict[str, int] | None, message: str
-) -> None:
+def test_an_unknown_or_late_conditional_part_is_refused(place: dict[str, int] | None, message: str) -> None:
     pipe: Any = tiny_dit()
     with (
         pytest.raises(UserError, match=f"DiTPipeline: .*{message}.*leave cfg_first_50"),
@@ -151,10 +149,10 @@ def test_where_the_conditional_part_is_not_known_in_time_it_is_refused(
         pass
 
 
-def test_tensors_are_cut_wherever_they_are() -> None:
+def test_rows_are_selected_in_nested_arguments() -> None:
     four, three = torch.arange(4), torch.arange(3)
     given = {"a": {"b": four, "c": None}, "d": (four, three), "e": torch.tensor(4), "f": "four"}
-    found = cut(given, 4, slice(2, 4))
+    found = select_rows(given, 4, slice(2, 4))
     assert found["a"]["b"].tolist() == found["d"][0].tolist() == [2, 3]
     assert found["d"][1].tolist() == [0, 1, 2]
     assert (found["a"]["c"], int(found["e"]), found["f"]) == (None, 4, "four")
@@ -173,6 +171,6 @@ def test_guidance_ends_for_every_denoiser_of_a_pipeline() -> None:
     specimen = gather()["WanPipeline (2.2)"]
     pipe = specimen.build()
     request = Request(list(specimen.conditions), [0, 1], 4, dict(specimen.arguments))
-    adapter: Any = Told({"call": 1, "chunk": 0, "chunks": 1})
+    adapter: Any = AdapterStub({"call": 1, "chunk": 0, "chunks": 1})
     whole, half = (sample_setting(pipe, adapter, Setting(method, 3.0), request) for method in (CFG, CFG_FIRST_50))
     assert (whole.denoiser_evaluations, half.denoiser_evaluations) == (2 * 4 * 2, (2 * 2 + 2) * 2)

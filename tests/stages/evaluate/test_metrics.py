@@ -9,7 +9,7 @@ from stages.base.sampling import Condition
 from stages.embedded.attributes import attributes, caption
 from stages.errors import UserError
 from stages.evaluate.metrics import (
-    Measure,
+    ImageMetrics,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -41,7 +41,7 @@ def test_the_distance_of_two_gaussians_is_the_known_one() -> None:
 
 
 def test_the_kernel_distance_of_two_points_is_the_known_one() -> None:
-    """k(x, y) = (x y / 2 + 1)^3 in two dimensions; of sets that are one point each k(a, a) + k(b, b) - 2 k(a, b)."""
+    """k(x, y) = (x y / 2 + 1)^3 in two dimensions; for sets of one point each, k(a, a) + k(b, b) - 2 k(a, b)."""
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
     expected = (1 / 2 + 1) ** 3 + (4 / 2 + 1) ** 3 - 2 * 1
     assert kernel_distance(a.expand(50, 2), b.expand(70, 2)) == pytest.approx(expected, rel=1e-4)
@@ -54,7 +54,7 @@ def test_identical_sets_are_at_no_distance_and_cover_each_other() -> None:
 
 
 def test_the_kernel_distance_of_a_set_to_itself_is_the_estimators_own_bias() -> None:
-    """-2 / n of what a point is more like itself than like another: nothing beside any real distance."""
+    """The bias is -2 / n times the excess of k(x, x) over k(x, y): negligible next to any real distance."""
     one = gaussian(0, 1, n=500)
     kernel = (one @ one.T / 2 + 1) ** 3
     alike = kernel.diagonal().mean()
@@ -63,13 +63,13 @@ def test_the_kernel_distance_of_a_set_to_itself_is_the_estimators_own_bias() -> 
     assert abs(kernel_distance(one, one)) < 0.02 * kernel_distance(one, one + 1)
 
 
-def test_sets_apart_cover_nothing_of_each_other() -> None:
+def test_distant_sets_do_not_cover_each_other() -> None:
     one, other = gaussian(0, 1, n=300), gaussian(100, 1, n=200, seed=1)
     assert share_inside(one, other) == share_inside(other, one) == 0
 
 
-def test_precision_and_recall_tell_what_is_right_and_what_is_missing() -> None:
-    """Of real images on two islands, generated ones on one island are right but lack half."""
+def test_precision_and_recall_differ_when_half_is_missing() -> None:
+    """Real images form two clusters; images generated in one of them are precise but lack half."""
     near, far = gaussian(0, 1, n=400), gaussian(100, 1, n=400, seed=1)
     real, fake = torch.cat([near, far]), gaussian(0, 1, n=400, seed=2)
     assert share_inside(fake, real) > 0.95
@@ -90,13 +90,13 @@ def test_the_inception_score_is_the_number_of_classes_that_are_sure_and_even() -
     assert inception_score(sure) == inception_score(sure)
 
 
-def test_of_the_digits_themselves_everything_is_right(digits: Reference) -> None:
+def test_the_digits_themselves_reach_the_best_values(digits: Reference) -> None:
     assert isinstance(digits.images, torch.Tensor)
     assert digits.classifier is not None
-    measure = Measure(digits)
+    metrics = ImageMetrics(digits)
     for images in digits.images.split(500):
-        measure.update(images, classes(digits.classifier(images).argmax(1).tolist()))
-    found = measure.compute()
+        metrics.update(images, classes(digits.classifier(images).argmax(1).tolist()))
+    found = metrics.compute()
     assert found.keys() == METRICS | {"class_accuracy"}
     assert abs(found["frechet_distance"]) < 0.01
     assert abs(found["kernel_distance"]) < 30  # no guidance: 900
@@ -105,11 +105,11 @@ def test_of_the_digits_themselves_everything_is_right(digits: Reference) -> None
     assert all(math.isfinite(value) for value in found.values())
 
 
-def test_captions_are_met_by_the_images_they_were_made_of(digits: Reference) -> None:
+def test_images_meet_their_own_captions(digits: Reference) -> None:
     images = digits.images[::40]
     assert isinstance(images, torch.Tensor)
     found = [(0, *pair) for pair in attributes(images).tolist()]
-    right, wrong, other = Measure(digits), Measure(digits), Measure(digits)
+    right, wrong, other = ImageMetrics(digits), ImageMetrics(digits), ImageMetrics(digits)
     right.update(images, [{"class_label": 0, "prompt": caption(*row)} for row in found])
     wrong.update(images, [{"class_label": 0, "prompt": caption(0, (row[1] + 1) % 3, row[2])} for row in found])
     assert (right.compute()["stroke_accuracy"], right.compute()["slant_accuracy"]) == (1, 1)
@@ -122,4 +122,4 @@ def test_images_of_another_size_than_the_digits_are_refused(digits: Reference) -
     with pytest.raises(
         UserError, match="holds images of 1x32x32, and the pipeline makes 3x64x64: .*features=inception"
     ):
-        Measure(digits).update(torch.zeros(2, 3, 64, 64), classes([0, 1]))
+        ImageMetrics(digits).update(torch.zeros(2, 3, 64, 64), classes([0, 1]))

@@ -20,7 +20,7 @@ from tests.support.families import PROMPTS, save
 
 
 def trained(folder: Path, family: str, **info: Any) -> Path:
-    """The folder of an adapter that was trained for a step on what such a teacher made."""
+    """The folder of an adapter after one training step on such a teacher's records."""
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     config = generate_config(save(family, folder / "teacher"), folder / "data", prompts=str(folder / "prompts.txt"))
     config.teacher = TeacherConfig(str(folder / "teacher"), **info)
@@ -45,7 +45,7 @@ def request_of(pipe: Any, adapter: GuidanceAdapter, steps: int = 2) -> Request:
     return Request([{"prompt": PROMPTS[0]}], [0], steps, arguments_of(pipe, adapter))
 
 
-def test_its_class_scheduler_and_arguments_are_those_of_the_records(adapter_dir: Path) -> None:
+def test_class_scheduler_and_arguments_are_those_of_the_records(adapter_dir: Path) -> None:
     pipe, adapter = load_pair(str(adapter_dir), None, "cpu")
     assert type(pipe) is StableDiffusionPAGPipeline
     assert type(pipe.scheduler) is DDIMScheduler
@@ -58,7 +58,7 @@ def test_its_class_scheduler_and_arguments_are_those_of_the_records(adapter_dir:
     assert passes == {NONE: 1, CFG: 3, ONE_PASS: 1}
 
 
-def test_a_scheduler_that_was_configured_otherwise_is_so_again(adapter_dir: Path, tmp_path: Path) -> None:
+def test_a_reconfigured_scheduler_is_restored(adapter_dir: Path, tmp_path: Path) -> None:
     metadata = json.loads((adapter_dir / "adapter_config.json").read_text())
     recorded = dict(load_pair(str(adapter_dir), None, "cpu")[0].scheduler.config)
     assert recorded.items() >= metadata["teacher"]["scheduler_config"].items()
@@ -70,7 +70,7 @@ def test_a_scheduler_that_was_configured_otherwise_is_so_again(adapter_dir: Path
     assert other.scheduler.config.beta_end == 0.05  # which belongs to the other base's weights
 
 
-def test_the_card_tells_of_it_and_how_it_is_loaded(adapter_dir: Path) -> None:
+def test_the_card_shows_how_to_load_the_teacher(adapter_dir: Path) -> None:
     adapter = GuidanceAdapter.from_pretrained(adapter_dir)
     card = model_card(adapter)
     assert "| teacher | StableDiffusionPAGPipeline |" in card
@@ -89,7 +89,7 @@ def test_an_older_folder_is_sampled_by_its_class(adapter_dir: Path) -> None:
     assert "from diffusers import StableDiffusionPAGPipeline\n" in model_card(adapter)
 
 
-def test_a_guider_guides_as_it_did(tmp_path: Path) -> None:
+def test_a_guider_is_restored(tmp_path: Path) -> None:
     guider = {"name": "AdaptiveProjectedGuidance", "eta": 0.5}
     pipe, adapter = load_pair(str(trained(tmp_path, "stable_diffusion_xl", guider=guider)), None, "cpu")
     assert type(pipe.guider).__name__ == "AdaptiveProjectedGuidance"

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from stages.errors import UserError
 from stages.evaluate import reference as module
-from stages.evaluate.evaluation import remember_features
+from stages.evaluate.evaluation import cache_features
 from stages.evaluate.feature_extractors import InceptionNetwork, to_inception
 from stages.evaluate.reference import Reference
 
 
 class Means:
-    """In InceptionV3's place: the mean of each colour."""
+    """A stand-in for InceptionV3: the mean of each colour."""
 
     def __init__(self, weights: str | None, device: str) -> None:
         self.module = nn.Linear(1, 1)
@@ -29,7 +29,7 @@ class Means:
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three files of as many kinds and sizes."""
+    """Three files of three formats and sizes."""
     monkeypatch.setattr(module, "InceptionNetwork", Means)
     for name, size, colour in (
         ("a.png", (40, 30), "red"),
@@ -47,7 +47,7 @@ def test_image_files_of_any_size_are_compared_with(pictures: Path) -> None:
     torch.testing.assert_close(features, expected, atol=0.02, rtol=0)
 
 
-def test_files_that_are_no_images_are_named_in_one_line(pictures: Path) -> None:
+def test_unreadable_images_are_named_in_one_line(pictures: Path) -> None:
     (pictures / "broken.png").write_bytes(b"no image")
     (pictures / "cut.png").write_bytes((pictures / "a.png").read_bytes()[:60])
     with pytest.raises(UserError) as raised:
@@ -56,18 +56,18 @@ def test_files_that_are_no_images_are_named_in_one_line(pictures: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_features_are_kept_until_a_file_changes(pictures: Path, tmp_path: Path) -> None:
+def test_features_are_cached_until_a_file_changes(pictures: Path, tmp_path: Path) -> None:
     kept = tmp_path / "out" / "features.safetensors"
     first = Reference(str(pictures), "cpu", features="inception")
-    remember_features(first, kept)
+    cache_features(first, kept)
     again = Reference(str(pictures), "cpu", features="inception")
     again.network.module.load_state_dict(first.network.module.state_dict())
-    remember_features(again, kept)
+    cache_features(again, kept)
     assert again.network.seen == 0  # type: ignore[attr-defined]
     assert torch.equal(again.features, first.features)
     Image.new("RGB", (8, 8)).save(pictures / "d.png")
     more = Reference(str(pictures), "cpu", features="inception")
-    remember_features(more, kept)
+    cache_features(more, kept)
     assert len(more.features) == 4
 
 
@@ -78,7 +78,7 @@ def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
         Reference("nowhere", "cpu")
 
 
-def test_image_files_without_a_classifier_ask_for_another_network(pictures: Path) -> None:
+def test_image_files_without_a_classifier_need_another_network(pictures: Path) -> None:
     with pytest.raises(UserError, match="say features=inception"):
         Reference(str(pictures), "cpu")
 
@@ -104,7 +104,7 @@ def test_the_published_network_gives_features_and_scores(tmp_path: Path, monkeyp
     assert (features.shape, scores.shape) == ((2, 2048), (2, 1008))
 
 
-def test_the_middle_square_of_a_picture_is_seen() -> None:
+def test_the_central_square_of_a_picture_is_used() -> None:
     picture = Image.new("RGB", (300, 100), "black")
     picture.paste("white", (100, 0, 200, 100))
     assert to_inception(picture).shape == (3, 299, 299)

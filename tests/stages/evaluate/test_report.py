@@ -75,7 +75,7 @@ def test_the_table_has_a_line_per_row() -> None:
 
 
 @pytest.mark.parametrize("adapters", [["mine"], ["mine", "yours"]])
-def test_the_report_is_one_self_contained_file_with_plots_beside_it(tmp_path: Path, adapters: list[str]) -> None:
+def test_the_report_is_self_contained_and_its_plots_are_files_too(tmp_path: Path, adapters: list[str]) -> None:
     page = report(tmp_path, adapters).read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert len(sources) == 1 + 4 + 2 + 2  # icon, plots over the scale, over time, grids
@@ -96,7 +96,7 @@ def test_the_report_is_one_self_contained_file_with_plots_beside_it(tmp_path: Pa
 
 
 def opened(page: Path, profile: Path) -> tuple[list[int], str]:
-    """(natural widths of the pictures, what the console said) of a page in a real browser."""
+    """Open a page in a real browser; return the natural widths of its pictures and the console's output."""
     probed = page.with_name("probed.html")
     probed.write_text(page.read_text().replace("</body>", f"{PROBE}</body>"))
     quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -113,7 +113,7 @@ def opened(page: Path, profile: Path) -> tuple[list[int], str]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")
-def test_a_browser_shows_every_picture_and_has_nothing_to_complain_of(tmp_path: Path) -> None:
+def test_a_browser_shows_every_picture_without_console_messages(tmp_path: Path) -> None:
     widths, console = opened(report(tmp_path, ["mine", "yours"]), tmp_path / "profile")
     assert len(widths) == 4 + 2 + 2
     assert min(widths) > 0
@@ -121,7 +121,7 @@ def test_a_browser_shows_every_picture_and_has_nothing_to_complain_of(tmp_path: 
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")
-def test_the_browser_would_notice(tmp_path: Path) -> None:
+def test_the_browser_check_detects_a_broken_page(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text('<body><img src="data:image/png;base64,AAAA"><script>console.error("wrong")</script></body>')
     widths, console = opened(page, tmp_path / "profile")

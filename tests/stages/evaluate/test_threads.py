@@ -33,7 +33,7 @@ def pipeline_of(width: int, device: str = "cpu") -> Any:
         (pipeline_of(10, "cuda"), 3),
     ],
 )
-def test_a_small_denoiser_on_the_cpu_has_one_thread_for_its_time(pipe: Any, expected: int) -> None:
+def test_a_small_denoiser_on_the_cpu_uses_one_thread(pipe: Any, expected: int) -> None:
     with pytest.raises(RuntimeError), threads_that_pay(pipe):
         assert torch.get_num_threads() == expected
         raise RuntimeError

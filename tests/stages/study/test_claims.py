@@ -1,13 +1,40 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stages.configuration.parsing import parse
 from stages.evaluate.comparisons import CFG, CFG_FIRST_50, NONE, ONE_PASS
-from stages.study.claims import CLAIMS, FULL, Claim, Rows, best_adapter, judge
+from stages.study.claims import JUDGEMENTS, ClaimPlan, Rows, best_adapter, judge
+from stages.study.claims_table import Claim
+from stages.study.plan import StudyFile
 
+ROOT = Path(__file__).parents[3]
 SCALES = (1.5, 3.0)
+FROZEN = ["default", "lora"]
+
+
+def plan(judgement: str, adapters: list[str], evaluation: str = "scales", **given: Any) -> ClaimPlan:
+    return ClaimPlan(judgement, judgement, evaluation, adapters, **given)
+
+
+PLANS = {
+    "closes_gap": plan("closes_gap", FROZEN, threshold=0.97),
+    "frechet_at_each_scale": plan("frechet_at_each_scale", FROZEN, threshold=1.03),
+    "frechet_at_best_scale": plan("frechet_at_best_scale", FROZEN),
+    "beats_partial_guidance": plan("beats_partial_guidance", FROZEN),
+    "matches": plan("matches", FROZEN, against=["full"], threshold=0.01),
+    "outperforms": plan("outperforms", ["guided"], "trajectories", against=["diffusion"]),
+    "needs_a_tenth": plan("needs_a_tenth", ["many_short", "many_short_tenth"], "data_cost", against=["few_long"]),
+    "beats_each": plan("beats_each", ["lora"], "reference", against=["reference_offset", "reference_cross_attention"]),
+    "closes_gap_elsewhere": plan("closes_gap_elsewhere", ["default"], "outside", threshold=0.9),
+    "meets_prompts": plan("meets_prompts", ["text"], "text", threshold=0.01),
+}
+OF_THE_STUDY = [*PLANS][:5]
 
 
 def row(method: str, scale: float, gap: float, distance: float, name: str | None = None, **info: Any) -> dict[str, Any]:
@@ -19,7 +46,7 @@ def row(method: str, scale: float, gap: float, distance: float, name: str | None
 def study(
     default: float = 0.98, full: float = 0.985, distance: float = 20.0, partial: float = 0.8
 ) -> list[dict[str, Any]]:
-    """CFG has a distance of 20 at each scale; `lora` is the same as the default but for one bad scale."""
+    """CFG has a distance of 20 at each scale; `lora` equals the default but for one bad scale."""
     rows = [row(NONE, 1.0, 0.0, 50.0)]
     for scale in SCALES:
         rows += [row(CFG, scale, 1.0, 20.0), row(CFG_FIRST_50, scale, partial, 25.0)]
@@ -35,8 +62,8 @@ def study(
 
 
 def test_the_best_adapter_is_the_one_that_is_good_at_every_scale() -> None:
-    assert best_adapter(Rows(study())) == "default"
-    assert best_adapter(Rows(study(default=0.4))) == "lora"
+    assert best_adapter(Rows(study()), FROZEN) == "default"
+    assert best_adapter(Rows(study(default=0.4)), FROZEN) == "lora"
 
 
 @pytest.mark.parametrize(
@@ -51,23 +78,23 @@ def test_the_best_adapter_is_the_one_that_is_good_at_every_scale() -> None:
     ],
 )
 def test_each_claim_holds_or_does_not(changes: dict[str, float], holding: list[bool]) -> None:
-    claims = judge(study(**changes))
+    claims = judge(PLANS, study(**changes))
     assert [claim.holds for claim in claims] == holding
 
 
-def test_what_was_found_tells_the_mean_and_the_spread_of_the_seeds() -> None:
-    claim = judge(study())[0]
+def test_the_figures_are_the_mean_and_the_spread_of_the_seeds() -> None:
+    claim = judge(PLANS, study())[0]
     assert claim.found == "default: 0.980 ± 0.005 at 1.5, 0.980 ± 0.005 at 3"
 
 
-def test_the_spread_is_of_seeds_and_not_of_scales() -> None:
+def test_the_spread_is_over_seeds_not_scales() -> None:
     gaps = {(1.5, 0): 0.8, (3.0, 0): 0.9, (1.5, 1): 0.82, (3.0, 1): 0.92}
     rows = Rows(row(ONE_PASS, scale, gap, 20.0, "lora", seed=seed) for (scale, seed), gap in gaps.items())
-    assert rows.info("gap_closed") == "0.860 ± 0.010"
-    assert rows.of(seed=0).info("gap_closed") == "0.850"
+    assert rows.format("gap_closed") == "0.860 ± 0.010"
+    assert rows.where(seed=0).format("gap_closed") == "0.850"
 
 
-def test_a_tenth_of_the_evaluations_is_judged_by_what_was_spent() -> None:
+def test_a_tenth_of_the_evaluations_is_judged_by_the_evaluations_spent() -> None:
     def rows(distance: float) -> list[dict[str, Any]]:
         spent = (("few_long", 80_000, 24.0), ("many_short", 80_000, 20.0), ("many_short_tenth", 8_000, distance))
         return [
@@ -75,7 +102,7 @@ def test_a_tenth_of_the_evaluations_is_judged_by_what_was_spent() -> None:
             for data, evaluations, d in spent
         ]
 
-    (better,), (worse,) = judge(rows(23.0)), judge(rows(25.0))
+    (better,), (worse,) = judge(PLANS, rows(23.0)), judge(PLANS, rows(25.0))
     assert (better.holds, worse.holds) == (True, False)
     assert "many_short_tenth: 8,000 evaluations, Frechet distance 23.0" in better.found
 
@@ -85,25 +112,25 @@ def test_a_comparison_takes_the_side_that_closes_more() -> None:
         info = {"evaluation": "trajectories"}
         return [row(ONE_PASS, 2.0, guided, 20.0, "guided", **info), row(ONE_PASS, 2.0, 0.8, 21.0, "diffusion", **info)]
 
-    assert [claim.holds for claim in judge(rows(0.9)) + judge(rows(0.7))] == [True, False]
-    assert judge(rows(0.9)[:1]) == []
+    assert [claim.holds for claim in judge(PLANS, rows(0.9)) + judge(PLANS, rows(0.7))] == [True, False]
+    assert judge(PLANS, rows(0.9)[:1]) == []
 
 
-def test_the_reference_recipe_is_every_adapter_that_is_named_so() -> None:
+def test_every_adapter_of_the_reference_recipe_must_be_beaten() -> None:
     def rows(theirs: float) -> list[dict[str, Any]]:
         gaps = {"lora": 0.97, "reference_offset": 0.3, "reference_cross_attention": theirs}
         return [row(ONE_PASS, 2.0, gap, 20.0, name, evaluation="reference") for name, gap in gaps.items()]
 
-    assert [claim.holds for claim in judge(rows(0.4)) + judge(rows(0.98))] == [True, False]
-    assert judge(rows(0.4)[:1]) == []
+    assert [claim.holds for claim in judge(PLANS, rows(0.4)) + judge(PLANS, rows(0.98))] == [True, False]
+    assert judge(PLANS, rows(0.4)[:1]) == []
 
 
 @pytest.mark.parametrize(("gap", "holds"), [(0.95, True), (0.85, False)])
 @pytest.mark.parametrize("evaluation", ["outside", "other_sampler", "fewer_steps", "checkpoint"])
-def test_elsewhere_the_least_gap_counts(evaluation: str, gap: float, holds: bool) -> None:
+def test_elsewhere_the_worst_scale_counts(evaluation: str, gap: float, holds: bool) -> None:
     rows = [row(CFG, s, 1.0, 20.0, evaluation=evaluation) for s in SCALES]
     rows += [row(ONE_PASS, s, gap if s == 3 else 0.99, 21.0, "default", evaluation=evaluation) for s in SCALES]
-    (claim,) = judge(rows)
+    (claim,) = judge({"": replace(PLANS["closes_gap_elsewhere"], evaluation=evaluation)}, rows)
     assert claim.holds is holds
 
 
@@ -123,36 +150,40 @@ def test_prompts_are_met_within_a_hundredth(one_pass: float, holds: bool, evalua
         row(CFG, 2.0, 1, 20.0, **info(0.98)),
         row(ONE_PASS, 2.0, 0.9, 20.0, "text", **info(one_pass)),
     ]
-    (claim,) = judge(rows)
+    (claim,) = judge({"": replace(PLANS["meets_prompts"], evaluation=evaluation)}, rows)
     assert claim.holds is holds
 
 
-def test_what_a_study_has_no_rows_for_is_left_out() -> None:
-    assert judge([]) == []
-    assert [claim.text[:8] for claim in judge([r for r in study() if r["method"] != CFG_FIRST_50 and r["name"] != FULL])] == [
-        "One pass", "Its imag", "At its b"
-    ]  # fmt: skip
-    assert all(isinstance(claim, Claim) for claim in judge(study()))
+def test_a_claim_without_rows_is_left_out() -> None:
+    assert judge(PLANS, []) == []
+    rows = [row for row in study() if row["method"] != CFG_FIRST_50 and row["name"] != "full"]
+    assert [claim.text for claim in judge(PLANS, rows)] == OF_THE_STUDY[:3]
+    assert all(isinstance(claim, Claim) for claim in judge(PLANS, study()))
 
 
-@pytest.mark.parametrize("evaluation", list(CLAIMS))
+@pytest.mark.parametrize("judgement", list(JUDGEMENTS))
 @pytest.mark.parametrize("methods", [{NONE}, {NONE, CFG, CFG_FIRST_50}])
-def test_no_claim_is_judged_without_an_adapter(evaluation: str, methods: set[str]) -> None:
-    assert judge([row | {"evaluation": evaluation} for row in study() if row["method"] in methods]) == []
+def test_no_claim_is_judged_without_an_adapter(judgement: str, methods: set[str]) -> None:
+    rows = [row | {"evaluation": PLANS[judgement].evaluation} for row in study() if row["method"] in methods]
+    assert judge({judgement: PLANS[judgement]}, rows) == []
 
 
-def test_every_weight_alone_says_nothing_of_a_frozen_base() -> None:
-    assert judge([row for row in study() if row["name"] in (None, FULL)]) == []
+def test_full_training_alone_judges_no_frozen_base() -> None:
+    assert judge(PLANS, [row for row in study() if row["name"] in (None, "full")]) == []
 
 
-@pytest.mark.parametrize("evaluation", list(CLAIMS))
-def test_without_reference_images_what_needs_none_is_judged(evaluation: str) -> None:
-    rows = [row | {"evaluation": evaluation, "data": "few_long"} for row in study()]
+@pytest.mark.parametrize("judgement", list(JUDGEMENTS))
+def test_without_reference_images_only_claims_without_distances_are_judged(judgement: str) -> None:
+    against = None if PLANS[judgement].against is None else ["full"]
+    claim = replace(PLANS[judgement], evaluation="scales", adapters=["default"], against=against)
+    rows = [row | {"data": "few_long"} for row in study()]
     for row in rows:
         del row["frechet_distance"]
-    judged = [claim.text for claim in judge(rows)]
-    expected = [
-        "One pass is what two passes are",
-        "It beats CFG on the first half of the steps, at two thirds of its cost",
-    ]
-    assert judged == (expected if evaluation == "scales" else [])
+    judged = [claim.text for claim in judge({judgement: claim}, rows)]
+    assert judged == ([judgement] if judgement in ("closes_gap", "beats_partial_guidance") else [])
+
+
+def test_the_committed_study_is_judged_by_its_file_as_committed() -> None:
+    committed = json.loads((ROOT / "tests/benchmarks/results/claims/claims.json").read_bytes())
+    file = parse(StudyFile, ["--config", str(ROOT / committed["study"])])
+    assert [claim._asdict() for claim in judge(file.claims, committed["rows"])] == committed["claims"]

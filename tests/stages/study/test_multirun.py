@@ -42,11 +42,11 @@ PLACES = ["data_dir=data", "output_dir=runs/sweep"]
         ("a],[b", ["a],[b"]),
     ],
 )
-def test_values_are_parted_at_commas_outside_of_brackets_and_quotes(value: str, values: list[str]) -> None:
+def test_values_are_split_at_commas_outside_brackets_and_quotes(value: str, values: list[str]) -> None:
     assert alternatives(f"key={value}") == [f"key={value}" for value in values]
 
 
-def test_every_combination_is_a_run_that_is_named_by_its_values(tmp_path: Path) -> None:
+def test_every_combination_is_a_run_named_by_its_values(tmp_path: Path) -> None:
     config = tmp_path / "seed=0,1.yaml"
     config.write_text("learning_rate: 0.5\nscale_range: [1, 2]\n")
     overrides = ["seed=0,1", "--config", str(config), *PLACES, "scale_range=[1,3],[2.5,4]", "adapter.rank=3"]
@@ -68,7 +68,7 @@ def test_every_combination_is_a_run_that_is_named_by_its_values(tmp_path: Path) 
     ("value", "name"),
     [("a/b: c", "a_b_c"), ("../x", ".._x"), ("'a b'", "a_b"), ("é,", "é,")],
 )
-def test_a_name_is_one_folder_whatever_the_value(value: str, name: str) -> None:
+def test_any_value_makes_a_valid_folder_name(value: str, name: str) -> None:
     quoted = value if value.startswith("'") else f'"{value}"'
     _, runs = combinations([*PLACES, f"pretrained_model_name_or_path={quoted},other"])
     assert runs[0].folder == Path("runs/sweep", f"pretrained_model_name_or_path={name}")
@@ -78,10 +78,10 @@ def test_a_name_is_one_folder_whatever_the_value(value: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "info"),
     [
-        ([*PLACES, "seed=0"], "--multirun: nothing is compared: give a key several values"),
-        ([*PLACES, "seed=0,1", "seed=2"], "--multirun: nothing is compared"),
-        ([*PLACES, "seed=0,0"], "seed=0: 2 runs would have this name"),
-        (["data_dir=data", "output_dir=a,b"], "output_dir: one folder holds all the runs"),
+        ([*PLACES, "seed=0"], "--multirun: no key has several values: give one several"),
+        ([*PLACES, "seed=0,1", "seed=2"], "--multirun: no key has several values"),
+        ([*PLACES, "seed=0,0"], "seed=0: 2 runs would get this name"),
+        (["data_dir=data", "output_dir=a,b"], "output_dir: all runs share one folder"),
         (["data_dir=data", "seed=0,1"], "output_dir: not given"),
         ([*PLACES, "seed=0,one"], "seed=one: Value 'one'"),
         ([*PLACES, "sead=0,1"], "sead: no such key: did you mean seed?"),
@@ -92,7 +92,7 @@ def test_a_name_is_one_folder_whatever_the_value(value: str, name: str) -> None:
         ([*PLACES, f"pretrained_model_name_or_path={'a' * 300},b"], "pretrained_model_name_or_path=aaaa"),
     ],
 )
-def test_a_combination_that_is_refused_costs_nothing(overrides: list[str], info: str) -> None:
+def test_an_invalid_combination_starts_nothing(overrides: list[str], info: str) -> None:
     with pytest.raises(UserError) as error:
         multirun(overrides)
     assert str(error.value).startswith(info)
@@ -100,7 +100,7 @@ def test_a_combination_that_is_refused_costs_nothing(overrides: list[str], info:
     assert not Path("runs/sweep").exists()
 
 
-def test_the_table_sets_measures_and_errors_side_by_side() -> None:
+def test_the_table_shows_measures_and_errors() -> None:
     measures = {
         "adapter_parameters": 31712,
         "adapter_share": 0.026,
@@ -118,7 +118,7 @@ def test_the_table_sets_measures_and_errors_side_by_side() -> None:
     ]
 
 
-def test_training_knows_the_flag_and_leaves_ray_alone() -> None:
+def test_training_describes_the_flag_and_does_not_import_ray() -> None:
     code = "import sys, pipeline.train as t; print(t.__doc__); sys.exit('ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -153,14 +153,14 @@ def test_one_dataset_serves_all_runs_in_sequence_and_over_ray(
 
 @pytest.fixture
 def sleeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder where `pipeline.train` takes its time."""
+    """A working folder in which `pipeline.train` sleeps."""
     write_sleepers(tmp_path)
     (tmp_path / "runs" / "sweep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_a_run_that_is_killed_is_told_and_stops_no_other(sleeper: Path) -> None:
+def test_a_killed_run_is_reported_and_stops_no_other(sleeper: Path) -> None:
     _, runs = combinations([*PLACES, "seed=0,1"])
     as_soon_as_they_sleep(sleeper, 1, lambda pid: os.kill(pid, signal.SIGKILL))
     with closing(one_by_one(runs)) as outcomes:

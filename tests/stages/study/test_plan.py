@@ -1,4 +1,4 @@
-"""What a study's file may hold, and what is refused in a line."""
+"""The content of a study's file, and the one-line errors about it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,17 @@ STUDY: dict[str, Any] = {
     "adapters": {"one": {"data": "data", "overrides": []}, "two": {"data": "data", "overrides": [], "seeds": [7]}},
     "evaluations": {"scales": {"adapters": ["one", "two"], "overrides": ["num_samples=4"]}},
 }
+CLAIM: dict[str, Any] = {
+    "text": "It works",
+    "judgement": "closes_gap",
+    "evaluation": "scales",
+    "adapters": ["one"],
+    "threshold": 0.9,
+}
+
+
+def claiming(**changes: Any) -> dict[str, Any]:
+    return {"claims": {"a": CLAIM | changes}}
 
 
 def plan_of(folder: Path, root: str = "runs/study", **changes: Any) -> StudyPlan:
@@ -25,7 +36,7 @@ def plan_of(folder: Path, root: str = "runs/study", **changes: Any) -> StudyPlan
     return StudyPlan(str(path), Path(root))
 
 
-def test_each_step_names_what_it_needs(tmp_path: Path) -> None:
+def test_each_step_names_the_folders_it_needs(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, root="a, [b]")
     steps = {str(step): step for kind in plan.steps.values() for step in kind}
     assert list(steps) == ["generate data", "train one-0", "train one-1", "train two-7", "evaluate scales"]
@@ -38,8 +49,8 @@ def test_each_step_names_what_it_needs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"datasets": {"a/b": []}}, "datasets: a/b: a name is of letters"),
-        ({"datasets": {"data": "overrides"}}, "datasets.data: Value 'words'"),
+        ({"datasets": {"a/b": []}}, "datasets: a/b: a name has letters"),
+        ({"datasets": {"data": "overrides"}}, "datasets.data: Value 'overrides'"),
         ({"datasets": {"data": ["num_trajectories=many"]}}, "generate data: num_trajectories=many"),
         ({"datasets": {"data": ["--help"]}}, "generate data: --help: not understood"),
         ({"adapters": {"one": {"data": "other", "overrides": []}}}, "adapters.one.data: other: not among the datasets"),
@@ -49,9 +60,9 @@ def test_each_step_names_what_it_needs(tmp_path: Path) -> None:
         ),
         ({"adapters": {"one": {"data": None, "overrides": []}}}, "adapters.one.data: "),
         ({"seeds": []}, r"adapters.one: seeds=\[\]: name at least one"),
-        ({"seeds": [0, 0]}, r"adapters.one: seeds=\[0, 0\]: name at least one, and each once"),
+        ({"seeds": [0, 0]}, r"adapters.one: seeds=\[0, 0\]: name at least one, each once"),
         ({"seeds": [-1]}, "train one--1: seed=-1: at least 0"),
-        ({"evaluations": {"a": {"adapters": "one", "overrides": []}}}, "evaluations.a.adapters: a list is asked for$"),
+        ({"evaluations": {"a": {"adapters": "one", "overrides": []}}}, "evaluations.a.adapters: must be a list$"),
         (
             {"evaluations": {"a": {"adapters": ["x"], "overrides": []}}},
             "evaluations.a.adapters: x: not among the adapters",
@@ -78,13 +89,38 @@ def test_each_step_names_what_it_needs(tmp_path: Path) -> None:
             {"evaluations": {"a": {"adapters": ["one"], "overrides": ["guidance_scale=[0.5]"]}}},
             "evaluate a: guidance_scale=",
         ),
+        (claiming(judgement="closes_gaps"), "claims.a.judgement=closes_gaps: one of closes_gap, "),
+        (claiming(evaluation="scale"), "claims.a.evaluation: scale: not among the evaluations: scales$"),
+        (
+            claiming(adapters=["three"]),
+            "claims.a.adapters: three: not among the adapters of the evaluation scales: one, two$",
+        ),
+        (
+            claiming(judgement="matches", against=["three"]),
+            "claims.a.against: three: not among the adapters of the evaluation scales: one, two$",
+        ),
+        (claiming(adapters=[]), r"claims.a: adapters=\[\]: name at least one, each once$"),
+        (claiming(judgement="outperforms", threshold=None), "claims.a.against: not given: outperforms needs it$"),
+        (claiming(threshold=None), "claims.a.threshold: not given: closes_gap needs it$"),
+        (claiming(against=["two"]), r"claims.a.against=\['two'\]: closes_gap takes no against: leave it out$"),
+        (claiming(threshold="much"), "claims.a.threshold: Value 'much'"),
+        (claiming(goal=1), "claims.a.goal: "),
+        ({"claims": {"a": {}}}, "claims.a.adapters: not given"),
+        ({"claims": {"a b": CLAIM}}, "claims: a b: a name has letters"),
     ],
 )
-def test_a_mistake_is_named_with_the_file(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_an_error_names_the_file(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{tmp_path}/study.yaml: {message}"):
         plan_of(tmp_path, **changes)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_claim_compares_adapters_of_its_evaluation(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, **claiming(judgement="matches", against=["two"]))
+    claim = plan.file.claims["a"]
+    assert (claim.text, claim.adapters, claim.against, claim.threshold) == ("It works", ["one"], ["two"], 0.9)
+    assert plan_of(tmp_path).file.claims == {}
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="^missing.yaml: No such file or directory$"):
         StudyPlan("missing.yaml", tmp_path)

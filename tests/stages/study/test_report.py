@@ -15,7 +15,7 @@ def row(method: str, value: float, name: str | None = None, seed: int | None = N
     return info | ({"teacher_evaluations": spent} if name else {})
 
 
-def test_the_seeds_of_an_adapter_are_one_line_at_their_mean() -> None:
+def test_the_seeds_of_an_adapter_are_averaged_into_one_row() -> None:
     rows = [row(CFG, 1.0), row(ONE_PASS, 4.0, "lora", 0), row(ONE_PASS, 6.0, "lora", 1), row(ONE_PASS, 7.0, "full", 0)]
     cfg, lora, full = over_seeds(rows)
     assert (cfg["frechet_distance"], full["frechet_distance"], full["adapter"]) == (1.0, 7.0, "full")
@@ -23,7 +23,7 @@ def test_the_seeds_of_an_adapter_are_one_line_at_their_mean() -> None:
     assert lora["error_by_timestep"][0]["error"] == [5.0, 10.0]
 
 
-def test_what_the_teacher_evaluated_is_an_axis_where_adapters_differ_in_it(tmp_path: Path) -> None:
+def test_adapters_of_different_cost_are_plotted_against_the_teachers_evaluations(tmp_path: Path) -> None:
     def titles(spent: int) -> list[str]:
         rows = [row(CFG, 1.0), row(ONE_PASS, 4.0, "many", 0, 100), row(ONE_PASS, 6.0, "few", 0, spent)]
         return [picture["title"] for picture in section("data_cost", tmp_path, rows)["pictures"]]

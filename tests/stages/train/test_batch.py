@@ -28,7 +28,7 @@ def test_embeddings_of_several_lengths_are_padded_with_their_masks() -> None:
     assert torch.equal(concatenate(parts).cond["words_mask"], cond["words_mask"])
 
 
-def test_embeddings_of_several_lengths_without_a_mask_are_told_with_their_lengths() -> None:
+def test_embeddings_of_several_lengths_without_a_mask_come_with_their_lengths() -> None:
     rows = [{"words": torch.ones(length, 3), "place": torch.arange(length)} for length in (2, 4, 2)]
     cond = collate(rows)
     assert cond["words_length"].tolist() == cond["place_length"].tolist() == [2, 4, 2]
@@ -51,8 +51,8 @@ def test_embeddings_of_several_lengths_without_a_mask_are_told_with_their_length
         assert torch.equal(part.latent, whole.latent[chosen])
 
 
-def test_what_is_no_mask_tells_no_padding() -> None:
-    """Positions of tokens are whole numbers of the same length."""
+def test_a_tensor_that_is_not_a_mask_marks_no_padding() -> None:
+    """Token positions are integers of the same length as a mask."""
     tokens = [{"words": torch.ones(n, 3), "words_mask": torch.ones(n, dtype=torch.bool)} for n in (2, 4)]
     assert "words_length" not in collate(tokens)
     assert "words_length" in collate([{"words": torch.ones(n, 3), "place": torch.arange(n)} for n in (3, 4)])

@@ -7,7 +7,7 @@ import torch
 from stages.train.bins import BinnedMean
 
 
-def test_means_are_those_of_each_bin_and_begin_anew() -> None:
+def test_means_are_computed_per_bin_and_reset() -> None:
     bins = BinnedMean((1.0, 5.0), (0.0, 1000.0), "cpu")
     values, scale = torch.tensor([1.0, 3.0, 10.0]), torch.tensor([1.0, 1.5, 9.0])
     bins.add(values, scale, torch.tensor([0, 999, 950]))

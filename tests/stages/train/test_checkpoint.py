@@ -22,7 +22,7 @@ def test_the_newest_are_kept_and_the_latest_is_found(tmp_path: Path) -> None:
     assert torch.equal(load_checkpoint(tmp_path / "step-00000002.pt")["weights"], torch.full((2,), 2))
 
 
-def test_what_a_killed_run_left_half_written_goes(tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     left = tmp_path / ".step-00000001.pt.0123abcd.tmp"
     left.write_bytes(b"half")
     assert find_checkpoint(tmp_path, "latest") is None
@@ -31,7 +31,7 @@ def test_what_a_killed_run_left_half_written_goes(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_whole(tmp_path: Path) -> None:
-    """The limit on a file's size stands in for the disk's: either way a write is refused in the middle."""
+    """A limit on the file size stands in for a full disk: both fail in the middle of a write."""
     state = {"dataset_fingerprint": "", "weights": torch.randn(100_000)}
     older = save_checkpoint(tmp_path, 1, state, total_limit=1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -45,7 +45,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(tmp_path: Path) -> None:
     assert torch.equal(load_checkpoint(older)["weights"], state["weights"])
 
 
-def test_what_cannot_be_resumed_from_is_named(tmp_path: Path) -> None:
+def test_an_unusable_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="missing.pt: no such file: name one of output_dir.s checkpoints/, or `latest`"):
         load_checkpoint(tmp_path / "missing.pt")
     for content in (b"no checkpoint", b"hi", b""):

@@ -37,7 +37,7 @@ def test_without_a_compiler_a_run_ends_before_its_first_step(
 
 
 def raised_in(file: str, error: Exception) -> None:
-    """As if code of that file had."""
+    """Raise the error as if from code in that file."""
     exec(compile("raise error", file, "exec"), {"error": error})
 
 
@@ -52,15 +52,15 @@ def raised_in(file: str, error: Exception) -> None:
         ("/lib/triton/runtime/build.py", ImportError("no Python.h")),
     ],
 )
-def test_what_a_compiler_lacks_is_told_in_a_line(file: str, error: Exception) -> None:
+def test_a_missing_compiler_is_a_one_line_error(file: str, error: Exception) -> None:
     with pytest.raises(UserError, match=rf"^torch_compile=true: .*: {ADVICE}"), compile_errors():
         raised_in(file, error)
-    with pytest.raises(type(error)), compile_errors(asked=False):
+    with pytest.raises(type(error)), compile_errors(compiling=False):
         raised_in(file, error)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), torch.OutOfMemoryError("out of memory"), UserError("other")])
-def test_what_is_none_of_a_compilers_stays_what_it_is(error: Exception) -> None:
+def test_errors_from_elsewhere_are_unchanged(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, compile_errors():
         raised_in("/lib/torch/_inductor/output_code.py", error)
     assert raised.value is error

@@ -56,19 +56,19 @@ def test_the_true_prediction_points_to_the_clean_latent(decoder: Decoder, kind: 
     torch.testing.assert_close(decoder.denoised(prediction), clean, atol=1e-4, rtol=1e-4)
 
 
-def test_a_vae_comes_from_a_folder_of_its_own_too(decoder: Decoder, tmp_path: Path) -> None:
+def test_a_vae_loads_from_its_own_folder(decoder: Decoder, tmp_path: Path) -> None:
     decoder.vae.save_pretrained(tmp_path)
     assert type(load_vae(str(tmp_path), 4)) is AutoencoderKL
 
 
-def test_what_has_no_vae_is_named(dataset: Dataset, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_path_without_a_vae_is_named(dataset: Dataset, tiny_teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="vae_name_or_path=.*missing: no VAE could be loaded from it"):
         load_vae(str(tmp_path / "missing"), 4)
     for path, channels, message in (
         (tiny_teacher, 16, "AutoencoderKL"),
         (tiny_teacher / "transformer", 4, "DiTTransformer2DModel"),
     ):
-        with pytest.raises(UserError, match=f"{message} is none for latents of {channels} channels"):
+        with pytest.raises(UserError, match=f"{message} is not a VAE for latents of {channels} channels"):
             load_vae(str(path), channels)
     dataset.info.tensors["latent"] = TensorSpec("float16", [64, 16])
     with pytest.raises(UserError, match=r"latents \[64, 16\] are not those of images"):
@@ -82,8 +82,6 @@ def test_a_vae_that_does_not_decode_the_records_is_refused_at_the_start(
         raise RuntimeError("of other sizes\nthan these")
 
     monkeypatch.setattr(AutoencoderKL, "decode", decode)
-    message = (
-        f"vae_name_or_path={tiny_teacher}: does not decode what is recorded: RuntimeError: of other sizes: leave it out"
-    )
+    message = f"vae_name_or_path={tiny_teacher}: cannot decode the recorded latents: RuntimeError: of other sizes: leave it out"
     with pytest.raises(UserError, match=message):
         Decoder(str(tiny_teacher), dataset, [*map(SelectedSample, dataset.manifest.to_pylist())], "cpu")

@@ -1,4 +1,4 @@
-"""A run killed at any moment, resumed, ends as if nothing had happened: same weights, optimizer and loss, bit for bit."""
+"""A run that is killed at any moment and resumed ends with the same weights, optimizer and loss, bit for bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def die(*_: Any, **__: Any) -> None:
 
 
 def at_call(number: int, function: Callable[..., Any], fault: Callable[..., Any] = die) -> Callable[..., Any]:
-    """The function, which on its n-th call meets with a fault instead."""
+    """Wrap the function so that its n-th call meets a fault instead."""
     calls = 0
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ def train(config: TrainConfig, fault: str | None = None) -> None:
 
 
 def run(config: TrainConfig, fault: str | None = None, kill_after: float | None = None) -> int | None:
-    """Train in a process of its own; its exit code."""
+    """Train in a subprocess and return its exit code."""
     process = SPAWN.Process(target=train, args=(config, fault))
     process.start()
     process.join(kill_after)

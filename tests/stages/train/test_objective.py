@@ -23,7 +23,7 @@ PREDICTION, TARGET = torch.zeros(2, 3, 2, 2, dtype=torch.bfloat16), torch.full((
 def losses(
     loss: str, timestep: list[float], teacher: TeacherFacts = TEACHER, **guidance_stats: list[float]
 ) -> torch.Tensor:
-    """Of two records at a squared distance of 9."""
+    """A batch of two records at a squared distance of 9."""
     info = {name: torch.tensor(values) for name, values in guidance_stats.items()}
     batch = Batch(PREDICTION, torch.tensor(timestep), TARGET, torch.full((2,), 2.0), {}, info)
     return Objective(loss, teacher, "cpu")(PREDICTION, batch)
@@ -63,7 +63,7 @@ def test_the_weight_is_how_far_guidance_turns_the_prediction() -> None:
     assert torch.equal(weighted, torch.tensor([0.0, 9 * 0.75]))
 
 
-def test_the_error_is_told_as_a_share_of_what_guidance_adds() -> None:
-    """Down to a thousandth of the target's own size: without guidance there is nothing to take a share of."""
+def test_the_error_is_a_share_of_what_guidance_adds() -> None:
+    """The share has a floor at a thousandth of the target's mean square, because guidance may add nothing."""
     weighted = losses("guidance_delta", [999, 0], guidance_delta=[18.0, 0.0])
     torch.testing.assert_close(weighted, torch.tensor([0.5, 1000.0]))

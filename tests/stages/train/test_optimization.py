@@ -14,7 +14,7 @@ from stages.train.config import TrainConfig
 from stages.train.objective import squared_error
 from stages.train.optimization import Optimization
 from stages.train.student import Student
-from stages.train.telemetry import Meter, Place
+from stages.train.telemetry import BatchPosition, Meter
 from tests.conftest import VARIANTS, small_adapter, tiny_dit
 from tests.stages.adapters.test_contract import ABOUT
 
@@ -44,7 +44,7 @@ def test_gradients_of_several_batches_make_the_step_of_one() -> None:
     torch.testing.assert_close(*weights)
 
 
-def test_the_norm_is_told_as_it_was_before_it_was_clipped() -> None:
+def test_the_norm_is_that_before_clipping() -> None:
     module = layer()
     optimization = Optimization(module, config(max_grad_norm=1e-3), "cpu")
     optimization.backward(loss_of(module, torch.randn(8, 3)))
@@ -64,7 +64,7 @@ def test_an_overflow_in_half_precision_leaves_the_weights_and_lowers_the_loss_sc
     assert not torch.equal(module.weight, before)
 
 
-def test_the_average_is_in_force_only_where_it_is_asked_for() -> None:
+def test_the_average_is_used_only_within_its_context() -> None:
     module = layer()
     optimization = Optimization(module, config(use_ema=True, learning_rate=0.1), "cpu")
     for _ in range(5):
@@ -78,7 +78,7 @@ def test_the_average_is_in_force_only_where_it_is_asked_for() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_step_makes_the_device_wait(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the meta device whatever asks for a value fails; on a GPU it would wait."""
+    """Reading a value fails on the meta device, where a GPU would synchronize."""
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **options: adamw(*args, **options))
     denoiser = tiny_dit().transformer.requires_grad_(False)
@@ -93,7 +93,7 @@ def test_no_step_makes_the_device_wait(variant: str, monkeypatch: pytest.MonkeyP
     for step in range(2):
         losses = squared_error(student.predict(batch), batch.target)
         optimization.backward(losses.mean())
-        meter.add(losses.detach(), batch.scale, batch.timestep, Place(step, 4 * step, 4))
+        meter.add(losses.detach(), batch.scale, batch.timestep, BatchPosition(step, 4 * step, 4))
         norm = optimization.step()
     with pytest.raises(RuntimeError, match="meta"):
         float(norm)

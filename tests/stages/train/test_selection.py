@@ -37,7 +37,7 @@ def test_by_default_every_record_is_read(dataset: Dataset) -> None:
     assert sum(sample.records for sample in training + validation) == 48
 
 
-def test_fewer_trajectories_are_judged_by_the_same_ones(dataset: Dataset) -> None:
+def test_runs_on_fewer_trajectories_validate_with_the_same_ones(dataset: Dataset) -> None:
     whole, held = selected(dataset)
     training, validation = selected(dataset, max_trajectories=4)
     assert sorted(trajectories(training)) == sorted(trajectories(whole))[:4]
@@ -78,7 +78,7 @@ def test_the_timesteps_of_a_sample_are_read_alone(dataset: Dataset) -> None:
         assert torch.equal(dataset.timesteps(row), load(dataset, [SelectedSample(row)]).records.timestep)
 
 
-def test_a_missing_shard_is_left_to_the_stream_where_damage_is_skipped(damaged: Path) -> None:
+def test_selection_leaves_a_missing_shard_to_the_stream_if_damage_is_skipped(damaged: Path) -> None:
     row = Dataset(damaged).manifest.to_pylist()[0]
     (damaged / row["shard"]).unlink()
     dataset = Dataset(damaged, check_sizes=False)
@@ -91,41 +91,44 @@ def test_a_missing_shard_is_left_to_the_stream_where_damage_is_skipped(damaged: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scale_range": [50.0, 60.0]}, "nothing is left to train on"),
-        ({"timestep_range": [2000, 3000]}, "nothing is left to train on"),
-        ({"validation_share": 0.99}, "nothing is left to train on"),
-        ({"scale_range": [3.0]}, r"scale_range=\[3.0\]: say \[LOW,HIGH\]"),
-        ({"timestep_range": [9, 1]}, r"timestep_range=\[9, 1\]: say \[LOW,HIGH\]"),
-        ({"filters": [["colour", "=", 1]]}, "filters=.*colour.*: each is .* with a column of the manifest: shard,"),
-        ({"filters": [["scale", "~", 1]]}, "filters=.*: each is"),
-        ({"filters": ["scale"]}, "filters=.*: each is"),
-        ({"filters": [1]}, "filters=.*: each is"),
-        ({"filters": [["scale", ">", "big"]]}, "filters=.*: each is"),
+        ({"scale_range": [50.0, 60.0]}, "no record is left to train on"),
+        ({"timestep_range": [2000, 3000]}, "no record is left to train on"),
+        ({"validation_share": 0.99}, "no record is left to train on"),
+        ({"scale_range": [3.0]}, r"scale_range=\[3.0\]: give \[LOW,HIGH\]"),
+        ({"timestep_range": [9, 1]}, r"timestep_range=\[9, 1\]: give \[LOW,HIGH\]"),
+        (
+            {"filters": [["colour", "=", 1]]},
+            "filters=.*colour.*: give each as .* with a column of the manifest: shard,",
+        ),
+        ({"filters": [["scale", "~", 1]]}, "filters=.*: give each as"),
+        ({"filters": ["scale"]}, "filters=.*: give each as"),
+        ({"filters": [1]}, "filters=.*: give each as"),
+        ({"filters": [["scale", ">", "big"]]}, "filters=.*: give each as"),
     ],
 )
-def test_a_selection_that_is_none_is_named(dataset: Dataset, changes: Any, message: str) -> None:
+def test_an_invalid_selection_is_named(dataset: Dataset, changes: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         selected(dataset, **{"validation_share": 0.1} | changes)
 
 
-def test_an_adapter_tells_the_scales_that_it_was_restricted_to(dataset: Dataset, tmp_path: Path) -> None:
+def test_an_adapter_records_its_restricted_scales(dataset: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(train_config(dataset.root, tmp_path, scale_range=[2.0, 9.0], validation_share=0.4))
     assert trainer.adapter.metadata["scale_range"] == [2.0, 6.0]
 
 
-def test_and_those_that_a_filter_left(dataset: Dataset, tmp_path: Path) -> None:
+def test_an_adapter_records_the_scales_that_a_filter_left(dataset: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(train_config(dataset.root, tmp_path, filters=[["scale", "<", 4.0]], validation_share=0.4))
     low, high = trainer.adapter.metadata["scale_range"]
     assert 1.0 <= low < high < 4.0
 
 
-def test_of_a_single_trajectory_there_is_nothing_to_train_on(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_single_trajectory_cannot_be_trained_on(tiny_teacher: Path, tmp_path: Path) -> None:
     one = Dataset(generate(generate_config(tiny_teacher, tmp_path, num_trajectories=1)))
     with pytest.raises(UserError, match=r"holds a single trajectory, .*: generate more of them \(num_trajectories\)$"):
         selected(one)
 
 
-def test_of_several_denoisers_one_is_trained_for(dataset: Dataset, tmp_path: Path) -> None:
+def test_one_of_several_denoisers_is_selected(dataset: Dataset, tmp_path: Path) -> None:
     config = train_config(dataset.root.where("."), tmp_path)
     assert choose_denoiser(dataset, config) == "transformer"
     names = pa.array(["transformer", "transformer_2"] * (len(dataset.manifest) // 2))
@@ -133,7 +136,7 @@ def test_of_several_denoisers_one_is_trained_for(dataset: Dataset, tmp_path: Pat
     with pytest.raises(UserError, match="denoiser=None: .* say denoiser=transformer or denoiser=transformer_2"):
         select(dataset, config)
     config.denoiser = "transformer_3"
-    with pytest.raises(UserError, match="denoiser=transformer_3: the teacher has no such one"):
+    with pytest.raises(UserError, match="denoiser=transformer_3: the teacher has no such denoiser"):
         select(dataset, config)
     config.denoiser = "transformer_2"
     assert {sample.row["denoiser"] for part in select(dataset, config) for sample in part} == {"transformer_2"}

@@ -28,7 +28,7 @@ def stream(dataset: Dataset, **changes: Any) -> RecordStream:
 
 
 def identity(batch: Batch) -> list[tuple[float, int, int]]:
-    """Scale, timestep and class tell the records of the tiny dataset apart."""
+    """Scale, timestep and class identify a record of the tiny dataset."""
     return list(zip(batch.scale.tolist(), batch.timestep.tolist(), batch.cond["class_labels"].tolist(), strict=True))
 
 
@@ -63,7 +63,7 @@ def test_the_order_follows_from_the_seed(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("shuffle_bytes", [10_000, 1 << 30])
 @pytest.mark.parametrize("stop", [0, 1, 9, 10, 23])
-def test_a_resumed_stream_goes_on_exactly_there(dataset: Dataset, stop: int, shuffle_bytes: int) -> None:
+def test_a_resumed_stream_continues_exactly(dataset: Dataset, stop: int, shuffle_bytes: int) -> None:
     whole = first(dataset, 30, shuffle_bytes=shuffle_bytes)
     begun = stream(dataset, shuffle_bytes=shuffle_bytes)
     for _ in islice(begun, stop):
@@ -83,7 +83,7 @@ def test_a_small_window_mixes_less_but_loses_nothing(dataset: Dataset) -> None:
 @pytest.mark.parametrize("shuffle_bytes", [10_000, 1 << 30])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_processes_share_each_batch_of_the_one_order(dataset: Dataset, world_size: int, shuffle_bytes: int) -> None:
-    """Six records a step between them; eight steps are one epoch, four batches reach over two windows."""
+    """Six records per step; an epoch has eight steps, and four batches span two windows."""
     size = 6 // world_size
     options = {"batch_size": size, "world_size": world_size, "shuffle_bytes": shuffle_bytes}
     streams = [stream(dataset, rank=rank, **options) for rank in range(world_size)]
@@ -98,7 +98,7 @@ def test_processes_share_each_batch_of_the_one_order(dataset: Dataset, world_siz
     assert set(Counter(together[:48]).values()) == {1}
 
 
-def test_a_run_goes_on_with_another_number_of_processes(dataset: Dataset) -> None:
+def test_a_run_continues_with_another_number_of_processes(dataset: Dataset) -> None:
     whole = first(dataset, 20, batch_size=6)
     begun = stream(dataset, batch_size=2, rank=1, world_size=3)
     for _ in islice(begun, 7):
@@ -138,7 +138,7 @@ def test_a_closed_stream_leaves_no_thread(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_records_are_named_where_they_are(dataset: Dataset, world_size: int) -> None:
+def test_records_are_located_by_their_position(dataset: Dataset, world_size: int) -> None:
     running = stream(dataset, shuffle_bytes=10_000, rank=world_size - 1, world_size=world_size)
     rows = {row["key"]: row for row in dataset.manifest.to_pylist()}
     for batch in islice(running, 12):
@@ -177,7 +177,7 @@ def flip_a_bit(root: Path, row: dict[str, Any]) -> None:
 
 @pytest.fixture
 def two_thirds(damaged: Path) -> tuple[Dataset, set[str]]:
-    """A dataset of which one shard is missing and another cut short, and the names of the samples that are lost."""
+    """A dataset with a missing and a truncated shard, and the names of the lost samples."""
     rows = Dataset(damaged).manifest.to_pylist()
     missing, short = rows[0]["shard"], rows[-1]["shard"]
     (damaged / missing).unlink()
@@ -208,7 +208,7 @@ def test_damaged_samples_are_left_out_and_counted(
 
 @pytest.mark.parametrize("shuffle_bytes", [10_000, 1 << 30])
 @pytest.mark.parametrize("stop", [1, 6, 7, 13])
-def test_a_stream_that_skips_goes_on_exactly_there(
+def test_a_stream_that_skips_damage_resumes_exactly(
     two_thirds: tuple[Dataset, set[str]], stop: int, shuffle_bytes: int
 ) -> None:
     dataset, _ = two_thirds
@@ -229,7 +229,7 @@ def test_processes_skip_the_same_records(two_thirds: tuple[Dataset, set[str]]) -
         assert [one.consumed for one in streams] == [alone.consumed] * 2
 
 
-def test_what_is_left_out_is_not_named(two_thirds: tuple[Dataset, set[str]]) -> None:
+def test_skipped_records_are_not_listed(two_thirds: tuple[Dataset, set[str]]) -> None:
     dataset, lost = two_thirds
     running = stream(dataset, skip_damaged=True)
     place = running.consumed
@@ -242,7 +242,7 @@ def test_what_is_left_out_is_not_named(two_thirds: tuple[Dataset, set[str]]) -> 
 
 @pytest.mark.parametrize("shuffle_bytes", [1, 1 << 30])
 @pytest.mark.parametrize("consumed", [0, 17])
-def test_a_dataset_of_nothing_but_damage_is_refused(damaged: Path, consumed: int, shuffle_bytes: int) -> None:
+def test_a_fully_damaged_dataset_is_refused(damaged: Path, consumed: int, shuffle_bytes: int) -> None:
     for shard in (damaged / "shards").iterdir():
         shard.unlink()
     dataset = Dataset(damaged, check_sizes=False)
@@ -250,7 +250,7 @@ def test_a_dataset_of_nothing_but_damage_is_refused(damaged: Path, consumed: int
         first(dataset, 1, skip_damaged=True, shuffle_bytes=shuffle_bytes, consumed=consumed)
 
 
-def test_what_else_a_record_tells_comes_with_it(tmp_path: Path) -> None:
+def test_guidance_stats_come_with_their_records(tmp_path: Path) -> None:
     one = replace(trajectory(), guidance_cosine=torch.arange(5.0) / 10, guidance_delta=torch.arange(5.0))
     other = replace(one, index=8, guidance_delta=torch.arange(5.0, 10))
     write_dataset(tmp_path, [[encode(one), encode(other)]])
@@ -264,7 +264,7 @@ def test_what_else_a_record_tells_comes_with_it(tmp_path: Path) -> None:
         assert torch.equal(on_device.guidance_stats["guidance_delta"] % 5, step.float())
 
 
-def test_batches_are_pinned_where_there_is_a_gpu(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_pinned_if_there_is_a_gpu(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[torch.Tensor] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda value: pinned.append(value) or value)
     first(dataset, 1, pin=True)

@@ -41,7 +41,7 @@ def test_other_weights_than_the_teachers_are_refused(dataset: Dataset, other_tea
         load_base(dataset, str(other_teacher))
 
 
-def test_a_base_that_is_not_there_is_named(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_missing_base_is_named(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="missing: no DiTTransformer2DModel could be loaded"):
         load_base(dataset, str(tmp_path / "missing"))
 
@@ -68,13 +68,11 @@ def test_without_guidance_it_is_the_base_alone(dataset: Dataset) -> None:
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
-def test_the_base_is_held_in_the_precision_that_is_asked_for(
-    dataset: Dataset, precision: str, dtype: torch.dtype
-) -> None:
+def test_the_base_has_the_requested_precision(dataset: Dataset, precision: str, dtype: torch.dtype) -> None:
     assert {parameter.dtype for parameter in load_base(dataset, mixed_precision=precision).parameters()} == {dtype}
 
 
-def test_what_must_stay_in_fp32_does() -> None:
+def test_modules_kept_in_fp32_stay_in_fp32() -> None:
     class Makers(torch.nn.Module):
         _keep_in_fp32_modules = ("norm",)
 
@@ -107,8 +105,8 @@ def test_a_quantised_base_predicts_what_it_did(dataset: Dataset) -> None:
     assert all(parameter.grad is not None for parameter in quantised.adapter.parameters())
 
 
-def test_a_denoiser_that_cannot_compute_again_is_named(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_denoiser_without_gradient_checkpointing_is_named(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     student = Student.create(dataset, CONFIG, load_base(dataset))
     monkeypatch.setattr(type(student.denoiser), "_supports_gradient_checkpointing", False)
-    with pytest.raises(UserError, match="gradient_checkpointing=true: DiTTransformer2DModel cannot"):
+    with pytest.raises(UserError, match="gradient_checkpointing=true: DiTTransformer2DModel does not support it"):
         student.checkpoint_gradients()

@@ -84,7 +84,7 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_what_may_change_on_resuming_does(shared_dataset: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+def test_options_that_may_change_on_resuming_do(shared_dataset: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     checkpoint = str(tiny_adapter / "checkpoints" / "step-00000008.pt")
     before = load_file(tiny_adapter / "adapter_model.safetensors")
     for changes in ({"learning_rate": 1e-5}, {"adam_weight_decay": 0.5}, {"lr_scheduler": "constant"}, {"loss": "l2"}):
@@ -93,14 +93,14 @@ def test_what_may_change_on_resuming_does(shared_dataset: Path, tiny_adapter: Pa
         assert any(not torch.equal(after[name], before[name]) for name in before), changes
 
 
-def test_a_run_that_has_ended_is_not_told_to_have_been_another(shared_dataset: Path, tiny_adapter: Path) -> None:
+def test_a_finished_run_is_not_mistaken_for_another(shared_dataset: Path, tiny_adapter: Path) -> None:
     for changes in ({"loss": "l2"}, {"learning_rate": 0.5}):
-        with pytest.raises(UserError, match="the checkpoint's run had .*, and has ended: raise max_train_steps"):
+        with pytest.raises(UserError, match="the checkpoint's run had .*, and has finished: raise max_train_steps"):
             Trainer(train_config(shared_dataset, tiny_adapter, resume_from_checkpoint="latest", **changes))
     Trainer(train_config(shared_dataset, tiny_adapter, resume_from_checkpoint="latest", validation_steps=7))
 
 
-def test_weights_that_are_no_numbers_stop_the_run_before_they_are_saved(shared_dataset: Path, tmp_path: Path) -> None:
+def test_non_finite_weights_stop_the_run_before_they_are_saved(shared_dataset: Path, tmp_path: Path) -> None:
     trainer = Trainer(train_config(shared_dataset, tmp_path))
     step = trainer.optimization.step
 
@@ -111,13 +111,13 @@ def test_weights_that_are_no_numbers_stop_the_run_before_they_are_saved(shared_d
         return norm
 
     trainer.optimization.step = overflow  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="step 8: the weights are not numbers any more: lower learning_rate"):
+    with pytest.raises(UserError, match="step 8: the weights are no longer finite: lower learning_rate"):
         trainer.run()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004.pt"]
     assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
-def test_one_run_at_a_time_trains_in_a_folder(shared_dataset: Path, tmp_path: Path) -> None:
+def test_a_folder_is_locked_for_one_run_at_a_time(shared_dataset: Path, tmp_path: Path) -> None:
     one, other = (Trainer(train_config(shared_dataset, tmp_path)) for _ in range(2))
     with one.alone(), pytest.raises(UserError, match="another run is training here"), other.alone():
         pass
@@ -125,8 +125,8 @@ def test_one_run_at_a_time_trains_in_a_folder(shared_dataset: Path, tmp_path: Pa
         pass
 
 
-def test_the_dataset_is_no_place_for_a_run(shared_dataset: Path) -> None:
-    with pytest.raises(UserError, match="output_dir=.*: is the dataset"):
+def test_a_run_cannot_write_into_its_dataset(shared_dataset: Path) -> None:
+    with pytest.raises(UserError, match="output_dir=.*: is the dataset's folder"):
         Trainer(train_config(shared_dataset, shared_dataset))
 
 
@@ -142,7 +142,7 @@ def test_damaged_validation_samples_are_counted_and_all_of_them_are_refused(dama
         Trainer(train_config(damaged, tmp_path / "all", **options)).run()
 
 
-def test_a_run_stopped_by_damage_goes_on_without_it(damaged: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_by_damage_resumes_without_it(damaged: Path, tmp_path: Path) -> None:
     config = train_config(damaged, tmp_path, validation_share=0.1, resume_from_checkpoint="latest")
     Trainer(replace(config, max_train_steps=4)).run()
     damage(damaged, select(Dataset(damaged), config)[0][0].row)
@@ -183,7 +183,7 @@ def test_a_run_resumed_at_its_end_only_writes_the_folder(
     assert GuidanceAdapter.from_pretrained(tmp_path).variant == "lora"
 
 
-def test_the_log_tells_how_the_run_is_going(shared_dataset: Path, tmp_path: Path) -> None:
+def test_the_log_has_losses_and_speed(shared_dataset: Path, tmp_path: Path) -> None:
     Trainer(train_config(shared_dataset, tmp_path, report_to="tensorboard", validation_steps=6)).run()
     events = EventAccumulator(str(tmp_path / "logs"))
     events.Reload()
@@ -203,7 +203,7 @@ def test_the_log_tells_how_the_run_is_going(shared_dataset: Path, tmp_path: Path
             assert min(bins) < info[kind] < max(bins)
 
 
-def test_a_resumed_run_goes_on_in_the_same_log(shared_dataset: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_same_log(shared_dataset: Path, tmp_path: Path) -> None:
     config = train_config(shared_dataset, tmp_path, report_to="tensorboard", resume_from_checkpoint="latest")
     Trainer(replace(config, max_train_steps=6, checkpointing_steps=4)).run()
     (tmp_path / "checkpoints" / "step-00000006.pt").unlink()
@@ -217,27 +217,25 @@ def test_a_resumed_run_goes_on_in_the_same_log(shared_dataset: Path, tmp_path: P
     ("report_to", "message"),
     [("paper", "report_to=paper: one of none, .*tensorboard"), ("wandb", "report_to=wandb: not installed: install it")],
 )
-def test_a_tracker_that_is_not_here_is_named(
-    shared_dataset: Path, tmp_path: Path, report_to: str, message: str
-) -> None:
+def test_a_missing_tracker_is_named(shared_dataset: Path, tmp_path: Path, report_to: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Trainer(train_config(shared_dataset, tmp_path, report_to=report_to)).run()
 
 
 class BrokenTracker:
-    """A tracker that fails at one of the things that a run asks of it."""
+    """A tracker that fails in one of its methods."""
 
     name, requires_logging_directory = "paper", False
 
     def __init__(self, fails_at: str) -> None:
-        self.fails_at, self.info = fails_at, []  # type: ignore[var-annotated]
+        self.fails_at, self.calls = fails_at, []  # type: ignore[var-annotated]
 
     def __call__(self, _: str) -> BrokenTracker:
         return self
 
-    def _do(self, what: str) -> None:
-        self.info.append(what)
-        if what == self.fails_at:
+    def _do(self, call: str) -> None:
+        self.calls.append(call)
+        if call == self.fails_at:
             raise ConnectionError("no route to host\nat all")
 
     def start(self) -> None:
@@ -254,28 +252,26 @@ class BrokenTracker:
 
 
 @pytest.mark.parametrize("fails_at", ["start", "configuration"])
-def test_a_tracker_that_cannot_begin_is_told_before_the_first_step(
+def test_a_tracker_that_cannot_start_is_reported_before_the_first_step(
     shared_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
 ) -> None:
     tracker = BrokenTracker(fails_at)
     monkeypatch.setattr("stages.train.telemetry.tracker_class", lambda _: tracker)
     trainer = Trainer(train_config(shared_dataset, tmp_path))
-    with pytest.raises(
-        UserError, match="report_to=none: could not begin: ConnectionError: no route to host: mend that"
-    ):
+    with pytest.raises(UserError, match="report_to=none: could not start: ConnectionError: no route to host: fix that"):
         trainer.run()
     assert trainer.step == 0
 
 
 @pytest.mark.parametrize("fails_at", ["log", "finish"])
-def test_a_tracker_that_fails_later_is_left_and_the_run_goes_on(
+def test_a_tracker_that_fails_later_is_dropped_and_the_run_continues(
     shared_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
 ) -> None:
     tracker = BrokenTracker(fails_at)
     monkeypatch.setattr("stages.train.telemetry.tracker_class", lambda _: tracker)
-    with pytest.warns(UserWarning, match="failed, and is told no more: ConnectionError: no route to host$"):
+    with pytest.warns(UserWarning, match="failed and is no longer used: ConnectionError: no route to host$"):
         pipeline.train.main(train_config(shared_dataset, tmp_path))
-    assert tracker.message.count(fails_at) == 1
+    assert tracker.calls.count(fails_at) == 1
     assert (tmp_path / "training.json").exists()
 
 
@@ -292,9 +288,9 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_base_is_loaded
 def test_a_disk_without_room_for_the_checkpoints_is_refused_before_the_first_step(
     shared_dataset: Path, tmp_path: Path, small_disk: Path
 ) -> None:
-    """Real: a disk of one megabyte, where something can be mounted."""
+    """On a real disk of one megabyte, if the test may mount one."""
     changes = {"adapter": small_adapter("full"), "checkpointing_steps": 1, "checkpoints_total_limit": 50}
-    with pytest.raises(StorageError, match="12 checkpoints of .* MB are to be there, and .* MB are free: make room"):
+    with pytest.raises(StorageError, match="12 checkpoints of .* MB are needed, and .* MB are free: make room"):
         Trainer(train_config(shared_dataset, small_disk / "run", **changes))
     Trainer(train_config(shared_dataset, tmp_path, **changes))
 
@@ -336,7 +332,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(shared_dataset: Path,
     assert_close(again, whole)
 
 
-def test_on_a_quantised_base_it_trains(shared_dataset: Path, tmp_path: Path) -> None:
+def test_training_works_on_a_quantised_base(shared_dataset: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     options = {"max_train_steps": 100, "learning_rate": 3e-3, "validation_share": 0.1, "gradient_checkpointing": True}
     config = train_config(shared_dataset, tmp_path, quantization="int8", mixed_precision="bf16", **options)
@@ -344,10 +340,10 @@ def test_on_a_quantised_base_it_trains(shared_dataset: Path, tmp_path: Path) -> 
     assert summary["validation_loss"] < 0.99 * summary["validation_loss_unguided"]
 
 
-def test_compiled_it_trains_to_the_same_weights(
+def test_compiled_training_gives_the_same_weights(
     shared_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is traced is held to here, not what a compiler makes of it."""
+    """Checks the traced graph, not the compiler's output."""
     torch.compiler.reset()
     eager = weights_after(shared_dataset, tmp_path / "eager")
     counters.clear()
@@ -361,7 +357,7 @@ def test_compiled_it_trains_to_the_same_weights(
     torch.compiler.reset()
 
 
-def test_the_average_is_what_is_saved(shared_dataset: Path, tmp_path: Path) -> None:
+def test_the_average_is_saved(shared_dataset: Path, tmp_path: Path) -> None:
     config = train_config(shared_dataset, tmp_path, use_ema=True, learning_rate=1e-2)
     trainer = Trainer(config)
     trainer.run()
@@ -373,7 +369,7 @@ def test_the_average_is_what_is_saved(shared_dataset: Path, tmp_path: Path) -> N
         assert not torch.equal(one, last)
 
 
-def test_latest_begins_where_there_is_no_checkpoint(shared_dataset: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+def test_latest_starts_a_new_run_without_a_checkpoint(shared_dataset: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     weights = weights_after(shared_dataset, tmp_path, resume_from_checkpoint="latest")
     expected = load_file(tiny_adapter / "adapter_model.safetensors")
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -385,7 +381,7 @@ def damage(root: Path, row: dict[str, Any]) -> None:
     (root / row["shard"]).write_bytes(content)
 
 
-def test_damage_stops_a_run_and_by_choice_is_skipped_and_counted(damaged: Path, tmp_path: Path) -> None:
+def test_damage_stops_a_run_or_is_skipped_and_counted(damaged: Path, tmp_path: Path) -> None:
     rows = Dataset(damaged).manifest.to_pylist()
     damage(damaged, rows[4])
     (damaged / rows[-1]["shard"]).unlink()
@@ -397,7 +393,7 @@ def test_damage_stops_a_run_and_by_choice_is_skipped_and_counted(damaged: Path, 
     assert summary["records_skipped"] == 4 * len(summary["samples_skipped"]) >= 4 * (len(lost) - 1)
 
 
-def test_what_does_not_fit_is_refused_before_the_base_is_loaded(
+def test_a_mismatch_is_refused_before_the_base_is_loaded(
     shared_dataset: Path, tiny_teacher: Path, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def loaded(*_: Any, **__: Any) -> None:
@@ -437,7 +433,7 @@ def test_held_out_predictions_are_shown_through_a_vae(shared_dataset: Path, tiny
 
 @pytest.fixture(scope="module")
 def scales_with_1(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Half of its trajectories are without guidance."""
+    """A dataset in which half of the trajectories are without guidance."""
     scales = {"guidance_scale": [1.0, 3.0], "guidance_scale_distribution": "list"}
     return generate(generate_config(tiny_teacher, tmp_path_factory.mktemp("data") / "with_1", **scales))
 
@@ -453,7 +449,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_batches_without_guidance_are_steps_like_others(
+def test_batches_without_guidance_train_like_others(
     scales_with_1: Path, tmp_path: Path, variant: str, setting: str
 ) -> None:
     if variant == "full" and setting == "checkpointed":
@@ -481,7 +477,7 @@ def test_a_dataset_without_any_guidance_is_trained_on_to_the_end(tiny_teacher: P
     assert info["validation_loss"] == info["validation_loss_unguided"] < 1e-4
 
 
-def test_compiled_it_takes_batches_without_guidance_among_others(scales_with_1: Path, tmp_path: Path) -> None:
+def test_compiled_training_takes_batches_without_guidance(scales_with_1: Path, tmp_path: Path) -> None:
     torch.compiler.reset()
     trainer = Trainer(train_config(scales_with_1, tmp_path, train_batch_size=1))
     trainer.student.call = torch.compile(trainer.student.denoiser, backend="eager")
@@ -500,7 +496,7 @@ def test_every_loss_trains(shared_dataset: Path, tmp_path: Path, loss: str) -> N
     assert summary["validation_loss"] < summary["validation_loss_unguided"]
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_names_its_records(shared_dataset: Path, tmp_path: Path) -> None:
+def test_a_non_finite_loss_stops_the_run_and_names_its_records(shared_dataset: Path, tmp_path: Path) -> None:
     trainer = Trainer(train_config(shared_dataset, tmp_path, logging_steps=3, checkpointing_steps=3))
     objective, batches = trainer.objective, []
 
@@ -511,7 +507,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_its_records(shared_
 
     trainer.objective = spoiled  # type: ignore[assignment]
     with pytest.raises(
-        UserError, match=r"step 5: the loss is not a number at shards/.*\.tar 0000000\d\d_0000 record"
+        UserError, match=r"step 5: the loss is not finite at shards/.*\.tar 0000000\d\d_0000 record"
     ) as raised:
         trainer.run()
     scale, timestep = (float(getattr(batches[4], name)[5]) for name in ("scale", "timestep"))
@@ -528,22 +524,26 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_its_records(shared_
         ({"mixed_precision": "fp8"}, "mixed_precision=fp8"),
         ({"lr_scheduler": "magic"}, "lr_scheduler=magic"),
         ({"loss": "l3"}, "loss=l3: one of rms, l2, l1, noise_weighted, guidance"),
-        ({"validation_share": 0.99}, "nothing is left"),
+        ({"validation_share": 0.99}, "no record is left"),
         ({"seed": -1}, "seed=-1: at least 0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan: more than 0"),
         ({"adapter": AdapterConfig(rank=0)}, "adapter.rank=0: at least 1"),
         ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0: more than 0"),
-        ({"quantization": "int8"}, "quantization=int8: every layer's whole weight .*: add gradient_checkpointing=true"),
-        ({"quantization": "int8", "adapter": AdapterConfig("full")}, "quantization=int8: `full` trains the base's own"),
+        (
+            {"quantization": "int8"},
+            "quantization=int8: .* every layer's full weight.*: add gradient_checkpointing=true",
+        ),
+        (
+            {"quantization": "int8", "adapter": AdapterConfig("full")},
+            "quantization=int8: the variant `full` trains the base's",
+        ),
         (
             {"gradient_checkpointing": True, "adapter": AdapterConfig("full")},
-            "gradient_checkpointing=true: `full` lends",
+            "gradient_checkpointing=true: the variant `full` swaps",
         ),
     ],
 )
-def test_what_no_run_could_carry_out_is_refused(
-    shared_dataset: Path, tmp_path: Path, changes: dict, message: str
-) -> None:
+def test_invalid_options_are_refused(shared_dataset: Path, tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Trainer(train_config(shared_dataset, tmp_path, **changes))
 
@@ -554,11 +554,11 @@ def test_the_summary_is_json(shared_dataset: Path, tmp_path: Path) -> None:
 
 
 def grow(root: Path, teacher: Path, **changes: Any) -> None:
-    """Generate into a dataset that is there, with some options changed."""
+    """Generate into an existing dataset, with some options changed."""
     generate(generate_config(teacher, root, **changes))
 
 
-def test_a_resumed_run_stays_with_the_dataset_that_it_began_with(
+def test_a_resumed_run_keeps_the_snapshot_that_it_started_with(
     damaged: Path, tiny_teacher: Path, tiny_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun = Dataset(damaged).fingerprint
@@ -566,7 +566,7 @@ def test_a_resumed_run_stays_with_the_dataset_that_it_began_with(
     (tmp_path / "run" / "checkpoints" / "step-00000012.pt").unlink()
     grow(damaged, tiny_teacher, num_trajectories=20)
     pipeline.train.main(train_config(damaged, tmp_path / "run", resume_from_checkpoint="latest"))
-    message = f"{damaged}: has grown; goes on with the 12 trajectories that this run began with"
+    message = f"{damaged}: has grown; the run continues with the 12 trajectories that it started with"
     assert capsys.readouterr().out.count(message) == 1
     one, other = (load_file(root / "adapter_model.safetensors") for root in (tiny_adapter, tmp_path / "run"))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -576,10 +576,10 @@ def test_a_resumed_run_stays_with_the_dataset_that_it_began_with(
     assert fresh.stream.records_per_epoch == 4 * 16
 
 
-def test_the_first_process_tells_the_others_what_to_read(
+def test_the_first_process_chooses_the_snapshot(
     damaged: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It looked before the dataset had grown."""
+    """The first process opened the dataset before it grew."""
     first = Dataset(damaged).fingerprint
     grow(damaged, tiny_teacher, num_trajectories=20)
     monkeypatch.setattr(trainer, "broadcast_object_list", lambda own: [first])
@@ -602,7 +602,7 @@ def test_a_run_is_resumed_exactly_after_a_repair(
 
 
 def test_a_run_on_fewer_classes_is_resumed_after_more_were_added(tiny_teacher: Path, tmp_path: Path) -> None:
-    """The adapter's table of classes is as long as it was."""
+    """The adapter's class table keeps its length."""
     data, run = tmp_path / "data", tmp_path / "run"
     grow(data, tiny_teacher, class_labels=[0, 1, 2])
     config = train_config(data, run, resume_from_checkpoint="latest")

@@ -5,7 +5,7 @@ import torch
 from stages.train.validation import guidance_gain
 
 
-def test_by_its_gain_a_regression_becomes_as_large_as_what_it_predicts() -> None:
+def test_the_gain_makes_a_regression_as_large_as_its_target() -> None:
     torch.manual_seed(0)
     seen, unseen = torch.randn(2, 100_000)
     guidance = seen + 0.5 * unseen  # of which a regression on what is seen predicts the first part
@@ -14,6 +14,6 @@ def test_by_its_gain_a_regression_becomes_as_large_as_what_it_predicts() -> None
     assert abs(gain - 1.25**0.5) < 0.01
 
 
-def test_what_explains_everything_or_little_has_no_gain() -> None:
+def test_full_or_little_explanation_gives_no_gain() -> None:
     assert guidance_gain(0.0, 1.0) == guidance_gain(0.6, 1.0) == guidance_gain(2.0, 1.0) == 1.0
     assert guidance_gain(0.0, 0.0) == 1.0  # records without guidance

@@ -11,7 +11,7 @@ from stages.train.selection import SelectedSample
 from stages.train.window import load
 
 
-def test_samples_come_in_the_order_they_were_asked_for(dataset: Dataset) -> None:
+def test_samples_come_in_the_requested_order(dataset: Dataset) -> None:
     samples = [*map(SelectedSample, dataset.manifest.to_pylist())]
     everything = load(dataset, samples)
     backwards = load(dataset, samples[::-1])
@@ -22,7 +22,7 @@ def test_samples_come_in_the_order_they_were_asked_for(dataset: Dataset) -> None
     )
 
 
-def test_a_window_is_read_into_the_memory_of_an_earlier_one(dataset: Dataset) -> None:
+def test_a_window_reuses_the_buffers_of_an_earlier_one(dataset: Dataset) -> None:
     samples = [*map(SelectedSample, dataset.manifest.to_pylist())]
     memory: dict[str, torch.Tensor] = {}
     larger = load(dataset, samples[:3], memory=memory)

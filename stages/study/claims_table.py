@@ -1,0 +1,32 @@
+"""A study's claims as tables."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+VERDICTS = {True: "holds", False: "does not hold"}
+
+
+class Claim(NamedTuple):
+    """A judged claim: its text, the goal that it must reach, the figures found, and whether they reach the goal."""
+
+    text: str
+    goal: str
+    found: str
+    holds: bool
+
+
+def to_text(claims: list[Claim]) -> str:
+    """One line per claim, for a terminal."""
+    return "\n".join(f"{VERDICTS[claim.holds]}: {claim.text} ({claim.goal}): {claim.found}" for claim in claims)
+
+
+def to_markdown(claims: list[Claim]) -> str:
+    rows = [[VERDICTS[claim.holds], claim.text, claim.goal, claim.found] for claim in claims]
+    return markdown_table([["verdict", "claim", "goal", "found"], *rows])
+
+
+def markdown_table(cells: list[list[str]]) -> str:
+    """A Markdown table whose first row is the header."""
+    header, *rows = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join([header, "| --- " * len(cells[0]) + "|", *rows])
