@@ -15,7 +15,7 @@ class FieldError(ValueError):
 
 
 def read_fields(kind: type[Fields], value: Any, name: str = "") -> Fields:
-    """A dataclass from a JSON object; keys that it has no field for are ignored.
+    """Build a dataclass from a JSON object; keys without a field are ignored.
 
     The types of fields are `Any`, `str`, `bool`, `int`, `float`, dataclasses, `list[T]`, `tuple[T, ...]` and
     `dict[str, T]` of these, and `T | None`. A dataclass with a `from_json(value, name)` reads itself. Numbers are not
@@ -47,24 +47,28 @@ def _types_of(kind: Any) -> dict[str, Any]:
 
 @cache
 def _required(kind: Any) -> set[str]:
-    """The fields without a default."""
+    """Return the names of the fields without a default."""
     return {field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING}
 
 
+@cache
+def _parts_of(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return `(list, (int,))` for `list[int]`."""
+    return get_origin(kind) or kind, get_args(kind)
+
+
 def _checked(kind: Any, value: Any, name: str) -> Any:
-    """The value, with dataclasses for objects and tuples for lists where the type says so."""
-    if kind is Any:
-        return value
-    if isinstance(kind, type) and is_dataclass(kind):
-        return getattr(kind, "from_json", partial(read_fields, kind))(value, name)
-    origin, inner = get_origin(kind) or kind, get_args(kind)
+    """Return the value, with dataclasses for objects and tuples for lists as the type says."""
+    origin, inner = _parts_of(kind)
     if NoneType in inner:
         return None if value is None else _checked(inner[0], value, name)
-    in_json = list if origin is tuple else origin
-    if type(value) is not in_json and (type(value), in_json) != (int, float):
-        raise FieldError(f"{name} is {type(value).__name__}, not {in_json.__name__}")
-    if origin is dict and inner[1] is not Any:
+    if origin is dict and inner[1] is not Any and type(value) is dict:
         return {key: _checked(inner[1], each, f"{name}.{key}") for key, each in value.items()}
-    if origin in (list, tuple):
-        return origin(_checked(inner[0], each, f"{name}[{place}]") for place, each in enumerate(value))
-    return value
+    if origin in (list, tuple) and type(value) is list:
+        return origin(_checked(inner[0], each, f"{name}[{index}]") for index, each in enumerate(value))
+    in_json = list if origin is tuple else origin
+    if kind is Any or type(value) is in_json or (type(value), in_json) == (int, float):
+        return value
+    if isinstance(origin, type) and is_dataclass(origin):
+        return getattr(origin, "from_json", partial(read_fields, origin))(value, name)
+    raise FieldError(f"{name} is {type(value).__name__}, not {in_json.__name__}")
