@@ -22,7 +22,7 @@ from stages.base.loading import first_line, located, resolve
 from stages.base.pictures import PICTURES, PicturePath
 from stages.base.sampling import Condition, takes_class_labels
 from stages.errors import UserError
-from stages.storage.buckets import read_object
+from stages.storage.bucket import read_object
 
 Row = dict[str, Any]
 END_OF_LINE = re.compile(r"\r\n|\n|\r")

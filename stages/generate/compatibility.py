@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -14,27 +16,26 @@ from stages.configuration.options import dotted
 from stages.errors import ChangedError, UserError
 from stages.generate.config import EXECUTION_KEYS, GenerateConfig
 from stages.generate.plan import Plan
-from stages.records.plans import PLACE_OF_TEACHER
+from stages.records.schema import ConditionsSpec, DatasetInfo, GuidanceSpec, PlanEntry, PublishedPlan
+from stages.records.teacher import PLACE_OF_TEACHER, TeacherFacts
 
 COUNTS = ("num_trajectories", "num_trajectories_per_condition")  # options that may rise once a dataset is published
 CONDITIONS = ("prompts", "class_labels")  # options judged by the conditions that they name
 
 
-def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
+def check_same_config(root: Any, entry: PlanEntry, plan: Plan) -> None:
     """Refuse a configuration that differs from a described plan's; a published plan may be extended.
 
     Args:
         root: the dataset's folder.
-        told_plan: the entry of `dataset.json`; plan: of this run.
+        entry: of `dataset.json`; plan: of this run.
 
     Raises:
         UserError: names the option that differs.
     """
-    known = dotted(defining(GenerateConfig()))  # an older version's dataset lacks the options that came later
-    old, new = known | dotted(told_plan["config"]), dotted(defining(plan.config))
-    made, entry_conditions = "manifest_sha256" in told_plan, told_plan["conditions"]
-    count = entry_conditions["count"]
-    goes_on = digest(plan.conditions[:count]) == entry_conditions["sha256"] and (made or count == len(plan.conditions))
+    old, new = dotted(entry.config), dotted(defining(plan.config))
+    made, count = isinstance(entry, PublishedPlan), entry.conditions.count
+    goes_on = digest(plan.conditions[:count]) == entry.conditions.sha256 and (made or count == len(plan.conditions))
     for key in sorted(old.keys() | new.keys()):
         if key in COUNTS and made and None not in (old[key], new[key]) and old[key] < new[key]:
             continue
@@ -54,7 +55,7 @@ def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
         )
 
 
-def check_still_same(root: Any, info: dict[str, Any] | None, plan: Plan, teacher: dict[str, Any]) -> None:
+def check_still_same(root: Any, info: DatasetInfo | None, plan: Plan, teacher: TeacherFacts) -> None:
     """Refuse to go on where `dataset.json` no longer describes a run's plan, because another run has replaced it.
 
     Args:
@@ -67,63 +68,53 @@ def check_still_same(root: Any, info: dict[str, Any] | None, plan: Plan, teacher
     """
     if info is None:
         raise gone(root)
-    entry = info["plans"][-1]
+    entry = info.plans[-1]
     place = {PLACE_OF_TEACHER: plan.config.teacher.pretrained_model_name_or_path}
-    config = entry["config"] | {"teacher": entry["config"]["teacher"] | place}
+    config = entry.config | {"teacher": entry.config["teacher"] | place}
     try:
-        check_same_config(root, entry | {"config": config}, plan)
+        check_same_config(root, replace(entry, config=config), plan)
     except UserError as error:
         raise ChangedError(str(error)) from error
-    if not is_all_of(info["plans"], plan):
+    if not is_all_of(info.plans, plan):
         raise ChangedError(f"{root}: has grown since this run began: give the command again")
-    for key, value in teacher.items():
-        if key != PLACE_OF_TEACHER and info["teacher"].get(key) != value:
-            raise ChangedError(
-                f"{root}: was begun anew with another teacher: its {key} is {info['teacher'].get(key)}, not {value}"
-            )
+    for key, found, value in differences(info.teacher, teacher):
+        raise ChangedError(f"{root}: was begun anew with another teacher: its {key} is {found}, not {value}")
 
 
 def gone(root: Any) -> ChangedError:
     return ChangedError(f"{root}: dataset.json is gone: put it back, or take another output_dir")
 
 
-def digest_of_unit(digests: list[tuple[int, str]], unit: int) -> str | None:
-    """The digest of the plan that a unit belongs to, from those of `plan_digests`; None beyond the last plan."""
-    return next((digest for end, digest in digests if unit < end), None)
+def differences(described: TeacherFacts, loaded: TeacherFacts) -> Iterator[tuple[str, Any, Any]]:
+    """(fact, as described, as loaded) for each fact in which two teachers differ, except the place of their weights."""
+    for key, value in vars(loaded).items():
+        if key != PLACE_OF_TEACHER and (found := getattr(described, key)) != value:
+            yield key, found, value
 
 
-def is_all_of(plans: list[dict[str, Any]], plan: Plan) -> bool:
+def is_all_of(plans: Sequence[PlanEntry], plan: Plan) -> bool:
     """Whether the plans of `dataset.json` together make up a plan."""
-    planned = [sum(entry[key] for entry in plans) for key in ("units", "trajectories")]
-    return planned == [len(plan), plan.num_trajectories] and plans[-1]["conditions"].get("count") in (
-        None,
-        len(plan.conditions),
+    planned = [sum(entry.units for entry in plans), sum(entry.trajectories for entry in plans)]
+    return planned == [len(plan), plan.num_trajectories] and plans[-1].conditions.count == len(plan.conditions)
+
+
+def describe_plan(plan: Plan, begun: Sequence[PlanEntry], rule: dict[str, Any]) -> PlanEntry:
+    """The entry of `dataset.json` for what a plan adds to the plans before it."""
+    return PlanEntry(
+        units=len(plan) - sum(entry.units for entry in begun),
+        trajectories=plan.num_trajectories - sum(entry.trajectories for entry in begun),
+        guidance=GuidanceSpec(rule, plan.scale_range),
+        conditions=describe_conditions(plan.conditions),
+        config=defining(plan.config),
     )
 
 
-def describe_plan(plan: Plan, begun: list[dict[str, Any]], rule: str) -> dict[str, Any]:
-    """The entry of `dataset.json` for what a plan adds to the plans before it."""
-    return {
-        "units": len(plan) - sum(entry["units"] for entry in begun),
-        "trajectories": plan.num_trajectories - sum(entry["trajectories"] for entry in begun),
-        "guidance": {"rule": rule, "scale_range": plan.scale_range},
-        "conditions": describe_conditions(plan.conditions),
-        "config": defining(plan.config),
-    }
-
-
-def describe_conditions(conditions: list[Condition]) -> dict[str, Any]:
+def describe_conditions(conditions: list[Condition]) -> ConditionsSpec:
     """The conditions as `dataset.json` describes them: classes, numbers of prompts, and a digest of the list."""
     labels = sorted({condition["class_label"] for condition in conditions if "class_label" in condition})
     prompts = {condition["prompt"] for condition in conditions if "prompt" in condition}
     negative = {condition["negative_prompt"] for condition in conditions if "negative_prompt" in condition}
-    return {
-        "class_labels": labels,
-        "prompts": len(prompts),
-        "negative_prompts": len(negative),
-        "count": len(conditions),
-        "sha256": digest(conditions),
-    }
+    return ConditionsSpec(labels, len(prompts), len(negative), len(conditions), digest(conditions))
 
 
 def digest(conditions: list[Condition]) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from stages.base.sampling import Condition
-from stages.generate.facts import TeacherFacts
 from stages.generate.planned import Unit
 
 WAITING = "waiting for a place"  # the state of a worker until the cluster has room for it
@@ -15,9 +14,9 @@ WAITING = "waiting for a place"  # the state of a worker until the cluster has r
 
 @dataclass(frozen=True)
 class Loaded:
-    """A worker has loaded its teacher."""
+    """A worker has loaded its teacher; `facts` is `TeacherFacts` as JSON."""
 
-    facts: TeacherFacts
+    facts: dict[str, Any]
     worker: str = ""
 
 

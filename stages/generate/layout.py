@@ -12,6 +12,7 @@ from stages.base.arguments import LENGTH, Arguments, encoded, stacked
 from stages.base.denoiser import MASK, NEGATIVE, STEP, as_target, negative_tokens, part_of
 from stages.base.hooks import Call
 from stages.errors import UserError
+from stages.records.teacher import LayoutFacts
 
 
 @dataclass(frozen=True)
@@ -40,44 +41,8 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The layout of a pipeline's guided step.
-
-    Attributes:
-        arguments: of the denoiser's calls.
-        calls: the number of denoiser calls per step; call: the index of the conditional one.
-        chunks: the number of parts in that call's batch, each with one sample per trajectory; chunk: the conditional part.
-        masks: the denoiser's arguments that mask another one, `NAME_mask` beside NAME; an absent mask hides nothing.
-        denoisers: their names in the pipeline; each of several runs for its own timesteps.
-        timestep_scale, timestep_offset: the denoiser's timestep is `scale * scheduler's + offset`.
-        target_channels: of each prediction, the number of first channels that the scheduler or a copy of it receives;
-            a negative number counts the last channels.
-        target_signs: of each prediction, -1 where the scheduler receives its negative, else 1.
-        learned_variance: whether the denoiser predicts a variance too.
-        no_guidance: the call's arguments that switch the pipeline's guidance off.
-        scale_offset: `w` in `u + w (c - u)` less the pipeline's own scale.
-        unconditional: call and chunk of the unconditional part; None unless there is exactly one.
-        scale_per_sample: whether one call of the pipeline can mix samples with different scales.
-        one_sample: whether a call of the pipeline takes only one sample.
-    """
-
-    arguments: Arguments
-    calls: int
-    call: int
-    chunks: int
-    chunk: int
-    masks: tuple[str, ...]
-    denoisers: tuple[str, ...]
-    timestep_scale: float
-    timestep_offset: float
-    target_channels: tuple[int, ...]
-    target_signs: tuple[int, ...]
-    learned_variance: bool
-    no_guidance: dict[str, float]
-    scale_offset: float = 0.0
-    unconditional: tuple[int, int] | None = None
-    scale_per_sample: bool = False
-    one_sample: bool = False
+class Layout(LayoutFacts):
+    """The layout of a pipeline's guided step, and the parts of a step that a record needs."""
 
     def conditional(self, calls: list[Call], n: int) -> Pass:
         """The conditional pass of one step for n samples; a step without guidance has only this pass.
@@ -155,11 +120,6 @@ class Layout:
             if name.removeprefix(NEGATIVE) + MASK in self.masks:
                 cond.setdefault(name + MASK, torch.ones(value.shape[:2], dtype=torch.bool, device=value.device))
         return cond
-
-    def facts(self) -> dict[str, Any]:
-        """The layout as JSON, for `dataset.json`."""
-        facts = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
-        return facts | {"arguments": self.arguments.facts()}
 
 
 def constants_of(inputs: dict[str, Any], arguments: Arguments) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from stages.base.sampling import Condition, Request, decode, guider_of, sample, 
 from stages.errors import UsageError, UserError
 from stages.generate.call_arguments import check_arguments
 from stages.generate.config import GenerateConfig, TeacherConfig
-from stages.generate.facts import DenoiserFacts, TeacherFacts
 from stages.generate.finding import find_layout
 from stages.generate.noising import check_noising, noised, sampled
 from stages.generate.planned import PlannedTrajectory, Unit
@@ -28,6 +27,7 @@ from stages.generate.splitting import Splitter
 from stages.generate.steps import count_steps
 from stages.generate.timesteps import shifted_timesteps
 from stages.generate.unguided import guidance_rule
+from stages.records.teacher import DenoiserFacts, TeacherFacts
 from stages.records.trajectory import Trajectory
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from stages.base.sampling import Condition
 from stages.errors import ChangedError
-from stages.generate.compatibility import digest_of_unit, gone
+from stages.generate.compatibility import gone
 from stages.generate.config import GenerateConfig
-from stages.generate.facts import TeacherFacts
 from stages.generate.planned import Unit
 from stages.generate.preview import write_preview
 from stages.generate.profile import ENCODING, WRITING
 from stages.generate.teacher import Teacher, TeacherOutput
 from stages.records.commits import commit_unit
-from stages.records.plans import plan_digests, read_info
+from stages.records.plans import digest_of_unit, plan_digests, read_info
 from stages.records.shard import encode
 from stages.storage.folder import open_folder
 
@@ -37,11 +37,11 @@ class UnitWorker:
         self.config = config
         self.sampled: dict[int, SampledUnit] = {}
 
-    def load(self, example: Condition) -> TeacherFacts:
+    def load(self, example: Condition) -> dict[str, Any]:
         """Load the teacher and find out how it guides, with trial runs on an example condition."""
         self.root = open_folder(self.config.output_dir)
         self.teacher = Teacher(self.config, example)
-        return self.teacher.facts()
+        return self.teacher.facts().to_json()
 
     def sample(self, unit: Unit) -> None:
         """Run the teacher for a unit and keep its output until `commit`."""
@@ -63,15 +63,17 @@ class UnitWorker:
             samples = [encode(part) for trajectory in output.trajectories for part in trajectory.parts(size)]
             output.trajectories.clear()
         with clock.spent_on(WRITING):
-            self._check_described(index, sampled.plan)
+            plan = self._described(index, sampled.plan)
             for number, image in output.previews.items():
                 write_preview(self.root, number, image)
-            commit = commit_unit(self.root, index, samples, sampled.plan)
-        return sum(row["records"] for row in commit["samples"]), dict(clock)
+            commit = commit_unit(self.root, index, samples, plan)
+        return sum(row["records"] for row in commit.samples), dict(clock)
 
-    def _check_described(self, index: int, plan: str | None) -> None:
+    def _described(self, index: int, plan: str | None) -> str:
+        """The digest of the unit's plan, once `dataset.json` is known to describe that plan."""
         info = read_info(self.root)
         if info is None:
             raise gone(self.root)
         if plan is None or digest_of_unit(plan_digests(info), index) != plan:
             raise ChangedError(f"{self.root}: dataset.json no longer describes the plan of unit {index}")
+        return plan

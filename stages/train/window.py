@@ -87,9 +87,9 @@ def load(
 
 def allocate_buffers(memory: Memory, dataset: Dataset, count: int) -> dict[str, Tensor]:
     """Of each tensor that the records have, the first `[count, ...]` in memory, which grows where it is too small."""
-    for name, spec in dataset.info["tensors"].items():
+    for name, spec in dataset.info.tensors.items():
         if is_per_record(name) and len(memory.get(name, ())) < count:
-            memory[name] = torch.empty(count, *spec["shape"], dtype=getattr(torch, spec["dtype"]))
+            memory[name] = torch.empty(count, *spec.shape, dtype=getattr(torch, spec.dtype))
     return {name: value[:count] for name, value in memory.items()}
 
 

@@ -35,7 +35,7 @@ from stages.generate.fleet import RayFleet
 from stages.generate.planned import Unit
 from stages.records.commits import commit_name
 from stages.records.dataset import Dataset
-from stages.storage.files import seal
+from stages.storage.sealing import seal
 from tests.support.sleeping_worker import FACTS, SleepingWorker, made_up_commit, sleeping_config
 
 TEACHER = Path("stages/embedded/mnist_dit")
@@ -93,7 +93,7 @@ class MadeUpFleet:
     """Has made a unit as soon as it is told to. Commits are not synced: a million of them would take hours."""
 
     def __init__(self, root: Path, stops_at: int | None = None) -> None:
-        self.root, self.stops_at = root, stops_at
+        self.root, self.stops_at, self.digest = root, stops_at, ""
         self.events: list[Event] = [Loaded(FACTS)]
         (root / "commits").mkdir(parents=True, exist_ok=True)
 
@@ -106,7 +106,7 @@ class MadeUpFleet:
     def dispatch(self, unit: Unit, alone: bool) -> None:
         if unit.index == self.stops_at:
             raise StoppedError
-        (self.root / commit_name(unit.index)).write_bytes(seal(made_up_commit(unit.index)))
+        (self.root / commit_name(unit.index)).write_bytes(seal(made_up_commit(unit.index, unit.plan)))
         self.events.append(Made(unit.index, 1, "one"))
 
     def poll(self, timeout: float) -> list[Event]:

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import cycle
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from stages.base.sampling import Condition
 from stages.generate.config import GenerateConfig
-from stages.generate.facts import TeacherFacts
 from stages.generate.fleet import RayFleet, TeacherWorker
 from stages.generate.planned import Unit
-from stages.storage.folder import DiskFolder
+from stages.storage.disk import DiskFolder
 from tests.support.faults_table import survived
 
 STOPPED_FILE = "stopped.json"
@@ -76,7 +75,7 @@ class FaultyWorker(TeacherWorker):
         self.committing = threading.RLock()  # another unit's SIGKILL waits for it, or AFTER_COMMIT might never happen
         self.strike(STARTING, 0)
 
-    def load(self, example: Condition) -> TeacherFacts:
+    def load(self, example: Condition) -> dict[str, Any]:
         self.strike(LOADING, 0)
         facts = super().load(example)
         self.root = FaultyFolder(self.config.output_dir, self)

@@ -19,7 +19,7 @@ from stages.generate.fleet import MAX_MESSAGE_LENGTH, RayFleet, ray_error_of, st
 from stages.records.verification import verify
 from tests.conftest import generate_config
 from tests.stages.generate.test_driver import assert_same_records
-from tests.support.sleeping_worker import SleepingFacts, SleepingWorker, sleeping_config
+from tests.support.sleeping_worker import SleepingWorker, sleeping_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -45,23 +45,15 @@ def test_an_error_of_a_worker_keeps_its_line(tmp_path: Path) -> None:
     assert "missing" in str(events[0].error)
 
 
-class PlacedFacts(SleepingFacts):
-    def __init__(self) -> None:
-        object.__setattr__(self, "place", {
+class PlacedWorker(SleepingWorker):
+    """A worker that reports where Ray has put it, and with what."""
+
+    def load(self, example: dict[str, Any]) -> dict[str, Any]:
+        return {
             "gpus": os.environ["CUDA_VISIBLE_DEVICES"],
             "kept": ray.get_runtime_context().get_assigned_resources(),
             "word": os.environ["A_WORD"],
-        })  # fmt: skip
-
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self)["place"])
-
-
-class PlacedWorker(SleepingWorker):
-    """Tells where Ray has put it, and with what."""
-
-    def load(self, example: dict[str, Any]) -> PlacedFacts:
-        return PlacedFacts()
+        }
 
 
 class PlacedFleet(RayFleet):
@@ -82,7 +74,7 @@ def test_two_halves_of_a_gpu_and_whatever_else_is_asked_of_ray(tiny_teacher: Pat
         events += placed.poll(1)
     names = ray.util.list_named_actors()
     placed.close()
-    found = [event.facts.to_json() for event in events if isinstance(event, Loaded)]
+    found = [event.facts for event in events if isinstance(event, Loaded)]
     assert found == 2 * [{"gpus": "0", "kept": {"CPU": 1.0, "GPU": 0.5, "teachers": 0.5}, "word": "passed on"}]
     assert sorted(names) == [f"teacher-{number}-of-run-{placed.run}" for number in (1, 2)]
 
