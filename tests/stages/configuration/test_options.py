@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from stages.configuration.options import check_bounds, option
+from stages.configuration.options import check_bounds, dotted, option
 from stages.errors import UsageError
 
 
@@ -39,3 +39,7 @@ def test_defaults_keep_their_bounds_and_lists_are_not_shared() -> None:
 def test_a_value_out_of_bounds_names_key_value_and_bound(config: Outer, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_bounds(config)
+
+
+def test_nested_values_have_the_keys_of_a_command_line() -> None:
+    assert dotted({"a": {"b": 1, "c": {"d": [2]}}, "e": None, "f": {}}) == {"a.b": 1, "a.c.d": [2], "e": None}
