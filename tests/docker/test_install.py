@@ -74,6 +74,7 @@ import importlib.util, pathlib, pipeline.evaluate, stages.embedded, stages.evalu
 assert importlib.util.find_spec("ray") is None
 embedded = pathlib.Path(stages.embedded.__file__).parent
 assert "site-packages" in str(embedded), embedded
+assert all(pathlib.Path(package.__file__).with_name("py.typed").exists() for package in (pipeline, stages))
 print(*sorted(str(path.relative_to(embedded)) for path in embedded.rglob("*") if path.suffix != ".pyc" and path.is_file()))
 """
     installed = set(run([python, "-c", script], tmp_path).split())
