@@ -193,6 +193,7 @@ class KillsAWorker(Fleet):
         return super()._in_flight()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_worker_is_replaced_and_loses_nothing(
     undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path
@@ -208,6 +209,7 @@ def test_a_killed_worker_is_replaced_and_loses_nothing(
         assert [row[key] for row in rows] == [row[key] for row in undisturbed.rows]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_a_worker_refuses_is_told_in_its_line(tiny_adapter: Path, tmp_path: Path) -> None:
     wrong = Evaluation(config(tiny_adapter, tmp_path, clip_model="somewhere"))

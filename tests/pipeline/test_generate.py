@@ -20,6 +20,7 @@ from tests.support.soak import check, kill_command, start_command, until, worker
 UNITS = 60
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_driver_is_followed_by_two_at_once(tiny_teacher: Path, tmp_path: Path) -> None:
     """On one cluster, as after a restart by hand and another by a scheduler."""

@@ -39,6 +39,7 @@ def study_file(tiny_teacher: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_a_study_is_made_judged_and_told(
     study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

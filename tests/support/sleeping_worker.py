@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from stages.errors import UserError
 from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.storage.files import create, seal
 
@@ -62,3 +66,34 @@ class SleepingWorker:
 class NeverStarts(SleepingWorker):
     def __init__(self, config: GenerateConfig) -> None:
         raise ImportError("no such library")
+
+
+class Refuses(SleepingWorker):
+    """Names the teacher, as a real one does whose folder is missing."""
+
+    def __init__(self, config: GenerateConfig) -> None:
+        super().__init__(config)
+        self.teacher = config.teacher.pretrained_model_name_or_path
+
+    def load(self) -> dict[str, Any]:
+        raise UserError(f"{self.teacher}: there is no such folder")
+
+
+class KilledOnce(SleepingWorker):
+    """SIGKILL in the middle of the first unit that any of them samples."""
+
+    def sample(self, index: int) -> None:
+        with suppress(FileExistsError):
+            (self.root.parent / "killed").touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Placed(SleepingWorker):
+    """Tells where Ray has put it, and with what."""
+
+    def load(self) -> dict[str, Any]:
+        return {
+            "gpus": os.environ["CUDA_VISIBLE_DEVICES"],
+            "kept": ray.get_runtime_context().get_assigned_resources(),
+            "word": os.environ["A_WORD"],
+        }
