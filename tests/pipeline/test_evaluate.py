@@ -121,6 +121,7 @@ def test_what_a_process_refuses_is_told_in_its_line(tiny_adapter: Path, tmp_path
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_its_processes_end_with_it(how: signal.Signals, tiny_adapter: Path, tmp_path: Path) -> None:
     words = [f"{key}={value}" for key, value in (TEN_PARTS | {"num_samples": 2000}).items()]
@@ -163,6 +164,7 @@ def test_the_card_does_not_tell_what_was_measured_otherwise_than_trained(tiny_ad
     assert "| one_pass |" not in (folder / "README.md").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_side_by_side_give_what_one_process_gives(
     undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path
