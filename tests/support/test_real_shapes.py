@@ -57,6 +57,7 @@ def test_a_record_is_its_latent_and_its_target_in_half_precision() -> None:
     assert sizes["sdxl"] == 256 * 1024
 
 
+@pytest.mark.long
 def test_the_readme_shows_these_tables() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert table() in readme
