@@ -11,7 +11,7 @@ from typing import NoReturn
 from stages.configuration.parsing import Config, help_text, parse
 from stages.errors import UsageError, UserError
 from stages.signals import end_on_sigterm
-from stages.streams import steady, tell_plainly
+from stages.streams import print_warnings_in_one_line, steady
 
 FAILURE, WRONG_USAGE = 1, 2
 MULTIRUN = "--multirun"
@@ -37,19 +37,19 @@ def run(
         argument: the option that the first word gives, without its key.
     """
     end_on_sigterm()
-    words = sys.argv[1:]
-    if {"-h", "--help"} & set(words):
+    overrides = sys.argv[1:]
+    if {"-h", "--help"} & set(overrides):
         print(help_text(config_class, description))
         sys.exit(0)
-    tell_plainly()
+    print_warnings_in_one_line()
     try:
-        check_encoding(words)
-        if argument and words and "=" not in words[0] and not words[0].startswith("-"):
-            words[0] = f"{argument}={words[0]}"
-        if multirun and MULTIRUN in words:
-            multirun([word for word in words if word != MULTIRUN])
+        check_encoding(overrides)
+        if argument and overrides and "=" not in overrides[0] and not overrides[0].startswith("-"):
+            overrides[0] = f"{argument}={overrides[0]}"
+        if multirun and MULTIRUN in overrides:
+            multirun([override for override in overrides if override != MULTIRUN])
         else:
-            main(parse(config_class, words))
+            main(parse(config_class, overrides))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_USAGE if isinstance(error, UsageError) else FAILURE)
@@ -72,12 +72,12 @@ def run(
     sys.exit(0)
 
 
-def check_encoding(words: list[str]) -> None:
+def check_encoding(overrides: list[str]) -> None:
     """
     Raises:
         UsageError: a word cannot be read in the encoding of this environment, and so names no file and no prompt.
     """
-    for word in words:
-        if any("\ud800" <= character <= "\udfff" for character in word):  # bytes that Python could not read
+    for override in overrides:
+        if any("\ud800" <= character <= "\udfff" for character in override):  # bytes that Python could not read
             way_out = "set PYTHONUTF8=1 if it is UTF-8, else give it another name"
-            raise UsageError(f"{word}: not text in {sys.getfilesystemencoding()}: {way_out}")
+            raise UsageError(f"{override}: not text in {sys.getfilesystemencoding()}: {way_out}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.command import run
 from stages.adapters import GuidanceAdapter
-from stages.adapters.folder import describe
+from stages.adapters.folder import write_card
 from stages.base.loading import has_several_gpus
 from stages.configuration.options import to_yaml
 from stages.evaluate.config import EvaluateConfig
@@ -35,29 +35,29 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     rows = evaluation.run(makers(config))
     with whole_file(evaluation.folder / "config.yaml") as file:
         file.write(to_yaml(config).encode())
-    write_json(evaluation.folder / "evaluation.json", {**evaluation.about, "rows": rows})
-    write_report(evaluation.folder, rows, evaluation.shown, evaluation.about)
+    write_json(evaluation.folder / "evaluation.json", {**evaluation.metadata, "rows": rows})
+    write_report(evaluation.folder, rows, evaluation.shown, evaluation.metadata)
     as_trained = config.lora is None and config.scheduler is None and config.pretrained_model_name_or_path is None
     if config.output_dir is None and as_trained and "frechet_distance" in rows[0]:
-        tell_in_card(Path(config.adapter_dir), rows)
+        write_results_to_card(Path(config.adapter_dir), rows)
     return evaluation
 
 
 def makers(config: EvaluateConfig) -> Makers:
     """Several GPUs make the parts through Ray, where there are several, else this machine's cores do."""
     if has_several_gpus() and config.device in ("auto", "cuda"):
-        from stages.evaluate.fleet import over_ray  # imports Ray
+        from stages.evaluate.fleet import evaluate_over_ray  # imports Ray
 
-        return over_ray
+        return evaluate_over_ray
     return over_cores
 
 
-def tell_in_card(folder: Path, rows: list[dict[str, Any]]) -> None:
+def write_results_to_card(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Tell the rows in the model card of an adapter's folder, its curves apart."""
     if folder.is_dir():
         adapter = GuidanceAdapter.from_pretrained(folder)
-        adapter.about["evaluation"] = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]
-        describe(adapter, folder)
+        adapter.metadata["evaluation"] = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]
+        write_card(adapter, folder)
 
 
 if __name__ == "__main__":

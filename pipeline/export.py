@@ -16,7 +16,7 @@ from omegaconf import MISSING
 from pipeline.command import run
 from stages.adapters import GuidanceAdapter
 from stages.adapters.export import DIFFUSERS, FORMATS, KOHYA, export, how_to_load, prepared
-from stages.adapters.folder import describe
+from stages.adapters.folder import write_card
 from stages.base.loading import choose_device
 from stages.base.prompts import read_prompts
 from stages.configuration.options import check_bounds, option
@@ -70,9 +70,9 @@ def with_dial(config: ExportConfig) -> GuidanceAdapter:
     )  # fmt: skip
     for row in dial:
         print(f"strength {row['strength']:g}: guidance scale {row['guidance_scale']:.2f}")
-    adapter.about["dial"] = adapter.about.get("dial", {}) | {f"{config.guidance_scale:g}": dial}
+    adapter.metadata["dial"] = adapter.metadata.get("dial", {}) | {f"{config.guidance_scale:g}": dial}
     if Path(config.adapter_dir).is_dir() and base is None:
-        describe(adapter, Path(config.adapter_dir))
+        write_card(adapter, Path(config.adapter_dir))
     return adapter.to("cpu")
 
 

@@ -50,7 +50,7 @@ def bars(counts: dict[str, int]) -> str:
     )
 
 
-def told(name: str, histogram: Any) -> str:
+def format_histogram(name: str, histogram: Any) -> str:
     if isinstance(histogram, list):
         histogram = {f"{bin['from']:.4g} to {bin['to']:.4g}": bin["count"] for bin in histogram}
     return f"{name}:\n{bars(histogram)}" if histogram else f"{name}: none"
@@ -71,7 +71,7 @@ def main(config: VerifyConfig) -> None:
     root = open_folder(config.data_dir)
     refuse_in_vain(root, config)
     found = look(root, config)
-    tell(root, found)
+    print_report(root, found)
     report(root, config.output, found)
     problems = found["problems"]
     unfinished = [problem for problem in problems if problem["shard"] == DATASET_FILE]
@@ -81,7 +81,7 @@ def main(config: VerifyConfig) -> None:
     if problems:
         raise UserError(
             f"{root}: {len(problems)} problem(s); the first: {problems[0]['shard']}: found {problems[0]['found']}: "
-            f"`python -m pipeline.verify {root.word('data_dir')} repair=true` mends that, or sets aside what is to be made again"
+            f"`python -m pipeline.verify {root.override('data_dir')} repair=true` mends that, or sets aside what is to be made again"
         )
     print("whole: nothing is missing or damaged" + ("" if config.deep else "; no shard was read"))
 
@@ -117,8 +117,8 @@ def report(root: Folder, output: str | None, found: dict[str, Any]) -> None:
         try:
             root.write(REPORT, content)
         except StorageError as error:
-            told = str(error).partition("; ")[0]
-            warnings.warn(f"{told}: say output=FILE to have the report elsewhere", stacklevel=1)
+            format_histogram = str(error).partition("; ")[0]
+            warnings.warn(f"{format_histogram}: say output=FILE to have the report elsewhere", stacklevel=1)
     elif "://" in output:
         folder, name = place_of(output)
         folder.write(name, content)
@@ -127,9 +127,9 @@ def report(root: Folder, output: str | None, found: dict[str, Any]) -> None:
             file.write(content)
 
 
-def tell(root: Folder, found: dict[str, Any]) -> None:
+def print_report(root: Folder, found: dict[str, Any]) -> None:
     for name, histogram in found["histograms"].items():
-        print(told(name, histogram))
+        print(format_histogram(name, histogram))
     print(
         f"{root}: {found['trajectories']:,} trajectories, {found['records']:,} records, {found['shards']:,} shards, "
         f"{found['bytes']:,} bytes"

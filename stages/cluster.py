@@ -44,12 +44,12 @@ def join(address: str | None, key: str = "RAY_ADDRESS", **local: Any) -> None:
             places = _places()
             ray.init(address="local", include_dashboard=False, **quiet, **places, **local)
     except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
-        told = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         if address:
             raise UserError(
-                f"{key}={address}: no Ray cluster could be joined there: {told}: name another, or none for this machine"
+                f"{key}={address}: no Ray cluster could be joined there: {message}: name another, or none for this machine"
             ) from error
-        raise UserError(f"Ray could not be started on this machine: {told}") from error
+        raise UserError(f"Ray could not be started on this machine: {message}") from error
     end_on_sigterm()
 
 

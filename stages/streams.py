@@ -104,7 +104,7 @@ def _hold_descriptors() -> None:
                 os.close(opened)
 
 
-def tell_plainly() -> None:
+def print_warnings_in_one_line() -> None:
     """Have warnings told in a line, and libraries say no more than their errors."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to us; a user can do nothing about them
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

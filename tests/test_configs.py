@@ -67,12 +67,12 @@ def test_a_variants_configuration_is_understood(path: Path) -> None:
 
 def test_the_study_of_the_claims_is_understood() -> None:
     plan = parse(StudyFile, ["--config", str(CONFIGS / "study" / "claims.yaml")])
-    for words in plan.datasets.values():
-        check_bounds(parse(GenerateConfig, [*words, "output_dir=data"]))
+    for overrides in plan.datasets.values():
+        check_bounds(parse(GenerateConfig, [*overrides, "output_dir=data"]))
     for adapter in plan.adapters.values():
         assert adapter.data in plan.datasets
-        check_bounds(parse(TrainConfig, [*adapter.words, "data_dir=data", "output_dir=run"]))
+        check_bounds(parse(TrainConfig, [*adapter.overrides, "data_dir=data", "output_dir=run"]))
     for name, evaluation in plan.evaluations.items():
         assert set(evaluation.adapters) <= set(plan.adapters)
-        check_bounds(parse(EvaluateConfig, [*evaluation.words, "adapter_dir=run"]))
+        check_bounds(parse(EvaluateConfig, [*evaluation.overrides, "adapter_dir=run"]))
         assert name in {*CLAIMS, "variants"}

@@ -73,13 +73,13 @@ def load_whole(dataset: Dataset, specimen: Specimen) -> Any:
 
 
 def layout_of(dataset: Dataset) -> Layout:
-    told = dict(dataset.info["teacher"]["layout"])
+    info = dict(dataset.info["teacher"]["layout"])
     return Layout(
-        **told
+        **info
         | {
-            "arguments": Arguments.of_facts(told["arguments"]),
-            "denoisers": tuple(told["denoisers"]),
-            "target_channels": tuple(told["target_channels"]),
+            "arguments": Arguments.of_facts(info["arguments"]),
+            "denoisers": tuple(info["denoisers"]),
+            "target_channels": tuple(info["target_channels"]),
         }
     )
 

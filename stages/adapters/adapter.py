@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stages.adapters import folder
 from stages.adapters.attaching import Attachable
-from stages.adapters.conditioning import Conditioning, Known, ScaleAlone, choose_conditions
+from stages.adapters.conditioning import Conditioning, Conditions, ScaleAlone, choose_conditions
 from stages.adapters.config import NEGATIVE_TOKENS, TIMESTEP, AdapterConfig
 from stages.adapters.export import export
 from stages.adapters.fusing import LowRank
@@ -33,11 +33,11 @@ class Site(nn.Module, ABC):
     What does not depend on the image is prepared apart: once per forward pass, not once per token.
     """
 
-    def of_step(self, known: Known) -> tuple[Tensor, ...]:
+    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
         """What depends on scale, timestep and whole conditions: tensors `[n, ...]`."""
         return ()
 
-    def of_tokens(self, known: Known) -> tuple[Tensor, ...]:
+    def prepare_tokens(self, known: Conditions) -> tuple[Tensor, ...]:
         """What depends on the conditions' tokens alone: tensors `[n, ...]`."""
         return ()
 
@@ -47,7 +47,7 @@ class Site(nn.Module, ABC):
 
         Args:
             tokens: `[n, length, width]`, what the site was given.
-            prepared: what `of_step` and `of_tokens` gave.
+            prepared: what `prepare_step` and `prepare_tokens` gave.
         """
 
 
@@ -61,7 +61,7 @@ class GuidanceAdapter(Attachable):
     Attributes:
         config: the variant and its sizes, complete.
         shapes: the sites by name, with the widths of each.
-        about: what the folder tells besides: conditions, trained scale range, guidance gain, base.
+        metadata: what the folder tells besides: conditions, trained scale range, guidance gain, base.
     """
 
     variant: ClassVar[str]
@@ -73,9 +73,9 @@ class GuidanceAdapter(Attachable):
     def __init_subclass__(cls) -> None:
         GuidanceAdapter.variants[cls.variant] = cls
 
-    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], about: dict[str, Any]) -> None:
+    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], metadata: dict[str, Any]) -> None:
         super().__init__()
-        self.config, self.shapes, self.about = config, shapes, about
+        self.config, self.shapes, self.metadata = config, shapes, metadata
         self.conditioning = self.new_conditioning()
         self.sites = nn.ModuleDict({name.replace(".", "/"): self.new_site(*shape) for name, shape in shapes.items()})
 
@@ -88,8 +88,8 @@ class GuidanceAdapter(Attachable):
     def new_conditioning(self) -> Conditioning | ScaleAlone:
         """What it sees."""
         wanted = list(self.config.conditions or [])
-        chosen = choose_conditions(self.about["conditions"], wanted)
-        scale, offset = self.about["timestep_scale"], self.about.get("timestep_offset", 0.0)
+        chosen = choose_conditions(self.metadata["conditions"], wanted)
+        scale, offset = self.metadata["timestep_scale"], self.metadata.get("timestep_offset", 0.0)
         return Conditioning(self.config.hidden_size, chosen, scale, TIMESTEP in wanted, offset)
 
     @property
@@ -107,8 +107,8 @@ class GuidanceAdapter(Attachable):
         return every_site(denoiser)
 
     @classmethod
-    def find(
-        cls, denoiser: nn.Module, config: AdapterConfig, about: dict[str, Any], seen: dict[str, Seen] | None = None
+    def find_sites(
+        cls, denoiser: nn.Module, config: AdapterConfig, metadata: dict[str, Any], seen: dict[str, Seen] | None = None
     ) -> dict[str, Shape]:
         """The sites of this variant in a denoiser; `seen` of its candidates in a trial forward, if there was one."""
         return find_sites(denoiser, list(config.sites or []), seen)
@@ -124,15 +124,15 @@ class GuidanceAdapter(Attachable):
         )
 
     @classmethod
-    def described(cls, about: dict[str, Any], denoiser: nn.Module) -> dict[str, Any]:
+    def with_base_metadata(cls, metadata: dict[str, Any], denoiser: nn.Module) -> dict[str, Any]:
         """What the folder tells besides, with what of the base this variant needs to know."""
-        return about
+        return metadata
 
-    def start_from(self, denoiser: nn.Module) -> None:
+    def init_from_base(self, denoiser: nn.Module) -> None:
         """Take from the base what an untrained adapter begins with."""
 
     @staticmethod
-    def kind(variant: str) -> type[GuidanceAdapter]:
+    def get_class(variant: str) -> type[GuidanceAdapter]:
         """The class of a variant.
 
         Raises:
@@ -144,7 +144,7 @@ class GuidanceAdapter(Attachable):
 
     @staticmethod
     def for_denoiser(
-        config: AdapterConfig, denoiser: nn.Module, about: dict[str, Any], inputs: Inputs | None = None
+        config: AdapterConfig, denoiser: nn.Module, metadata: dict[str, Any], inputs: Inputs | None = None
     ) -> GuidanceAdapter:
         """A new adapter, untrained, for the sites that are found in a denoiser.
 
@@ -152,15 +152,15 @@ class GuidanceAdapter(Attachable):
             inputs: arguments of one call of the denoiser, flat, for a trial forward (`looking.look`) that shows what no name
                 tells. Their values do not matter, and they may be on the meta device.
         """
-        kind = GuidanceAdapter.kind(config.variant)
-        config, about = kind.completed(config), kind.described(about, denoiser)
+        kind = GuidanceAdapter.get_class(config.variant)
+        config, metadata = kind.completed(config), kind.with_base_metadata(metadata, denoiser)
         candidates = kind.candidates(denoiser)
-        seen = look(denoiser, candidates, inputs, about) if inputs is not None and candidates else None
-        shapes = kind.find(denoiser, config, about, seen)
-        spots = {} if seen is None else {name: told for name in shapes if (told := seen[name].told())}
-        about = about | {"blocks": find_blocks(denoiser, shapes)} | ({"spots": spots} if spots else {})
-        adapter = kind(config, shapes, about)
-        adapter.start_from(denoiser)
+        seen = look(denoiser, candidates, inputs, metadata) if inputs is not None and candidates else None
+        shapes = kind.find_sites(denoiser, config, metadata, seen)
+        spots = {} if seen is None else {name: spec for name in shapes if (spec := seen[name].spec())}
+        metadata = metadata | {"blocks": find_blocks(denoiser, shapes)} | ({"spots": spots} if spots else {})
+        adapter = kind(config, shapes, metadata)
+        adapter.init_from_base(denoiser)
         return adapter
 
     # Where it sits
@@ -173,16 +173,16 @@ class GuidanceAdapter(Attachable):
         found = self.find_again(denoiser)
         for name in [*self.shapes, *found]:
             if found.get(name) != self.shapes.get(name):
-                here, there = (told(shapes.get(name)) for shapes in (self.shapes, found))
+                here, there = (format_shape(shapes.get(name)) for shapes in (self.shapes, found))
                 raise UserError(
                     f"the adapter does not fit this {type(denoiser).__name__}: at {name} it was made for {here}, "
                     f"the base has {there}: attach it to a base of the architecture it was trained on"
                 )
 
         for name, count in find_blocks(denoiser, self.shapes).items():
-            if count != self.about.get("blocks", {}).get(name, count):
+            if count != self.metadata.get("blocks", {}).get(name, count):
                 raise UserError(
-                    f"the adapter does not fit this {type(denoiser).__name__}: it was made for {self.about['blocks'][name]} "
+                    f"the adapter does not fit this {type(denoiser).__name__}: it was made for {self.metadata['blocks'][name]} "
                     f"{name}, the base has {count}: attach it to a base of the architecture it was trained on"
                 )
 
@@ -205,7 +205,7 @@ class GuidanceAdapter(Attachable):
 
     def _add(self, i: int, name: str, module: nn.Module) -> Callable[..., Any]:
         site, shape = self.sites[name.replace(".", "/")], self.shapes[name]
-        spot, tokens_in = Spot(**self.about.get("spots", {}).get(name, {})), argument_in(module)
+        spot, tokens_in = Spot(**self.metadata.get("spots", {}).get(name, {})), argument_in(module)
 
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self.prepared is None:
@@ -249,7 +249,7 @@ class GuidanceAdapter(Attachable):
         if guidance is None or guidance.bypass:
             return None
         wanted = bool(self.config.conditions)
-        samples = samples_of(flatten(given), next(iter(given)), self.about, wanted)
+        samples = samples_of(flatten(given), next(iter(given)), self.metadata, wanted)
         if samples.ragged and guidance.known and not guidance.is_uniform:
             raise UserError(
                 "guidance_scale: one for each image, and the images' prompts differ in length: give the images one by one"
@@ -269,11 +269,11 @@ class GuidanceAdapter(Attachable):
 
     def _prepare(self, scale: Tensor, timestep: Tensor, inputs: dict[str, Any]) -> Prepared:
         known = self.conditioning(self._asked(scale), timestep, self.conditioning.embed(inputs)).to(self.dtype)
-        return [(*site.of_step(known), *site.of_tokens(known)) for site in self._each_site()]
+        return [(*site.prepare_step(known), *site.prepare_tokens(known)) for site in self._each_site()]
 
     def _asked(self, scale: Tensor) -> Tensor:
         """The scales that the variant is given for those wanted: more by the guidance gain, which leads none out of the training."""
-        gain, most = self.about.get("guidance_gain", 1.0), self.about["scale_range"][1]
+        gain, most = self.metadata.get("guidance_gain", 1.0), self.metadata["scale_range"][1]
         return torch.minimum(scale + (gain - 1) * (scale - 1), scale.clamp(min=most))
 
     def _each_site(self) -> list[Site]:
@@ -295,10 +295,10 @@ class GuidanceAdapter(Attachable):
         Raises:
             UserError: it is not an adapter, or of another version.
         """
-        chosen, shapes, about, weights = folder.load(name_or_path, **source)
-        with folder.named(name_or_path):
+        chosen, shapes, metadata, weights = folder.load(name_or_path, **source)
+        with folder.loading_errors(name_or_path):
             config = AdapterConfig(**chosen)
-            adapter = GuidanceAdapter.kind(config.variant)(config, shapes, about)
+            adapter = GuidanceAdapter.get_class(config.variant)(config, shapes, metadata)
             adapter.load_state_dict(weights)
         return adapter.eval()
 
@@ -354,7 +354,7 @@ def of_rows(values: Tensor, rows: int, tiled: bool = False) -> Tensor:
     return values.repeat(count, *[1] * (values.ndim - 1)) if tiled else values.repeat_interleave(count, dim=0)
 
 
-def told(shape: Shape | None) -> str:
+def format_shape(shape: Shape | None) -> str:
     """A site's shape for a person."""
     if shape is None:
         return "no site"

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from stages.adapters.attachment import begin_ride, end_ride, is_ridden, ride_of
+from stages.adapters.attachment import attachment_of, begin_attachment, end_attachment, is_attached
 from stages.adapters.call_arguments import check_pipeline
 from stages.adapters.guiding import Guiding
-from stages.adapters.one_pass import begin_one_pass, end_one_pass, riders_of
+from stages.adapters.one_pass import adapters_of, begin_one_pass, end_one_pass
 from stages.adapters.wrappers import entrance_of, layers_of, unwrapped
 from stages.errors import UserError
 
@@ -51,11 +51,11 @@ class Attachable(Guiding):
         elif is_denoiser or self.denoiser is not denoiser or any(pipe is target for pipe in self.pipelines):
             raise UserError("this adapter is attached already: detach it first")
         if not is_denoiser:
-            check_pipeline(self, target, riders_of(target).stock)
+            check_pipeline(self, target, adapters_of(target).stock)
         check_wrappers(target if is_denoiser else getattr(target, self.component_in(target)))
         with ExitStack() as undo:
             if self.denoiser is None:
-                self._ride(denoiser, backup_device, undo)
+                self._begin(denoiser, backup_device, undo)
             self._targets.append(weakref.ref(target))
             undo.callback(self._targets.pop)
             if not is_denoiser:
@@ -66,16 +66,16 @@ class Attachable(Guiding):
             undo.pop_all()
         return self
 
-    def _ride(self, denoiser: nn.Module, backup_device: str | torch.device | None, undo: ExitStack) -> None:
-        if is_ridden(denoiser):
+    def _begin(self, denoiser: nn.Module, backup_device: str | torch.device | None, undo: ExitStack) -> None:
+        if is_attached(denoiser):
             raise UserError(
                 f"this {type(denoiser).__name__} carries an adapter already (a copy carries the original's): detach that one "
                 "first, or load the pipeline anew"
             )
         self.check_fit(denoiser)
         undo.callback(self._forget)
-        begin_ride(denoiser, backup_device)
-        undo.callback(end_ride, denoiser)
+        begin_attachment(denoiser, backup_device)
+        undo.callback(end_attachment, denoiser)
         self._denoiser = weakref.ref(denoiser)
 
     def _forget(self) -> None:
@@ -92,10 +92,10 @@ class Attachable(Guiding):
         denoiser = self.denoiser
         for pipe in self.pipelines:
             end_one_pass(pipe, self)
-        if denoiser is not None and is_ridden(denoiser):
-            with ride_of(denoiser).turns.alone():
+        if denoiser is not None and is_attached(denoiser):
+            with attachment_of(denoiser).lock.alone():
                 self._forget()
-                end_ride(denoiser)
+                end_attachment(denoiser)
         self._forget()
 
     def check_carried(self, pipe: Any) -> None:
@@ -105,7 +105,7 @@ class Attachable(Guiding):
         """
         denoiser = self.denoiser_in(pipe)
         kind = type(denoiser).__name__
-        if not is_ridden(denoiser):
+        if not is_attached(denoiser):
             raise UserError(
                 f"this {kind} took the place of the one that the adapter was attached to, or the adapter was detached meanwhile: "
                 "detach it, and attach it anew"
@@ -116,10 +116,10 @@ class Attachable(Guiding):
     def _come_by(self, denoiser: nn.Module, outermost: nn.Module) -> None:
         """Have the hooks see the calls of a denoiser that was wrapped since they were put there."""
         check_wrappers(outermost)
-        ride = ride_of(denoiser)
-        if ride.handles and ride.entrance is not entrance_of(outermost):
-            with ride.turns.alone():
-                ride.unhook()
+        attachment = attachment_of(denoiser)
+        if attachment.handles and attachment.entrance is not entrance_of(outermost):
+            with attachment.lock.alone():
+                attachment.unhook()
                 self.hook(denoiser)
 
 

@@ -19,7 +19,7 @@ from stages.adapters.fusing import FusedWeights, LowRank
 from stages.adapters.guidance import Guidance
 from stages.errors import UserError
 
-RIDE = "_guidance_ride"  # among a denoiser's attributes
+ATTACHMENT = "_guidance_ride"  # among a denoiser's attributes
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Context:
     outer: Context | None
 
 
-class Turns:
+class ReadersWriterLock:
     """Whose turn it is on a denoiser: who changes its weights goes alone, those who leave them as they are go together.
 
     A thread that has its turn may take it once more, also alone within alone, or together within alone.
@@ -85,7 +85,7 @@ class Turns:
             self._changed.notify_all()
 
 
-class Ride:
+class Attachment:
     """It lies on the denoiser itself, so that a deep copy of the denoiser has one of its own.
 
     Attributes:
@@ -94,7 +94,7 @@ class Ride:
         fused: what the weights hold; None where they are the base's own.
         held: what they hold between calls, because somebody fused it.
         contexts: open, in the order of opening, whatever thread opened them.
-        turns: of those that use the denoiser.
+        lock: of those that use the denoiser.
     """
 
     def __init__(self, backup_device: str | torch.device | None) -> None:
@@ -106,13 +106,13 @@ class Ride:
         self.held: Fused | None = None
         self.contexts: list[Context] = []
         self.weights: FusedWeights | None = None
-        self.turns = Turns()
+        self.lock = ReadersWriterLock()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Ride:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """A copy takes turns with its original, because the adapter that rides on both moves between their devices."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        apart = {"contexts": [], "turns": self.turns}
+        apart = {"contexts": [], "lock": self.lock}
         own = {name: value for name, value in vars(self).items() if name not in apart}
         vars(copied).update(copy.deepcopy(own, memo), **apart)
         return copied
@@ -150,26 +150,26 @@ class Ride:
         return hooked
 
 
-def begin_ride(denoiser: nn.Module, backup_device: str | torch.device | None) -> None:
-    ride = vars(denoiser)[RIDE] = Ride(backup_device)
-    ride.guards.append(denoiser.register_forward_pre_hook(wait_for_turn))
-    ride.guards.append(denoiser.register_forward_hook(EndTurn(), always_call=True))
+def begin_attachment(denoiser: nn.Module, backup_device: str | torch.device | None) -> None:
+    attachment = vars(denoiser)[ATTACHMENT] = Attachment(backup_device)
+    attachment.guards.append(denoiser.register_forward_pre_hook(wait_for_lock))
+    attachment.guards.append(denoiser.register_forward_hook(ReleaseLock(), always_call=True))
 
 
-def wait_for_turn(denoiser: nn.Module, args: Any) -> None:
+def wait_for_lock(denoiser: nn.Module, args: Any) -> None:
     """Pipelines that carry no adapter may share a denoiser: none of their passes runs on weights that a scale is in."""
     if not torch.compiler.is_compiling():  # compiled code knows no threads
-        ride_of(denoiser).turns.join()
+        attachment_of(denoiser).lock.join()
 
 
-class EndTurn:
+class ReleaseLock:
     """The first of a ridden denoiser's hooks, so that it says why the denoiser cannot be pickled. Copies share it."""
 
     def __call__(self, denoiser: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            ride_of(denoiser).turns.leave()
+            attachment_of(denoiser).lock.leave()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> EndTurn:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReleaseLock:
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -178,22 +178,22 @@ class EndTurn:
         )
 
 
-def end_ride(denoiser: nn.Module) -> None:
+def end_attachment(denoiser: nn.Module) -> None:
     """Leave a denoiser as it was."""
-    ride = ride_of(denoiser)
-    ride.unhook()
-    for handle in ride.guards:
+    attachment = attachment_of(denoiser)
+    attachment.unhook()
+    for handle in attachment.guards:
         handle.remove()
-    del vars(denoiser)[RIDE]
-    ride.restore()
+    del vars(denoiser)[ATTACHMENT]
+    attachment.restore()
 
 
-def is_ridden(denoiser: nn.Module) -> bool:
+def is_attached(denoiser: nn.Module) -> bool:
     """Whether an adapter rides on it; a deep copy has a ride of its own."""
-    return RIDE in vars(denoiser)
+    return ATTACHMENT in vars(denoiser)
 
 
-def ride_of(denoiser: nn.Module) -> Ride:
-    ride = vars(denoiser)[RIDE]
-    assert isinstance(ride, Ride)
-    return ride
+def attachment_of(denoiser: nn.Module) -> Attachment:
+    attachment = vars(denoiser)[ATTACHMENT]
+    assert isinstance(attachment, Attachment)
+    return attachment

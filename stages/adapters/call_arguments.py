@@ -11,7 +11,7 @@ import torch
 from diffusers.guiders import BaseGuidance
 
 from stages.adapters.guidance import Scales, as_scales
-from stages.adapters.saying import warn
+from stages.adapters.user_warnings import warn
 from stages.base.denoiser import denoisers_of
 from stages.base.sampling import scale_keyword
 from stages.errors import UserError
@@ -32,16 +32,16 @@ class CallArguments:
     """The arguments of one call of a pipeline.
 
     Args:
-        signature: of the stock `__call__`; riders: the adapters on the pipeline, by the component that each guides.
+        signature: of the stock `__call__`; adapters: the adapters on the pipeline, by the component that each guides.
 
     Attributes:
         given: what the caller named; keyword: by which the pipeline is told its own scale, None where a guider knows it.
     """
 
     def __init__(
-        self, pipe: Any, signature: inspect.Signature, riders: dict[str, Guiding], args: Any, kwargs: dict[str, Any]
+        self, pipe: Any, signature: inspect.Signature, adapters: dict[str, Guiding], args: Any, kwargs: dict[str, Any]
     ) -> None:
-        self.pipe, self.riders, self.keyword = pipe, riders, keyword_of(pipe, signature)
+        self.pipe, self.adapters, self.keyword = pipe, adapters, keyword_of(pipe, signature)
         self.added = {SCALE: kwargs.pop(SCALE)} if self.keyword is None and SCALE in kwargs else {}
         self.bound = signature.bind(pipe, *args, **kwargs)
         self.given = dict(self.bound.arguments) | self.added
@@ -66,10 +66,10 @@ class CallArguments:
 
     def _scales(self, component: str, number: Scales) -> torch.Tensor:
         """The scales `w` for the pipeline's number; up to the one that switches its guidance off, none."""
-        about = self.riders[component].about
-        offset = about.get("scale_offset", 0.0)
+        metadata = self.adapters[component].metadata
+        offset = metadata.get("scale_offset", 0.0)
         scales = as_scales(number, offset)
-        off = about.get("no_guidance", {}).get(self.keyword, 1.0 - offset)
+        off = metadata.get("no_guidance", {}).get(self.keyword, 1.0 - offset)
         return torch.where(scales <= off + offset, 1.0, scales)
 
     def keyword_of(self, component: str) -> str | None:
@@ -81,8 +81,8 @@ class CallArguments:
     def switch_off(self) -> dict[str, Any]:
         """Have the pipeline make one pass without its own guidance; the settings that this changed, as they are now."""
         off: dict[str, Any] = {} if self.keyword is None else {self.keyword: NO_GUIDANCE}
-        for adapter in self.riders.values():
-            off |= adapter.about.get("no_guidance", {})
+        for adapter in self.adapters.values():
+            off |= adapter.metadata.get("no_guidance", {})
         if self.keyword is not None:
             numbered = [name for name in self.arguments if re.fullmatch(rf"{self.keyword}_\d+", name)]
             off |= {name: off.get(name, off[self.keyword]) for name in numbered if self.arguments[name] is not None}
@@ -105,8 +105,8 @@ class CallArguments:
     def recorded(self, name: str) -> Any:
         """An argument's value in the calls that the adapters were trained on."""
         default = self.bound.signature.parameters[name].default
-        for adapter in self.riders.values():
-            rule, arguments = adapter.about.get("guidance_rule"), adapter.about.get("arguments", {})
+        for adapter in self.adapters.values():
+            rule, arguments = adapter.metadata.get("guidance_rule"), adapter.metadata.get("arguments", {})
             default = (rule if isinstance(rule, dict) else {}).get(name, arguments.get(name, default))
         return default
 
@@ -114,10 +114,10 @@ class CallArguments:
 
     def warn(self) -> None:
         """Say what the call asks for that one pass does not do."""
-        for adapter in self.riders.values():
+        for adapter in self.adapters.values():
             self._warn_of_negatives(adapter)
             self._warn_of_classes(adapter)
-        scales = {self.keyword, *map(self.keyword_of, self.riders)}
+        scales = {self.keyword, *map(self.keyword_of, self.adapters)}
         if self.keyword in (None, SCALE) or self.keyword not in self.given:
             scales.add(SCALE)
         for name, value in self.given.items():
@@ -126,7 +126,7 @@ class CallArguments:
                     f"{name}={value} does not change the guidance of this adapter, which was recorded with "
                     f"{name}={self.recorded(name)}: leave it out, or train an adapter on records made so"
                 )
-        for name in denoisers_of(self.pipe).keys() - self.riders.keys():
+        for name in denoisers_of(self.pipe).keys() - self.adapters.keys():
             warn(
                 f"{name} carries no adapter, so that its steps run without guidance: attach the adapter made for it too"
             )
@@ -135,7 +135,9 @@ class CallArguments:
         """Say once that a negative prompt does nothing, where the adapter was not trained to see it."""
         if adapter.sees_negative or adapter.warned_of_negative:
             return
-        recorded = {name: value for name, value in adapter.about["arguments"].items() if name.startswith("negative_")}
+        recorded = {
+            name: value for name, value in adapter.metadata["arguments"].items() if name.startswith("negative_")
+        }
         known = {""} | {value.strip() for value in recorded.values() if isinstance(value, str)}
         for name, value in self.given.items():
             if not name.startswith("negative_") or value is None or alike(value, recorded.get(name)):
@@ -152,7 +154,7 @@ class CallArguments:
                 return
 
     def _warn_of_classes(self, adapter: Guiding) -> None:
-        trained = (adapter.about.get("sampled") or {}).get("class_labels") or []
+        trained = (adapter.metadata.get("sampled") or {}).get("class_labels") or []
         asked = self.given.get("class_labels")
         if not trained or asked is None:
             return
@@ -197,7 +199,7 @@ def check_pipeline(adapter: Guiding, pipe: Any, stock: type[Any]) -> None:
     """
     keyword, off, kind = (
         keyword_of(pipe, inspect.signature(stock.__call__)),
-        adapter.about.get("no_guidance", {}),
+        adapter.metadata.get("no_guidance", {}),
         stock,
     )
     recorded = recorded_class(adapter)
@@ -209,15 +211,15 @@ def check_pipeline(adapter: Guiding, pipe: Any, stock: type[Any]) -> None:
     here, there = (inspect.signature(each.__call__).parameters for each in (kind, recorded))
     more = [s for s in here if is_setting(s) and s not in there and s not in off and here[s].default]
     lost = [s for s in off if s in there and s not in here]
-    for setting, words in [(s, "too") for s in more] + [(s, "no more") for s in lost]:
+    for setting, overrides in [(s, "too") for s in more] + [(s, "no more") for s in lost]:
         raise UserError(
-            f"{kind.__name__} guides by {setting} {words}, otherwise than the {name} of the records: {WAY_OUT}"
+            f"{kind.__name__} guides by {setting} {overrides}, otherwise than the {name} of the records: {WAY_OUT}"
         )
 
 
 def recorded_class(adapter: Guiding) -> type[Any] | None:
     """The class of the pipeline that the adapter was trained on; None where it is not known, or a guider guided it."""
-    rule, base = adapter.about.get("guidance_rule"), adapter.about.get("base", {})
+    rule, base = adapter.metadata.get("guidance_rule"), adapter.metadata.get("base", {})
     name = (rule.get("pipeline") if isinstance(rule, dict) else None) or base.get("pipeline_class")
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):

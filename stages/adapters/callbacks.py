@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from stages.adapters.call_arguments import guiders_of, is_setting
-from stages.adapters.saying import warn
+from stages.adapters.user_warnings import warn
 
 if TYPE_CHECKING:
-    from stages.adapters.controller import Course
+    from stages.adapters.controller import AdapterCall
 
 CALLBACK, INPUTS = "callback", "callback_on_step_end_tensor_inputs"
 LATENTS = "latents"
 
 
-def watch(arguments: dict[str, Any], pipe: Any, courses: list[Course], keyword: str | None) -> None:
+def watch(arguments: dict[str, Any], pipe: Any, adapter_calls: list[AdapterCall], keyword: str | None) -> None:
     """Put a watched callback in the place of each among the arguments of a call.
 
     Args:
@@ -30,10 +30,12 @@ def watch(arguments: dict[str, Any], pipe: Any, courses: list[Course], keyword: 
                 value, "tensor_inputs"
             ):  # one of diffusers' own, which the pipeline asks
                 arguments[INPUTS] = value.tensor_inputs
-            arguments[name] = watched(value, pipe, courses, keyword)
+            arguments[name] = watched(value, pipe, adapter_calls, keyword)
 
 
-def watched(callback: Callable[..., Any], pipe: Any, courses: list[Course], keyword: str | None) -> Callable[..., Any]:
+def watched(
+    callback: Callable[..., Any], pipe: Any, adapter_calls: list[AdapterCall], keyword: str | None
+) -> Callable[..., Any]:
     """A callback that finds the adapter's scale in the pipeline, and whose changes of it are done by the adapter.
 
     The pipeline goes on in one pass. Conditions that come back with fewer rows, as from a callback that takes the unconditional half
@@ -44,11 +46,11 @@ def watched(callback: Callable[..., Any], pipe: Any, courses: list[Course], keyw
         timestep = next((arg for arg in args if isinstance(arg, Tensor) and arg.ndim == 0), None)
         given = next((dict(arg) for arg in (*args, *kwargs.values()) if isinstance(arg, dict)), {})
         before = settings_of(pipe)
-        shown = Shown(show(pipe, courses, timestep), settings_of(pipe))
+        shown = Shown(show(pipe, adapter_calls, timestep), settings_of(pipe))
         try:
             returned = callback(*args, **kwargs)
-            follow(pipe, courses, shown, f"_{keyword}")
-            warn_of_changes(pipe, shown, {f"_{keyword}", *(course.attribute for course in courses)})
+            follow(pipe, adapter_calls, shown, f"_{keyword}")
+            warn_of_changes(pipe, shown, {f"_{keyword}", *(adapter_call.attribute for adapter_call in adapter_calls)})
         finally:
             vars(pipe).update(before)
             for guider in guiders_of(pipe).values():
@@ -70,33 +72,33 @@ def settings_of(pipe: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(pipe).items() if name.startswith("_") and is_setting(name)}
 
 
-def show(pipe: Any, courses: list[Course], timestep: Tensor | None) -> list[Any]:
+def show(pipe: Any, adapter_calls: list[AdapterCall], timestep: Tensor | None) -> list[Any]:
     """Have a pipeline and its guiders name the adapters' scales as their own; those that are named, by course."""
-    scales = [course.scale_at(timestep) for course in courses]
-    for course, scale in zip(courses, scales, strict=True):
-        if course.attribute in vars(pipe):
-            vars(pipe)[course.attribute] = scale
+    scales = [adapter_call.scale_at(timestep) for adapter_call in adapter_calls]
+    for adapter_call, scale in zip(adapter_calls, scales, strict=True):
+        if adapter_call.attribute in vars(pipe):
+            vars(pipe)[adapter_call.attribute] = scale
     for guider in guiders_of(pipe).values():
         guider.enable()
         guider.guidance_scale = scales[0]
     return scales
 
 
-def follow(pipe: Any, courses: list[Course], shown: Shown, main: str) -> None:
+def follow(pipe: Any, adapter_calls: list[AdapterCall], shown: Shown, main: str) -> None:
     """Have the adapters guide at the scales that a pipeline and its guiders name now, where they are others than were shown.
 
     Args:
         main: the attribute by which the pipeline decides whether it guides at all.
     """
-    off, guiders = 1.0 - courses[0].offset, guiders_of(pipe).values()
+    off, guiders = 1.0 - adapter_calls[0].offset, guiders_of(pipe).values()
     scale = vars(pipe).get(main)
     cut = scale is not shown.settings.get(main) and is_off(scale, off)
     cut = cut or not all(guider._enabled for guider in guiders)
-    for course, before in zip(courses, shown.scales, strict=True):
-        named = [vars(pipe).get(course.attribute, before), *(guider.guidance_scale for guider in guiders)]
+    for adapter_call, before in zip(adapter_calls, shown.scales, strict=True):
+        named = [vars(pipe).get(adapter_call.attribute, before), *(guider.guidance_scale for guider in guiders)]
         changed = [now for now in named if now is not before]
         if cut or changed:
-            course.change(off if cut else changed[0])
+            adapter_call.change(off if cut else changed[0])
 
 
 def is_off(scale: Any, off: float) -> bool:

@@ -51,49 +51,49 @@ With another strength it guides as the scale of two-pass guidance beside it does
 
 def model_card(adapter: GuidanceAdapter) -> str:
     """Markdown with the header that model hubs read."""
-    about, parameters = adapter.about, sum(parameter.numel() for parameter in adapter.parameters())
-    low, high = about["scale_range"]
+    metadata, parameters = adapter.metadata, sum(parameter.numel() for parameter in adapter.parameters())
+    low, high = metadata["scale_range"]
     facts = {
-        **teacher_of(about),
+        **teacher_of(metadata),
         "variant": adapter.variant,
         "trained scales": f"{low:g} to {high:g}",
         "parameters": f"{parameters:,}",
     }
-    if about.get("guidance_gain", 1) > 1:
+    if metadata.get("guidance_gain", 1) > 1:
         facts["guidance gain"] = (
-            f"{about['guidance_gain']:.3f} times the guidance is asked of it, up to that of {high:g}"
+            f"{metadata['guidance_gain']:.3f} times the guidance is asked of it, up to that of {high:g}"
         )
-    if "training" in about:
-        training = about["training"]
+    if "training" in metadata:
+        training = metadata["training"]
         facts |= {
             "trained on": f"{training['records']:,} records of {training['trajectories']:,} {training.get('kind', 'guided')} trajectories",
             "steps": f"{training['steps']:,}",
             "validation loss": f"{training['validation_loss']:.5f} (the base without guidance: "
             f"{training['validation_loss_unguided']:.5f})",
         }
-    rows = about.get("evaluation", [])
+    rows = metadata.get("evaluation", [])
     card = CARD.format(
         header=header(adapter, rows),
-        base=about["base"]["pretrained_model_name_or_path"],
-        loading=loading(about),
+        base=metadata["base"]["pretrained_model_name_or_path"],
+        loading=loading(metadata),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
     )
     card += MEASURED.format(rows="\n".join(map(measured, rows))) if rows else ""
-    return card + "".join(DIAL.format(scale=scale, rows=dial(rows)) for scale, rows in about.get("dial", {}).items())
+    return card + "".join(DIAL.format(scale=scale, rows=dial(rows)) for scale, rows in metadata.get("dial", {}).items())
 
 
-def teacher_of(about: dict[str, Any]) -> dict[str, str]:
+def teacher_of(metadata: dict[str, Any]) -> dict[str, str]:
     """What was recorded: the pipeline, how it guided, its scheduler, and what its call was told."""
-    base, teacher, rule = about["base"], about.get("teacher", {}), about.get("guidance_rule")
-    told = {
+    base, teacher, rule = metadata["base"], metadata.get("teacher", {}), metadata.get("guidance_rule")
+    facts = {
         "teacher": base.get("pipeline_class"),
         "its guidance": as_code(rule) if isinstance(rule, dict) else rule,
         "its guider": as_code(teacher.get("guider")),
         "its scheduler": teacher.get("scheduler_class"),
         "configured as": as_code(teacher.get("scheduler_config")),
-        "its call was told": as_code(about.get("arguments")),
+        "its call was told": as_code(metadata.get("arguments")),
     }
-    return {name: value for name, value in told.items() if value}
+    return {name: value for name, value in facts.items() if value}
 
 
 def as_code(values: dict[str, Any] | None) -> str:
@@ -101,9 +101,9 @@ def as_code(values: dict[str, Any] | None) -> str:
     return f"`{json.dumps(values, default=str)}`".replace("|", "\\|") if values else ""
 
 
-def loading(about: dict[str, Any]) -> str:
+def loading(metadata: dict[str, Any]) -> str:
     """Lines of Python that load what was recorded, as far as stock classes are it."""
-    base, teacher = about["base"], about.get("teacher", {})
+    base, teacher = metadata["base"], metadata.get("teacher", {})
     kind = base.get("pipeline_class")
     if teacher.get("guider") or not hasattr(diffusers, str(kind)):
         kind = "DiffusionPipeline"
@@ -136,7 +136,7 @@ def header(adapter: GuidanceAdapter, rows: list[dict[str, Any]]) -> str:
         for metric in ("frechet_distance", "gap_closed")
     ]
     data = ModelCardData(
-        base_model=adapter.about["base"]["pretrained_model_name_or_path"],
+        base_model=adapter.metadata["base"]["pretrained_model_name_or_path"],
         base_model_relation="adapter",
         library_name="diffusers",
         tags=["guidance-distillation", "classifier-free-guidance", adapter.variant],

@@ -60,14 +60,14 @@ def find_conditions(tensors: dict[str, dict[str, Any]], num_classes: int) -> dic
         `[length, several, width]` or `[several, length, width]`, serve where there is nothing else.
     """
     found: dict[str, dict[str, Any]] = {}
-    for name, told in tensors.items():
-        if told["shape"] == [] and "int" in told["dtype"] and num_classes > 1 and not found:
+    for name, spec in tensors.items():
+        if spec["shape"] == [] and "int" in spec["dtype"] and num_classes > 1 and not found:
             found[name] = {"kind": LABEL, "classes": num_classes}
     for kind, ranks, negative in ((POOLED, (1,), False), (TOKENS, (2, 3), False), (NEGATIVE_TOKENS, (2, 3), True)):
         fitting = {
-            name: (kind == POOLED or told["shape"][0] >= FEWEST_TOKENS, -len(told["shape"]), told["shape"][-1])
-            for name, told in tensors.items()
-            if len(told["shape"]) in ranks and "float" in told["dtype"] and told["shape"][-1] >= SMALLEST_EMBEDDING
+            name: (kind == POOLED or spec["shape"][0] >= FEWEST_TOKENS, -len(spec["shape"]), spec["shape"][-1])
+            for name, spec in tensors.items()
+            if len(spec["shape"]) in ranks and "float" in spec["dtype"] and spec["shape"][-1] >= SMALLEST_EMBEDDING
             and name.startswith(NEGATIVE) == negative and "mask" not in name
         }  # fmt: skip
         if fitting:
@@ -87,7 +87,7 @@ def choose_conditions(found: dict[str, dict[str, Any]], wanted: list[str]) -> di
     if unknown := set(wanted) - {TIMESTEP, POOLED, TOKENS, NEGATIVE_TOKENS}:
         known = f"{TIMESTEP}, {POOLED}, {TOKENS}, {NEGATIVE_TOKENS}"
         raise UserError(f"adapter.conditions: unknown {sorted(unknown)[0]}: any of {known}")
-    by_kind = {told["kind"]: (name, told) for name, told in found.items()}
+    by_kind = {spec["kind"]: (name, spec) for name, spec in found.items()}
     chosen = [by_kind[kind] for kind in (TOKENS, NEGATIVE_TOKENS) if kind in wanted and kind in by_kind]
     if NEGATIVE_TOKENS in wanted and NEGATIVE_TOKENS not in by_kind:
         raise UserError(
@@ -96,8 +96,8 @@ def choose_conditions(found: dict[str, dict[str, Any]], wanted: list[str]) -> di
     if POOLED in wanted:
         whole = by_kind.get(LABEL) or by_kind.get(POOLED)
         if whole is None and TOKENS in by_kind and TOKENS not in wanted:
-            name, told = by_kind[TOKENS]
-            whole = name, told | {"kind": MEAN}
+            name, spec = by_kind[TOKENS]
+            whole = name, spec | {"kind": MEAN}
         chosen = [whole, *chosen] if whole else chosen
     return dict(chosen)
 
@@ -105,13 +105,13 @@ def choose_conditions(found: dict[str, dict[str, Any]], wanted: list[str]) -> di
 class ConditionEmbedding(nn.Module):
     """One condition of a forward pass: a class by a table, an embedding by a projection."""
 
-    def __init__(self, about: dict[str, Any], hidden_size: int) -> None:
+    def __init__(self, metadata: dict[str, Any], hidden_size: int) -> None:
         super().__init__()
-        self.kind = about["kind"]
+        self.kind = metadata["kind"]
         if self.kind == LABEL:
-            self.project: nn.Module = nn.Embedding(about["classes"], hidden_size)
+            self.project: nn.Module = nn.Embedding(metadata["classes"], hidden_size)
         else:
-            self.project = nn.Sequential(nn.LayerNorm(about["width"]), nn.Linear(about["width"], hidden_size))
+            self.project = nn.Sequential(nn.LayerNorm(metadata["width"]), nn.Linear(metadata["width"], hidden_size))
 
     def forward(self, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A vector `[n, hidden]` for the whole condition, and of tokens one for each `[n, length, hidden]`.
@@ -140,7 +140,7 @@ def mean_of_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @dataclass
-class Known:
+class Conditions:
     """What is known of a forward pass, the same for every site.
 
     Attributes:
@@ -156,13 +156,13 @@ class Known:
     tokens: Tensor | None = None
     mask: Tensor | None = None
 
-    def to(self, dtype: torch.dtype) -> Known:
+    def to(self, dtype: torch.dtype) -> Conditions:
         tokens = None if self.tokens is None else self.tokens.to(dtype)
-        return Known(self.curves.to(dtype), self.vector.to(dtype), self.parts.to(dtype), tokens, self.mask)
+        return Conditions(self.curves.to(dtype), self.vector.to(dtype), self.parts.to(dtype), tokens, self.mask)
 
 
 @dataclass
-class Embedded:
+class EmbeddedConditions:
     """The conditions of a forward pass, embedded: `[n, c, hidden]` for the whole of each, and their tokens."""
 
     wholes: Tensor
@@ -194,9 +194,9 @@ class Conditioning(nn.Module):
         self.timestep_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.timestep = TimestepEmbedding(256, hidden_size) if sees_timestep else None
         self.names = list(conditions)
-        self.conditions = nn.ModuleList(ConditionEmbedding(about, hidden_size) for about in conditions.values())
+        self.conditions = nn.ModuleList(ConditionEmbedding(metadata, hidden_size) for metadata in conditions.values())
 
-    def embed(self, inputs: dict[str, Any]) -> Embedded:
+    def embed(self, inputs: dict[str, Any]) -> EmbeddedConditions:
         """What does not depend on the step, from the denoiser's arguments, flat.
 
         Raises:
@@ -214,13 +214,13 @@ class Conditioning(nn.Module):
             if each is not None:
                 tokens.append(each)
                 masks.append(mask)
-        return Embedded(
+        return EmbeddedConditions(
             torch.stack(wholes, 1) if wholes else self.scale.frequencies.new_zeros(1, 0, 0),
             torch.cat(tokens, 1) if tokens else None,
             joined(masks, tokens),
         )
 
-    def forward(self, guidance_scale: Tensor, timestep: Tensor, embedded: Embedded) -> Known:
+    def forward(self, guidance_scale: Tensor, timestep: Tensor, embedded: EmbeddedConditions) -> Conditions:
         """
         Args:
             guidance_scale, timestep: `[n]`, the timestep as the denoiser is given it.
@@ -234,18 +234,18 @@ class Conditioning(nn.Module):
         if embedded.wholes.shape[1]:
             together = torch.cat([together, embedded.wholes], 1)
         vector = nn.functional.silu(together.sum(1))
-        return Known(scale_curves(guidance_scale), vector, together, embedded.tokens, embedded.mask)
+        return Conditions(scale_curves(guidance_scale), vector, together, embedded.tokens, embedded.mask)
 
 
 class ScaleAlone(nn.Module):
     """Knows the scale by its curves, and nothing else; it has no parameters."""
 
-    def embed(self, inputs: dict[str, Any]) -> Embedded:
-        return Embedded(torch.zeros(1, 0, 0), None, None)
+    def embed(self, inputs: dict[str, Any]) -> EmbeddedConditions:
+        return EmbeddedConditions(torch.zeros(1, 0, 0), None, None)
 
-    def forward(self, guidance_scale: Tensor, timestep: Tensor, embedded: Embedded) -> Known:
+    def forward(self, guidance_scale: Tensor, timestep: Tensor, embedded: EmbeddedConditions) -> Conditions:
         curves = scale_curves(guidance_scale)
-        return Known(curves, curves, curves[:, None])
+        return Conditions(curves, curves, curves[:, None])
 
 
 def joined(masks: list[Tensor | None], tokens: list[Tensor]) -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stages.adapters.attachment import Context, ride_of
+from stages.adapters.attachment import Context, attachment_of
 from stages.adapters.call_arguments import CallArguments, guiders_of
 from stages.adapters.callbacks import watch
 from stages.adapters.guidance import Guidance, Scales, as_scales, scales_of_schedule
@@ -31,15 +31,15 @@ class Controller:
     """What one call needs of the adapters on a pipeline: nothing of it is known to another call.
 
     Args:
-        stock: the pipeline's own class; riders: the adapters.
+        stock: the pipeline's own class; adapters: the adapters.
     """
 
-    def __init__(self, stock: type[Any], riders: tuple[Attachable, ...], pipe: Any, args: Any, kwargs: Any) -> None:
+    def __init__(self, stock: type[Any], adapters: tuple[Attachable, ...], pipe: Any, args: Any, kwargs: Any) -> None:
         self.stock, self.pipe = stock, pipe
-        self.riders = {adapter.component_in(pipe): adapter for adapter in riders}
-        for adapter in riders:
+        self.adapters = {adapter.component_in(pipe): adapter for adapter in adapters}
+        for adapter in adapters:
             adapter.check_carried(pipe)
-        self.call = CallArguments(pipe, inspect.signature(stock.__call__), dict(self.riders), args, kwargs)
+        self.call = CallArguments(pipe, inspect.signature(stock.__call__), dict(self.adapters), args, kwargs)
 
     def run(self) -> Any:
         """What the pipeline returns.
@@ -51,18 +51,18 @@ class Controller:
         call.warn()
         with ExitStack() as stack:
             # Always in the same order: two calls that wait for each other's denoiser would wait for ever.
-            courses = [stack.enter_context(self._course(name).guiding()) for name in sorted(self.riders)]
+            adapter_calls = [stack.enter_context(self._course(name).guiding()) for name in sorted(self.adapters)]
             call.switch_off()
-            watch(call.arguments, self.pipe, courses, call.keyword)
+            watch(call.arguments, self.pipe, adapter_calls, call.keyword)
             stack.enter_context(without_guiders(self.pipe))
             return self.stock.__call__(*call.bound.args, **call.bound.kwargs)
 
-    def _course(self, component: str) -> Course:
-        adapter = self.riders[component]
-        held = ride_of(adapter.denoiser_in(self.pipe)).held
+    def _course(self, component: str) -> AdapterCall:
+        adapter = self.adapters[component]
+        held = attachment_of(adapter.denoiser_in(self.pipe)).held
         scale = self.call.scale_of(component, None if held is None else held.guidance_scale)
         own = self.call.keyword_of(component)
-        return Course(adapter, self.pipe, component, scale, f"_{own}", self._negative(adapter, component))
+        return AdapterCall(adapter, self.pipe, component, scale, f"_{own}", self._negative(adapter, component))
 
     def _negative(self, adapter: Attachable, component: str) -> dict[str, Tensor]:
         """What an adapter sees of the negative prompt, if it sees any."""
@@ -72,17 +72,17 @@ class Controller:
         keyword = {} if call.keyword is None else {call.keyword: SOME_GUIDANCE}
         guided = inspect.BoundArguments(call.bound.signature, call.arguments | keyword)
         if guided.arguments.get("negative_prompt") is None:
-            guided.arguments |= {k: v for k, v in adapter.about["arguments"].items() if k == "negative_prompt"}
+            guided.arguments |= {k: v for k, v in adapter.metadata["arguments"].items() if k == "negative_prompt"}
         return unconditional_tokens(
             self.pipe,
-            list({**self.riders, **denoisers_of(self.pipe)}),
+            list({**self.adapters, **denoisers_of(self.pipe)}),
             lambda: self.stock.__call__(*guided.args, **guided.kwargs),
-            adapter.about["unconditional"],
+            adapter.metadata["unconditional"],
             call.arguments.get("generator"),
         )
 
 
-class Course:
+class AdapterCall:
     """How one adapter guides its denoiser through one call: at one scale, or from step to step.
 
     Args:
@@ -102,7 +102,7 @@ class Course:
     ) -> None:
         self.adapter, self.pipe, self.component = adapter, pipe, component
         self.denoiser, self.attribute = adapter.denoiser_in(pipe), attribute
-        self.offset = float(adapter.about.get("scale_offset", 0))
+        self.offset = float(adapter.metadata.get("scale_offset", 0))
         asked = adapter.asked
         self.schedule = None if asked is None or isinstance(asked, Context) else asked
         if isinstance(asked, Context):
@@ -114,7 +114,7 @@ class Course:
         self.waits = self.schedule is not None  # for the timesteps
 
     @contextmanager
-    def guiding(self) -> Iterator[Course]:
+    def guiding(self) -> Iterator[AdapterCall]:
         """Within it, the denoiser is guided."""
         with self.adapter.guiding(self.denoiser, self.guidance), ExitStack() as stack:
             if self.schedule is not None:
@@ -133,20 +133,20 @@ class Course:
         """The scale that the pipeline would name at a timestep of the scheduler: a number, or a tensor `[images]`."""
         guidance = self.guidance
         if guidance.timesteps is not None:
-            guidance = guidance.of_step(
-                guidance.timesteps[0] if timestep is None else self._told(timestep.float().cpu())
+            guidance = guidance.at_step(
+                guidance.timesteps[0] if timestep is None else self._prepared(timestep.float().cpu())
             )
         return (guidance.scales[0] if guidance.one_scale is None else guidance.one_scale) - self.offset
 
-    def _told(self, timesteps: Tensor) -> Tensor:
+    def _prepared(self, timesteps: Tensor) -> Tensor:
         """The scheduler's timesteps as the denoiser is told them."""
-        about = self.adapter.about
-        return timesteps * about["timestep_scale"] + about.get("timestep_offset", 0)
+        metadata = self.adapter.metadata
+        return timesteps * metadata["timestep_scale"] + metadata.get("timestep_offset", 0)
 
     @contextmanager
     def _by_step(self) -> Iterator[None]:
         """Within it, the guidance follows the timesteps as soon as the pipeline has set them."""
-        scheduler, timestep = self.pipe.scheduler, self.adapter.about.get("timestep", "timestep")
+        scheduler, timestep = self.pipe.scheduler, self.adapter.metadata.get("timestep", "timestep")
         thread = threading.get_ident()
 
         def plan(set_timesteps: Callable[..., None], owner: Any, *args: Any, **kwargs: Any) -> None:
@@ -156,7 +156,7 @@ class Course:
             assert self.schedule is not None
             scales = scales_of_schedule(self.schedule, timesteps)
             self.adapter.warn_outside(scales)
-            self.guidance = Guidance(scales, self._told(timesteps), self.guidance.negative)
+            self.guidance = Guidance(scales, self._prepared(timesteps), self.guidance.negative)
             self.adapter.go_on(self.guidance)
             if not self.guidance.is_uniform:  # else each step is fused as it comes
                 self.adapter.steer(self.denoiser, self.guidance)
@@ -173,7 +173,7 @@ class Course:
                 )
             guidance = self.guidance
             if guidance.timesteps is not None and guidance.is_uniform:
-                self.adapter.steer(self.denoiser, guidance.of_step(bind_inputs(self.denoiser, args, kwargs)[timestep]))
+                self.adapter.steer(self.denoiser, guidance.at_step(bind_inputs(self.denoiser, args, kwargs)[timestep]))
 
         outermost = getattr(self.pipe, self.component)
         hook = outermost.register_forward_pre_hook(steer, with_kwargs=True, prepend=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.adapters.adapter import GuidanceAdapter, Site
-from stages.adapters.conditioning import Known
+from stages.adapters.conditioning import Conditions
 
 HEAD_WIDTH = 64
 
@@ -27,10 +27,10 @@ class CrossAttentionSite(Site):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def of_step(self, known: Known) -> tuple[Tensor, ...]:
+    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
         return self._keys_and_values(known.parts)
 
-    def of_tokens(self, known: Known) -> tuple[Tensor, ...]:
+    def prepare_tokens(self, known: Conditions) -> tuple[Tensor, ...]:
         if known.tokens is None:
             return ()
         mask = () if known.mask is None else (known.mask,)
@@ -42,13 +42,13 @@ class CrossAttentionSite(Site):
         return tuple(part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in both.chunk(2, dim=-1))
 
     def forward(self, tokens: Tensor, *prepared: Tensor) -> Tensor:
-        keys, values, *of_tokens = prepared
+        keys, values, *prepare_tokens = prepared
         mask = None
-        if of_tokens:
-            mask = of_tokens[2] if len(of_tokens) == 3 else None
+        if prepare_tokens:
+            mask = prepare_tokens[2] if len(prepare_tokens) == 3 else None
             if mask is not None:  # what is no token of a prompt is never masked
                 mask = nn.functional.pad(mask, (keys.shape[2], 0), value=True)[:, None, None]
-            keys, values = torch.cat([keys, of_tokens[0]], 2), torch.cat([values, of_tokens[1]], 2)
+            keys, values = torch.cat([keys, prepare_tokens[0]], 2), torch.cat([values, prepare_tokens[1]], 2)
         queries = self.query(self.norm(tokens)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         attended = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))

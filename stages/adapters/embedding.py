@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stages.adapters.adapter import GuidanceAdapter, Site, of_rows
-from stages.adapters.conditioning import LABEL, Known
+from stages.adapters.conditioning import LABEL, Conditions
 from stages.adapters.config import POOLED, TOKENS, AdapterConfig
 from stages.adapters.inputs import places_of
 from stages.adapters.sites import Shape, find_label_embedders
@@ -37,7 +37,7 @@ class EmbeddingSite(Site):
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.bias.bias)
 
-    def of_step(self, known: Known) -> tuple[Tensor, ...]:
+    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
         vector = nn.functional.silu(self.inner(known.vector))
         gain, shift = self.modulation(vector)[:, None].chunk(2, dim=-1)
         return 1 + gain, shift, self.bias(vector)[:, None]
@@ -66,14 +66,16 @@ class Embedding(GuidanceAdapter):
         return {}
 
     @classmethod
-    def find(
-        cls, denoiser: nn.Module, config: AdapterConfig, about: dict[str, Any], seen: dict[str, Seen] | None = None
+    def find_sites(
+        cls, denoiser: nn.Module, config: AdapterConfig, metadata: dict[str, Any], seen: dict[str, Seen] | None = None
     ) -> dict[str, Shape]:
         """The condition that is corrected, with its width."""
         if config.sites:
             raise UserError("adapter.sites: the variant embedding sits at no site: leave it out")
         by_kind = {
-            told["kind"]: {name: [told["width"]] * 2} for name, told in about["conditions"].items() if "width" in told
+            spec["kind"]: {name: [spec["width"]] * 2}
+            for name, spec in metadata["conditions"].items()
+            if "width" in spec
         }
         tables = find_label_embedders(denoiser)
         if TOKENS in by_kind:
@@ -87,7 +89,7 @@ class Embedding(GuidanceAdapter):
         )
 
     def find_again(self, denoiser: nn.Module) -> dict[str, Shape]:
-        return self.find(denoiser, self.config, self.about)
+        return self.find_sites(denoiser, self.config, self.metadata)
 
     def site_hooks(self, denoiser: nn.Module) -> Iterator[RemovableHandle]:
         def correct(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -104,7 +106,7 @@ class Embedding(GuidanceAdapter):
         if self.prepared is None or name == LABEL:
             return None
         inputs = flatten(given)
-        place = places_of(inputs, next(iter(given)), self.about)[name]
+        place = places_of(inputs, next(iter(given)), self.metadata)[name]
         if place.listed:
             entries = enumerate(argument(inputs, name, place))
             changed = {f"{name}.[{i}]": self._corrected(entry[None], slice(i, i + 1))[0] for i, entry in entries}

@@ -49,8 +49,8 @@ def export(adapter: GuidanceAdapter, path: Path, guidance_scale: float, format: 
     weights, tensors, implementation = prepared(adapter, path, guidance_scale, format)
     adapter.warn_outside(as_scales(guidance_scale))
     file = path if format == KOHYA else path / (LORA_FILE if format == DIFFUSERS else WEIGHTS_FILE)
-    told = header(adapter, guidance_scale, implementation) | for_diffusers(adapter, weights, format)
-    content = with_header(tensors, told)
+    header_fields = header(adapter, guidance_scale, implementation) | for_diffusers(adapter, weights, format)
+    content = with_header(tensors, header_fields)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,8 +74,8 @@ def prepared(
     weights = weights_of(adapter, guidance_scale, format)
     check_path(path, format)
     if format == DIFFUSERS:
-        check_loader(adapter.about["base"])
-    return weights, *named(adapter, weights, format)
+        check_loader(adapter.metadata["base"])
+    return weights, *named_for_format(adapter, weights, format)
 
 
 def weights_of(adapter: GuidanceAdapter, guidance_scale: float, format: str) -> LowRank:
@@ -115,9 +115,9 @@ def check_path(path: Path, format: str) -> None:
         raise UserError(f"output={path}: holds an adapter of this project: name another folder")
 
 
-def named(adapter: GuidanceAdapter, weights: LowRank, format: str) -> tuple[dict[str, Tensor], str]:
+def named_for_format(adapter: GuidanceAdapter, weights: LowRank, format: str) -> tuple[dict[str, Tensor], str]:
     """The tensors of a file by the names that its readers know, and the code whose names they are."""
-    base = adapter.about["base"]
+    base = adapter.metadata["base"]
     if format == KOHYA:
         naming = naming_of(base["denoiser_class"])
         return naming.renamed(weights), naming.implementation
@@ -146,7 +146,7 @@ def lora_config(weights: LowRank) -> dict[str, Any]:
 
 def peft_config(adapter: GuidanceAdapter, weights: LowRank) -> dict[str, Any]:
     """The configuration in a folder of peft's."""
-    base = adapter.about["base"]
+    base = adapter.metadata["base"]
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -164,7 +164,7 @@ def peft_config(adapter: GuidanceAdapter, weights: LowRank) -> dict[str, Any]:
 
 def for_diffusers(adapter: GuidanceAdapter, weights: LowRank, format: str) -> dict[str, str]:
     """What diffusers reads in the header: the ranks, which some of its releases guess wrongly where they differ."""
-    base = adapter.about["base"]
+    base = adapter.metadata["base"]
     if format == PEFT or (format == KOHYA and naming_of(base["denoiser_class"]).alpha):
         return {}
     config = {f"{base['denoiser_subfolder']}.{key}": value for key, value in lora_config(weights).items()}
@@ -173,7 +173,7 @@ def for_diffusers(adapter: GuidanceAdapter, weights: LowRank, format: str) -> di
 
 def how_to_load(adapter: GuidanceAdapter, file: Path, format: str) -> str:
     """What loads an exported file, in a line."""
-    base = adapter.about["base"]
+    base = adapter.metadata["base"]
     part, folder = base["denoiser_subfolder"], file.parent
     if format == KOHYA:
         return f"loaded by {naming_of(base['denoiser_class']).readers}"

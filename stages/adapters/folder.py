@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT_VERSION = 3
-MOST_TOLD = 300
+MAX_MESSAGE_LENGTH = 300
 
 
 def save(adapter: GuidanceAdapter, path: Path) -> None:
@@ -35,16 +35,16 @@ def save(adapter: GuidanceAdapter, path: Path) -> None:
     weights = {name: value.detach().cpu().contiguous() for name, value in adapter.state_dict().items()}
     with whole(path / WEIGHTS_FILE) as part:
         part.write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
-    describe(adapter, path)
+    write_card(adapter, path)
 
 
-def describe(adapter: GuidanceAdapter, path: Path) -> None:
+def write_card(adapter: GuidanceAdapter, path: Path) -> None:
     """Write model card and configuration."""
     config = {"format_version": FORMAT_VERSION, "adapter": asdict(adapter.config), "sites": adapter.shapes}
     with whole(path / CARD_FILE) as part:
         part.write_text(model_card(adapter), encoding="utf-8")
     with whole(path / CONFIG_FILE) as part:
-        part.write_text(json.dumps(config | adapter.about, indent=2) + "\n")
+        part.write_text(json.dumps(config | adapter.metadata, indent=2) + "\n")
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def named(name_or_path: str | Path) -> Iterator[None]:
+def loading_errors(name_or_path: str | Path) -> Iterator[None]:
     """Whatever a file that is none of ours makes our code stumble over is told as what it is."""
     try:
         yield
@@ -72,8 +72,10 @@ def named(name_or_path: str | Path) -> Iterator[None]:
         RuntimeError,
         safetensors.SafetensorError,
     ) as error:
-        told = " ".join(str(error).split())[:MOST_TOLD]  # torch names what is wrong with the weights in its second line
-        raise UserError(f"{name_or_path}: not an adapter: {told}") from error
+        message = " ".join(str(error).split())[
+            :MAX_MESSAGE_LENGTH
+        ]  # torch names what is wrong with the weights in its second line
+        raise UserError(f"{name_or_path}: not an adapter: {message}") from error
 
 
 def load(
@@ -84,15 +86,15 @@ def load(
     Raises:
         UserError: there is no adapter of this version.
     """
-    with named(name_or_path), _at_hand(str(name_or_path), **source) as path:
-        about = json.loads((path / CONFIG_FILE).read_bytes())
-        version = about.pop("format_version")
+    with loading_errors(name_or_path), _at_hand(str(name_or_path), **source) as path:
+        metadata = json.loads((path / CONFIG_FILE).read_bytes())
+        version = metadata.pop("format_version")
         if version != FORMAT_VERSION:
             way_out = "upgrade this project" if version > FORMAT_VERSION else "train it again"
             raise UserError(
                 f"{name_or_path}: written in version {version} of the format, not {FORMAT_VERSION}: {way_out}"
             )
-        return about.pop("adapter"), about.pop("sites"), about, load_file(path / WEIGHTS_FILE)
+        return metadata.pop("adapter"), metadata.pop("sites"), metadata, load_file(path / WEIGHTS_FILE)
 
 
 @contextmanager

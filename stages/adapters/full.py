@@ -29,27 +29,27 @@ class Full(Offset):
     variant = "full"
     exclusive = True
 
-    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], about: dict[str, Any]) -> None:
-        super().__init__(config, shapes, about)
+    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], metadata: dict[str, Any]) -> None:
+        super().__init__(config, shapes, metadata)
         self._base: list[tuple[dict[str, Any], str, nn.Parameter]] = []
         self.unguided: Any = None
         self.weights = nn.ParameterDict(
-            {name.replace(".", "/"): torch.empty(shape) for name, shape in about["weights"].items()}
+            {name.replace(".", "/"): torch.empty(shape) for name, shape in metadata["weights"].items()}
         )
 
     @classmethod
-    def described(cls, about: dict[str, Any], denoiser: nn.Module) -> dict[str, Any]:
-        return about | {"weights": shapes_of(denoiser)}
+    def with_base_metadata(cls, metadata: dict[str, Any], denoiser: nn.Module) -> dict[str, Any]:
+        return metadata | {"weights": shapes_of(denoiser)}
 
     @torch.no_grad()
-    def start_from(self, denoiser: nn.Module) -> None:
+    def init_from_base(self, denoiser: nn.Module) -> None:
         for name, parameter in weights_of(denoiser).items():
             self.weights[name.replace(".", "/")].copy_(parameter)
 
     def check_fit(self, denoiser: nn.Module) -> None:
         super().check_fit(denoiser)
         found = shapes_of(denoiser)
-        for name, shape in self.about["weights"].items():
+        for name, shape in self.metadata["weights"].items():
             if found.get(name) != shape:
                 raise UserError(f"the adapter does not fit: {name} is {found.get(name, 'not there')}, not {shape}")
 

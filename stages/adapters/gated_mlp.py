@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from stages.adapters.adapter import GuidanceAdapter, Site
-from stages.adapters.conditioning import Known
+from stages.adapters.conditioning import Conditions
 
 
 class GatedMLPSite(Site):
@@ -21,7 +21,7 @@ class GatedMLPSite(Site):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def of_step(self, known: Known) -> tuple[Tensor, ...]:
+    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
         """The part of M and G that falls to c."""
         inner, gate = self.of_condition(known.vector)[:, None].tensor_split([-1], dim=-1)
         return inner, gate

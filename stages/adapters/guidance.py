@@ -98,7 +98,7 @@ class Guidance:
             return torch.zeros(1, dtype=torch.long, device=timestep.device)
         return (self._timesteps - timestep.flatten()[:1].float()).abs().argmin(keepdim=True)
 
-    def of_step(self, timestep: Tensor | float) -> Guidance:
+    def at_step(self, timestep: Tensor | float) -> Guidance:
         """The guidance of the step that a timestep belongs to; a timestep on a GPU is waited for."""
         assert self.timesteps is not None
         nearest = int((self.timesteps - float(torch.as_tensor(timestep).flatten()[0])).abs().argmin())
@@ -137,5 +137,5 @@ class InForce:
     gate: Tensor | None = None
 
 
-class Here(InForce, threading.local):
+class InThread(InForce, threading.local):
     """What is in force in one thread, so that calls in several threads may share an adapter."""

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stages.adapters.attachment import Context, Fused, is_ridden, ride_of
+from stages.adapters.attachment import Context, Fused, attachment_of, is_attached
 from stages.adapters.fusing import LowRank
-from stages.adapters.guidance import Guidance, Here, InForce, Prepared, Scales, ScaleSchedule, as_scales
-from stages.adapters.saying import warn
+from stages.adapters.guidance import Guidance, InForce, InThread, Prepared, Scales, ScaleSchedule, as_scales
+from stages.adapters.user_warnings import warn
 from stages.adapters.wrappers import entrance_of, is_compiled, runs_fused_projections, unwrapped
 from stages.base.denoiser import denoiser_of
 from stages.errors import UserError
@@ -34,7 +34,7 @@ class Guiding(nn.Module, ABC):
     """What every variant does alike while it guides.
 
     Attributes:
-        about: what the adapter's folder tells: conditions, trained scale range, base.
+        metadata: what the adapter's folder tells: conditions, trained scale range, base.
         fused: whether the last guided call of a pipeline ran the base's own modules alone.
         fusible: whether the variant is a change of weights at one scale.
         exclusive: whether it changes the base in a forward pass, so that one thread at a time can call it.
@@ -42,19 +42,19 @@ class Guiding(nn.Module, ABC):
 
     fusible: ClassVar[bool] = False
     exclusive: ClassVar[bool] = False
-    about: dict[str, Any]
+    metadata: dict[str, Any]
     sites: nn.ModuleDict
 
     def __init__(self) -> None:
         super().__init__()
         self.fused: bool | None = None
-        self.told: set[str] = set()  # why calls ran unfused
+        self.warned: set[str] = set()  # why calls ran unfused
         self.warned_of_negative = False
         self._exact: dict[str, Tensor] = {}  # the sites' weights, while they have a pipeline's precision
         self._begin_apart()
 
     def _begin_apart(self) -> None:
-        self.here, self.anywhere = Here(), InForce()
+        self.here, self.anywhere = InThread(), InForce()
         self._denoiser: weakref.ref[nn.Module] | None = None
         self._targets: list[weakref.ref[Any]] = []
 
@@ -164,7 +164,7 @@ class Guiding(nn.Module, ABC):
         Raises:
             UserError: it has no such part.
         """
-        recorded = self.about.get("base", {}).get("denoiser_subfolder")
+        recorded = self.metadata.get("base", {}).get("denoiser_subfolder")
         if isinstance(getattr(pipe, recorded or "", None), nn.Module):
             return str(recorded)
         found, _ = denoiser_of(pipe)
@@ -219,10 +219,10 @@ class Guiding(nn.Module, ABC):
             raise UserError(f"guidance_scale={guidance_scale} cannot be fused: {reason}")
         self.check_layers(denoiser)
         self.warn_outside(scales)
-        ride, fused = ride_of(denoiser), Fused(float(scales), strength)
-        with ride.turns.alone():
+        attachment, fused = attachment_of(denoiser), Fused(float(scales), strength)
+        with attachment.lock.alone():
             self.put(denoiser, fused)
-            ride.held = fused
+            attachment.held = fused
         return self
 
     def unfuse(self) -> None:
@@ -232,23 +232,23 @@ class Guiding(nn.Module, ABC):
             UserError: something else changed the weights meanwhile.
         """
         if self.denoiser is not None:
-            ride = ride_of(self.denoiser)
-            with ride.turns.alone():
+            attachment = attachment_of(self.denoiser)
+            with attachment.lock.alone():
                 self.put(self.denoiser, None)
-                ride.held = None
+                attachment.held = None
 
     def put(self, denoiser: nn.Module, fused: Fused | None) -> None:
         """Have a denoiser's weights hold one scale, or their own values; hooks go where a scale comes, or both would guide."""
-        ride = ride_of(denoiser)
+        attachment = attachment_of(denoiser)
         if fused is not None:
             self._unhook(denoiser)
         if fused is not None and fused.guidance_scale != 1:
             device = next(denoiser.parameters()).device
             self.follow(device)
             with torch.autocast(device.type, enabled=False):
-                ride.put(denoiser, fused, self.lora_weights(fused.guidance_scale))
+                attachment.put(denoiser, fused, self.lora_weights(fused.guidance_scale))
             return
-        ride.restore(fused)
+        attachment.restore(fused)
         if fused is None and self._is_on_denoiser:
             self.hook(denoiser)
 
@@ -313,41 +313,41 @@ class Guiding(nn.Module, ABC):
     def _between_calls(self, context: Context) -> Iterator[None]:
         """Within it, calls of the denoiser that no pipeline makes are guided too. No turn is held: pipelines may be called."""
         denoiser = self.denoiser
-        if denoiser is None or not (self.pipelines or ride_of(denoiser).held):
+        if denoiser is None or not (self.pipelines or attachment_of(denoiser).held):
             with self.in_force(context.guidance):
                 yield
             return
-        ride = ride_of(denoiser)
-        ride.contexts.append(context)
+        attachment = attachment_of(denoiser)
+        attachment.contexts.append(context)
         self.rest(denoiser)
         try:
             with self.in_force(context.guidance, anywhere=False):
                 yield
         finally:
-            ride.contexts.remove(context)
-            if is_ridden(denoiser) and ride_of(denoiser) is ride:  # else it was detached meanwhile
+            attachment.contexts.remove(context)
+            if is_attached(denoiser) and attachment_of(denoiser) is attachment:  # else it was detached meanwhile
                 self.rest(denoiser)
 
     def rest(self, denoiser: nn.Module) -> None:
         """Have a denoiser hold what guides between pipelines' calls: the innermost context, or what was fused."""
-        ride = ride_of(denoiser)
-        if ride.handles and not self.goes_alone(denoiser):
+        attachment = attachment_of(denoiser)
+        if attachment.handles and not self.goes_alone(denoiser):
             return
-        with ride.turns.alone():
-            self.anywhere.guidance = ride.resting
-            if ride.resting is not None:
-                self.steer(denoiser, ride.resting)
-            elif ride.contexts:
+        with attachment.lock.alone():
+            self.anywhere.guidance = attachment.resting
+            if attachment.resting is not None:
+                self.steer(denoiser, attachment.resting)
+            elif attachment.contexts:
                 self.put(denoiser, None)
                 self.hook(denoiser)
-            elif ride.fused != ride.held or ride.held is None:
-                self.put(denoiser, ride.held)
+            elif attachment.fused != attachment.held or attachment.held is None:
+                self.put(denoiser, attachment.held)
 
     def goes_alone(self, denoiser: nn.Module) -> bool:
         """Whether a call has to have the denoiser, or this adapter, for itself."""
-        ride = ride_of(denoiser)
+        attachment = attachment_of(denoiser)
         moves = next(self.parameters()).device != next(denoiser.parameters()).device
-        fuses = self.fusible and (ride.fused is not None or self.why_unfused(denoiser) is None)
+        fuses = self.fusible and (attachment.fused is not None or self.why_unfused(denoiser) is None)
         return self.exclusive or moves or fuses or any(is_compiled(module) for module in self._outermost())
 
     @contextmanager
@@ -358,7 +358,7 @@ class Guiding(nn.Module, ABC):
                 self.steer(denoiser, guidance)
                 yield
             finally:
-                if is_ridden(denoiser):
+                if is_attached(denoiser):
                     self.rest(denoiser)
 
     def go_on(self, guidance: Guidance) -> None:
@@ -370,9 +370,9 @@ class Guiding(nn.Module, ABC):
     @contextmanager
     def taken_out(self, denoiser: nn.Module) -> Iterator[None]:
         """Within it, a denoiser's weights are the base's own."""
-        ride = ride_of(denoiser)
-        with ride.turns.alone():
-            if ride.fused is not None:
+        attachment = attachment_of(denoiser)
+        with attachment.lock.alone():
+            if attachment.fused is not None:
                 self.put(denoiser, None)
             try:
                 yield
@@ -382,66 +382,68 @@ class Guiding(nn.Module, ABC):
     @contextmanager
     def _turn(self, denoiser: nn.Module) -> Iterator[bool]:
         """Within it, no other thread changes what this one's call needs; whether none has a call at all."""
-        ride = ride_of(denoiser)
+        attachment = attachment_of(denoiser)
         while not self.goes_alone(denoiser):
-            with ride.turns.together():
-                if ride.handles:
+            with attachment.lock.together():
+                if attachment.handles:
                     yield False
                     return
-            with ride.turns.alone():
+            with attachment.lock.alone():
                 self.put(denoiser, None)
                 self.hook(denoiser)
-        with ride.turns.alone():
+        with attachment.lock.alone():
             yield True
 
     def steer(self, denoiser: nn.Module, guidance: Guidance) -> None:
         """Fuse the scale of a guidance, or have hooks guide."""
-        ride, reason = ride_of(denoiser), self.why_unfused(denoiser)
+        attachment, reason = attachment_of(denoiser), self.why_unfused(denoiser)
         if reason is None and guidance.one_scale is None:
             reason = "the images of a batch have scales of their own"
         self.fused = reason is None
         if reason is not None:
             if self.fusible:
-                self.tell_once(f"the guidance is not fused, so that a pass pays for it: {reason}")
+                self.warn_once(f"the guidance is not fused, so that a pass pays for it: {reason}")
             self.put(denoiser, None)
             self.hook(denoiser)
             return
         scale = guidance.one_scale or 1.0
-        wanted = ride.held if ride.held is not None and ride.held.guidance_scale == scale else Fused(scale)
-        if ride.fused != wanted:
+        wanted = (
+            attachment.held if attachment.held is not None and attachment.held.guidance_scale == scale else Fused(scale)
+        )
+        if attachment.fused != wanted:
             self.put(denoiser, wanted)
 
     def warn_outside(self, scales: Tensor) -> None:
         """Say where scales lie outside the range of the training."""
-        low, high = self.about["scale_range"]
+        low, high = self.metadata["scale_range"]
         outside = scales[(scales != 1) & ((scales < low) | (scales > high))]
         if len(outside):
             trained = f"the range {low:g} to {high:g} that" if low < high else f"{low:g}, the one scale that"
             warn(f"guidance_scale {outside[0]:g} is outside {trained} this adapter was trained at")
 
-    def tell_once(self, message: str) -> None:
-        if message not in self.told:
-            self.told.add(message)
+    def warn_once(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
             warn(message)
 
     # Hooks
 
     def hook(self, denoiser: nn.Module) -> None:
         """Add the hooks, unless they are there; the sites take a pipeline's precision."""
-        ride = ride_of(denoiser)
-        if ride.handles:
+        attachment = attachment_of(denoiser)
+        if attachment.handles:
             return
         dtype = next(denoiser.parameters()).dtype
         if self.pipelines and dtype != next(self.sites.parameters()).dtype:
             self._exact = {name: value.clone() for name, value in self.sites.state_dict().items()}
             self.sites.to(dtype=dtype)
-        ride.entrance = next((entrance_of(module) for module in self._outermost()), denoiser)
-        for handle in self._hooks(denoiser, ride.entrance):
-            ride.handles.append(handle)
+        attachment.entrance = next((entrance_of(module) for module in self._outermost()), denoiser)
+        for handle in self._hooks(denoiser, attachment.entrance):
+            attachment.handles.append(handle)
         self._forget_compiled()
 
     def _unhook(self, denoiser: nn.Module) -> None:
-        if ride_of(denoiser).unhook():
+        if attachment_of(denoiser).unhook():
             self._forget_compiled()
             self._restore_precision()
 

@@ -35,12 +35,12 @@ UNET_ARCHITECTURES: dict[tuple[Any, Any], str] = {  # by the width of the text t
 PREDICTIONS = {"v_prediction": "v"}  # what the standard calls them, where it is another name
 
 
-def with_header(tensors: dict[str, Tensor], about: dict[str, str]) -> bytes:
+def with_header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """The bytes of a safetensors file, with the hash of its tensors in the header."""
     plain = safetensors.torch.save(tensors)
     start = 8 + int.from_bytes(plain[:8], "little")
     digest = hashlib.sha256(memoryview(plain)[start:]).hexdigest()
-    return safetensors.torch.save(tensors, about | {"modelspec.hash_sha256": f"0x{digest}"})
+    return safetensors.torch.save(tensors, metadata | {"modelspec.hash_sha256": f"0x{digest}"})
 
 
 def header(adapter: GuidanceAdapter, guidance_scale: float, implementation: str) -> dict[str, str]:
@@ -49,13 +49,13 @@ def header(adapter: GuidanceAdapter, guidance_scale: float, implementation: str)
     Args:
         implementation: the code whose names for the layers it has.
     """
-    about = adapter.about
-    base, name = about["base"], about["base"]["pretrained_model_name_or_path"]
-    low, high = about["scale_range"]
-    told = {
+    metadata = adapter.metadata
+    base, name = metadata["base"], metadata["base"]["pretrained_model_name_or_path"]
+    low, high = metadata["scale_range"]
+    fields = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture(about)}/lora",
+        "modelspec.architecture": f"{architecture(metadata)}/lora",
         "modelspec.implementation": implementation,
         "modelspec.title": f"One-pass guidance at scale {guidance_scale:g} for {name}",
         "modelspec.description": f"Classifier-free guidance at scale {guidance_scale:g} in one conditional pass of "
@@ -67,25 +67,25 @@ def header(adapter: GuidanceAdapter, guidance_scale: float, implementation: str)
         "guidance.base_fingerprint": base.get("denoiser_fingerprint"),
         "guidance.scale": f"{guidance_scale:g}",
         "guidance.trained_range": f"{low:g},{high:g}",
-        "guidance.gain": str(about.get("guidance_gain", 1.0)),
+        "guidance.gain": str(metadata.get("guidance_gain", 1.0)),
         "guidance.adapter_fingerprint": fingerprint(adapter),
-        "guidance.dial": dial(about, guidance_scale),
+        "guidance.dial": dial(metadata, guidance_scale),
     }
-    if prediction := about.get("prediction_type"):
-        told["modelspec.prediction_type"] = PREDICTIONS.get(prediction, prediction)
-    return {field: text for field, text in told.items() if text is not None}
+    if prediction := metadata.get("prediction_type"):
+        fields["modelspec.prediction_type"] = PREDICTIONS.get(prediction, prediction)
+    return {field: text for field, text in fields.items() if text is not None}
 
 
-def architecture(about: dict[str, Any]) -> str:
+def architecture(metadata: dict[str, Any]) -> str:
     """The base's architecture by the name that the trainers give it."""
-    kind, tokens = about["base"]["denoiser_class"], about["conditions"].get("encoder_hidden_states", {})
-    seen = tokens.get("width"), about.get("prediction_type")
+    kind, tokens = metadata["base"]["denoiser_class"], metadata["conditions"].get("encoder_hidden_states", {})
+    seen = tokens.get("width"), metadata.get("prediction_type")
     if kind == "UNet2DConditionModel":
         return UNET_ARCHITECTURES.get(seen, kind)
     return ARCHITECTURES.get(kind, kind)
 
 
-def dial(about: dict[str, Any], guidance_scale: float) -> str | None:
+def dial(metadata: dict[str, Any], guidance_scale: float) -> str | None:
     """The measured table of strengths and the scales that they come out at, as JSON; None where nobody measured it."""
-    table = about.get("dial", {}).get(f"{guidance_scale:g}")
+    table = metadata.get("dial", {}).get(f"{guidance_scale:g}")
     return None if table is None else json.dumps(table)

@@ -33,44 +33,44 @@ class Samples:
     ragged: bool
 
 
-def samples_of(flat: Inputs, latent: str, about: dict[str, Any], wanted: bool = True) -> Samples:
+def samples_of(flat: Inputs, latent: str, metadata: dict[str, Any], wanted: bool = True) -> Samples:
     """Read a call.
 
     Args:
         flat: the denoiser's arguments; latent: what the denoiser calls it.
-        about: what the adapter's folder tells.
+        metadata: what the adapter's folder tells.
         wanted: whether the conditions are.
     """
-    places = places_of(flat, latent, about)
+    places = places_of(flat, latent, metadata)
     value = argument(flat, latent, places[latent])
     count = places[latent].of_samples(value)
     device = (value[0] if places[latent].listed else value).device
-    timestep = of_each(torch.as_tensor(flat[timestep_name(about)], device=device), count, about)
-    others = {name: place for name, place in places.items() if name not in (latent, timestep_name(about))}
+    timestep = of_each(torch.as_tensor(flat[timestep_name(metadata)], device=device), count, metadata)
+    others = {name: place for name, place in places.items() if name not in (latent, timestep_name(metadata))}
     conditions = dict(_conditions(flat, others, count)) if wanted else {}
     return Samples(
         count, device, timestep, conditions, any(_is_ragged(flat, name, place) for name, place in places.items())
     )
 
 
-def timestep_name(about: dict[str, Any]) -> str:
-    return str(about.get("timestep", "timestep"))
+def timestep_name(metadata: dict[str, Any]) -> str:
+    return str(metadata.get("timestep", "timestep"))
 
 
-def of_each(timestep: Tensor, count: int, about: dict[str, Any]) -> Tensor:
+def of_each(timestep: Tensor, count: int, metadata: dict[str, Any]) -> Tensor:
     """The timestep of each sample `[n]`; of tokens that have their own, the noisiest, because others are held."""
     if timestep.numel() == 1 or timestep.numel() % count:
         return timestep.flatten()[:1].expand(count)
     tokens = timestep.reshape(count, -1)
     if tokens.shape[1] == 1:
         return tokens[:, 0]
-    return tokens.amax(1) if about.get("timestep_scale", 1.0) > 0 else tokens.amin(1)
+    return tokens.amax(1) if metadata.get("timestep_scale", 1.0) > 0 else tokens.amin(1)
 
 
-def places_of(flat: Inputs, latent: str, about: dict[str, Any]) -> dict[str, Axis]:
+def places_of(flat: Inputs, latent: str, metadata: dict[str, Any]) -> dict[str, Axis]:
     """Where each argument has its samples, as the folder tells, or else as shapes do."""
-    if told := about.get("axes"):
-        return {name: Axis(**place) for name, place in told.items()}
+    if axes := metadata.get("axes"):
+        return {name: Axis(**place) for name, place in axes.items()}
     listed = Axis(listed=True)
     first = Axis() if latent in flat else listed
     count = first.of_samples(argument(flat, latent, first))

@@ -81,10 +81,10 @@ def _inside(denoiser: nn.Module, kind: str, every: Container[str]) -> set[str]:
         return set()
 
 
-def look_at_layers(denoiser: nn.Module, inputs: Inputs, about: dict[str, Any] | None = None) -> dict[str, Seen]:
+def look_at_layers(denoiser: nn.Module, inputs: Inputs, metadata: dict[str, Any] | None = None) -> dict[str, Seen]:
     """What a trial forward shows of every layer that a LoRA can change; see `looking.look`."""
     return look(
-        denoiser, {name: shape_of(layer) for name, layer in adaptable_layers(denoiser).items()}, inputs, about or {}
+        denoiser, {name: shape_of(layer) for name, layer in adaptable_layers(denoiser).items()}, inputs, metadata or {}
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.adapters.adapter import GuidanceAdapter, Site
-from stages.adapters.conditioning import Conditioning, Known, ScaleAlone
+from stages.adapters.conditioning import Conditioning, Conditions, ScaleAlone
 from stages.adapters.config import AdapterConfig
 from stages.adapters.fusing import LowRank, why_not_fusable
 from stages.adapters.layers import adaptable_layers, find_layers, shape_of
@@ -47,7 +47,7 @@ class LoRASite(Site):
         self.gain = nn.Linear(hidden_size, rank) if hidden_size else None
         self.is_convolution = bool(kernel)
 
-    def of_step(self, known: Known) -> tuple[Tensor, ...]:
+    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
         gain = known.curves @ self.curves
         return (gain if self.gain is None else gain * (1 + self.gain(known.vector)),)
 
@@ -87,8 +87,8 @@ class LoRA(GuidanceAdapter):
         return {name: shape_of(layer) for name, layer in adaptable_layers(denoiser).items()}
 
     @classmethod
-    def find(
-        cls, denoiser: nn.Module, config: AdapterConfig, about: dict[str, Any], seen: dict[str, Seen] | None = None
+    def find_sites(
+        cls, denoiser: nn.Module, config: AdapterConfig, metadata: dict[str, Any], seen: dict[str, Seen] | None = None
     ) -> dict[str, Shape]:
         return find_layers(denoiser, list(config.sites or []), seen)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from stages.adapters.adapter import GuidanceAdapter, Site
-from stages.adapters.conditioning import Known
+from stages.adapters.conditioning import Conditions
 
 
 class OffsetSite(Site):
@@ -18,7 +18,7 @@ class OffsetSite(Site):
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
-    def of_step(self, known: Known) -> tuple[Tensor, ...]:
+    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
         return (self.outer(nn.functional.silu(self.inner(known.vector)))[:, None],)
 
     def forward(self, tokens: Tensor, *prepared: Tensor) -> Tensor:

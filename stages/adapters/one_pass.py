@@ -20,51 +20,51 @@ from stages.errors import UserError
 if TYPE_CHECKING:
     from stages.adapters.attaching import Attachable
 
-RIDERS = "_guidance_riders"  # of a pipeline's class
+ATTACHED = "_guidance_riders"  # of a pipeline's class
 
 
 @dataclass(frozen=True)
-class Riders:
+class AttachedAdapters:
     """The adapters on a pipeline, one for each denoiser that has one, and the class that the pipeline has without them."""
 
     stock: type[Any]
     adapters: tuple[Attachable, ...] = ()
 
 
-def riders_of(pipe: Any) -> Riders:
-    return getattr(type(pipe), RIDERS, Riders(type(pipe)))
+def adapters_of(pipe: Any) -> AttachedAdapters:
+    return getattr(type(pipe), ATTACHED, AttachedAdapters(type(pipe)))
 
 
 def begin_one_pass(pipe: Any, adapter: Attachable) -> None:
     """Have a pipeline's calls guided by an adapter, besides those that guide it already."""
-    riders = riders_of(pipe)
-    others = tuple(other for other in riders.adapters if other is not adapter)  # a copy has its original's
-    pipe.__class__ = guided_class(pipe, Riders(riders.stock, (*others, adapter)))
+    adapters = adapters_of(pipe)
+    others = tuple(other for other in adapters.adapters if other is not adapter)  # a copy has its original's
+    pipe.__class__ = guided_class(pipe, AttachedAdapters(adapters.stock, (*others, adapter)))
 
 
 def end_one_pass(pipe: Any, adapter: Attachable) -> None:
     """Leave a pipeline to the other adapters, or as it was."""
-    riders = riders_of(pipe)
-    others = tuple(other for other in riders.adapters if other is not adapter)
-    pipe.__class__ = guided_class(pipe, Riders(riders.stock, others)) if others else riders.stock
+    adapters = adapters_of(pipe)
+    others = tuple(other for other in adapters.adapters if other is not adapter)
+    pipe.__class__ = guided_class(pipe, AttachedAdapters(adapters.stock, others)) if others else adapters.stock
 
 
-def guided_class(pipe: Any, riders: Riders) -> type[Any]:
-    stock = riders.stock
+def guided_class(pipe: Any, adapters: AttachedAdapters) -> type[Any]:
+    stock = adapters.stock
 
     def call(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
-        return Controller(stock, riders.adapters, pipeline, args, kwargs).run()
+        return Controller(stock, adapters.adapters, pipeline, args, kwargs).run()
 
     @functools.wraps(stock.save_pretrained)
     def save_pretrained(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
-            for adapter in riders.adapters:
+            for adapter in adapters.adapters:
                 stack.enter_context(adapter.taken_out(adapter.denoiser_in(pipeline)))
             return stock.save_pretrained(pipeline, *args, **kwargs)
 
     call.__signature__ = signature_of(pipe, stock)  # type: ignore[attr-defined]
     members = {
-        RIDERS: riders,
+        ATTACHED: adapters,
         "__call__": call,
         "save_pretrained": save_pretrained,
         "__copy__": shallow_copy,

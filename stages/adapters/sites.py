@@ -139,9 +139,9 @@ def is_feed_forward(module: nn.Module) -> bool:
 
 def crosses(name: str, module: nn.Module, seen: Mapping[str, Any] | None = None) -> bool:
     """Whether keys and values come from elsewhere; joint attention has projections of its own for what is added."""
-    told = getattr(module, "is_cross_attention", None)
-    if told is not None:
-        return bool(told)
+    declared = getattr(module, "is_cross_attention", None)
+    if declared is not None:
+        return bool(declared)
     if any(ADDED & words_of(child) for child, _ in module.named_children()):
         return False
     named = "cross" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower()

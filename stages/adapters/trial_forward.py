@@ -56,7 +56,7 @@ class Seen:
     crosses: bool
     spot: Spot | None
 
-    def told(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, Any]:
         """Of its spot what differs from the usual, for the adapter's folder."""
         return {name: value for name, value in asdict(self.spot or USUAL).items() if value != getattr(USUAL, name)}
 
@@ -86,7 +86,9 @@ class Call:
 Calls = dict[str, list[Call]]
 
 
-def look(denoiser: nn.Module, widths: dict[str, list[int]], inputs: Inputs, about: dict[str, Any]) -> dict[str, Seen]:
+def look(
+    denoiser: nn.Module, widths: dict[str, list[int]], inputs: Inputs, metadata: dict[str, Any]
+) -> dict[str, Seen]:
     """What a trial forward shows of modules, of those that run.
 
     The denoiser runs on the meta device, with a gradient asked for the latent alone: what asks for none does not see the image.
@@ -96,28 +98,28 @@ def look(denoiser: nn.Module, widths: dict[str, list[int]], inputs: Inputs, abou
     Args:
         widths: of the modules by name, what they take and give.
         inputs: arguments of one call for at least two samples; those on the meta device are made up.
-        about: what the adapter's folder tells: what the denoiser calls its timestep, and how it counts.
+        metadata: what the adapter's folder tells: what the denoiser calls its timestep, and how it counts.
 
     Raises:
         UserError: the denoiser does not run.
     """
     inputs = flatten(unflatten(inputs)) | {name: None for name, value in inputs.items() if value is None}
-    latent, timestep = latent_name(denoiser), inputs.get(timestep_name(about))
-    places = places_of(inputs, latent, about)
+    latent, timestep = latent_name(denoiser), inputs.get(timestep_name(metadata))
+    places = places_of(inputs, latent, metadata)
     samples = places[latent].of_samples(argument(inputs, latent, places[latent]))
     if isinstance(timestep, Tensor) and timestep.shape == (samples,):
-        places = {timestep_name(about): Axis()} | places
+        places = {timestep_name(metadata): Axis()} | places
     is_real = not any(parameter.is_meta for parameter in denoiser.parameters())
     try:
         runs = [calls_on_meta(denoiser, widths, inputs)]
-        is_told = not any(folds(calls, samples) for calls in runs[0].values())
+        is_known = not any(folds(calls, samples) for calls in runs[0].values())
     except Exception as error:  # whatever a denoiser's own code raises
         if not is_real:
             raise does_not_run(denoiser, error) from error
-        is_told = False
-    if not is_told and is_real:
+        is_known = False
+    if not is_known and is_real:
         try:
-            runs = calls_by_values(denoiser, widths, inputs, places, samples, about)
+            runs = calls_by_values(denoiser, widths, inputs, places, samples, metadata)
         except Exception as error:
             raise does_not_run(denoiser, error) from error
     streams: dict[type[nn.Module], int] = {}
@@ -167,22 +169,22 @@ def calls_by_values(
     inputs: Inputs,
     places: dict[str, Axis],
     samples: int,
-    about: dict[str, Any],
+    metadata: dict[str, Any],
 ) -> list[Calls]:
     """Four runs: as given, with other latents, with another first sample, and with another last one."""
     latent, like = latent_name(denoiser), next(denoiser.parameters())
-    scale, offset = about.get("timestep_scale", 1.0), about.get("timestep_offset", 0.0)
-    maker = Maker(like, timestep_name(about), lambda timestep: scale * timestep + offset)
+    scale, offset = metadata.get("timestep_scale", 1.0), metadata.get("timestep_offset", 0.0)
+    maker = Maker(like, timestep_name(metadata), lambda timestep: scale * timestep + offset)
     one, other = maker.made(inputs), maker.changed(inputs)
     of_latent = {name: value for name, value in other.items() if name == latent or name.startswith(f"{latent}.[")}
     variants = [one, one | of_latent, *(exchanged(one, other, i, places) for i in (0, samples - 1))]
 
-    def told(value: Tensor) -> Given:
+    def describe_value(value: Tensor) -> Given:
         return Given(tuple(value.shape), False, tuple(fingerprint_along(value, dim) for dim in (0, 1)))
 
     half = like.dtype in (torch.float16, torch.bfloat16)
     with torch.autocast(like.device.type, like.dtype) if half else nullcontext():
-        return [watched(denoiser, widths, unflatten(given), told) for given in variants]
+        return [watched(denoiser, widths, unflatten(given), describe_value) for given in variants]
 
 
 def fingerprint_along(value: Tensor, dim: int) -> Tensor:
@@ -192,25 +194,25 @@ def fingerprint_along(value: Tensor, dim: int) -> Tensor:
 
 
 def watched(
-    model: nn.Module, widths: dict[str, list[int]], given: dict[str, Any], told: Callable[[Tensor], Given]
+    model: nn.Module, widths: dict[str, list[int]], given: dict[str, Any], describe_value: Callable[[Tensor], Given]
 ) -> Calls:
     """The calls of modules in one forward pass."""
     calls: Calls = {}
-    with hooked(model, widths, calls, told):
+    with hooked(model, widths, calls, describe_value):
         model(**given)
     return calls
 
 
 @contextmanager
 def hooked(
-    model: nn.Module, widths: dict[str, list[int]], calls: Calls, told: Callable[[Tensor], Given]
+    model: nn.Module, widths: dict[str, list[int]], calls: Calls, describe_value: Callable[[Tensor], Given]
 ) -> Iterator[None]:
     def watch(name: str, module: nn.Module) -> Any:
         names = parameters_of(module)
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             bound = dict(enumerate(args)) | {names.index(key): v for key, v in kwargs.items() if key in names}
-            given = {i: told(v) for i, v in sorted(bound.items()) if is_tokens(v)}
+            given = {i: describe_value(v) for i, v in sorted(bound.items()) if is_tokens(v)}
             outputs = output if isinstance(output, (tuple, list)) else [output]
             gave = [tuple(each.shape) if isinstance(each, Tensor) else () for each in outputs]
             calls.setdefault(name, []).append(Call(given, gave))

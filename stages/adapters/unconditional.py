@@ -19,7 +19,7 @@ class StoppedError(Exception):
     """The pipeline got as far as it was wanted to."""
 
 
-class Step:
+class GuidedStep:
     """A guided step under way, whichever denoiser it calls.
 
     Attributes:
@@ -34,7 +34,7 @@ class Step:
 class StandIn:
     """In a denoiser's place during a guided step: answers with zeros until the unconditional call, and keeps that one."""
 
-    def __init__(self, denoiser: Any, step: Step) -> None:
+    def __init__(self, denoiser: Any, step: GuidedStep) -> None:
         self.denoiser, self.step = denoiser, step
 
     def __getattr__(self, name: str) -> Any:
@@ -63,7 +63,7 @@ def unconditional_tokens(
     Raises:
         UserError: the call makes no unconditional pass.
     """
-    step, denoisers = Step(place["call"]), {name: unwrapped(getattr(pipe, name)) for name in names}
+    step, denoisers = GuidedStep(place["call"]), {name: unwrapped(getattr(pipe, name)) for name in names}
     with ExitStack() as stack:
         stack.enter_context(restored(generators))
         for name, denoiser in denoisers.items():

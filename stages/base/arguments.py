@@ -87,14 +87,14 @@ class Arguments:
         return asdict(self) | {"steps": list(self.steps)}
 
     @staticmethod
-    def of_facts(told: dict[str, Any]) -> Arguments:
+    def of_facts(facts: dict[str, Any]) -> Arguments:
         """The inverse of `facts`."""
         return Arguments(
-            told["latent"],
-            told["timestep"],
-            {name: Axis(**axis) for name, axis in told["axes"].items()},
-            told["constants"],
-            tuple(told["steps"]),
+            facts["latent"],
+            facts["timestep"],
+            {name: Axis(**axis) for name, axis in facts["axes"].items()},
+            facts["constants"],
+            tuple(facts["steps"]),
         )
 
     @property
@@ -146,13 +146,13 @@ class Caller:
 
     def flat(self, latent: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> dict[str, Any]:
         """Flat arguments of n samples: latent `[n, ...]`, timestep `[n]`, cond `[n, ...]` by name."""
-        told, n = self.arguments, len(timestep)
-        values = {told.latent: latent} | {name.removeprefix(STEP): value for name, value in cond.items()}
+        arguments, n = self.arguments, len(timestep)
+        values = {arguments.latent: latent} | {name.removeprefix(STEP): value for name, value in cond.items()}
         given: dict[str, Any] = {}
-        for name, axis in told.axes.items():
+        for name, axis in arguments.axes.items():
             if name in values:
                 given |= flatten({name: axis.put_back(values[name], values.get(name + LENGTH))})
-        return {told.timestep: timestep} | given | {name: value(n) for name, value in self.constants.items()}
+        return {arguments.timestep: timestep} | given | {name: value(n) for name, value in self.constants.items()}
 
     def nested(self, latent: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> dict[str, Any]:
         """The same as the denoiser takes them."""
@@ -192,12 +192,12 @@ def _plain(value: Any) -> Any:
 
 
 def _tensor(value: Tensor) -> dict[str, Any]:
-    told = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+    spec = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
     value = value.detach().cpu().contiguous()
     if value.numel() <= SHORT and not value.is_complex():
-        return {"tensor": value.tolist(), **told}
+        return {"tensor": value.tolist(), **spec}
     content = zlib.compress(value.flatten().view(torch.uint8).numpy().tobytes())
-    return {"base64": base64.b64encode(content).decode(), **told}
+    return {"base64": base64.b64encode(content).decode(), **spec}
 
 
 def decoded(value: Any, device: torch.device) -> Callable[[int], Any]:

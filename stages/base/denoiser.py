@@ -57,7 +57,7 @@ def _takes_timestep(module: nn.Module) -> bool:
 
 
 def _is_control(name: str) -> bool:
-    return any(word in name for word in CONTROLS)
+    return any(override in name for override in CONTROLS)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

@@ -78,8 +78,8 @@ def open_picture(name: str, path: str) -> Any:
             return ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, obstore.exceptions.BaseError) as error:
         wanted = "a moving picture (GIF, WebP or PNG)" if name == "video" else "a picture"
-        told = str(error).splitlines()[0].replace(f": '{known.place}'", "").removeprefix("[Errno 2] ")
-        raise UserError(f"{name}={path}: {known.place} is not readable as {wanted}: {told}") from error
+        message = str(error).splitlines()[0].replace(f": '{known.place}'", "").removeprefix("[Errno 2] ")
+        raise UserError(f"{name}={path}: {known.place} is not readable as {wanted}: {message}") from error
 
 
 def check_pictures(conditions: Sequence[Mapping[str, Any]], named: str, of_one_size: bool) -> None:

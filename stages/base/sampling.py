@@ -63,7 +63,7 @@ def sample(pipe: Any, request: Request, guidance_scale: float) -> None:
     general = CALL_DEFAULTS.get(type(pipe).__name__, {}) | request.arguments
     arguments: dict[str, Any] = {
         **general,
-        **_told(pipe, request.conditions, general.get("negative_prompt")),
+        **_named_arguments(pipe, request.conditions, general.get("negative_prompt")),
         "generator": [torch.Generator().manual_seed(seed) for seed in request.seeds],
         "num_inference_steps": request.num_inference_steps,
         "output_type": "pt",
@@ -83,19 +83,19 @@ def sample(pipe: Any, request: Request, guidance_scale: float) -> None:
             guider.guidance_scale = before
 
 
-def _told(pipe: Any, conditions: Sequence[Condition], negative_prompt: str | None) -> dict[str, Any]:
+def _named_arguments(pipe: Any, conditions: Sequence[Condition], negative_prompt: str | None) -> dict[str, Any]:
     """The conditions as the pipeline's `__call__` takes them; `negative_prompt` is of those that have none of their own."""
     if takes_class_labels(type(pipe)):
         return {"class_labels": [condition["class_label"] for condition in conditions]}
-    told: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     if any("prompt" in condition for condition in conditions):
-        told["prompt"] = [condition["prompt"] for condition in conditions]
+        named["prompt"] = [condition["prompt"] for condition in conditions]
         if negative_prompt is not None or any("negative_prompt" in condition for condition in conditions):
-            told["negative_prompt"] = [c.get("negative_prompt", negative_prompt or "") for c in conditions]
+            named["negative_prompt"] = [c.get("negative_prompt", negative_prompt or "") for c in conditions]
     for name in PICTURES:
         if any(name in condition for condition in conditions):
-            told[name] = [open_picture(name, condition[name]) for condition in conditions]
-    return told
+            named[name] = [open_picture(name, condition[name]) for condition in conditions]
+    return named
 
 
 def takes_class_labels(pipeline_class: type) -> bool:

@@ -184,12 +184,12 @@ def _unlooked(pipe: Any) -> Iterator[None]:
     looking = {
         name: part
         for name, part in vars(pipe).items()
-        if any(word in name for word in LOOKING) and part is not None and not isinstance(part, (bool, str))
+        if any(override in name for override in LOOKING) and part is not None and not isinstance(part, (bool, str))
     }
     with ExitStack() as stack:
         for name, part in looking.items():
             checks = [method for method in dir(type(part)) if method.startswith("check_")]
-            if methods := [method for method in checks if any(word in method for word in LOOKS_AT)]:
+            if methods := [method for method in checks if any(override in method for override in LOOKS_AT)]:
                 for method in methods:
                     stack.enter_context(patched(part, method, lambda own, owner, images, *_, **__: images))
             else:

@@ -44,10 +44,12 @@ def check_bounds(config: Any) -> None:
         UsageError: names the key, the value and the bound.
     """
     for key, value, bounds in _bounded(config):
-        for name, told, keeps in _BOUNDS:
+        for name, requirement, keeps in _BOUNDS:
             bound = bounds.get(name)
             if bound is not None and value is not None and not keeps(value, bound):
-                raise UsageError(f"{key}={value}: {told} {', '.join(bound) if name == 'one_of' else f'{bound:g}'}")
+                raise UsageError(
+                    f"{key}={value}: {requirement} {', '.join(bound) if name == 'one_of' else f'{bound:g}'}"
+                )
 
 
 _BOUNDS: list[tuple[str, str, Callable[[Any, Any], bool]]] = [

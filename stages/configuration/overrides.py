@@ -71,7 +71,7 @@ def read_yaml(content: bytes | str) -> Any:
     return yaml.load(content, Loader=Loader)
 
 
-def read_word(key: str, text: str, kind: Any) -> Any:
+def read_override(key: str, text: str, kind: Any) -> Any:
     """What a word `key=text` means for an option of that type.
 
     Raises:
@@ -121,14 +121,14 @@ def fitted(key: str, value: Any, kind: Any = Any) -> Any:
         return as_text(key, value) if str in kinds and value else value
     if isinstance(value, list):
         inner = next((get_args(one)[0] for one in kinds if get_origin(one) is list), Any)
-        return [item.text if inner is str and _is_word(item) else fitted(key, item, inner) for item in value]
+        return [item.text if inner is str and _is_override(item) else fitted(key, item, inner) for item in value]
     if isinstance(value, dict):
         named = {name.text if isinstance(name, Plain) else name: item for name, item in value.items()}
         return {name: fitted(f"{key}.{name}", item, _inner(kinds, name)) for name, item in named.items()}
     return value
 
 
-def _is_word(value: Any) -> bool:
+def _is_override(value: Any) -> bool:
     return isinstance(value, Plain) and value.value is not None
 
 

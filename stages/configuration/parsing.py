@@ -12,22 +12,22 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stages.configuration.overrides import Plain, fitted, read_word, read_yaml
+from stages.configuration.overrides import Plain, fitted, read_override, read_yaml
 from stages.errors import UsageError
 
 Config = TypeVar("Config")
 Layer = list[tuple[str, Any]]  # options and their values, from one place
 
 
-def parse(config_class: type[Config], words: list[str]) -> Config:
+def parse(config_class: type[Config], overrides: list[str]) -> Config:
     """The defaults of `config_class`, then the file after `--config`, then each `key=value`, checked key by key.
 
     Raises:
         UsageError: an unknown key, a value of another type, a missing one, or a file that cannot be read.
     """
     known = {name: kind for name, kind, *_ in options(config_class)}
-    files, words = files_and_words(words)
-    layers = [read_file(Path(file), known) for file in files] + [word_of(word, known) for word in words]
+    files, overrides = files_and_overrides(overrides)
+    layers = [read_file(Path(file), known) for file in files] + [override_of(override, known) for override in overrides]
     config = OmegaConf.structured(config_class)
     for layer in layers:
         merge(config, layer, known)
@@ -41,16 +41,16 @@ def parse(config_class: type[Config], words: list[str]) -> Config:
     return result
 
 
-def files_and_words(words: list[str]) -> tuple[list[str], list[str]]:
+def files_and_overrides(overrides: list[str]) -> tuple[list[str], list[str]]:
     """What follows each `--config`, and the other words."""
-    files, words = [], list(words)
-    while "--config" in words:
-        place = words.index("--config")
-        if place + 1 == len(words):
+    files, overrides = [], list(overrides)
+    while "--config" in overrides:
+        place = overrides.index("--config")
+        if place + 1 == len(overrides):
             raise UsageError("--config: name a YAML file after it")
-        files.append(words[place + 1])
-        del words[place : place + 2]
-    return files, words
+        files.append(overrides[place + 1])
+        del overrides[place : place + 2]
+    return files, overrides
 
 
 def read_file(path: Path, known: Mapping[str, Any]) -> Layer:
@@ -82,17 +82,17 @@ def leaves(content: Mapping[Any, Any], known: Mapping[str, Any], prefix: str = "
             yield name, fitted(name, value, known.get(name, Any))
 
 
-def word_of(word: str, known: Mapping[str, Any]) -> Layer:
+def override_of(override: str, known: Mapping[str, Any]) -> Layer:
     """The option that a word tells; below one that holds keys of the user's, such as `teacher.call`, the key and its value."""
-    if "=" not in word or word.startswith("-"):
-        raise UsageError(f"{word}: not understood: options are `--config FILE`, `--help` and `key=value`")
-    key, text = word.split("=", 1)
+    if "=" not in override or override.startswith("-"):
+        raise UsageError(f"{override}: not understood: options are `--config FILE`, `--help` and `key=value`")
+    key, text = override.split("=", 1)
     owner = key
     while owner not in known and "." in owner:
         owner = owner.rpartition(".")[0]
     if owner == key or owner not in known:
-        return [(key, read_word(key, text, known.get(key, Any)))]
-    value = read_word(key, text, str if ".env_vars." in key else Any)
+        return [(key, read_override(key, text, known.get(key, Any)))]
+    value = read_override(key, text, str if ".env_vars." in key else Any)
     for name in reversed(key.removeprefix(f"{owner}.").split(".")):
         value = {name: value}
     return [(owner, value)]
@@ -111,11 +111,11 @@ def merge(config: DictConfig, layer: Layer, known: Mapping[str, Any]) -> None:
             OmegaConf.update(config, key, value)
             OmegaConf.select(config, key)
         except OmegaConfBaseException as error:
-            told = str(error).splitlines()[0]
+            message = str(error).splitlines()[0]
             within = error.full_key if str(error.full_key).startswith(f"{key}.") else None
-            if "is not a ListConfig" in told:
-                told = "a list is asked for" if within else f"a list is asked for: say {key}=[{value}]"
-            raise UsageError(f"{within or f'{key}={value}'}: {told}") from error
+            if "is not a ListConfig" in message:
+                message = "a list is asked for" if within else f"a list is asked for: say {key}=[{value}]"
+            raise UsageError(f"{within or f'{key}={value}'}: {message}") from error
 
 
 def options(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
@@ -127,8 +127,8 @@ def options(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any
             yield from options(kind, f"{prefix}{option.name}.")
         else:
             default = option.default_factory() if callable(option.default_factory) else option.default
-            told = option.metadata
-            yield prefix + option.name, told.get("kind") or kind, default, told.get("help", "")
+            metadata = option.metadata
+            yield prefix + option.name, metadata.get("kind") or kind, default, metadata.get("help", "")
 
 
 def help_text(config_class: type[Any], description: str) -> str:

@@ -45,10 +45,10 @@ def caption(label: int, stroke: int, slant: int) -> str:
 
 def read_caption(text: str) -> tuple[int, int, int] | None:
     """(class, stroke, slant) that a caption tells, or None where it is no caption of ours."""
-    told = {
+    captions = {
         caption(label, stroke, slant): (label, stroke, slant)
         for label in range(len(NUMERALS))
         for stroke in range(len(STROKES))
         for slant in range(len(SLANTS))
     }
-    return told.get(text)
+    return captions.get(text)

@@ -237,7 +237,7 @@ def main() -> None:
     pipe.save_pretrained(out / "mnist_dit")
     name_classes(out / "mnist_dit" / "model_index.json")
     save_reference(out / "digits", classifier, reference_pixels, reference_labels)
-    told = {
+    summary = {
         **describe_run(recipe, start),
         "classifier_accuracy": accuracy(classifier, reference),
         "vae_error": round(vae_error, 5),
@@ -245,8 +245,8 @@ def main() -> None:
         "denoiser_parameters": denoiser.num_parameters(),
         "guidance": [measure(pipe, classifier, reference, scale, recipe.judged_samples) for scale in JUDGED_SCALES],
     }
-    (out / "mnist_dit" / "training.json").write_text(json.dumps(told, indent=2) + "\n")
-    print(json.dumps(told, indent=2))
+    (out / "mnist_dit" / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def main() -> None:
     shutil.copytree(HERE / "mnist_dit", folder, ignore=shutil.ignore_patterns("training.json"), dirs_exist_ok=True)
     save_file(pipe.transformer.state_dict(), folder / "transformer" / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
     save_reference(out / "digits_bold", classifier, reference_pixels, reference_labels)
-    told = {
+    summary = {
         **describe_run(recipe, start),
         "classifier_accuracy": accuracy(classifier, reference),
         "accuracy_of_the_classifier_in_digits": accuracy(of_digits, reference),
@@ -79,8 +79,8 @@ def main() -> None:
         "before_fine_tuning": before,
         "guidance": [measure(pipe, classifier, reference, scale, recipe.judged_samples) for scale in JUDGED_SCALES],
     }
-    (folder / "training.json").write_text(json.dumps(told, indent=2) + "\n")
-    print(json.dumps(told, indent=2))
+    (folder / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ class Recipe:
 
 def captions_of(digits: Digits) -> list[str]:
     """The caption of each digit, its stroke and slant as they are measured."""
-    told = torch.cat([digits.labels[:, None], attributes(digits.images)], dim=1)
-    return [caption(*row) for row in told.tolist()]
+    rows = torch.cat([digits.labels[:, None], attributes(digits.images)], dim=1)
+    return [caption(*row) for row in rows.tolist()]
 
 
 def write_prompts(path: Path, digits: Digits) -> None:
@@ -187,15 +187,15 @@ def main() -> None:
     pipe.tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))  # the two files that older tokenizers read
     classifier = DigitClassifier.from_pretrained(HERE / "digits" / "classifier").eval()
     prompts = captions_of(reference)[: recipe.judged_samples]
-    told = {
+    summary = {
         **describe_run(recipe, start),
         "loss_at_step": losses,
         "unet_parameters": pipe.unet.num_parameters(),
         "text_encoder_parameters": pipe.text_encoder.num_parameters(),
         "guidance": [measure(pipe, classifier, reference, prompts, scale) for scale in JUDGED_SCALES],
     }
-    (out / "training.json").write_text(json.dumps(told, indent=2) + "\n")
-    print(json.dumps(told, indent=2))
+    (out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":

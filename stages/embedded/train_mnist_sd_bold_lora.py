@@ -63,15 +63,15 @@ def main() -> None:
     losses = train(pipe, encode(pipe.vae, bold).images, captions, recipe)
     weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
     StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=weights)
-    told = {
+    summary = {
         **describe_run(recipe, start),
         "loss_at_step": losses,
         "parameters": sum(weight.numel() for weight in weights.values()),
         "without_it": before,
         "guidance": [measure(pipe, classifier, reference, prompts, scale) for scale in JUDGED_SCALES],
     }
-    (out / "training.json").write_text(json.dumps(told, indent=2) + "\n")
-    print(json.dumps(told, indent=2))
+    (out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class ClipJudge:
             raise UserError(
                 f"clip_model={name_or_path}: no CLIP model with its processor there: {first_line(error)}"
             ) from error
-        self.metric = CLIPScore(lambda: (Embedding(model.eval()), processor)).to(device)
+        self.metric = CLIPScore(lambda: (ClipEmbedding(model.eval()), processor)).to(device)
 
     @property
     def fingerprint(self) -> str:
@@ -60,7 +60,7 @@ class ClipJudge:
         return self.metric.compute()
 
 
-class Embedding(nn.Module):
+class ClipEmbedding(nn.Module):
     """A CLIP model whose embeddings are tensors, as torchmetrics expects; newer transformers wrap them."""
 
     def __init__(self, model: Any) -> None:

@@ -32,7 +32,7 @@ from stages.base.sampling import (
 )
 from stages.errors import UserError
 from stages.evaluate.first_steps import guided_first
-from stages.evaluate.watching import Step, counted, stepped
+from stages.evaluate.watching import SchedulerStep, counted, stepped
 
 NONE, CFG, ONE_PASS = "none", "cfg", "one_pass"
 CFG_FIRST_50, CFG_FIRST_60 = "cfg_first_50", "cfg_first_60"
@@ -61,7 +61,7 @@ class Samples:
     latents: Tensor
     denoiser_evaluations: int
     seconds: float
-    steps: list[Step]
+    steps: list[SchedulerStep]
     fused: bool | None = None
 
 
@@ -93,19 +93,19 @@ def load_pair(
 ) -> tuple[Any, GuidanceAdapter]:
     """The pipeline, with a LoRA where one is named, and the adapter for it, not attached yet."""
     adapter = GuidanceAdapter.from_pretrained(adapter_dir)
-    pipe = load_recorded(adapter.about, name_or_path, device)
+    pipe = load_recorded(adapter.metadata, name_or_path, device)
     if lora is not None:
         load_lora(pipe, lora)
     return pipe, fitted(adapter, pipe)
 
 
-def load_recorded(about: dict[str, Any], name_or_path: str | None, device: str) -> Any:
+def load_recorded(metadata: dict[str, Any], name_or_path: str | None, device: str) -> Any:
     """The teacher that an adapter's folder tells of: its pipeline's class, its scheduler, its guider.
 
     Args:
         name_or_path: of another base in place of the teacher's own; its scheduler keeps what belongs to its weights.
     """
-    base, teacher = about["base"], about.get("teacher", {})
+    base, teacher = metadata["base"], metadata.get("teacher", {})
     source = {} if name_or_path else {key: base[key] for key in ("revision", "variant")}
     kind = "ModularPipeline" if teacher.get("guider") else base["pipeline_class"]
     if not hasattr(diffusers, kind):
@@ -152,7 +152,7 @@ def arguments_of(pipe: Any, adapter: GuidanceAdapter) -> dict[str, Any]:
     """What the adapter's teacher was told besides, as far as this pipeline takes it: not another rule's settings."""
     known = inspect.signature(type(pipe).__call__).parameters
     has_guider = guider_of(pipe) is not None  # then the pipeline takes whatever its blocks do
-    return {name: value for name, value in adapter.about["arguments"].items() if name in known or has_guider}
+    return {name: value for name, value in adapter.metadata["arguments"].items() if name in known or has_guider}
 
 
 def conditions_of(
@@ -170,13 +170,13 @@ def conditions_of(
     Raises:
         UserError: prompts for a pipeline that takes classes, or the other way round, or a class not trained on.
     """
-    kind, told = type(pipe), {name: paths for name, paths in (pictures or {}).items() if paths}
+    kind, given = type(pipe), {name: paths for name, paths in (pictures or {}).items() if paths}
     if not takes_class_labels(kind):
         takes_prompts = isinstance(pipe, ModularPipeline) or "prompt" in inspect.signature(kind.__call__).parameters
         if not prompts and takes_prompts:
             raise UserError(f"prompts: not given: {kind.__name__} takes prompts, not classes: say prompts=...")
         columns: dict[str, list[Any]] = ({"prompt": prompts} if prompts else {}) | {
-            name: [PicturePath(path) for path in paths] for name, paths in told.items()
+            name: [PicturePath(path) for path in paths] for name, paths in given.items()
         }
         if differing := [name for name, values in columns.items() if len(values) != len(next(iter(columns.values())))]:
             raise UserError(f"{differing[0]}: give as many as prompts")
@@ -184,9 +184,9 @@ def conditions_of(
         check_columns(rows or [{}], "prompts", kind)
         check_pictures(rows, "prompts", of_one_size=False)
         return rows
-    if prompts or told:
-        raise UserError(f"{next(iter(told), 'prompts')}: {kind.__name__} takes classes: say class_labels=...")
-    trained = list(adapter.about["sampled"]["class_labels"])
+    if prompts or given:
+        raise UserError(f"{next(iter(given), 'prompts')}: {kind.__name__} takes classes: say class_labels=...")
+    trained = list(adapter.metadata["sampled"]["class_labels"])
     labels = trained if class_labels is None else list(class_labels)
     if not labels or not set(labels) <= set(trained):
         known = f"{trained[0]} to {trained[-1]}" if len(trained) == trained[-1] - trained[0] + 1 else str(trained)
@@ -205,26 +205,28 @@ def sample_setting(pipe: Any, adapter: GuidanceAdapter, setting: Setting, reques
     ):
         synchronize(pipe)
         start = time.perf_counter()
-        sample(pipe, *told(pipe, {} if adapter is None else adapter.about, setting, request))
+        sample(pipe, *with_guidance(pipe, {} if adapter is None else adapter.metadata, setting, request))
         synchronize(pipe)
         seconds = (latents.ended or time.perf_counter()) - start
     return Samples(latents[0], count[0], seconds, steps, adapter.fused if setting.method == ONE_PASS else None)
 
 
-def told(pipe: Any, about: dict[str, Any], setting: Setting, request: Request) -> tuple[Request, float]:
+def with_guidance(pipe: Any, metadata: dict[str, Any], setting: Setting, request: Request) -> tuple[Request, float]:
     """A request, and the scale that the pipeline is given for that of a setting; for no guidance, all that switches it off."""
-    offset = about.get("scale_offset", 0.0)
+    offset = metadata.get("scale_offset", 0.0)
     guides_itself = setting.method != ONE_PASS or not isinstance(pipe, ModularPipeline)
     if setting.method != NONE and guides_itself:
         return request, setting.guidance_scale - offset
-    off = dict(about.get("no_guidance", {}))
+    off = dict(metadata.get("no_guidance", {}))
     known = inspect.signature(type(pipe).__call__).parameters
     scale = off.pop(scale_keyword(pipe), 1.0 - offset) if guider_of(pipe) is None else 1.0 - offset
     return replace(request, arguments=request.arguments | {k: v for k, v in off.items() if k in known}), scale
 
 
 @contextmanager
-def guiding(pipe: Any, adapter: GuidanceAdapter, setting: Setting, steps: list[Step], n: int) -> Iterator[None]:
+def guiding(
+    pipe: Any, adapter: GuidanceAdapter, setting: Setting, steps: list[SchedulerStep], n: int
+) -> Iterator[None]:
     """Within it, a call of the pipeline at the setting's scale is guided by the setting's method."""
     if setting.method == ONE_PASS:
         is_modular = isinstance(pipe, ModularPipeline)  # whose call names no argument that an adapter could take
@@ -235,7 +237,7 @@ def guiding(pipe: Any, adapter: GuidanceAdapter, setting: Setting, steps: list[S
         finally:
             adapter.detach()
     elif setting.method in FIRST_PERCENT:
-        place = adapter.about.get("unconditional")
+        place = adapter.metadata.get("unconditional")
         with guided_first(pipe, place, FIRST_PERCENT[setting.method], steps, n):
             yield
     else:

@@ -46,7 +46,7 @@ class Evaluation:
         adapters: the adapters' folders by name: the folder's own, or where two are alike the path.
         settings: what is compared, in the order of the rows.
         rows: one per setting, as `evaluation.json` holds them, once `run` has ended.
-        about: what `evaluation.json` tells besides.
+        metadata: what `evaluation.json` tells besides.
         shown: the first images of each setting, bytes `[10, c, h, w]`, from the same noise.
 
     Raises:
@@ -56,7 +56,7 @@ class Evaluation:
     def __init__(self, config: EvaluateConfig) -> None:
         check_bounds(config)
         self.config = config
-        self.adapters = named(config.adapter_dir)
+        self.adapters = adapter_names(config.adapter_dir)
         if config.output_dir is None and len(self.adapters) > 1:
             raise UserError("output_dir: not given: with several adapters say where the evaluation goes")
         folder = next(iter(self.adapters.values()))
@@ -69,7 +69,7 @@ class Evaluation:
             device = choose_device(config.device)
             self.reference = Reference(config.reference, device, config.features, config.inception_weights)
         self.rows: list[dict[str, Any]] = []
-        self.about: dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {}
         self.shown: dict[Setting, Tensor] = {}
 
     def new_worker(self) -> Worker:
@@ -84,7 +84,7 @@ class Evaluation:
 
             def begin(facts: Facts) -> list[int]:
                 self.parts = Parts(self.folder, facts.identity, number_of_parts(self.config))
-                self.about = self._about(facts)
+                self.metadata = self._metadata(facts)
                 missing = self.parts.missing()
                 bar.update(self.config.num_samples - sum(self._size(part) for part in missing))
                 return missing
@@ -97,8 +97,8 @@ class Evaluation:
     def _size(self, part: int) -> int:
         return min(self.config.batch_size, self.config.num_samples - part * self.config.batch_size)
 
-    def _about(self, facts: Facts) -> dict[str, Any]:
-        described = [describe(name, folder, facts.parameters) for name, folder in self.adapters.items()]
+    def _metadata(self, facts: Facts) -> dict[str, Any]:
+        described = [adapter_info(name, folder, facts.parameters) for name, folder in self.adapters.items()]
         bases = [adapter.pop("base") for adapter in described]
         config, alone = self.config, described[0] if len(described) == 1 else {}
         return {
@@ -112,7 +112,7 @@ class Evaluation:
 
     def _rows(self) -> list[dict[str, Any]]:
         total, timesteps = self.config.num_samples, self.parts.timesteps()
-        adapters = {told["adapter"]: told for told in self.about["adapters"]}
+        adapters = {info["adapter"]: info for info in self.metadata["adapters"]}
         closeness = self._closeness()
         rows = []
         for number, setting in enumerate(self.settings):
@@ -154,7 +154,7 @@ class Evaluation:
         }
 
 
-def named(adapter_dir: Any) -> dict[str, str]:
+def adapter_names(adapter_dir: Any) -> dict[str, str]:
     """The adapters' folders by name."""
     folders = [adapter_dir] if isinstance(adapter_dir, str) else adapter_dir
     if not isinstance(folders, list) or not folders or not all(isinstance(folder, str) for folder in folders):
@@ -166,21 +166,21 @@ def named(adapter_dir: Any) -> dict[str, str]:
     return dict(zip(unique, folders, strict=True))
 
 
-def describe(name: str, folder: str, parameters_of_denoiser: int) -> dict[str, Any]:
+def adapter_info(name: str, folder: str, parameters_of_denoiser: int) -> dict[str, Any]:
     """What `evaluation.json` tells of an adapter; its seed where its folder has the configuration of its training."""
     adapter = GuidanceAdapter.from_pretrained(folder)
     parameters = sum(p.numel() for p in adapter.parameters())
     config = Path(folder) / "config.yaml"
     trained = yaml.safe_load(config.read_bytes()) if config.is_file() else {}
     return {
-        "base": adapter.about["base"]["pretrained_model_name_or_path"],
+        "base": adapter.metadata["base"]["pretrained_model_name_or_path"],
         "adapter": name,
         "variant": adapter.variant,
         "seed": trained.get("seed"),
         "parameters": parameters,
         "share": parameters / parameters_of_denoiser,
         "adapter_fingerprint": fingerprint(adapter),
-        "guidance_gain": adapter.about.get("guidance_gain", 1.0),
+        "guidance_gain": adapter.metadata.get("guidance_gain", 1.0),
     }
 
 

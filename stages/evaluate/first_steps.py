@@ -13,13 +13,15 @@ from torch import Tensor
 from stages.base.denoiser import denoisers_of, latent_name
 from stages.base.patching import patched
 from stages.errors import UserError
-from stages.evaluate.watching import Step
+from stages.evaluate.watching import SchedulerStep
 
 Forward = Callable[..., Any]
 
 
 @contextmanager
-def guided_first(pipe: Any, place: dict[str, int] | None, percent: int, steps: list[Step], n: int) -> Iterator[None]:
+def guided_first(
+    pipe: Any, place: dict[str, int] | None, percent: int, steps: list[SchedulerStep], n: int
+) -> Iterator[None]:
     """Within it, the pipeline's guidance acts on the first steps, and later ones cost one conditional pass.
 
     Guided are `ceil(percent / 100 * T)` of the scheduler's T timesteps. Afterwards the denoiser runs the conditional
@@ -63,7 +65,7 @@ def _in_calls(pipe: Any, place: dict[str, int] | None) -> bool:
     return place["chunks"] == 1
 
 
-def once_per_step(forward: Forward, steps: list[Step]) -> Forward:
+def once_per_step(forward: Forward, steps: list[SchedulerStep]) -> Forward:
     """The first call of each step runs, and the later ones are answered as it was."""
     kept: dict[int, Any] = {}
 

@@ -21,7 +21,9 @@ MAX_ATTEMPTS = 3
 PATHS = ("prompts", "reference", "inception_weights", "clip_model", "pretrained_model_name_or_path", "lora")
 
 
-def over_ray(evaluation: Evaluation, begin: Begin, num_workers: int | None = None, **resources: float) -> Iterator[int]:
+def evaluate_over_ray(
+    evaluation: Evaluation, begin: Begin, num_workers: int | None = None, **resources: float
+) -> Iterator[int]:
     """Make the parts that are missing; the number of images of each as it is made.
 
     Args:
@@ -31,11 +33,11 @@ def over_ray(evaluation: Evaluation, begin: Begin, num_workers: int | None = Non
         UserError: a worker refused, or a part failed three times.
     """
     with joined():
-        fleet = Fleet(evaluation, resources or {"num_gpus": 1})
+        fleet = EvaluationFleet(evaluation, resources or {"num_gpus": 1})
         yield from fleet.run(begin, num_workers or fleet.number_of_gpus())
 
 
-class Fleet:
+class EvaluationFleet:
     """Plain actors that Ray never restarts; one that dies is replaced, and its part goes to another."""
 
     def __init__(self, evaluation: Evaluation, resources: dict[str, float]) -> None:

@@ -57,7 +57,7 @@ class Parts:
         Raises:
             UserError: the folder holds those of another evaluation.
         """
-        found = {path: self._about(path).get("identity") for path in self.folder.glob("*.safetensors")}
+        found = {path: self._metadata(path).get("identity") for path in self.folder.glob("*.safetensors")}
         if set(found.values()) - {None, self.identity}:
             raise UserError(
                 f"{self.output}: holds an evaluation of something else, or with other options: take another output_dir, or remove it"
@@ -70,7 +70,7 @@ class Parts:
             tensors |= {
                 f"{i}.{name}": value.contiguous() for name, value in {**result.values, SHOWN: result.shown}.items()
             }
-        about = {
+        metadata = {
             "identity": self.identity,
             "timesteps": json.dumps(list(timesteps)),
             "denoiser_evaluations": json.dumps([result.denoiser_evaluations for result in results]),
@@ -78,11 +78,11 @@ class Parts:
             "fused": json.dumps([result.fused for result in results]),
         }
         with whole_file(self.path(part)) as file:
-            file.write(safetensors.torch.save(tensors, about))
+            file.write(safetensors.torch.save(tensors, metadata))
 
     def timesteps(self) -> list[float]:
         """Of the scheduler's steps, the same in every part."""
-        return json.loads(self._about(self.path(0))["timesteps"])
+        return json.loads(self._metadata(self.path(0))["timesteps"])
 
     def of(self, setting: int) -> Result:
         """What a setting gave in all parts together."""
@@ -90,14 +90,14 @@ class Parts:
         evaluations, seconds, fused = 0, 0.0, []
         for part in range(self.count):
             with safetensors.safe_open(self.path(part), "pt") as file:
-                about = file.metadata()
+                metadata = file.metadata()
                 for name in file.keys():  # noqa: SIM118  no dictionary
                     number, _, value = name.partition(".")
                     if int(number) == setting:
                         values.setdefault(value, []).append(file.get_tensor(name))
-            evaluations += json.loads(about["denoiser_evaluations"])[setting]
-            seconds += json.loads(about["seconds"])[setting]
-            fused.append(json.loads(about["fused"])[setting])
+            evaluations += json.loads(metadata["denoiser_evaluations"])[setting]
+            seconds += json.loads(metadata["seconds"])[setting]
+            fused.append(json.loads(metadata["fused"])[setting])
         joined = {name: torch.cat(found) for name, found in values.items()}
         shown = joined.pop(SHOWN)
         return Result(joined, shown, evaluations, seconds, None if None in fused else all(fused))
@@ -111,7 +111,7 @@ class Parts:
         return torch.cat(found)
 
     @staticmethod
-    def _about(path: Path) -> dict[str, Any]:
+    def _metadata(path: Path) -> dict[str, Any]:
         """What a file tells of itself; nothing where it cannot be read, so that it is made again."""
         try:
             with safetensors.safe_open(path, "pt") as file:

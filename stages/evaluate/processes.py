@@ -21,7 +21,7 @@ from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Begin, Evaluation
 from stages.evaluate.threads import takes_one_thread
 from stages.evaluate.worker import Worker
-from stages.streams import tell_plainly
+from stages.streams import print_warnings_in_one_line
 
 FEW = 2  # parts that are made sooner than a process has started
 
@@ -125,7 +125,7 @@ def serve(connection: Connection, tells: bool, config: EvaluateConfig, adapters:
     """Make the parts that are asked for until nobody asks; what a user can mend is answered, anything else is a defect."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # cleanly, or Python warns of semaphores that are left
     torch.set_num_threads(1)
-    tell_plainly()
+    print_warnings_in_one_line()
     if not tells:
         warnings.simplefilter("ignore")
     worker = Worker(config, adapters, output)

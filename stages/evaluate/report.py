@@ -25,7 +25,7 @@ class Column(NamedTuple):
     """A column of the table: its head, and how a value is told."""
 
     title: str
-    told: Callable[[Any], str]
+    format: Callable[[Any], str]
 
 
 TITLES = {
@@ -90,7 +90,7 @@ def cells_of(rows: list[Row]) -> list[list[str]]:
     if len(adapters_in(rows)) < 2:
         shown.pop("adapter", None)
     head = [column.title for column in shown.values()]
-    return [head, *([column.told(row[name]) for name, column in shown.items()] for row in rows)]
+    return [head, *([column.format(row[name]) for name, column in shown.items()] for row in rows)]
 
 
 def table(rows: list[Row]) -> str:
@@ -184,7 +184,7 @@ def grid_at(shown: dict[Setting, Tensor], scale: float) -> Grid:
     return Grid(scale, titles, sheet.getvalue())
 
 
-def write_report(folder: Path, rows: list[Row], shown: dict[Setting, Tensor], about: dict[str, Any]) -> Path:
+def write_report(folder: Path, rows: list[Row], shown: dict[Setting, Tensor], metadata: dict[str, Any]) -> Path:
     """Write `report.html`, one self-contained file, with the plots and grids as files beside it.
 
     Args:
@@ -206,7 +206,7 @@ def write_report(folder: Path, rows: list[Row], shown: dict[Setting, Tensor], ab
         over_scale=as_pictures(over_scale),
         over_time=as_pictures(over_time),
         grids=grids,
-        about=about,
+        metadata=metadata,
     )
     path = folder / "report.html"
     with whole_file(path) as file:

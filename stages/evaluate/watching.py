@@ -15,7 +15,7 @@ from stages.base.patching import patched
 
 
 @dataclass(frozen=True)
-class Step:
+class SchedulerStep:
     """What one step of a scheduler began with: its timestep, and the latents `[n, ...]`."""
 
     timestep: Any
@@ -38,19 +38,19 @@ def counted(*denoisers: nn.Module) -> Iterator[list[int]]:
 
 
 @contextmanager
-def stepped(pipe: Any, n: int) -> Iterator[list[Step]]:
+def stepped(pipe: Any, n: int) -> Iterator[list[SchedulerStep]]:
     """Within it, the list holds every step that the pipeline's scheduler has made for n images.
 
     A pipeline that hands its scheduler a doubled batch has the images first. Nothing waits for the GPU.
     """
-    steps: list[Step] = []
+    steps: list[SchedulerStep] = []
     signature = inspect.signature(type(pipe.scheduler).step)
 
     def seen(step: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         handed = signature.bind(scheduler, *args, **kwargs).arguments
         latents = handed["sample"][:n].clone()
         result = step(*args, **kwargs)
-        steps.append(Step(handed["timestep"], latents))
+        steps.append(SchedulerStep(handed["timestep"], latents))
         return result
 
     with patched(pipe.scheduler, "step", seen):

@@ -128,15 +128,16 @@ class Worker:
     def _check_alike(self) -> None:
         """Adapters that are compared share the samples of their base, and so must have been trained for the same."""
         for name, adapter in self.adapters.items():
-            told = {
-                "base": adapter.about["base"]["denoiser_fingerprint"]
-                == self.first.about["base"]["denoiser_fingerprint"]
+            checks = {
+                "base": adapter.metadata["base"]["denoiser_fingerprint"]
+                == self.first.metadata["base"]["denoiser_fingerprint"]
                 or self.config.pretrained_model_name_or_path is not None,
                 "teacher": self._teacher_of(adapter) == self._teacher_of(self.first),
                 "teacher.call": arguments_of(self.pipe, adapter) == self.arguments,
-                "classes": adapter.about["sampled"]["class_labels"] == self.first.about["sampled"]["class_labels"],
+                "classes": adapter.metadata["sampled"]["class_labels"]
+                == self.first.metadata["sampled"]["class_labels"],
             }
-            if differing := [what for what, alike in told.items() if not alike]:
+            if differing := [what for what, alike in checks.items() if not alike]:
                 raise UserError(
                     f"adapter_dir: {name} was trained with another {differing[0]} than {next(iter(self.adapters))}: "
                     "evaluate each in a run of its own"
@@ -144,23 +145,23 @@ class Worker:
 
     @staticmethod
     def _teacher_of(adapter: GuidanceAdapter) -> list[Any]:
-        return [adapter.about["base"].get("pipeline_class"), adapter.about.get("teacher")]
+        return [adapter.metadata["base"].get("pipeline_class"), adapter.metadata.get("teacher")]
 
     def _facts(self) -> Facts:
         components = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
         parted = ("num_samples", "num_inference_steps", "batch_size", "seed", "save_images", "features")
-        told = {
+        facts = {
             "layout": LAYOUT,
             "config": {key: getattr(self.config, key) for key in parted},
             "settings": [(s.method, s.guidance_scale, s.adapter) for s in self.settings],
-            "adapters": {name: [fingerprint(a), a.about.get("guidance_gain")] for name, a in self.adapters.items()},
+            "adapters": {name: [fingerprint(a), a.metadata.get("guidance_gain")] for name, a in self.adapters.items()},
             "base": {name: fingerprint(part) for name, part in components.items()},
             "pipeline": [type(self.pipe).__name__, self.arguments],
             "scheduler": [type(self.pipe.scheduler).__name__, dict(self.pipe.scheduler.config)],
             "conditions": self.conditions,
             "judges": [judge.fingerprint for judge in self.judges],
         }
-        identity = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+        identity = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
         device = torch.cuda.get_device_name(self.pipe.device) if self.pipe.device.type == "cuda" else "cpu"
         return Facts(identity, sum(p.numel() for p in denoiser_of(self.pipe)[1].parameters()), device)
 

@@ -51,20 +51,20 @@ def check_arguments(pipeline_class: type | None, arguments: Mapping[str, Any], t
     keyword = "guidance_scale" if known is None else next((name for name in SCALE_KEYWORDS if name in known), None)
     decided = {keyword: "say guidance_scale=[LOWEST,HIGHEST]"} | DECIDED
     for name, value in arguments.items():
-        told = f"teacher.call.{name}"
+        option = f"teacher.call.{name}"
         if name in decided:
-            raise UsageError(f"{told}: decided elsewhere: leave it out: {decided[name]}")
+            raise UsageError(f"{option}: decided elsewhere: leave it out: {decided[name]}")
         if name in ("height", "width") and getattr(teacher, name) is not None:
-            raise UsageError(f"{told}: decided by teacher.{name}={getattr(teacher, name)}: leave one of them out")
+            raise UsageError(f"{option}: decided by teacher.{name}={getattr(teacher, name)}: leave one of them out")
         if known is not None and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f": did you mean {near[0]}?" if near else ": leave it out"
             assert pipeline_class is not None
-            raise UsageError(f"{told}: {pipeline_class.__name__} takes no such argument{hint}")
+            raise UsageError(f"{option}: {pipeline_class.__name__} takes no such argument{hint}")
         if any(part in name for part in TENSORS):
-            raise UsageError(f"{told}: {NOTHING}: leave it out: say prompts=FILE")
+            raise UsageError(f"{option}: {NOTHING}: leave it out: say prompts=FILE")
         if is_number(value) and (name == "negative_prompt" or (known is not None and takes_text(known[name]))):
-            raise UsageError(f"""{told}={value}: not a text: put it into quotes: {told}='"{value}"'""")
+            raise UsageError(f"""{option}={value}: not a text: put it into quotes: {option}='"{value}"'""")
 
 
 def is_number(value: Any) -> bool:

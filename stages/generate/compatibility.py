@@ -29,11 +29,11 @@ def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
     Raises:
         UserError: names the option that differs.
     """
-    known = flatten(defining(GenerateConfig()))  # an older version's dataset lacks the options that came later
-    old, new = known | flatten(told_plan["config"]), flatten(defining(plan.config))
-    made, told = "manifest_sha256" in told_plan, told_plan["conditions"]
-    count = told["count"]
-    goes_on = digest(plan.conditions[:count]) == told["sha256"] and (made or count == len(plan.conditions))
+    known = dotted(defining(GenerateConfig()))  # an older version's dataset lacks the options that came later
+    old, new = known | dotted(told_plan["config"]), dotted(defining(plan.config))
+    made, entry_conditions = "manifest_sha256" in told_plan, told_plan["conditions"]
+    count = entry_conditions["count"]
+    goes_on = digest(plan.conditions[:count]) == entry_conditions["sha256"] and (made or count == len(plan.conditions))
     for key in sorted(old.keys() | new.keys()):
         if key in COUNTS and made and None not in (old[key], new[key]) and old[key] < new[key]:
             continue
@@ -64,13 +64,13 @@ def check_still_same(root: Any, info: dict[str, Any] | None, plan: Plan, facts: 
     """
     if info is None:
         raise ChangedError(f"{root}: dataset.json is gone: put it back, or take another output_dir")
-    told = info["plans"][-1]
+    entry = info["plans"][-1]
     here = defining(plan.config)  # where it is, the driver has judged
-    config = told["config"] | {
-        "teacher": told["config"]["teacher"] | {PLACE_OF_TEACHER: here["teacher"][PLACE_OF_TEACHER]}
+    config = entry["config"] | {
+        "teacher": entry["config"]["teacher"] | {PLACE_OF_TEACHER: here["teacher"][PLACE_OF_TEACHER]}
     }
     try:
-        check_same_config(root, told | {"config": config}, plan)
+        check_same_config(root, entry | {"config": config}, plan)
     except UserError as error:
         raise ChangedError(str(error)) from error
     if not is_all_of(info["plans"], plan):
@@ -84,7 +84,7 @@ def check_still_same(root: Any, info: dict[str, Any] | None, plan: Plan, facts: 
 
 def is_all_of(plans: list[dict[str, Any]], plan: Plan) -> bool:
     """Whether plans that `dataset.json` tells of are, together, what is asked for."""
-    planned = [sum(told[key] for told in plans) for key in ("units", "trajectories")]
+    planned = [sum(entry[key] for entry in plans) for key in ("units", "trajectories")]
     return planned == [len(plan), plan.num_trajectories] and plans[-1]["conditions"].get("count") in (
         None,
         len(plan.conditions),
@@ -94,8 +94,8 @@ def is_all_of(plans: list[dict[str, Any]], plan: Plan) -> bool:
 def describe_plan(plan: Plan, begun: list[dict[str, Any]], rule: str) -> dict[str, Any]:
     """What `dataset.json` tells of what a plan adds to those before it."""
     return {
-        "units": len(plan) - sum(told["units"] for told in begun),
-        "trajectories": plan.num_trajectories - sum(told["trajectories"] for told in begun),
+        "units": len(plan) - sum(entry["units"] for entry in begun),
+        "trajectories": plan.num_trajectories - sum(entry["trajectories"] for entry in begun),
         "guidance": {"rule": rule, "scale_range": plan.scale_range},
         "conditions": describe_conditions(plan.conditions),
         "config": defining(plan.config),
@@ -128,9 +128,9 @@ def defining(config: GenerateConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items() if key not in EXECUTION_KEYS}
 
 
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` to `{"a.b": 1}`: keys as they are given on the command line."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

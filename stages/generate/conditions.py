@@ -31,13 +31,13 @@ def read_conditions(config: GenerateConfig) -> list[Condition]:
         return [{"class_label": label} for label in read_class_labels(config.class_labels, known)]
     prompts = read_prompts(config.prompts)
     check_columns(prompts, f"prompts={config.prompts}", pipeline_class_of(config.teacher))
-    told, of_their_own = dict(config.teacher.call), sum("negative_prompt" in prompt for prompt in prompts)
-    if of_their_own == len(prompts) and "negative_prompt" in told:
+    call, of_their_own = dict(config.teacher.call), sum("negative_prompt" in prompt for prompt in prompts)
+    if of_their_own == len(prompts) and "negative_prompt" in call:
         raise UserError(
             f"teacher.call.negative_prompt: each row of prompts={config.prompts} has its own: leave one of them out"
         )
     if of_their_own:  # all have one then, or a batch would depend on its neighbours
-        prompts = [{"negative_prompt": told.get("negative_prompt", ""), **prompt} for prompt in prompts]
+        prompts = [{"negative_prompt": call.get("negative_prompt", ""), **prompt} for prompt in prompts]
     return prompts
 
 
@@ -46,8 +46,8 @@ def makes_images_of_their_size(teacher: TeacherConfig) -> bool:
     kind = pipeline_class_of(teacher)
     known = {} if kind is None else inspect.signature(kind.__call__).parameters
     for name in ("height", "width"):
-        told = getattr(teacher, name) or dict(teacher.call).get(name)
-        if told is None and (name not in known or known[name].default is None):
+        size = getattr(teacher, name) or dict(teacher.call).get(name)
+        if size is None and (name not in known or known[name].default is None):
             return True
     return False
 
@@ -59,13 +59,13 @@ def read_class_labels(asked: Any, known: int) -> list[int]:
     if not isinstance(asked, (str, list)):
         raise UserError(f"class_labels={asked}: give `all`, a list of classes, or a text file")
     named = asked if isinstance(asked, str) else "class_labels"
-    labels = _read_words(asked) if isinstance(asked, str) else asked
+    labels = _read_names(asked) if isinstance(asked, str) else asked
     if not labels:
         raise UserError(f"{named}: empty: name at least one class")
     return [_class_label(value, known, named) for value in labels]
 
 
-def _read_words(path: str) -> list[str]:
+def _read_names(path: str) -> list[str]:
     try:
         return read_text(path).split()
     except (OSError, ValueError, obstore.exceptions.BaseError) as error:

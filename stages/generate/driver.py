@@ -20,9 +20,9 @@ from stages.generate.events import Event, Failed, Fleet, Loaded, Made
 from stages.generate.plan import Plan
 from stages.generate.preview import write_preview_grid
 from stages.generate.profile import Profile
-from stages.generate.telling import Telling
+from stages.generate.progress_reporter import ProgressReporter
 from stages.records.commits import commit_name, committed_units, is_committed, read_commit, read_commits
-from stages.records.manifest import misfit
+from stages.records.manifest import column_mismatch
 from stages.records.plans import PLACE_OF_TEACHER, plan_digests, published, read_info
 from stages.records.publication import begin_plan, publish, withdraw
 from stages.storage.files import to_json
@@ -139,17 +139,17 @@ class Driver:
         return summary
 
     def _drive(self, fleet: Fleet) -> None:
-        telling = Telling(self.plan, (len(self.committed), sum(map(self.plan.records_of, self.committed))))
+        reporter = ProgressReporter(self.plan, (len(self.committed), sum(map(self.plan.records_of, self.committed))))
         try:
             while self.todo or self.in_flight or not self.described:
                 self._dispatch(fleet)
                 for event in fleet.poll(POLL_SECONDS):
-                    telling.see(event, fleet.states())
+                    reporter.see(event, fleet.states())
                     self.profile.see(event)
                     self._see(event)
-                telling.tick(fleet.states())
+                reporter.tick(fleet.states())
         finally:
-            telling.close()
+            reporter.close()
 
     def _dispatch(self, fleet: Fleet) -> None:
         """A unit that failed before is alone with its worker: if it kills it, it takes no other along."""
@@ -180,13 +180,13 @@ class Driver:
             return
         with suppress(DamageError):
             size = read_commit(self.root, commit_name(made.unit))["size"] / made.records
-            self._tell_room(size, free, made.records)
+            self._warn_of_a_small_disk(size, free, made.records)
 
-    def _tell_room(self, size: float, free: int, made: int) -> None:
+    def _warn_of_a_small_disk(self, size: float, free: int, made: int) -> None:
         left = size * (self.plan.num_records - sum(map(self.plan.records_of, self.committed)) - made)
         if left > free:
-            told = f"about {left / 1e6:,.1f} MB are still to be made, and {free / 1e6:,.1f} MB are free there"
-            warnings.warn(f"{self.root}: {told}: make room, or this run ends with what fits", stacklevel=1)
+            message = f"about {left / 1e6:,.1f} MB are still to be made, and {free / 1e6:,.1f} MB are free there"
+            warnings.warn(f"{self.root}: {message}: make room, or this run ends with what fits", stacklevel=1)
 
     def _see_made(self, unit: int) -> None:
         self.in_flight.remove(unit)
@@ -283,7 +283,7 @@ def check_recordable(plan: Plan) -> None:
         UserError: the manifest could not hold a prompt, a class or a seed, which would come out once all is made.
     """
     for column in ("prompt", "class_label", "seed"):
-        if found := misfit(column, [condition.get(column) for condition in plan.conditions]):
+        if found := column_mismatch(column, [condition.get(column) for condition in plan.conditions]):
             place, why = found
             source = f"{plan.config.prompts}: row {place + 1}" if plan.config.prompts else "class_labels"
             raise UserError(
@@ -297,5 +297,5 @@ def units_of(plans: list[dict[str, Any]]) -> int:
 
 def reason_of(error: BaseException) -> str:
     """One line, which for what is not told to a user begins with the kind of error."""
-    told = first_line(error)
-    return told if isinstance(error, UserError) else f"{type(error).__name__}: {told}"
+    message = first_line(error)
+    return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"

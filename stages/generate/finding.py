@@ -27,10 +27,10 @@ from stages.generate.probing import (
     DoesNotRunError,
     Seen,
     distance,
+    format_rows,
     has_rows,
     probe,
     probe_at,
-    told_rows,
     uncertain,
 )
 from stages.generate.sample_axes import find_arguments, relation_of_timesteps
@@ -98,7 +98,7 @@ def place_conditional(pipe: Any, arguments: Arguments, unguided: Unguided, guide
                 f"{type(pipe).__name__} cannot be recorded: its denoiser is given {name} with guidance only, which one pass would "
                 "not have: take another class (teacher.pipeline_class=...)"
             )
-    arguments = replace(arguments, constants=_told_constants(pipe, call, arguments))
+    arguments = replace(arguments, constants=_recorded_constants(pipe, call, arguments))
     parameters = inspect.signature(denoiser.forward).parameters
     targets = _find_targets(pipe, arguments, unguided.steps[-1])
     scale, offset = relation_of_timesteps(pipe, arguments, unguided.one)
@@ -132,7 +132,7 @@ def find_parts(
     step = guided[-1]
     rows = [arguments.rows(call.inputs) for call in step.calls]
     if any(count % n for count in rows):
-        raise uncertain(pipe, f"a guided step for {n} samples has {told_rows(rows)}")
+        raise uncertain(pipe, f"a guided step for {n} samples has {format_rows(rows)}")
     places = [(number, chunk) for number, count in enumerate(rows) for chunk in range(count // n)]
     if len(places) == 1:
         raise UserError(
@@ -146,8 +146,8 @@ def find_parts(
     same = [place for place in places if apart[place] < SAME]
     different = [place for place in places if place not in same]
     if not (same and different):
-        told = "all are alike" if same else "none is like the pass without guidance"
-        raise uncertain(pipe, f"of the {len(places)} parts of a guided step {told}")
+        message = "all are alike" if same else "none is like the pass without guidance"
+        raise uncertain(pipe, f"of the {len(places)} parts of a guided step {message}")
     conditional = min(same, key=lambda place: _unlike_prediction(arguments, unguided.steps[0], guided[0], place, n))
     return conditional, different[0] if len(different) == 1 else None
 
@@ -170,18 +170,18 @@ def _unlike_prediction(arguments: Arguments, alone: Seen, guided: Seen, place: P
     return distance(alone.calls[0].prediction, guided.calls[number].prediction[chunk * n : (chunk + 1) * n])
 
 
-def _told_constants(pipe: Any, call: Call, arguments: Arguments) -> dict[str, Any]:
+def _recorded_constants(pipe: Any, call: Call, arguments: Arguments) -> dict[str, Any]:
     constants, rows = constants_of(call.inputs, arguments), arguments.rows(call.inputs)
-    told = {}
+    values = {}
     for name, value in constants.items():
         try:
-            told[name] = encoded(value, rows)
+            values[name] = encoded(value, rows)
         except TypeError as error:
             raise UserError(
                 f"{type(pipe).__name__} cannot be recorded: its denoiser is given {name}, {error}, which cannot be stored with "
                 "records: switch that off (teacher.call.NAME=...), or take another class (teacher.pipeline_class=...)"
             ) from error
-    return told
+    return values
 
 
 def _find_targets(pipe: Any, arguments: Arguments, step: Seen) -> list[tuple[int, int]]:
@@ -216,9 +216,9 @@ def _find_target(pipe: Any, prediction: Tensor, handed: Tensor) -> tuple[int, in
         for sign in (1, -1) if fits else ():
             if distance(sign * own.reshape(handed.shape), handed) < SAME:
                 return sign, channels
-    told = "something else than" if fits else "another shape than"
+    message = "something else than" if fits else "another shape than"
     raise UserError(
-        f"{type(pipe).__name__}: its scheduler receives {told} its denoiser predicts, so that the records could not be "
+        f"{type(pipe).__name__}: its scheduler receives {message} its denoiser predicts, so that the records could not be "
         "trained on: such pipelines cannot be recorded; take another pipeline class of the model (teacher.pipeline_class)"
     )
 

@@ -26,7 +26,7 @@ from stages.generate.unit import UnitWorker
 from stages.signals import end_on_sigterm
 from stages.storage.folder import absolute
 
-MOST_TOLD = 1000  # characters of what pip says
+MAX_MESSAGE_LENGTH = 1000  # characters of what pip says
 UNITS_WRITTEN = 1  # beside the one that is sampled; more would only fill the memory
 
 
@@ -95,7 +95,7 @@ class RayFleet:
             key: located(value) for key, value in conditions.items() if isinstance(value, str) and value != "all"
         }
         self.config = replace(config, teacher=teacher, output_dir=absolute(config.output_dir), **files)
-        with named(config):
+        with ray_errors(config):
             self.actor_class = ray.remote(
                 num_cpus=config.num_cpus,
                 num_gpus=config.num_gpus,
@@ -113,7 +113,7 @@ class RayFleet:
 
     def _add_worker(self) -> None:
         name = f"teacher-{next(self.numbers)}"
-        with named(self.config):
+        with ray_errors(self.config):
             actor = self.actor_class.options(name=f"{name}-of-run-{self.run}").remote(self.config)
         member = Member(actor, name)
         self.members.append(member)
@@ -161,7 +161,7 @@ class RayFleet:
             self._call(call.member, Doing.AGAIN, call.member.actor.place.remote(), call.unit)
             return []
         except RayError as error:
-            return self._lose(call, told_of(error), self._is_preempted(call, error))
+            return self._lose(call, ray_error_of(error), self._is_preempted(call, error))
 
     def _go_on(self, call: Call, result: Any) -> list[Event]:
         """The next step of what a worker does, and what is to be told of the last."""
@@ -229,19 +229,19 @@ class RayFleet:
 
 
 @contextmanager
-def named(config: GenerateConfig) -> Iterator[None]:
+def ray_errors(config: GenerateConfig) -> Iterator[None]:
     """Whatever Ray refuses of what a worker is to have is told in a line."""
     try:
         yield
     except ValueError as error:
-        told = " ".join(" ".join(map(str, error.args)).split())
-        raise UserError(f"{place_of(config)}: Ray cannot keep that for a worker: {told}") from error
+        message = " ".join(" ".join(map(str, error.args)).split())
+        raise UserError(f"{place_of(config)}: Ray cannot keep that for a worker: {message}") from error
 
 
-def told_of(error: RayError) -> RayError:
+def ray_error_of(error: RayError) -> RayError:
     """An error whose first line tells what a worker's constructor, or its import, raised, or why its environment could not be made."""
     if isinstance(error, RuntimeEnvSetupError):
-        return RayError(f"runtime_env: {' '.join(str(error).split())}"[:MOST_TOLD])
+        return RayError(f"runtime_env: {' '.join(str(error).split())}"[:MAX_MESSAGE_LENGTH])
     if isinstance(error, RayActorError) and error.actor_init_failed:
         return RayActorError(error_msg=str(error).rstrip().rpartition("\n")[2])
     return error

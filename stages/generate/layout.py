@@ -156,8 +156,8 @@ class Layout:
 
     def facts(self) -> dict[str, Any]:
         """What `dataset.json` tells of it."""
-        told = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
-        return told | {"arguments": self.arguments.facts()}
+        facts = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return facts | {"arguments": self.arguments.facts()}
 
 
 def constants_of(inputs: dict[str, Any], arguments: Arguments) -> dict[str, Any]:

@@ -63,19 +63,19 @@ class Plan:
         check_recorded_steps(config, self.steps_per_trajectory)
         self.config = config
         self.conditions = read_conditions(config)
-        self.turns = np.empty((0, 2), dtype=np.int64)
+        self.lock = np.empty((0, 2), dtype=np.int64)
         self.bounds = np.zeros(1, dtype=np.int64)  # of the units, in the trajectories
         for plan in earlier:
             self._add(plan["trajectories"], plan["conditions"].get("count"))
         asked = config.num_trajectories or len(self.conditions) * config.num_trajectories_per_condition
-        self._add(asked - len(self.turns), None)
+        self._add(asked - len(self.lock), None)
 
     def _add(self, count: int, num_conditions: int | None) -> None:
         """Plan so many more trajectories of the first so many conditions, by default of all."""
-        begin, size = len(self.turns), self.config.trajectories_per_unit
-        made = np.bincount(self.turns[:, 1], minlength=len(self.conditions))[:num_conditions]
-        self.turns = np.concatenate([self.turns, take_turns(made, count)])
-        end = len(self.turns)
+        begin, size = len(self.lock), self.config.trajectories_per_unit
+        made = np.bincount(self.lock[:, 1], minlength=len(self.conditions))[:num_conditions]
+        self.lock = np.concatenate([self.lock, take_turns(made, count)])
+        end = len(self.lock)
         self.bounds = np.concatenate([self.bounds, np.append(np.arange(begin + size, end, size), end)[: end - begin]])
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def num_trajectories(self) -> int:
-        return len(self.turns)
+        return len(self.lock)
 
     @property
     def records_per_trajectory(self) -> int:
@@ -123,7 +123,7 @@ class Plan:
     def trajectory(self, index: int) -> PlannedTrajectory:
         sequence = np.random.SeedSequence([self.config.seed, index])
         random = np.random.default_rng(sequence)
-        repetition, place = self.turns[index].tolist()
+        repetition, place = self.lock[index].tolist()
         condition = dict(self.conditions[place])
         scale = draw_scale(self.config, random)
         scale = condition.pop("guidance_scale", scale)
@@ -169,18 +169,18 @@ def check(config: GenerateConfig) -> None:
     """Refuse what no run could carry out, before anything is loaded."""
     check_bounds(config)
     scale = config.guidance_scale
-    told = f"guidance_scale={list(scale)}"
+    option = f"guidance_scale={list(scale)}"
     if config.guidance_scale_distribution == "list":
         if not scale:
-            raise UsageError(f"{told}: empty: name the scales to draw from")
+            raise UsageError(f"{option}: empty: name the scales to draw from")
     elif len(scale) != 2:
-        raise UsageError(f"{told}: give the lowest and the highest scale, e.g. [1, 6]")
+        raise UsageError(f"{option}: give the lowest and the highest scale, e.g. [1, 6]")
     elif scale[0] > scale[1]:
-        raise UsageError(f"{told}: the range is upside down: lowest scale first")
+        raise UsageError(f"{option}: the range is upside down: lowest scale first")
     if not all(value >= 1 for value in scale):
-        raise UsageError(f"{told}: scales below 1 are not guidance: begin at 1 or above")
+        raise UsageError(f"{option}: scales below 1 are not guidance: begin at 1 or above")
     if not all(value < float("inf") for value in scale):
-        raise UsageError(f"{told}: endless: give finite scales")
+        raise UsageError(f"{option}: endless: give finite scales")
     if config.num_trajectories is not None and config.num_trajectories_per_condition != 1:
         raise UsageError(
             f"num_trajectories={config.num_trajectories}: tells the same as num_trajectories_per_condition: give one of them"

@@ -74,7 +74,7 @@ def rows_of(pipe: Any, calls: list[Call]) -> list[int]:
     return [len(argument(call.inputs, latent, Axis(listed=latent not in call.inputs))) for call in calls]
 
 
-def told_rows(rows: list[int]) -> str:
+def format_rows(rows: list[int]) -> str:
     return (
         "its scheduler steps without a denoiser's call before"
         if not rows

@@ -59,11 +59,11 @@ class Profile:
         """
         for worker in list(self.since):
             self._leave(worker)
-        told = {what: self.seconds[what] for what in (TEACHER, RECORDING, ENCODING, WRITING)}
-        waiting = max(0.0, self.present - told[TEACHER] - told[RECORDING])
+        shares = {what: self.seconds[what] for what in (TEACHER, RECORDING, ENCODING, WRITING)}
+        waiting = max(0.0, self.present - shares[TEACHER] - shares[RECORDING])
         return {
-            "profile": told
-            | {"waiting": waiting, "teacher_share": told[TEACHER] / self.present if self.present else 0.0},
+            "profile": shares
+            | {"waiting": waiting, "teacher_share": shares[TEACHER] / self.present if self.present else 0.0},
             "workers": {
                 name: {"units": self.units[name], "records": self.records[name]} for name in sorted(self.units)
             },

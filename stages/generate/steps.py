@@ -60,12 +60,12 @@ def timesteps_of(scheduler: Any, num_inference_steps: int) -> torch.Tensor | Non
         UsageError: it cannot make so many.
     """
     most, name = scheduler.config.get("num_train_timesteps") or 0, type(scheduler).__name__
-    told = f"num_inference_steps={num_inference_steps}"
-    too_many = f"{told}: at most {most}, the timesteps of the teacher's scheduler"
+    option = f"num_inference_steps={num_inference_steps}"
+    too_many = f"{option}: at most {most}, the timesteps of the teacher's scheduler"
     try:
         timesteps = _asked(scheduler, num_inference_steps)
     except ValueError as error:
-        reason = too_many if 0 < most < num_inference_steps else f"{told}: {name}: {first_line(error)}"
+        reason = too_many if 0 < most < num_inference_steps else f"{option}: {name}: {first_line(error)}"
         raise UsageError(reason) from error
     except (AttributeError, KeyError, TypeError, RuntimeError):
         return None
@@ -79,12 +79,12 @@ def timesteps_of(scheduler: Any, num_inference_steps: int) -> torch.Tensor | Non
 def _asked(scheduler: Any, num_inference_steps: int) -> torch.Tensor:
     """As pipelines do: with noise levels of their own where the scheduler has hardly any, and a shift where it takes one."""
     known = inspect.signature(scheduler.set_timesteps).parameters
-    told: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     if "mu" in known and scheduler.config.get("use_dynamic_shifting"):
-        told["mu"] = 1.0
+        named["mu"] = 1.0
     if "sigmas" in known and scheduler.config.get("num_train_timesteps") == 1:
-        told["sigmas"] = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
-    scheduler.set_timesteps(num_inference_steps, **told)
+        named["sigmas"] = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
+    scheduler.set_timesteps(num_inference_steps, **named)
     return scheduler.timesteps
 
 
@@ -96,7 +96,7 @@ def kept_by_pipeline(
     ask, known = getattr(kind, "get_timesteps", None), {} if kind is None else call_of(kind)
     if ask is None or "strength" not in known:
         return timesteps
-    told = {
+    supplied = {
         "num_inference_steps": num_inference_steps,
         "timesteps": timesteps,
         "strength": dict(teacher.call).get("strength", known["strength"].default),
@@ -104,10 +104,10 @@ def kept_by_pipeline(
         "denoising_start": dict(teacher.call).get("denoising_start"),
     }
     asked = list(inspect.signature(ask).parameters)[1:]
-    if set(asked) - told.keys():
+    if set(asked) - supplied.keys():
         return timesteps
     try:
-        return ask(SimpleNamespace(scheduler=scheduler), **{name: told[name] for name in asked})[0]
+        return ask(SimpleNamespace(scheduler=scheduler), **{name: supplied[name] for name in asked})[0]
     except (AttributeError, TypeError, ValueError):  # it looks at more than its scheduler
         return timesteps
 

@@ -71,11 +71,11 @@ class Teacher:
         """What `dataset.json` tells of the teacher; equal on every worker of a run."""
         name, denoiser = denoiser_of(self.pipe)
         denoisers = {name: module for name, module in denoisers_of(self.pipe).items() if name in self.layout.denoisers}
-        scheduler, told = self.pipe.scheduler, self.config.teacher
+        scheduler, config = self.pipe.scheduler, self.config.teacher
         return {
-            "pretrained_model_name_or_path": told.pretrained_model_name_or_path,
-            "revision": told.revision,
-            "variant": told.variant,
+            "pretrained_model_name_or_path": config.pretrained_model_name_or_path,
+            "revision": config.revision,
+            "variant": config.variant,
             "pipeline_class": type(self.pipe).__name__,
             "denoiser_class": type(denoiser).__name__,
             "denoiser_subfolder": name,
@@ -88,7 +88,7 @@ class Teacher:
                 }
                 for name, module in denoisers.items()
             },
-            "torch_dtype": told.torch_dtype,
+            "torch_dtype": config.torch_dtype,
             "scheduler_class": type(scheduler).__name__,
             "scheduler_config": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
             "prediction_type": scheduler.config.get("prediction_type"),

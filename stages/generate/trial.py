@@ -38,7 +38,7 @@ def check_trial(pipe: Any, layout: Layout, seen: Pass) -> None:
     predicted, expected = as_target(predictions_of(output), layout.target_channels), _copied(seen.prediction)
     if predicted.shape != expected.shape or float((predicted - expected).norm()) > ALIKE * float(expected.norm()):
         raise _refused(pipe, "its denoiser does not predict the same from records: it sees more than its arguments")
-    about = {
+    metadata = {
         "conditions": {},
         "arguments": {},
         "scale_range": [1.0, 2.0],
@@ -47,7 +47,7 @@ def check_trial(pipe: Any, layout: Layout, seen: Pass) -> None:
         "timestep_offset": layout.timestep_offset,
         "axes": layout.arguments.facts()["axes"],
     }
-    GuidanceAdapter.for_denoiser(AdapterConfig(), denoiser, about, caller.flat(*batch))
+    GuidanceAdapter.for_denoiser(AdapterConfig(), denoiser, metadata, caller.flat(*batch))
 
 
 def _copied(value: Tensor) -> Tensor:

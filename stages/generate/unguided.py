@@ -19,11 +19,11 @@ from stages.generate.probing import (
     DoesNotRunError,
     Seen,
     distance,
+    format_rows,
     has_rows,
     is_number,
     probe_at,
     rows_of,
-    told_rows,
     uncertain,
 )
 from stages.generate.watching import Call
@@ -63,14 +63,14 @@ def guidance_rule(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         settings = {name: value for name, value in guider.config.items() if not name.startswith("_")}
         return {"name": type(guider).__name__} | {k: v for k, v in settings.items() if k != "guidance_scale"}
     defaults = inspect.signature(type(pipe).__call__).parameters
-    told = {name: arguments.get(name, p.default) for name, p in defaults.items()}
+    values = {name: arguments.get(name, p.default) for name, p in defaults.items()}
     keyword = scale_keyword(pipe)
-    named = {k: v for k, v in told.items() if _is_of_guidance(k) and k != keyword and is_number(v)}
+    named = {k: v for k, v in values.items() if _is_of_guidance(k) and k != keyword and is_number(v)}
     return {"name": "ClassifierFreeGuidance", "pipeline": type(pipe).__name__} | named
 
 
 def _is_of_guidance(name: str) -> bool:
-    return any(word in name for word in ("guidance", "pag_", "sag_", "stg_", "cfg_", "modality_scale"))
+    return any(override in name for override in ("guidance", "pag_", "sag_", "stg_", "cfg_", "modality_scale"))
 
 
 def without_guidance(pipe: Any, once: Request, twice: Request) -> Unguided:
@@ -90,7 +90,7 @@ def without_guidance(pipe: Any, once: Request, twice: Request) -> Unguided:
         if rows == [1]:
             two = _two_samples(pipe, twice, settings, one)
             return _with_longer_prompt(pipe, twice, Unguided(settings, one, two))
-        found = found or f"{told_rows(rows)} in a step for one sample"
+        found = found or f"{format_rows(rows)} in a step for one sample"
     raise uncertain(pipe, f"without guidance {found}") if found or failed is None else failed
 
 

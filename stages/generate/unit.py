@@ -46,7 +46,7 @@ class UnitWorker:
         self.root = open_folder(self.config.output_dir)
         self.plan = Plan(self.config, published(read_info(self.root)))
         self.teacher = Teacher(self.config, self.plan.conditions[0])
-        self.facts = as_told(self.teacher.facts())
+        self.facts = as_json(self.teacher.facts())
         return self.facts
 
     def sample(self, index: int) -> None:
@@ -85,7 +85,7 @@ class UnitWorker:
         return next(digest for end, digest in digests if unit < end)
 
 
-def as_told(facts: dict[str, Any]) -> dict[str, Any]:
+def as_json(facts: dict[str, Any]) -> dict[str, Any]:
     """Facts as they are read back from `dataset.json`, so that they are compared with equals: lists where tuples or arrays were."""
     return json.loads(
         json.dumps(facts, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))

@@ -64,7 +64,7 @@ def read_commit(root: Folder, name: str) -> dict[str, Any]:
         raise unreadable(root, name) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamageError(
-            f"{root.where(name)}: damaged: `python -m pipeline.verify {root.word('data_dir')} repair=true` sets it aside; "
+            f"{root.where(name)}: damaged: `python -m pipeline.verify {root.override('data_dir')} repair=true` sets it aside; "
             "then generate again, which makes its unit anew"
         ) from error
     return commit
@@ -103,9 +103,9 @@ def read_commits(root: Folder) -> Iterator[dict[str, Any]]:
             yield from chain.from_iterable(threads.map(read, parts))
 
 
-def damage(root: Folder, problem: dict[str, str]) -> DamageError:
+def damage_error(root: Folder, problem: dict[str, str]) -> DamageError:
     """A problem, and how to find all there are."""
     return DamageError(
         f"{root.where(problem['shard'])}: damaged: expected {problem['expected']}, found {problem['found']}: "
-        f"`python -m pipeline.verify {root.word('data_dir')}` lists all damage"
+        f"`python -m pipeline.verify {root.override('data_dir')}` lists all damage"
     )

@@ -21,10 +21,10 @@ import safetensors.torch
 from torch import Tensor
 
 from stages.errors import DamageError, UserError
-from stages.records.commits import committed_units, damage
+from stages.records.commits import committed_units, damage_error
 from stages.records.manifest import decode_manifest, unit_of
 from stages.records.plans import fingerprint_of, manifest_name, of_snapshot, published, read_info
-from stages.records.trajectory import misfit
+from stages.records.trajectory import schema_mismatch
 from stages.storage.cache import ShardCache
 from stages.storage.files import sha256
 from stages.storage.folder import Folder, open_folder, unreadable
@@ -65,21 +65,21 @@ class Dataset:
         if info is None:
             raise UserError(
                 f"{self.root}: holds no dataset: name the folder of one, or make one there with "
-                f"`python -m pipeline.generate --config FILE {self.root.word('output_dir')}` and a FILE of configs/generate"
+                f"`python -m pipeline.generate --config FILE {self.root.override('output_dir')}` and a FILE of configs/generate"
             )
         whole = published(info)
         if not whole or not info["complete"]:
             raise self._unfinished(sum(plan["units"] for plan in whole or info["plans"]))
         known = [fingerprint_of(plan) for plan in whole]
         if snapshot is not None and snapshot not in known:
-            told = ", ".join(fingerprint[:12] for fingerprint in known)
-            raise UserError(f"{self.root}: has no snapshot {snapshot[:12]}, only {told}")
+            message = ", ".join(fingerprint[:12] for fingerprint in known)
+            raise UserError(f"{self.root}: has no snapshot {snapshot[:12]}, only {message}")
         number = len(known) if snapshot is None else 1 + known.index(snapshot)
         self.newest, self.fingerprint = number == len(known), known[number - 1]
         self.info = of_snapshot(info, whole[number - 1])
         content, problem = read_manifest(self.root, whole[number - 1], manifest_name(info, number))
         if content is None:
-            raise damage(self.root, problem)
+            raise damage_error(self.root, problem)
         self.manifest = decode_manifest(content)
         shards = self.manifest.group_by(["shard", "shard_sha256", "shard_size"]).aggregate([]).to_pylist()
         self._known = {shard["shard"]: (shard["shard_sha256"], shard["shard_size"]) for shard in shards}
@@ -92,7 +92,7 @@ class Dataset:
             raise self._unfinished(len(self._known), sum(unit_of(shard) in committed for shard in self._known))
         sizes = {shard: size for shard, (_, size) in self._known.items()}
         if problems := size_problems(sizes, self.root.list("shards")):
-            raise DamageError(f"{damage(self.root, problems[0])}{SKIPPED}")
+            raise DamageError(f"{damage_error(self.root, problems[0])}{SKIPPED}")
 
     def _unfinished(self, planned: int, done: int | None = None) -> UserError:
         done = len(committed_units(self.root)) if done is None else done
@@ -133,7 +133,7 @@ class Dataset:
             sample = safetensors.torch.load(content)
         except safetensors.SafetensorError as error:
             raise self._damage(row["shard"], f"the tensors of {row['key']}", str(error)) from error
-        if found := misfit(sample, self.info["tensors"]):
+        if found := schema_mismatch(sample, self.info["tensors"]):
             raise self._damage(row["shard"], f"the tensors of {row['key']}", found)
         count = len(sample["timestep"])
         if count < row["records"] if "chosen" in row else count != row["records"]:
@@ -141,10 +141,10 @@ class Dataset:
         return sample
 
     def _damage(self, shard: str, expected: str, found: str) -> DamageError:
-        told = f"{damage(self.root, {'shard': shard, 'expected': expected, 'found': found})}{SKIPPED}"
+        message = f"{damage_error(self.root, {'shard': shard, 'expected': expected, 'found': found})}{SKIPPED}"
         if self.cache is not None:
-            told += f"; if that finds none, its copy in {self.cache.root} is damaged: remove {self._known[shard][0]}"
-        return DamageError(told)
+            message += f"; if that finds none, its copy in {self.cache.root} is damaged: remove {self._known[shard][0]}"
+        return DamageError(message)
 
     def timesteps(self, row: dict[str, Any]) -> Tensor:
         """The timesteps `[k]` of one sample, read without the rest of it, and so not checked.
@@ -162,8 +162,8 @@ class Dataset:
                     raise ValueError("beyond the sample")
                 file.seek(row["offset"] + 8 + length + begin)
                 alone = {"timestep": header["timestep"] | {"data_offsets": [0, end - begin]}}
-                told = json.dumps(alone).encode()
-                content = len(told).to_bytes(8, "little") + told + file.read(end - begin)
+                own_header = json.dumps(alone).encode()
+                content = len(own_header).to_bytes(8, "little") + own_header + file.read(end - begin)
                 return safetensors.torch.load(content)["timestep"]
             except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
                 raise self._damage(row["shard"], f"the timesteps of {row['key']}", "other bytes") from error
@@ -176,9 +176,7 @@ def finishing(root: Folder) -> str:
     config, copied = root.where("config.yaml"), ""
     if "://" in config:
         config, copied = "config.yaml", f", with a copy of {config},"
-    return (
-        f"`python -m pipeline.generate --config {shlex.quote(config)} {root.word('output_dir')}`{copied} makes the rest"
-    )
+    return f"`python -m pipeline.generate --config {shlex.quote(config)} {root.override('output_dir')}`{copied} makes the rest"
 
 
 def read_manifest(root: Folder, plan: dict[str, Any], name: str) -> tuple[bytes | None, dict[str, str]]:
@@ -195,6 +193,6 @@ def size_problems(committed: dict[str, int], there: dict[str, int]) -> list[dict
     problems = []
     for shard, size in committed.items():
         if (found := there.get(shard)) != size:
-            told = "no such file" if found is None else f"{found} bytes"
-            problems.append({"shard": shard, "expected": f"{size} bytes", "found": told})
+            message = "no such file" if found is None else f"{found} bytes"
+            problems.append({"shard": shard, "expected": f"{size} bytes", "found": message})
     return problems

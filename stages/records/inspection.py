@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from stages.records.shard import read_members, row_of
-from stages.records.trajectory import from_members, misfit
+from stages.records.trajectory import from_members, schema_mismatch
 from stages.storage.folder import READ_SIZE, Folder, unreadable
 
 Member = tuple[str, int, bytes]
@@ -31,11 +31,11 @@ class _Hashed:
         return content
 
 
-def inspect_shard(root: Folder, commit: dict[str, Any], told: dict[str, Any]) -> list[np.ndarray]:
+def inspect_shard(root: Folder, commit: dict[str, Any], specs: dict[str, Any]) -> list[np.ndarray]:
     """The timesteps of a shard's samples.
 
     Args:
-        told: dtype and shape of one record's tensors by name.
+        specs: dtype and shape of one record's tensors by name.
 
     Raises:
         StorageError: this user may not read it.
@@ -46,7 +46,7 @@ def inspect_shard(root: Folder, commit: dict[str, Any], told: dict[str, Any]) ->
         with root.open(commit["shard"]) as opened:
             file = _Hashed(opened)
             try:
-                timesteps = list(_samples(file, commit, told))  # type: ignore[arg-type]
+                timesteps = list(_samples(file, commit, specs))  # type: ignore[arg-type]
             except BrokenError as broken:
                 wrong = broken
             while file.read(READ_SIZE):
@@ -64,11 +64,11 @@ def inspect_shard(root: Folder, commit: dict[str, Any], told: dict[str, Any]) ->
     return timesteps
 
 
-def _samples(file: BinaryIO, commit: dict[str, Any], told: dict[str, Any]) -> Iterator[np.ndarray]:
+def _samples(file: BinaryIO, commit: dict[str, Any], specs: dict[str, Any]) -> Iterator[np.ndarray]:
     members = read_members(file, commit["size"])
     for row in commit["samples"]:
-        about, tensors = (_next(members, f"{row['key']}.{suffix}") for suffix in ("json", "safetensors"))
-        yield _timesteps(row, about, tensors, told)
+        metadata, tensors = (_next(members, f"{row['key']}.{suffix}") for suffix in ("json", "safetensors"))
+        yield _timesteps(row, metadata, tensors, specs)
     _next(members, None)
 
 
@@ -84,12 +84,12 @@ def _next(members: Iterator[Member], name: str | None) -> Member:
     return member
 
 
-def _timesteps(row: dict[str, Any], about: Member, tensors: Member, told: dict[str, Any]) -> np.ndarray:
+def _timesteps(row: dict[str, Any], metadata: Member, tensors: Member, specs: dict[str, Any]) -> np.ndarray:
     key, (_, offset, content) = row["key"], tensors
     try:
-        trajectory = from_members(content, about[2])
+        trajectory = from_members(content, metadata[2])
         named = trajectory.per_record() | {f"cond.{name}": value for name, value in trajectory.cond.items()}
-        if found := misfit(named, told):
+        if found := schema_mismatch(named, specs):
             raise BrokenError(f"the tensors of {key}", found)
         here = {"key": trajectory.key, "offset": offset} | row_of(trajectory, content)
     except (ValueError, TypeError, AttributeError) as error:

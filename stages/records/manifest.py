@@ -50,8 +50,8 @@ def table_of(commits: Iterable[dict[str, Any]]) -> pa.Table:
     """The rows of all commits, in the order of the plan."""
     batches, rows = [], []
     for commit in commits:
-        about = {"shard": commit["shard"], "shard_size": commit["size"], "shard_sha256": commit["sha256"]}
-        rows += [about | row for row in commit["samples"]]
+        metadata = {"shard": commit["shard"], "shard_size": commit["size"], "shard_sha256": commit["sha256"]}
+        rows += [metadata | row for row in commit["samples"]]
         if len(rows) >= ROWS_OF_A_BATCH:
             batches.append(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
             rows = []
@@ -59,7 +59,7 @@ def table_of(commits: Iterable[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_batches(batches, schema=SCHEMA)
 
 
-def misfit(column: str, values: Sequence[Any]) -> tuple[int, str] | None:
+def column_mismatch(column: str, values: Sequence[Any]) -> tuple[int, str] | None:
     """Which of a column's values a manifest cannot hold, and why; None if it can hold them all."""
     kind = SCHEMA.field(column).type
     try:

@@ -62,14 +62,14 @@ def published(info: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 def plan_digests(info: dict[str, Any]) -> list[tuple[int, str]]:
     """For each plan the unit after its last, and the SHA-256 of all that decides what its units hold."""
-    told: list[Any] = [_without_place(info.get("teacher"))]
+    defining: list[Any] = [_without_place(info.get("teacher"))]
     digests, end = [], 0
     for plan in info["plans"]:
         config = plan.get("config", {})
         config = config | {"teacher": _without_place(config.get("teacher"))}
-        told.append({key: plan.get(key) for key in DEFINING} | {"config": config})
+        defining.append({key: plan.get(key) for key in DEFINING} | {"config": config})
         end += plan["units"]
-        digests.append((end, sha256(json.dumps(told, sort_keys=True).encode())))
+        digests.append((end, sha256(json.dumps(defining, sort_keys=True).encode())))
     return digests
 
 

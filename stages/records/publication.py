@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.errors import UserError
-from stages.records.commits import commit_name, damage
+from stages.records.commits import commit_name, damage_error
 from stages.records.manifest import decode_manifest, encode_manifest, fingerprint, table_of
 from stages.records.plans import (
     MANIFEST_FILE,
@@ -78,8 +78,8 @@ def publish(
             if commit["unit"] != unit:
                 raise gone(unit)
             if not is_of_plan(commit, digests):
-                told = {"shard": commit_name(unit), "expected": OF_THE_PLAN, "found": "one of another"}
-                raise damage(root, told)
+                problem = {"shard": commit_name(unit), "expected": OF_THE_PLAN, "found": "one of another"}
+                raise damage_error(root, problem)
             rows.append(rows[-1] + len(commit["samples"]))
             size.append(size[-1] + commit["size"])
             tensors.update({} if tensors else commit["tensors"])

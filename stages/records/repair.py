@@ -100,5 +100,5 @@ def _remove_orphans(found: Survey, grace: float) -> Iterator[Repair]:
             age = now - found.root.modified(name)
             if age >= grace and not is_named(found.root, name):
                 found.root.delete(name)
-                told = {"shard": name, "expected": "a commit record that names it", "found": "none"}
-                yield told | {"done": f"removed: {size:,} bytes, {age:,.0f} seconds old"}
+                problem = {"shard": name, "expected": "a commit record that names it", "found": "none"}
+                yield problem | {"done": f"removed: {size:,} bytes, {age:,.0f} seconds old"}

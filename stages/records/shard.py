@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from stages.records.trajectory import Trajectory, describe
+from stages.records.trajectory import Trajectory, tensor_specs
 from stages.storage.folder import READ_SIZE
 
 
@@ -33,7 +33,7 @@ class Sample:
 def encode(trajectory: Trajectory) -> Sample:
     """The bytes that a shard will hold of it."""
     members = dict(sorted(trajectory.to_members().items()))
-    return Sample(trajectory.key, members, row_of(trajectory, members["safetensors"]), describe(trajectory))
+    return Sample(trajectory.key, members, row_of(trajectory, members["safetensors"]), tensor_specs(trajectory))
 
 
 def write_shard(file: BinaryIO, samples: Iterable[Sample]) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ class Trajectory:
     def to_members(self) -> dict[str, bytes]:
         """The members of its sample by suffix: the tensors, and what is told of them."""
         tensors = self.per_record() | {CONDITION_PREFIX + name: value for name, value in self.cond.items()}
-        about = {
+        metadata = {
             "trajectory": self.index,
             "part": self.part,
             "seed": self.seed,
@@ -83,32 +83,32 @@ class Trajectory:
             "denoiser": self.denoiser,
         }
         return {
-            "json": json.dumps(about, sort_keys=True).encode(),
+            "json": json.dumps(metadata, sort_keys=True).encode(),
             "safetensors": safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()}),
         }
 
 
-def from_members(tensors: bytes, about: bytes) -> Trajectory:
+def from_members(tensors: bytes, metadata: bytes) -> Trajectory:
     """The inverse of `Trajectory.to_members`.
 
     Raises:
         ValueError: the bytes are not those of a sample.
     """
     try:
-        told = json.loads(about)
+        fields = json.loads(metadata)
         named = safetensors.torch.load(tensors)
         return Trajectory(
-            index=told["trajectory"],
-            part=told["part"],
-            seed=told["seed"],
-            guidance_scale=told["guidance_scale"],
-            condition=told["condition"],
+            index=fields["trajectory"],
+            part=fields["part"],
+            seed=fields["seed"],
+            guidance_scale=fields["guidance_scale"],
+            condition=fields["condition"],
             latent=named.pop("latent"),
             timestep=named.pop("timestep"),
             target=named.pop("target"),
             guidance_cosine=named.pop("guidance_cosine", None),
             guidance_delta=named.pop("guidance_delta", None),
-            denoiser=told["denoiser"],
+            denoiser=fields["denoiser"],
             steps={name: value for name, value in named.items() if name.startswith(STEP)},
             cond={
                 name.removeprefix(CONDITION_PREFIX): value
@@ -125,29 +125,29 @@ def decode(sample: dict[str, Any]) -> Trajectory:
     return from_members(sample["safetensors"], sample["json"])
 
 
-def describe(trajectory: Trajectory) -> dict[str, dict[str, Any]]:
+def tensor_specs(trajectory: Trajectory) -> dict[str, dict[str, Any]]:
     """Dtype and shape of one record's tensors by name, as `dataset.json` tells them."""
     tensors = {name: value[0] for name, value in trajectory.per_record().items()}
     tensors |= {CONDITION_PREFIX + name: value for name, value in trajectory.cond.items()}
     return {name: {"dtype": dtype_name(value.dtype), "shape": list(value.shape)} for name, value in tensors.items()}
 
 
-def misfit(tensors: dict[str, Tensor], told: dict[str, dict[str, Any]]) -> str | None:
+def schema_mismatch(tensors: dict[str, Tensor], specs: dict[str, dict[str, Any]]) -> str | None:
     """What keeps the tensors of a sample from being those that `dataset.json` tells of; None where nothing does.
 
     Conditions may differ in length from sample to sample.
     """
     count = list(tensors["timestep"].shape[:1]) if "timestep" in tensors else []
-    for name, about in told.items():
+    for name, metadata in specs.items():
         if name not in tensors:
             return f"no {name}"
-        found, shape = tensors[name], list(about["shape"])
+        found, shape = tensors[name], list(metadata["shape"])
         if is_per_record(name):
             shape = count + shape
         elif shape and found.ndim:
             shape[0] = found.shape[0]
-        if (dtype_name(found.dtype), list(found.shape)) != (about["dtype"], shape) or 0 in count:
-            return f"{name} {dtype_name(found.dtype)} {list(found.shape)}, not {about['dtype']} {shape}"
+        if (dtype_name(found.dtype), list(found.shape)) != (metadata["dtype"], shape) or 0 in count:
+            return f"{name} {dtype_name(found.dtype)} {list(found.shape)}, not {metadata['dtype']} {shape}"
     return None
 
 

@@ -106,14 +106,14 @@ class Survey:
     def _histograms(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         classes = np.array([row["class_label"] for row in rows if row["class_label"] is not None], dtype=int)
         labels, counts = np.unique(classes, return_counts=True)
-        told = {
+        histograms = {
             "scale": _histogram(np.array([row["scale"] for row in rows]), SCALE_BINS),
             "class_label": {str(label): int(count) for label, count in zip(labels, counts, strict=True)},
         }
         if self.deep:
             timesteps = [values for unit in self.units for values in self.timesteps.get(unit, [])]
-            told["timestep"] = _histogram(np.concatenate([np.empty(0), *timesteps]), TIMESTEP_BINS)
-        return told
+            histograms["timestep"] = _histogram(np.concatenate([np.empty(0), *timesteps]), TIMESTEP_BINS)
+        return histograms
 
 
 def verify(address: str | Path, deep: bool = True) -> dict[str, Any]:
@@ -167,13 +167,13 @@ def _look_at_commits(found: Survey) -> None:
     known = digests[-1][0]
     for unit, commit in list(found.commits.items()):
         if unit >= known:
-            told = {"expected": f"one of the {known} planned units", "found": f"{unit:05d}, beyond the plan"}
+            problem = {"expected": f"one of the {known} planned units", "found": f"{unit:05d}, beyond the plan"}
         elif not is_of_plan(commit, digests):
-            told = {"expected": OF_THE_PLAN, "found": "one of another"}
+            problem = {"expected": OF_THE_PLAN, "found": "one of another"}
         else:
             continue
         name = commit_name(unit)
-        found.of_commits[name] = {"shard": name} | told
+        found.of_commits[name] = {"shard": name} | problem
         del found.commits[unit]
 
 
@@ -182,12 +182,12 @@ def _look_at_units(found: Survey) -> None:
     missing = [f"{unit:05d}" for unit in found.units if unit not in found.commits]
     if missing:
         more = ", ..." if len(missing) > 5 else ""
-        told = f"{len(found.units) - len(missing)}, without {', '.join(missing[:5])}{more}"
+        message = f"{len(found.units) - len(missing)}, without {', '.join(missing[:5])}{more}"
     elif not found.info["complete"]:
-        told = f"{len(found.units)}, not yet published"
+        message = f"{len(found.units)}, not yet published"
     else:
         return
-    found.unfinished.append({"shard": DATASET_FILE, "expected": f"{len(found.units)} units", "found": told})
+    found.unfinished.append({"shard": DATASET_FILE, "expected": f"{len(found.units)} units", "found": message})
 
 
 def _look_at_manifests(found: Survey) -> None:
@@ -248,8 +248,8 @@ def _look_for_duplicates(found: Survey) -> None:
         return
     for unit, commit in found.commits.items():
         for key in (row["key"] for row in commit["samples"] if counts[row["key"]] > 1):
-            told = {"expected": f"one sample {key} in the dataset", "found": str(counts[key])}
-            found.of_shards.setdefault(unit, {"shard": commit["shard"]} | told)
+            problem = {"expected": f"one sample {key} in the dataset", "found": str(counts[key])}
+            found.of_shards.setdefault(unit, {"shard": commit["shard"]} | problem)
 
 
 def _orphans(found: Survey) -> dict[str, int]:

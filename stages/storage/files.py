@@ -77,7 +77,7 @@ def move(path: Path, to: Path) -> bool:
 
 
 @contextmanager
-def alone_in(folder: Path, what: str) -> Iterator[None]:
+def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
     """Within it, no other process is alone in the folder; one that is killed lets go of it.
 
     Where the file system has no locks, it warns, and the folder is the user's care.
@@ -98,11 +98,11 @@ def alone_in(folder: Path, what: str) -> Iterator[None]:
         try:
             locked = lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            told = f"{folder}: {what} here: wait for it, or take another output_dir"
-            raise UserError(told) from error
+            message = f"{folder}: {what} here: wait for it, or take another output_dir"
+            raise UserError(message) from error
         if not locked:
-            told = "its file system has no locks: goes on without, so begin no second run there meanwhile"
-            warnings.warn(f"{folder}: {told}", stacklevel=2)
+            message = "its file system has no locks: goes on without, so begin no second run there meanwhile"
+            warnings.warn(f"{folder}: {message}", stacklevel=2)
         yield
 
 

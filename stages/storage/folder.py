@@ -60,7 +60,7 @@ class Folder(ABC):
     def __str__(self) -> str:
         return self.address
 
-    def word(self, key: str) -> str:
+    def override(self, key: str) -> str:
         """`KEY=ADDRESS` for a command line."""
         return shlex.quote(f"{key}={self}")
 
@@ -218,19 +218,19 @@ class BucketFolder(Folder):
 
     def read(self, name: str) -> bytes | None:
         try:
-            with self._told(name, "read"):
+            with self._errors_named(name, "read"):
                 return bytes(obstore.get(self.store, name).bytes())
         except FileNotFoundError:
             return None
 
     def open(self, name: str) -> BinaryIO:
-        with self._told(name, "read"):
+        with self._errors_named(name, "read"):
             size = obstore.head(self.store, name)["size"]
         return io.BufferedReader(_Object(self, name, size), READ_SIZE)
 
     def exists(self, name: str) -> bool:
         try:
-            with self._told(name, "read"):
+            with self._errors_named(name, "read"):
                 obstore.head(self.store, name)
         except FileNotFoundError:
             return False
@@ -238,11 +238,11 @@ class BucketFolder(Folder):
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """A part of a file that is there."""
-        with self._told(name, "read"):
+        with self._errors_named(name, "read"):
             return bytes(obstore.get_range(self.store, name, start=start, length=length))
 
     def list(self, folder: str) -> dict[str, int]:
-        with self._told(folder, "listed"):
+        with self._errors_named(folder, "listed"):
             found = [(str(meta["path"]), meta["size"]) for metas in obstore.list(self.store, folder) for meta in metas]
         return dict(sorted(found))
 
@@ -280,13 +280,13 @@ class BucketFolder(Folder):
         return None
 
     def delete(self, name: str) -> None:
-        with suppress(FileNotFoundError), self._told(name, "removed"):
+        with suppress(FileNotFoundError), self._errors_named(name, "removed"):
             obstore.delete(self.store, name)
 
     def move(self, name: str, to: str) -> bool:
         if self.exists(to):
             return False
-        with self._told(name, "moved"):
+        with self._errors_named(name, "moved"):
             obstore.copy(self.store, name, to)
         self.delete(name)
         return True
@@ -295,11 +295,11 @@ class BucketFolder(Folder):
         return {}  # an upload that was not ended is no object
 
     def modified(self, name: str) -> float:
-        with self._told(name, "read"):
+        with self._errors_named(name, "read"):
             return obstore.head(self.store, name)["last_modified"].timestamp()
 
     @contextmanager
-    def _told(self, name: str, done: str) -> Iterator[None]:
+    def _errors_named(self, name: str, done: str) -> Iterator[None]:
         try:
             yield
         except BaseError as error:

@@ -60,7 +60,7 @@ class Rows:
             raise NothingToJudgeByError(key)
         return statistics.fmean(values)
 
-    def told(self, key: str, form: str = ".3f") -> str:
+    def format(self, key: str, form: str = ".3f") -> str:
         """The mean over seeds, each a mean over scales, with the largest deviation from it where there are several."""
         seeds = self.each("seed")
         values = [self.of(seed=seed).mean(key) for seed in seeds] or [self.mean(key)]
@@ -87,7 +87,7 @@ def best_adapter(rows: Rows) -> str:
 
 def by_scale(rows: Rows, key: str, form: str = ".3f") -> str:
     return ", ".join(
-        f"{rows.of(guidance_scale=scale).told(key, form)} at {scale:g}" for scale in rows.each("guidance_scale")
+        f"{rows.of(guidance_scale=scale).format(key, form)} at {scale:g}" for scale in rows.each("guidance_scale")
     )
 
 
@@ -145,7 +145,7 @@ def beats_the_free_alternative(rows: Rows) -> Claim:
 
 
 def quality(rows: Rows, name: str) -> str:
-    return f"{name}: gap closed {rows.told('gap_closed')}, Frechet distance {rows.told('frechet_distance', '.1f')}"
+    return f"{name}: gap closed {rows.format('gap_closed')}, Frechet distance {rows.format('frechet_distance', '.1f')}"
 
 
 def compared(rows: Rows, text: str, ours: str, other: str, slack: float = 0.0) -> Claim:
@@ -175,14 +175,14 @@ def guided_trajectories_are_better(equal: str, other: str) -> Judgement:
 def a_frozen_base_is_enough(rows: Rows) -> Claim:
     best = best_adapter(rows)
     claim = compared(rows, "A frozen base with an adapter does what training every weight does", best, FULL, 0.01)
-    told = []
+    messages = []
     for name in (best, FULL):
         own = rows.of(method=ONE_PASS, name=name)
         megabytes = own.mean("training_peak_memory_bytes") / 1e6
-        told.append(
+        messages.append(
             f"{name}: {own.mean('share'):.1%} of the base, {own.mean('training_seconds'):.0f} s, {megabytes:.0f} MB"
         )
-    return claim._replace(found="; ".join([claim.found, *told]))
+    return claim._replace(found="; ".join([claim.found, *messages]))
 
 
 def a_tenth_of_the_evaluations_is_enough(rows: Rows) -> Claim:
@@ -191,8 +191,8 @@ def a_tenth_of_the_evaluations_is_enough(rows: Rows) -> Claim:
     limit = most.mean("teacher_evaluations") / 10
     tenth = Rows(row for row in rows.rows if row["data"] != FEW_LONG and row["teacher_evaluations"] <= limit)
     curve = "; ".join(
-        f"{data}: {int(own.mean('teacher_evaluations')):,} evaluations, Frechet distance {own.told('frechet_distance', '.1f')}, "
-        f"gap closed {own.told('gap_closed')}"
+        f"{data}: {int(own.mean('teacher_evaluations')):,} evaluations, Frechet distance {own.format('frechet_distance', '.1f')}, "
+        f"gap closed {own.format('gap_closed')}"
         for data in rows.each("data") for own in [rows.of(data=data)]
     )  # fmt: skip
     return Claim(
@@ -239,13 +239,13 @@ def prompts_are_met(text: str) -> Judgement:
         keys = [key for key in ("class_accuracy", "stroke_accuracy", "slant_accuracy") if rows.each(key)]
         if not keys:
             raise NothingToJudgeByError("accuracies")
-        told = [
-            f"{key.replace('_', ' ')}: one pass {one.told(key)}, CFG {cfg.mean(key):.3f}, none {none.mean(key):.3f}"
+        format = [
+            f"{key.replace('_', ' ')}: one pass {one.format(key)}, CFG {cfg.mean(key):.3f}, none {none.mean(key):.3f}"
             for key in keys
         ]
         holds = all(one.mean(key) >= cfg.mean(key) - ADHERENCE_GOAL for key in keys)
         goal = f"{', '.join(key.removesuffix('_accuracy') for key in keys)} within {ADHERENCE_GOAL} of CFG's"
-        return Claim(text, goal, "; ".join([*told, f"gap closed {one.told('gap_closed')}"]), holds)
+        return Claim(text, goal, "; ".join([*format, f"gap closed {one.format('gap_closed')}"]), holds)
 
     return claim
 

@@ -41,14 +41,14 @@ CHECKS: dict[str, tuple[Any, Callable[[Any], object]]] = {
 @dataclass
 class AdapterPlan:
     data: str = option(MISSING, "the dataset that it is trained on")
-    words: list[str] = option(MISSING, "of pipeline.train")
+    overrides: list[str] = option(MISSING, "of pipeline.train")
     seeds: list[int] | None = option(None, "one run each; by default the study's")
 
 
 @dataclass
 class EvaluationPlan:
     adapters: list[str] = option(MISSING, "all runs of each are compared")
-    words: list[str] = option(MISSING, "of pipeline.evaluate")
+    overrides: list[str] = option(MISSING, "of pipeline.evaluate")
 
 
 @dataclass
@@ -61,12 +61,12 @@ class StudyFile:
     evaluations: dict[str, EvaluationPlan] = option(MISSING, "each with its adapters and words of pipeline.evaluate")
 
 
-class Step(NamedTuple):
+class StudyStep(NamedTuple):
     """One command of a study: the folder that it makes, and those that it needs."""
 
     command: str
     name: str
-    words: list[str]
+    overrides: list[str]
     output: Path
     needs: list[Path]
 
@@ -74,7 +74,7 @@ class Step(NamedTuple):
         return f"{self.command} {self.name}"
 
 
-class Run(NamedTuple):
+class PlannedRun(NamedTuple):
     """One training of an adapter."""
 
     name: str
@@ -83,7 +83,7 @@ class Run(NamedTuple):
     folder: Path
 
 
-class Plan:
+class StudyPlan:
     """The steps of a study's file, in the order of their kinds.
 
     Args:
@@ -103,7 +103,7 @@ class Plan:
                 "adapters": list(self._adapters()),
                 "evaluations": list(self._evaluations()),
             }
-            self._check_words()
+            self._check_overrides()
         except UserError as error:
             raise type(error)(f"{study}: {str(error).removeprefix(f'--config {study}: ')}") from error
 
@@ -121,11 +121,11 @@ class Plan:
             for adapter_name in evaluation.adapters:
                 check_among(f"evaluations.{name}.adapters", adapter_name, "adapters", file.adapters)
 
-    def _check_words(self) -> None:
+    def _check_overrides(self) -> None:
         for step in itertools.chain(*self.steps.values()):
             config, check = CHECKS[step.command]
             try:
-                check(parse(config, step.words))
+                check(parse(config, step.overrides))
             except UserError as error:
                 raise type(error)(f"{step}: {error}") from error
 
@@ -133,33 +133,40 @@ class Plan:
         own = self.file.adapters[adapter].seeds
         return self.file.seeds if own is None else own
 
-    def runs(self, adapter: str) -> Iterator[Run]:
+    def runs(self, adapter: str) -> Iterator[PlannedRun]:
         """Of one adapter, a run for each seed."""
         data = self.root / "data" / self.file.adapters[adapter].data
         for seed in self._seeds(adapter):
-            yield Run(adapter, seed, data, self.root / "adapters" / f"{adapter}-{seed}")
+            yield PlannedRun(adapter, seed, data, self.root / "adapters" / f"{adapter}-{seed}")
 
-    def _datasets(self) -> Iterator[Step]:
-        for name, words in self.file.datasets.items():
+    def _datasets(self) -> Iterator[StudyStep]:
+        for name, overrides in self.file.datasets.items():
             output = self.root / "data" / name
-            yield Step("generate", name, [*words, word("output_dir", str(output))], output, [])
+            yield StudyStep("generate", name, [*overrides, override("output_dir", str(output))], output, [])
 
-    def _adapters(self) -> Iterator[Step]:
+    def _adapters(self) -> Iterator[StudyStep]:
         for name, adapter in self.file.adapters.items():
             for run in self.runs(name):
-                words = [*adapter.words, word("data_dir", str(run.data)), word("output_dir", str(run.folder))]
-                words += [f"seed={run.seed}", "resume_from_checkpoint=latest", "report_to=none"]
-                yield Step("train", run.folder.name, words, run.folder, [run.data])
+                overrides = [
+                    *adapter.overrides,
+                    override("data_dir", str(run.data)),
+                    override("output_dir", str(run.folder)),
+                ]
+                overrides += [f"seed={run.seed}", "resume_from_checkpoint=latest", "report_to=none"]
+                yield StudyStep("train", run.folder.name, overrides, run.folder, [run.data])
 
-    def _evaluations(self) -> Iterator[Step]:
+    def _evaluations(self) -> Iterator[StudyStep]:
         for name, evaluation in self.file.evaluations.items():
             folders = [run.folder for adapter in evaluation.adapters for run in self.runs(adapter)]
             output = self.root / "evaluations" / name
-            words = [word("adapter_dir", [str(folder) for folder in folders]), word("output_dir", str(output))]
-            yield Step("evaluate", name, [*evaluation.words, *words], output, folders)
+            overrides = [
+                override("adapter_dir", [str(folder) for folder in folders]),
+                override("output_dir", str(output)),
+            ]
+            yield StudyStep("evaluate", name, [*evaluation.overrides, *overrides], output, folders)
 
 
-def word(key: str, value: Any) -> str:
+def override(key: str, value: Any) -> str:
     """`key=value` as a command takes it, whatever characters the value holds."""
     return f"{key}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
 

@@ -31,7 +31,7 @@ def table_of_claims(claims: list[Claim]) -> str:
     return "\n".join(f"{VERDICTS[claim.holds]}: {claim.text} ({claim.goal}): {claim.found}" for claim in claims)
 
 
-def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], about: dict[str, Any]) -> Path:
+def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], metadata: dict[str, Any]) -> Path:
     """Write `claims.html`, one self-contained file, from the rows and from the grids of images that the evaluations left.
 
     Its tables stand in `claims.md` too, with what the seeds of an adapter have in the mean.
@@ -50,7 +50,7 @@ def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], about
                 claims=claims,
                 verdicts=VERDICTS,
                 sections=sections,
-                about=about,
+                metadata=metadata,
             )
         )
     return path
@@ -100,19 +100,19 @@ def over_seeds(rows: list[Row]) -> list[Row]:
         | {"adapter": name}
         | {
             key: statistics.fmean(row[key] for row in group)
-            for key, told in group[0].items()
-            if isinstance(told, float)
+            for key, value in group[0].items()
+            if isinstance(value, float)
         }
         | {"error_by_timestep": mean_curves([row["error_by_timestep"] for row in group])}
         for (_, _, name), group in alike.items()
     ]
 
 
-def mean_curves(told: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def mean_curves(curves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The mean, at each timestep, of curves that are told for the same scales."""
     return [
         same_scale[0] | {"error": [statistics.fmean(e) for e in zip(*(c["error"] for c in same_scale), strict=True)]}
-        for same_scale in zip(*told, strict=True)
+        for same_scale in zip(*curves, strict=True)
     ]
 
 

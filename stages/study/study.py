@@ -21,9 +21,9 @@ from omegaconf import MISSING
 
 from stages.configuration.options import check_bounds, option
 from stages.errors import UserError
-from stages.storage.files import alone_in, make_folder, write_json
+from stages.storage.files import exclusive_lock, make_folder, write_json
 from stages.study.claims import Claim, judge
-from stages.study.plan import Plan, Run, Step
+from stages.study.plan import PlannedRun, StudyPlan, StudyStep
 from stages.study.report import table_of_claims, write_study_report
 from stages.study.subprocess_run import run_child
 
@@ -46,12 +46,12 @@ class Study:
     def __init__(self, config: StudyConfig) -> None:
         check_bounds(config)
         self.config, self.root = config, Path(config.output_dir)
-        self.plan = Plan(config.study, self.root)
+        self.plan = StudyPlan(config.study, self.root)
         self.seconds: dict[str, float] = {}
         self.started: list[Popen[bytes]] = []
 
     def run(self) -> list[Claim]:
-        with alone_in(self.root, "another study is being made"):
+        with exclusive_lock(self.root, "another study is being made"):
             make_folder(self.root / "logs")
             if failed := self._make_all():
                 way_out = "once that is mended, the same command goes on with what is left"
@@ -74,7 +74,7 @@ class Study:
             self.seconds[kind] = time.monotonic() - start
         return failed
 
-    def _lines(self, steps: list[Step], jobs: int) -> Iterator[str]:
+    def _lines(self, steps: list[StudyStep], jobs: int) -> Iterator[str]:
         """Why each step failed, or nothing; interrupted, it ends those that run, and begins no other."""
         with ThreadPoolExecutor(jobs) as threads:
             try:
@@ -84,18 +84,20 @@ class Study:
                     process.terminate()
                 raise
 
-    def _make(self, step: Step) -> str:
+    def _make(self, step: StudyStep) -> str:
         log = self.root / "logs" / f"{step.command}-{step.name}.log"
-        ended = run_child(step.command, step.words, log, Path.cwd(), self.started.append, OMP_NUM_THREADS="1")
+        ended = run_child(step.command, step.overrides, log, Path.cwd(), self.started.append, OMP_NUM_THREADS="1")
         print(f"{step}: {ended.line}", flush=True)
         return "" if ended.done else f"{step}: {ended.line} (all of it: {log})"
 
     def _judge(self) -> list[Claim]:
         rows = list(self.rows())
         claims = judge(rows)
-        about = {"study": self.config.study, "seconds": self.seconds}
-        write_json(self.root / "claims.json", about | {"claims": [claim._asdict() for claim in claims], "rows": rows})
-        report = write_study_report(self.root, rows, claims, about)
+        metadata = {"study": self.config.study, "seconds": self.seconds}
+        write_json(
+            self.root / "claims.json", metadata | {"claims": [claim._asdict() for claim in claims], "rows": rows}
+        )
+        report = write_study_report(self.root, rows, claims, metadata)
         print(f"{table_of_claims(claims)}\nreport: {report}")
         return claims
 
@@ -109,7 +111,7 @@ class Study:
                 yield row | (cost(run) if run else {})
 
 
-def cost(run: Run) -> dict[str, Any]:
+def cost(run: PlannedRun) -> dict[str, Any]:
     """What an adapter took: of the teacher, and of training."""
     training = json.loads((run.folder / "training.json").read_bytes())
     generation = json.loads((run.data / "generation.json").read_bytes())

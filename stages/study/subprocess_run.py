@@ -21,7 +21,7 @@ class Ended(NamedTuple):
 
 
 def run_child(
-    command: str, words: list[str], log: Path, here: Path, started: Started = lambda _: None, **environment: str
+    command: str, overrides: list[str], log: Path, here: Path, started: Started = lambda _: None, **environment: str
 ) -> Ended:
     """Run `python -m pipeline.COMMAND WORDS` in the folder `here`; it ends when this call is interrupted.
 
@@ -33,7 +33,7 @@ def run_child(
     with log.open("ab") as file:
         start = file.tell()
         process = subprocess.Popen(
-            [sys.executable, "-m", f"pipeline.{command}", *words],
+            [sys.executable, "-m", f"pipeline.{command}", *overrides],
             cwd=here,
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,  # so that the log's last line was said last
             stdin=subprocess.DEVNULL,

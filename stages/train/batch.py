@@ -21,7 +21,7 @@ class Batch:
         latent, target: `[n, ...]`.
         timestep, scale: `[n]`.
         cond: `[n, ...]`, by the denoiser's argument names.
-        numbers: `[n]` float32, what else a record tells of its guidance, by name; empty for datasets older than it.
+        guidance_stats: `[n]` float32, what else a record tells of its guidance, by name; empty for datasets older than it.
     """
 
     latent: Tensor
@@ -29,7 +29,7 @@ class Batch:
     target: Tensor
     scale: Tensor
     cond: dict[str, Tensor]
-    numbers: dict[str, Tensor] = field(default_factory=dict)
+    guidance_stats: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.scale)
@@ -56,7 +56,7 @@ class Batch:
                 name: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
                 for name, value in self.cond.items()
             },
-            {name: value.to(device, non_blocking=True) for name, value in self.numbers.items()},
+            {name: value.to(device, non_blocking=True) for name, value in self.guidance_stats.items()},
         )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -66,7 +66,7 @@ class Batch:
             change(self.target),
             change(self.scale),
             {name: change(value) for name, value in self.cond.items()},
-            {name: change(value) for name, value in self.numbers.items()},
+            {name: change(value) for name, value in self.guidance_stats.items()},
         )
 
 
@@ -92,7 +92,7 @@ def concatenate(parts: list[Batch]) -> Batch:
         torch.cat([part.target for part in parts]),
         torch.cat([part.scale for part in parts]),
         joined([part.cond for part in parts]),
-        {name: torch.cat([part.numbers[name] for part in parts]) for name in first.numbers},
+        {name: torch.cat([part.guidance_stats[name] for part in parts]) for name in first.guidance_stats},
     )
 
 

@@ -41,16 +41,16 @@ class BinnedMean:
 
     def means(self) -> tuple[float, dict[str, float]]:
         """(over all records, by name of the bin such as `scale_1_2.5`) of all processes; then it begins anew."""
-        told: dict[str, float] = {}
+        means: dict[str, float] = {}
         mean = float("nan")
         for name, edges in self.edges.items():
             sums, counts = (values.tolist() for values in reduce([self.sums[name], self.counts[name]], "sum"))
             mean = sum(sums) / sum(counts) if sum(counts) else mean
             ends = edges.tolist()
-            told |= {
+            means |= {
                 f"{name}_{low:g}_{high:g}": total / count
                 for low, high, total, count in zip(ends[:-1], ends[1:], sums, counts, strict=True)
                 if count
             }
         self._clear()
-        return mean, told
+        return mean, means

@@ -83,9 +83,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"resume_from_checkpoint={path}: no such file: name one of output_dir's checkpoints/, or `latest`"
         ) from error
     except Exception as error:  # whatever unpickling stumbles over in a file that is none of ours
-        told = first_line(error) if isinstance(error, OSError) else "damaged, or no checkpoint"
+        message = first_line(error) if isinstance(error, OSError) else "damaged, or no checkpoint"
         raise UserError(
-            f"resume_from_checkpoint: {path}: not readable ({told}): move it away to go on from the one before"
+            f"resume_from_checkpoint: {path}: not readable ({message}): move it away to go on from the one before"
         ) from error
     if not isinstance(state, dict) or "dataset_fingerprint" not in state:
         raise UserError(f"resume_from_checkpoint: {path}: not a checkpoint of this project")
@@ -106,11 +106,11 @@ def check_resumable(state: dict[str, Any], dataset: Dataset, config: TrainConfig
     now, before = flatten(effective(config)), flatten(state["config"])
     changed = [key for key in sorted(now.keys() | before) if now.get(key) != before.get(key)]
     for key in changed:
-        told = f"{key}={now.get(key)}: the checkpoint's run had {before.get(key)}"
+        message = f"{key}={now.get(key)}: the checkpoint's run had {before.get(key)}"
         if key.partition(".")[0] in KEPT_WHEN_RESUMED:
-            raise UserError(f"{told}: resume with that, or begin a new run in another output_dir")
+            raise UserError(f"{message}: resume with that, or begin a new run in another output_dir")
         if state["step"] == config.max_train_steps:
-            raise UserError(f"{told}, and has ended: raise max_train_steps, or take another output_dir")
+            raise UserError(f"{message}, and has ended: raise max_train_steps, or take another output_dir")
     if state["step"] > config.max_train_steps:
         raise UserError(
             f"max_train_steps={config.max_train_steps}: the checkpoint is already at step {state['step']}: raise it, or take another output_dir"

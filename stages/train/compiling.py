@@ -16,11 +16,11 @@ COMPILERS = (
 )  # not imported: that alone fails without a folder to write to
 BACKENDS = ("torch._inductor", "triton")  # what the tracer itself refuses is an error of this project
 OF_THE_MACHINE = (OSError, ImportError, LookupError, subprocess.SubprocessError)  # no folder, no header, no user's name
-FRAMES, MOST_TOLD = 4, 300
+FRAMES, MAX_MESSAGE_LENGTH = 4, 300
 
 
 @contextmanager
-def told_of_compiling(asked: bool = True) -> Iterator[None]:
+def compile_errors(asked: bool = True) -> Iterator[None]:
     """
     Args:
         asked: whether anything is compiled at all.
@@ -33,11 +33,11 @@ def told_of_compiling(asked: bool = True) -> Iterator[None]:
     except Exception as error:
         if not (asked and _of_a_compiler(error)):
             raise
-        told = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:MOST_TOLD]
+        message = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:MAX_MESSAGE_LENGTH]
         way_out = (
             "give it a C++ compiler, such as g++, and a folder to write to (TORCHINDUCTOR_CACHE_DIR), or leave it out"
         )
-        raise UserError(f"torch_compile=true: {told or type(error).__name__}: {way_out}") from error
+        raise UserError(f"torch_compile=true: {message or type(error).__name__}: {way_out}") from error
 
 
 def _of_a_compiler(error: Exception) -> bool:

@@ -52,9 +52,9 @@ class Decoder:
             for image in self.decode(self.batch.target.float().cpu()):
                 to_picture(image)
         except Exception as error:  # another's VAE, with latents that it may not be made for
-            told = f"{type(error).__name__}: {first_line(error)}"
+            message = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(
-                f"vae_name_or_path={name_or_path}: does not decode what is recorded: {told}: leave it out"
+                f"vae_name_or_path={name_or_path}: does not decode what is recorded: {message}: leave it out"
             ) from error
 
     @torch.no_grad()
@@ -94,12 +94,12 @@ def load_vae(name_or_path: str, channels: int) -> Any:
     Raises:
         UserError: there is none.
     """
-    path, told = resolve(name_or_path), ""
+    path, message = resolve(name_or_path), ""
     for place in ({"subfolder": "vae"}, {}):
         try:
             vae = AutoModel.from_pretrained(path, **place)
         except (OSError, ValueError, KeyError) as error:
-            told = told or first_line(error)
+            message = message or first_line(error)
             continue
         config = getattr(vae, "config", {})
         if (
@@ -107,10 +107,10 @@ def load_vae(name_or_path: str, channels: int) -> Any:
             or config.get("scaling_factor") is None
             or config.get("latent_channels") != channels
         ):
-            told = f"{type(vae).__name__} is none for latents of {channels} channels"
+            message = f"{type(vae).__name__} is none for latents of {channels} channels"
             break
         return vae.eval().requires_grad_(False)
-    raise UserError(f"vae_name_or_path={name_or_path}: no VAE could be loaded from it: {told}")
+    raise UserError(f"vae_name_or_path={name_or_path}: no VAE could be loaded from it: {message}")
 
 
 def from_noise_to_image(dataset: Dataset, rows: list[Row], skip_damaged: bool = False) -> Batch:

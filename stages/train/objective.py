@@ -62,9 +62,9 @@ class Objective:
             steps = (batch.timestep / self.timestep_scale).round().long().clamp(0, len(self.noise) - 1)
             return self.noise[steps]
         if self.loss == "guidance_weighted":
-            return (1 - batch.numbers["guidance_cosine"]) / 2
+            return (1 - batch.guidance_stats["guidance_cosine"]) / 2
         size = batch.target.square().flatten(1).mean(1)
-        return 1 / batch.numbers["guidance_delta"].maximum(SMALLEST_DELTA * size)
+        return 1 / batch.guidance_stats["guidance_delta"].maximum(SMALLEST_DELTA * size)
 
 
 def noise_levels(teacher: dict[str, Any]) -> Tensor:

@@ -58,11 +58,11 @@ def choose_denoiser(dataset: Dataset, config: TrainConfig) -> str:
     if config.denoiser is None and len(known) == 1:
         return known[0]
     if config.denoiser is None or config.denoiser not in known:
-        told = (
+        message = (
             "several denoisers, each of which needs an adapter of its own" if config.denoiser is None else "no such one"
         )
         raise UserError(
-            f"denoiser={config.denoiser}: the teacher has {told}: say denoiser={' or denoiser='.join(known)}"
+            f"denoiser={config.denoiser}: the teacher has {message}: say denoiser={' or denoiser='.join(known)}"
         )
     return config.denoiser
 

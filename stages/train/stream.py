@@ -91,7 +91,7 @@ class RecordStream:
                     yield batch.pin() if self.pin else batch
                     parts, filled = [], 0
 
-    def whereabouts(self, consumed: int, count: int) -> list[str]:
+    def locate_records(self, consumed: int, count: int) -> list[str]:
         """Names of the records at `count` places of the order from `consumed` on, those of damaged samples left out.
 
         The samples are read again, for their timesteps.
@@ -109,7 +109,7 @@ class RecordStream:
         if sum(self.skipped.values()) == self.records_per_epoch:
             raise UserError(
                 f"{self.dataset.root}: every record to train on is damaged: "
-                f"`python -m pipeline.verify {self.dataset.root.word('data_dir')}` tells how"
+                f"`python -m pipeline.verify {self.dataset.root.override('data_dir')}` tells how"
             )
 
     def _windows_ahead(self) -> Iterator[tuple[Window, Draw]]:

@@ -86,11 +86,11 @@ def example_inputs(dataset: Dataset) -> dict[str, Any]:
     """The denoiser's arguments for three records, flat, on the meta device."""
     tensors, n, meta = dataset.info["tensors"], 3, torch.device("meta")
 
-    def empty(told: dict[str, Any]) -> Tensor:
-        return torch.empty(n, *told["shape"], dtype=getattr(torch, told["dtype"]), device=meta)
+    def empty(spec: dict[str, Any]) -> Tensor:
+        return torch.empty(n, *spec["shape"], dtype=getattr(torch, spec["dtype"]), device=meta)
 
-    cond = {k: empty(told) for k, told in condition_tensors(dataset).items() if not k.startswith(NEGATIVE)}
-    cond |= {name: empty(told) for name, told in tensors.items() if name.startswith(STEP)}
+    cond = {k: empty(spec) for k, spec in condition_tensors(dataset).items() if not k.startswith(NEGATIVE)}
+    cond |= {name: empty(spec) for name, spec in tensors.items() if name.startswith(STEP)}
     return Caller(arguments_of(dataset), meta).flat(empty(tensors["latent"]), empty(tensors["timestep"]), cond)
 
 
@@ -102,8 +102,8 @@ def arguments_of(dataset: Dataset) -> Arguments:
 def condition_tensors(dataset: Dataset) -> dict[str, dict[str, Any]]:
     """Dtype and shape of the conditional inputs that the records hold, by the denoiser's own names."""
     return {
-        name.removeprefix(CONDITION_PREFIX): told
-        for name, told in dataset.info["tensors"].items()
+        name.removeprefix(CONDITION_PREFIX): spec
+        for name, spec in dataset.info["tensors"].items()
         if name.startswith(CONDITION_PREFIX)
     }
 
@@ -216,8 +216,8 @@ class Student:
         name: str | None = None,
     ) -> Student:
         """A new adapter on the dataset's denoiser of that name; see `describe_base` for `scale_range`."""
-        about, inputs = describe_base(dataset, scale_range, name), example_inputs(dataset)
-        adapter = GuidanceAdapter.for_denoiser(config, denoiser, about, inputs)
+        metadata, inputs = describe_base(dataset, scale_range, name), example_inputs(dataset)
+        adapter = GuidanceAdapter.for_denoiser(config, denoiser, metadata, inputs)
         adapter.to(next(denoiser.parameters()).device)
         channels = dataset.info["teacher"]["layout"]["target_channels"]
         return cls(denoiser, adapter, arguments_of(dataset), channels, mixed_precision)

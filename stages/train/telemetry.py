@@ -80,14 +80,14 @@ class Meter:
         with self.working():  # the device still is
             loss, by_bin = self.losses.means()
         seconds, records = self.seconds - self.before, sum(place.length for place, _ in self.batches)
-        told = {
+        scalars = {
             "loss": loss,
             "gradient_norm": float(torch.stack(self.norms).mean()),
             "records_per_second": records / seconds,
             "waiting_share": self.waited / seconds,
         }
         self._clear()
-        return told | {f"loss_by/{name}": value for name, value in by_bin.items()}
+        return scalars | {f"loss_by/{name}": value for name, value in by_bin.items()}
 
 
 def tracker_class(report_to: str) -> Any:
@@ -131,9 +131,9 @@ class Trackers:
             tracker.start()
             tracker.store_init_configuration(settings)
         except Exception as error:  # whatever another's code stumbles over: a log-in, a server, a disk
-            told = f"{type(error).__name__}: {first_line(error)}"
+            caught = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(
-                f"report_to={report_to}: could not begin: {told}: mend that, or say report_to=none"
+                f"report_to={report_to}: could not begin: {caught}: mend that, or say report_to=none"
             ) from error
         self.tracker = tracker
 
@@ -157,8 +157,8 @@ class Trackers:
             yield
         except Exception as error:
             self.tracker = None
-            told = f"{type(error).__name__}: {first_line(error)}"
-            warnings.warn(f"report_to={self.report_to}: failed, and is told no more: {told}", stacklevel=3)
+            message = f"{type(error).__name__}: {first_line(error)}"
+            warnings.warn(f"report_to={self.report_to}: failed, and is told no more: {message}", stacklevel=3)
 
     def __enter__(self) -> Trackers:
         return self

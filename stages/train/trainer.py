@@ -25,7 +25,7 @@ from stages.progress import progress
 from stages.records.dataset import Dataset
 from stages.records.plans import snapshots
 from stages.storage.cache import ShardCache
-from stages.storage.files import alone_in, check_folder, whole_file
+from stages.storage.files import check_folder, exclusive_lock, whole_file
 from stages.storage.folder import open_folder
 from stages.train.batch import Batch
 from stages.train.bins import Range
@@ -37,7 +37,7 @@ from stages.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from stages.train.compiling import told_of_compiling
+from stages.train.compiling import compile_errors
 from stages.train.config import TrainConfig, check_together, effective
 from stages.train.decoding import Decoder
 from stages.train.objective import Objective
@@ -90,7 +90,7 @@ class Trainer:
             rank=self.processes.process_index, world_size=self.processes.num_processes, skip_damaged=skipping,
             pin=self.device.startswith("cuda"),
         )  # fmt: skip
-        ranges = ranges_of(self.dataset, self.adapter.about["scale_range"])
+        ranges = ranges_of(self.dataset, self.adapter.metadata["scale_range"])
         self.validation = Validation(self.dataset, held_out, config.train_batch_size, *ranges, self.device, skipping)
         self.meter = Meter(*ranges, self.device)
         self.decoder = None
@@ -148,7 +148,7 @@ class Trainer:
         if not self.processes.is_main_process:
             yield
             return
-        with alone_in(self.root, "another run is training"):
+        with exclusive_lock(self.root, "another run is training"):
             yield
 
     def _new_student(self, scale_range: list[float] | None) -> Student:
@@ -165,7 +165,7 @@ class Trainer:
         if config.gradient_checkpointing:
             student.checkpoint_gradients()
         if config.torch_compile:
-            with told_of_compiling():
+            with compile_errors():
                 student.compile()
         if self.device.startswith("cuda"):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -213,7 +213,7 @@ class Trainer:
         Raises:
             UserError: a loss or a weight is not a number, or nothing can be compiled.
         """
-        with told_of_compiling(self.config.torch_compile):  # each kind of pass when it first comes
+        with compile_errors(self.config.torch_compile):  # each kind of pass when it first comes
             return self._run()
 
     def _run(self) -> dict[str, Any]:
@@ -240,12 +240,12 @@ class Trainer:
             "samples_skipped": sorted(skipped),
             "peak_memory_bytes": peak_memory(self.device),
         }
-        low, high = self.adapter.about["scale_range"]
+        low, high = self.adapter.metadata["scale_range"]
         if low < high:  # else there is no other scale to ask for
-            self.adapter.about["guidance_gain"] = guidance_gain(validation_loss, self.unguided_loss)
-        told = ("steps", "validation_loss", "validation_loss_unguided")
+            self.adapter.metadata["guidance_gain"] = guidance_gain(validation_loss, self.unguided_loss)
+        measured = ("steps", "validation_loss", "validation_loss_unguided")
         kind = {"kind": self.dataset.info["config"].get("trajectory", "guided")}
-        self.adapter.about["training"] = self.dataset.info["counts"] | kind | {key: summary[key] for key in told}
+        self.adapter.metadata["training"] = self.dataset.info["counts"] | kind | {key: summary[key] for key in measured}
         if self.processes.is_main_process:
             with self.optimization.averaged():
                 self.adapter.save_pretrained(self.root)
@@ -287,17 +287,17 @@ class Trainer:
             UserError: a loss since the last report, or a weight, is not a number; no checkpoint was written since.
         """
         if (found := self.meter.not_finite()) is not None:
-            raise UserError(self._told_of_records(*found))
+            raise UserError(self._where_losses_failed(*found))
         if not self.optimization.is_finite():
             raise UserError(f"step {self.step}: the weights are not numbers any more: {self._way_out}")
-        told = self.meter.read()
-        self.loss = told["loss"]
-        told |= {"learning_rate": self.optimization.learning_rate, "peak_memory_bytes": peak_memory(self.device)}
-        trackers.log(told, self.step)
-        bar.set_postfix_str(f"loss {self.loss:.5f}, {told['records_per_second']:.0f} records/s", refresh=False)
+        scalars = self.meter.read()
+        self.loss = scalars["loss"]
+        scalars |= {"learning_rate": self.optimization.learning_rate, "peak_memory_bytes": peak_memory(self.device)}
+        trackers.log(scalars, self.step)
+        bar.set_postfix_str(f"loss {self.loss:.5f}, {scalars['records_per_second']:.0f} records/s", refresh=False)
 
-    def _told_of_records(self, place: Place, wrong: list[int]) -> str:
-        names = self.stream.whereabouts(place.begin, place.length)[self.stream.rank :: self.stream.world_size]
+    def _where_losses_failed(self, place: Place, wrong: list[int]) -> str:
+        names = self.stream.locate_records(place.begin, place.length)[self.stream.rank :: self.stream.world_size]
         named = "; ".join(names[i] for i in wrong[:NAMED_RECORDS])
         more = f"; and {len(wrong) - NAMED_RECORDS} more of its batch" if len(wrong) > NAMED_RECORDS else ""
         return f"step {place.step}: the loss is not a number at {named}{more}: {self._way_out}"
@@ -329,7 +329,7 @@ def check(config: TrainConfig) -> None:
     check_bounds(config)
     check_together(config)
     tracker_class(config.report_to)
-    GuidanceAdapter.kind(config.adapter.variant)
+    GuidanceAdapter.get_class(config.adapter.variant)
 
 
 def ranges_of(dataset: Dataset, scale_range: list[float]) -> tuple[Range, Range]:

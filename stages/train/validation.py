@@ -60,7 +60,7 @@ class Validation:
         if not by_bin:
             raise UserError(
                 f"{self.dataset.root}: every record to validate with is damaged: "
-                f"`python -m pipeline.verify {self.dataset.root.word('data_dir')} repair=true` tells how to make them anew; a new run "
+                f"`python -m pipeline.verify {self.dataset.root.override('data_dir')} repair=true` tells how to make them anew; a new run "
                 "with another seed holds out others"
             )
         return mean, by_bin

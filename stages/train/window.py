@@ -58,7 +58,7 @@ def load(dataset: Dataset, rows: list[Row], skip_damaged: bool = False, memory: 
         DamageError: a sample is damaged.
     """
     counts = torch.tensor([row["records"] for row in rows])
-    fields = room({} if memory is None else memory, dataset, int(counts.sum()))
+    fields = allocate_buffers({} if memory is None else memory, dataset, int(counts.sum()))
     raw = {name: as_bytes(field) for name, field in fields.items()}
     ends = counts.cumsum(0).tolist()
     intact = torch.zeros(len(rows), dtype=torch.bool)
@@ -75,7 +75,7 @@ def load(dataset: Dataset, rows: list[Row], skip_damaged: bool = False, memory: 
     main = {name: fields.pop(name) for name in ("latent", "timestep", "target")}
     steps = {name: fields.pop(name) for name in list(fields) if name.startswith(STEP)}
     return Window(
-        Batch(**main, scale=scale, cond=steps, numbers=fields),
+        Batch(**main, scale=scale, cond=steps, guidance_stats=fields),
         (intact.cumsum(0) - 1).repeat_interleave(counts),
         collate(conditions),
         intact.repeat_interleave(counts),
@@ -83,11 +83,11 @@ def load(dataset: Dataset, rows: list[Row], skip_damaged: bool = False, memory: 
     )
 
 
-def room(memory: Memory, dataset: Dataset, count: int) -> dict[str, Tensor]:
+def allocate_buffers(memory: Memory, dataset: Dataset, count: int) -> dict[str, Tensor]:
     """Of each tensor that the records have, the first `[count, ...]` in memory, which grows where it is too small."""
-    for name, told in dataset.info["tensors"].items():
+    for name, spec in dataset.info["tensors"].items():
         if is_per_record(name) and len(memory.get(name, ())) < count:
-            memory[name] = torch.empty(count, *told["shape"], dtype=getattr(torch, told["dtype"]))
+            memory[name] = torch.empty(count, *spec["shape"], dtype=getattr(torch, spec["dtype"]))
     return {name: value[:count] for name, value in memory.items()}
 
 

@@ -20,9 +20,9 @@ LIMIT = 300.0
 BUSY = [sys.executable, "-c", "while True: pass"]
 
 
-def measure(words: list[str]) -> dict[str, Any] | None:
+def measure(overrides: list[str]) -> dict[str, Any] | None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pipeline.evaluate", *words, f"output_dir={folder}", "device=cpu"]
+        command = [sys.executable, "-m", "pipeline.evaluate", *overrides, f"output_dir={folder}", "device=cpu"]
         start = time.monotonic()
         try:
             subprocess.run(command, check=True, timeout=LIMIT, stdout=subprocess.DEVNULL)
@@ -33,8 +33,8 @@ def measure(words: list[str]) -> dict[str, Any] | None:
     return {"seconds": seconds, **{row["method"]: row["seconds_per_image"] for row in (none, cfg)}}
 
 
-def main(adapter: str, *words: str) -> None:
-    given = [f"adapter_dir={adapter}", *words]
+def main(adapter: str, *overrides: str) -> None:
+    given = [f"adapter_dir={adapter}", *overrides]
     alone = measure(given)
     with subprocess.Popen(BUSY) as busy:
         try:

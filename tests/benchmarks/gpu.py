@@ -27,7 +27,7 @@ from tests.benchmarks.training_memory import Setup, goal_of, measured, modelled
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "torchao")
 
 
-def about() -> Iterator[Row]:
+def metadata() -> Iterator[Row]:
     """The device, and the versions that measure on it."""
     gpu = torch.cuda.is_available()
     versions = {}
@@ -60,19 +60,19 @@ def of_shape(work: Callable[..., Row], config: str, *settings: float) -> Iterato
 
 def parts(tiny: bool) -> list[Part]:
     """What is worth most comes first; compiling, which takes longest, last."""
-    prefix, turns, steps = ("tiny_", 0.1, 2) if tiny else ("", 6.0, 8)
+    prefix, lock, steps = ("tiny_", 0.1, 2) if tiny else ("", 6.0, 8)
     sdxl, dit, sd15, sd3 = (f"{prefix}{config}" for config in ("sdxl", "dit_xl_2_256", "sd15", "sd3"))
     few, many = (2, 4) if tiny else (4, 32)
     return [
-        Part("about", 60, about),
-        *(Part(f"one_pass_time {c}", 60, one_pass_time, (c, "eager", "", turns, (1, 8))) for c in (sdxl, dit, sd15, sd3)),
+        Part("metadata", 60, metadata),
+        *(Part(f"one_pass_time {c}", 60, one_pass_time, (c, "eager", "", lock, (1, 8))) for c in (sdxl, dit, sd15, sd3)),
         Part(f"training_memory {sdxl}", 60, training_memory, (sdxl,)),
-        Part(f"training {sdxl}", 45, of_shape, (training, sdxl, few, turns)),
-        Part(f"training {dit}", 45, of_shape, (training, dit, many, turns)),
-        Part(f"recording {sdxl}", 45, of_shape, (recording, sdxl, few, steps, turns)),
-        Part(f"recording {dit}", 45, of_shape, (recording, dit, many, steps, turns)),
+        Part(f"training {sdxl}", 45, of_shape, (training, sdxl, few, lock)),
+        Part(f"training {dit}", 45, of_shape, (training, dit, many, lock)),
+        Part(f"recording {sdxl}", 45, of_shape, (recording, sdxl, few, steps, lock)),
+        Part(f"recording {dit}", 45, of_shape, (recording, dit, many, steps, lock)),
         *(
-            Part(f"compiled {c}", limit, one_pass_time, (c, "compiled", "", turns / 2, (1, 8)))
+            Part(f"compiled {c}", limit, one_pass_time, (c, "compiled", "", lock / 2, (1, 8)))
             for c, limit in ((dit, 90), (sdxl, 150), (sd15, 120), (sd3, 120))
         ),
     ]  # fmt: skip

@@ -17,23 +17,25 @@ from stages.configuration.parsing import parse
 from stages.evaluate.config import EvaluateConfig
 
 
-def main(name_or_path: str, words: list[str]) -> None:
+def main(name_or_path: str, overrides: list[str]) -> None:
     adapter = GuidanceAdapter.from_pretrained(name_or_path)
-    gain = adapter.about.pop("guidance_gain", 1.0)
+    gain = adapter.metadata.pop("guidance_gain", 1.0)
     with tempfile.TemporaryDirectory() as folder:
         without = Path(folder) / "without"
         adapter.save_pretrained(without)
         both = f"adapter_dir=[{name_or_path},{without}]"
-        rows = evaluate(parse(EvaluateConfig, [both, f"output_dir={folder}/out", "methods=[one_pass]", *words])).rows
+        rows = evaluate(
+            parse(EvaluateConfig, [both, f"output_dir={folder}/out", "methods=[one_pass]", *overrides])
+        ).rows
     print(f"guidance gain {gain:.3f}\nscale  gain     gap closed  Frechet distance  over CFG's")
     for row in rows:
         if row["method"] == "cfg":
             cfg = row["frechet_distance"]
         if row["method"] == "one_pass":
-            told = "without" if row["adapter"] == without.name else "with"
+            message = "without" if row["adapter"] == without.name else "with"
             distance = row["frechet_distance"]
             print(
-                f"{row['guidance_scale']:5g}  {told:7}  {row['gap_closed']:10.4f}  {distance:16.2f}  {distance / cfg:10.3f}"
+                f"{row['guidance_scale']:5g}  {message:7}  {row['gap_closed']:10.4f}  {distance:16.2f}  {distance / cfg:10.3f}"
             )
 
 

@@ -38,8 +38,8 @@ def take_turns(kinds: dict[str, Callable[[], float]], seconds: float) -> dict[st
 
 def spread(values: list[float]) -> dict[str, float]:
     """The median and the ends, to four digits."""
-    told = {"median": statistics.median(values), "from": min(values), "to": max(values)}
-    return {name: float(f"{value:.4g}") for name, value in told.items()}
+    info = {"median": statistics.median(values), "from": min(values), "to": max(values)}
+    return {name: float(f"{value:.4g}") for name, value in info.items()}
 
 
 def ratios(values: list[float], base: list[float]) -> dict[str, float]:

@@ -119,7 +119,7 @@ def eager(shape: Shape, denoiser: nn.Module, n: int, seconds: float) -> dict[str
     return {
         "batch": n,
         "mode": "eager",
-        **told(taken),
+        **info(taken),
         "adapter_share": round(parameters(default) / parameters(denoiser), 5),
         "layers": len(default.shapes),
         "fuse_ms": spread([1000 * value for value in kinds.fuse_seconds]),
@@ -153,14 +153,14 @@ def compiled(shape: Shape, denoiser: nn.Module, n: int, seconds: float) -> dict[
     return {
         "batch": n,
         "mode": "compiled",
-        **told(taken),
+        **info(taken),
         "compile_seconds": round(compiling, 1),
         "graphs": graphs - before,
         "recompiled": recompiled,
     }
 
 
-def told(taken: dict[str, list[float]]) -> dict[str, Any]:
+def info(taken: dict[str, list[float]]) -> dict[str, Any]:
     """Milliseconds and ratios of what took turns."""
     bases = {f"over_{base}": taken[base] for base in ("bare", "cfg", "eager") if base in taken}
     kinds = {

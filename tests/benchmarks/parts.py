@@ -54,13 +54,13 @@ class Child:
                 if left <= 0 or not self.rows.poll(left):
                     error = f"stopped after {limit:.0f} s"
                     break
-                told = self.rows.recv()
-                if told == DONE:
+                info = self.rows.recv()
+                if info == DONE:
                     break
-                if isinstance(told, str):
-                    error = told
+                if isinstance(info, str):
+                    error = info
                     break
-                rows.append(told)
+                rows.append(info)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join(5)
             error = f"its process ended with status {self.process.exitcode}"
@@ -77,16 +77,16 @@ class Child:
         self.process.join()
 
 
-def carry_out(part: Part, told: Connection) -> None:
+def carry_out(part: Part, info: Connection) -> None:
     """In the process of a part: send its rows, and at the end a word: `DONE`, or what went wrong."""
     os.setsid()
-    told.recv()
+    info.recv()
     try:
         for row in part.work(*part.arguments):
-            told.send(row)
-        told.send(DONE)
+            info.send(row)
+        info.send(DONE)
     except Exception as error:
-        told.send(f"{type(error).__name__}: {error}"[:500])
+        info.send(f"{type(error).__name__}: {error}"[:500])
         raise
 
 

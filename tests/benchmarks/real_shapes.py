@@ -177,12 +177,12 @@ def peak() -> int | None:
 
 def main(config: str, batch_size: str = "4", steps: str = "20", variant: str = DEFAULT) -> None:
     shape, size = shape_named(config), int(batch_size)
-    told = {"shape": shape.title, "device": device_name()}
-    told |= {
+    info = {"shape": shape.title, "device": device_name()}
+    info |= {
         "recording": recording(shape, size, int(steps), SECONDS),
         "training": training(shape, size, SECONDS, variant),
     }
-    print(json.dumps(told, indent=2))
+    print(json.dumps(info, indent=2))
 
 
 if __name__ == "__main__":

@@ -159,9 +159,9 @@ def fresh(work: Any, *given: Any) -> Any:
 
 
 def carried(root: Path, units: int) -> dict[str, Any]:
-    told = fresh(memory, root, units)
+    info = fresh(memory, root, units)
     assert len(Dataset(root, check_sizes=False).manifest) == units
-    return told
+    return info
 
 
 def resumed(root: Path, commits: int) -> dict[str, Any]:
@@ -170,29 +170,29 @@ def resumed(root: Path, commits: int) -> dict[str, Any]:
     return {"commits": commits, "seconds_to_resume": round(fresh(run_up_to, root, commits), 2)}
 
 
-def missed(told: dict[str, Any]) -> list[str]:
+def missed(info: dict[str, Any]) -> list[str]:
     """The goals that are not kept."""
     found = [
         f"{one['workers']} workers: an efficiency of {one['efficiency']}"
-        for one in told["workers"]
+        for one in info["workers"]
         if one["workers"] <= MOST_WORKERS and one["efficiency"] < EFFICIENCY
     ]
-    if told.get("memory", {}).get("bytes_at_the_peak", 0) > MOST_BYTES:
+    if info.get("memory", {}).get("bytes_at_the_peak", 0) > MOST_BYTES:
         found.append("memory")
-    if told.get("resume", {}).get("seconds_to_resume", 0) > MOST_SECONDS:
+    if info.get("resume", {}).get("seconds_to_resume", 0) > MOST_SECONDS:
         found.append("time to resume")
     return found
 
 
 def main(workers: str = "1,8,64,256", each: str = "10", units: str = "1000000", commits: str = "100000") -> None:
-    told: dict[str, Any] = {"workers": []}
+    info: dict[str, Any] = {"workers": []}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        told["workers"] = [efficiency(root / count, int(count), int(each)) for count in workers.split(",")]
-        told["memory"] = carried(root / "memory", int(units))
-        told["resume"] = resumed(root / "resume", int(commits))
-        print(json.dumps(told, indent=2))
-    if found := missed(told):
+        info["workers"] = [efficiency(root / count, int(count), int(each)) for count in workers.split(",")]
+        info["memory"] = carried(root / "memory", int(units))
+        info["resume"] = resumed(root / "resume", int(commits))
+        print(json.dumps(info, indent=2))
+    if found := missed(info):
         sys.exit(f"error: goals are missed: {', '.join(found)}")
 
 

@@ -166,8 +166,8 @@ def measured(root: Path, count: int, shape: tuple[int, ...], epochs: int) -> dic
     streams = {window: stream_speed(dataset, size, epochs) for window, size in WINDOWS.items()}
     folders = write_folders(root / "folders", count, shape)
     reference = fastest(reference_batches(folders), min(count * STEPS // epochs, PIECE), epochs)
-    for told in streams.values():
-        told["times_reference"] = round(told["records_per_second"] / reference["records_per_second"], 1)
+    for info in streams.values():
+        info["times_reference"] = round(info["records_per_second"] / reference["records_per_second"], 1)
     return {
         "records": count * STEPS, "bytes": dataset.info["counts"]["bytes"], "stream_by_window": streams,
         "reference": reference, "microseconds_by_part": parts(dataset),
@@ -175,11 +175,11 @@ def measured(root: Path, count: int, shape: tuple[int, ...], epochs: int) -> dic
 
 
 def main(trajectories: str = "3500", epochs: str = "5") -> None:
-    told = {}
+    info = {}
     for size, shape, times in RECORDS:
         with tempfile.TemporaryDirectory() as folder:
-            told[size] = measured(Path(folder), times * int(trajectories), shape, int(epochs))
-    print(json.dumps({"torch_threads": torch.get_num_threads(), "by_record_size": told}, indent=2))
+            info[size] = measured(Path(folder), times * int(trajectories), shape, int(epochs))
+    print(json.dumps({"torch_threads": torch.get_num_threads(), "by_record_size": info}, indent=2))
 
 
 if __name__ == "__main__":

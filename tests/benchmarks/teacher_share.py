@@ -29,10 +29,10 @@ def measure(trajectories: int, workers: int, output: str) -> dict[str, Any]:
 
 def main(trajectories: str = "2000", workers: str = "1", output: str | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        told = measure(int(trajectories), int(workers), output or f"{folder}/data")
-    print(json.dumps(told, indent=2))
-    if told["teacher_share"] < LEAST_SHARE:
-        sys.exit(f"error: the teacher has {told['teacher_share']:.3f} of the time, not {LEAST_SHARE}")
+        info = measure(int(trajectories), int(workers), output or f"{folder}/data")
+    print(json.dumps(info, indent=2))
+    if info["teacher_share"] < LEAST_SHARE:
+        sys.exit(f"error: the teacher has {info['teacher_share']:.3f} of the time, not {LEAST_SHARE}")
 
 
 if __name__ == "__main__":

@@ -24,21 +24,21 @@ print(json.dumps(told))
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, list[dict[str, Any]]]:
+def info() -> dict[str, list[dict[str, Any]]]:
     """The rows of every part, in one process, because each would import torch and diffusers; of those that compile only one runs."""
-    words = [sys.executable, "-W", "ignore", "-c", IN_ONE_PROCESS]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    overrides = [sys.executable, "-W", "ignore", "-c", IN_ONE_PROCESS]
+    done = subprocess.run(overrides, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def of(told: dict[str, list[dict[str, Any]]], kind: str) -> list[dict[str, Any]]:
-    return [row for name, rows in told.items() if name.split()[0] == kind for row in rows]
+def of(info: dict[str, list[dict[str, Any]]], kind: str) -> list[dict[str, Any]]:
+    return [row for name, rows in info.items() if name.split()[0] == kind for row in rows]
 
 
 @pytest.mark.long
-def test_passes_are_told_over_the_bare_one_and_over_cfg(told: dict[str, list[dict[str, Any]]]) -> None:
-    rows = of(told, "one_pass_time")
+def test_passes_are_told_over_the_bare_one_and_over_cfg(info: dict[str, list[dict[str, Any]]]) -> None:
+    rows = of(info, "one_pass_time")
     assert [(row["shape"], row["batch"]) for row in rows] == [
         (shape, n) for shape in ("tiny SDXL", "tiny DiT", "tiny SD 1.5", "tiny SD 3.5") for n in (1, 8)
     ]
@@ -52,8 +52,8 @@ def test_passes_are_told_over_the_bare_one_and_over_cfg(told: dict[str, list[dic
 
 
 @pytest.mark.long
-def test_another_scale_compiles_nothing_anew(told: dict[str, list[dict[str, Any]]]) -> None:
-    rows = of(told, "compiled")
+def test_another_scale_compiles_nothing_anew(info: dict[str, list[dict[str, Any]]]) -> None:
+    rows = of(info, "compiled")
     assert [row["batch"] for row in rows] == [1, 8]
     for row in rows:
         assert row["graphs"] >= 1
@@ -62,16 +62,16 @@ def test_another_scale_compiles_nothing_anew(told: dict[str, list[dict[str, Any]
 
 
 @pytest.mark.long
-def test_memory_training_and_recording_are_told(told: dict[str, list[dict[str, Any]]]) -> None:
-    plain, quantised = of(told, "training_memory")
+def test_memory_training_and_recording_are_told(info: dict[str, list[dict[str, Any]]]) -> None:
+    plain, quantised = of(info, "training_memory")
     assert plain["peak"] > 0
     assert ("torchao" in quantised.get("error", "")) == ("peak" not in quantised)
-    for row in of(told, "training"):
+    for row in of(info, "training"):
         assert row["step_over_floor"]["median"] > 0
         assert row["records_per_second"]["from"] <= row["records_per_second"]["to"]
-    assert [row["batch_size"] for row in of(told, "recording")] == [2, 4]
-    assert all(row["recorded_over_bare"]["median"] > 0 for row in of(told, "recording"))
-    assert of(told, "about")[0]["versions"]["torch"]
+    assert [row["batch_size"] for row in of(info, "recording")] == [2, 4]
+    assert all(row["recorded_over_bare"]["median"] > 0 for row in of(info, "recording"))
+    assert of(info, "metadata")[0]["versions"]["torch"]
 
 
 @pytest.mark.parametrize("name", ["gpu.sh", "gpu_wheels.sh"])

@@ -13,12 +13,12 @@ def test_the_same_weights_are_measured_with_their_gain_and_without(
     tiny_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = GuidanceAdapter.from_pretrained(tiny_adapter)
-    adapter.about["guidance_gain"] = 1.5
+    adapter.metadata["guidance_gain"] = 1.5
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.05)  # so that it does something
     adapter.save_pretrained(tmp_path / "adapter")
-    words = ["num_samples=4", "num_inference_steps=2", "guidance_scale=[2,3]"]
-    guidance_gain.main(str(tmp_path / "adapter"), words)
+    overrides = ["num_samples=4", "num_inference_steps=2", "guidance_scale=[2,3]"]
+    guidance_gain.main(str(tmp_path / "adapter"), overrides)
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == "guidance gain 1.500"
     assert [line.split()[:2] for line in lines[-4:]] == [

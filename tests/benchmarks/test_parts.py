@@ -39,19 +39,19 @@ def test_a_part_that_goes_wrong_keeps_its_rows_and_costs_the_others_nothing(tmp_
         Part("good", 60, good, (2,)),
     ]
     run(file, 120, chosen)
-    told = json.loads(file.read_text())["parts"]
-    assert list(told) == [part.name for part in chosen]
-    assert [len(part["rows"]) for part in told.values()] == [1, 1, 1, 2]
-    assert [part["error"] for part in told.values()] == [
+    info = json.loads(file.read_text())["parts"]
+    assert list(info) == [part.name for part in chosen]
+    assert [len(part["rows"]) for part in info.values()] == [1, 1, 1, 2]
+    assert [part["error"] for part in info.values()] == [
         "ValueError: no such kernel",
         "stopped after 8 s",
         "its process ended with status 7",
         None,
     ]
-    assert not Path(f"/proc/{told['endless']['rows'][0]['pid']}").exists()
+    assert not Path(f"/proc/{info['endless']['rows'][0]['pid']}").exists()
 
 
 def test_no_part_goes_on_beyond_the_time_of_all(tmp_path: Path) -> None:
-    told = run(tmp_path / "out.json", 4, [Part("endless", 60, endless), Part("good", 60, good, (1,))])
-    assert [part["error"] for part in told["parts"].values()] == ["stopped after 4 s", "stopped after 0 s"]
-    assert told["seconds"] < 60
+    info = run(tmp_path / "out.json", 4, [Part("endless", 60, endless), Part("good", 60, good, (1,))])
+    assert [part["error"] for part in info["parts"].values()] == ["stopped after 4 s", "stopped after 0 s"]
+    assert info["seconds"] < 60

@@ -13,7 +13,7 @@ def test_the_measurement_runs_at_small_size(
 ) -> None:
     monkeypatch.setattr(real_shapes, "SECONDS", 0.1)
     main("tiny_sdxl", "2", "2")
-    told = json.loads(capsys.readouterr().out)
-    assert told["recording"]["recorded_over_bare"]["median"] > 0
-    assert told["recording"]["records_per_second"]["median"] > 0
-    assert told["training"]["step_over_floor"]["median"] > 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["recording"]["recorded_over_bare"]["median"] > 0
+    assert info["recording"]["records_per_second"]["median"] > 0
+    assert info["training"]["step_over_floor"]["median"] > 0

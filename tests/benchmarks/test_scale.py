@@ -38,9 +38,9 @@ def held(root: Path, units: int) -> int:
 @pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_are_kept_at_work(tmp_path: Path) -> None:
-    told = efficiency(tmp_path, workers=4, units_per_worker=10, seconds=0.2)
-    assert told["units"] == 40
-    assert FLOOR < told["efficiency"] <= 1
+    info = efficiency(tmp_path, workers=4, units_per_worker=10, seconds=0.2)
+    assert info["units"] == 40
+    assert FLOOR < info["efficiency"] <= 1
 
 
 @pytest.mark.long
@@ -57,12 +57,12 @@ def test_memory_and_the_time_to_resume_are_measured(tmp_path: Path) -> None:
 
 
 def test_a_goal_that_is_missed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {
+    info = {
         "workers": [{"workers": 64, "efficiency": 0.96}, {"workers": 256, "efficiency": 0.5}],
         "memory": {"bytes_at_the_peak": 1 << 29},
         "resume": {"seconds_to_resume": 5.0},
     }
-    assert missed(told) == []
+    assert missed(info) == []
     monkeypatch.setattr(scale, "MOST_SECONDS", 1.0)
     monkeypatch.setattr(scale, "EFFICIENCY", 0.99)
-    assert missed(told) == ["64 workers: an efficiency of 0.96", "time to resume"]
+    assert missed(info) == ["64 workers: an efficiency of 0.96", "time to resume"]

@@ -15,9 +15,9 @@ SHAPE = (4, 2, 2)
 
 def test_the_measurement_runs_at_small_size(capsys: pytest.CaptureFixture[str]) -> None:
     main("6", "1")
-    told = json.loads(capsys.readouterr().out)["by_record_size"]
-    assert [one["records"] for one in told.values()] == [120, 480]
-    for one in told.values():
+    info = json.loads(capsys.readouterr().out)["by_record_size"]
+    assert [one["records"] for one in info.values()] == [120, 480]
+    for one in info.values():
         assert set(one["microseconds_by_part"]) == {"read", "crc32", "decode", "place", "gather"}
         assert one["reference"]["records_per_second"] > 0
         for stream in one["stream_by_window"].values():

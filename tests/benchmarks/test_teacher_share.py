@@ -15,11 +15,11 @@ def test_the_measurement_runs_at_small_size(
 ) -> None:
     monkeypatch.setattr(teacher_share, "LEAST_SHARE", 0.0)  # beside other tests
     teacher_share.main("100", output=str(tmp_path))
-    told = json.loads(capsys.readouterr().out)
-    assert told["units"] == 2
-    assert 0 < told["teacher_share"] < 1
-    assert told["teacher"] + told["recording"] + told["waiting"] == pytest.approx(
-        told["teacher"] / told["teacher_share"]
+    info = json.loads(capsys.readouterr().out)
+    assert info["units"] == 2
+    assert 0 < info["teacher_share"] < 1
+    assert info["teacher"] + info["recording"] + info["waiting"] == pytest.approx(
+        info["teacher"] / info["teacher_share"]
     )
     monkeypatch.setattr(teacher_share, "LEAST_SHARE", 1.0)
     with pytest.raises(SystemExit, match="error: the teacher has .* of the time, not 1.0"):

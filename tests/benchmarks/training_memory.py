@@ -237,13 +237,13 @@ def row(setup: Setup) -> dict[str, Any]:
 def main(config: str, variant: str = "lora", *quantizations: str) -> None:
     shape = shape_named(config)
     rows = [row(Setup(shape, variant, quantization)) for quantization in quantizations or QUANTIZATIONS]
-    told = {
+    info = {
         "shape": shape.title,
         "variant": variant,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none: the peak is the model's",
         "rows": rows,
     }
-    print(json.dumps(told, indent=2))
+    print(json.dumps(info, indent=2))
     if any(row["goal"] is not None and row["peak"] > row["goal"] for row in rows):
         sys.exit(f"{shape.title}, {variant}: the peak is above its goal")
 

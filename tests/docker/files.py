@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from stages.configuration.options import check_bounds
-from stages.configuration.parsing import files_and_words, parse
+from stages.configuration.parsing import files_and_overrides, parse
 from stages.generate.config import GenerateConfig
 from stages.train.config import TrainConfig, check_together
 
@@ -54,7 +54,7 @@ def commands_in_comments(name: str) -> list[list[str]]:
 def understood(words: list[str]) -> GenerateConfig | TrainConfig:
     """The configuration that a command, up to its end, gives; refused as the command itself would refuse it."""
     module = words[words.index("-m") + 1]
-    files, rest = files_and_words(words[words.index("-m") + 2 :])
+    files, rest = files_and_overrides(words[words.index("-m") + 2 :])
     config = parse(
         CONFIGURATIONS[module], [*(word for file in files for word in ("--config", str(ROOT / file))), *rest]
     )

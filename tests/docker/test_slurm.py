@@ -27,8 +27,8 @@ def asked(tmp_path: Path, *words: str) -> tuple[list[str], dict[str, str]]:
         ["bash", DOCKER / "slurm.sbatch", *words], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    told = (tmp_path / "environment").read_text().split("\0")
-    return (tmp_path / "words").read_text().split("\0")[:-1], dict(line.split("=", 1) for line in told if line)
+    output = (tmp_path / "environment").read_text().split("\0")
+    return (tmp_path / "words").read_text().split("\0")[:-1], dict(line.split("=", 1) for line in output if line)
 
 
 def test_every_node_runs_ray_and_the_first_one_the_driver(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_the_saved_configuration_is_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("overrides", "message"),
     [
         (["name=x", "inner.dept=3"], "inner.dept: no such key: did you mean inner.depth?"),
         (["name=x", "zzz=3"], "zzz: no such key: --help lists the keys"),
@@ -75,9 +75,9 @@ def test_the_saved_configuration_is_read_back(tmp_path: Path) -> None:
         (["name="], "name=: empty: say name="),
     ],
 )
-def test_wrong_usage_is_told_in_one_line_that_names_the_key(words: list[str], told: str) -> None:
-    with pytest.raises(UsageError, match=told) as error:
-        parse(Example, words)
+def test_wrong_usage_is_told_in_one_line_that_names_the_key(overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as error:
+        parse(Example, overrides)
     assert "\n" not in str(error.value)
 
 
@@ -101,7 +101,7 @@ def test_help_lists_every_key_with_its_default_and_meaning(config: type) -> None
 
 
 @pytest.mark.parametrize(
-    ("raised", "status", "told"),
+    ("raised", "status", "info"),
     [
         (None, 0, ""),
         (UserError("thing: way out"), 1, "error: thing: way out\n"),
@@ -116,7 +116,7 @@ def test_exit_status_and_one_line(
     capsys: pytest.CaptureFixture[str],
     raised: BaseException | None,
     status: int,
-    told: str,
+    info: str,
 ) -> None:
     def main(config: Example) -> None:
         if raised:
@@ -126,14 +126,14 @@ def test_exit_status_and_one_line(
     with pytest.raises(SystemExit) as exited:
         run(Example, main, "")
     assert exited.value.code == status
-    assert capsys.readouterr().err.startswith(told)
+    assert capsys.readouterr().err.startswith(info)
 
 
 def test_the_first_word_may_be_an_option_without_its_key(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for word in ("x", "name=x"):
-        monkeypatch.setattr(sys, "argv", ["command", word])
+    for override in ("x", "name=x"):
+        monkeypatch.setattr(sys, "argv", ["command", override])
         with pytest.raises(SystemExit):
             run(Example, lambda config: print(config.name), "", argument="name")
         assert capsys.readouterr().out == "x\n"

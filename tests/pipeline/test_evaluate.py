@@ -23,7 +23,7 @@ from pipeline.evaluate import evaluate
 from stages.errors import UserError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation
-from stages.evaluate.fleet import Fleet, over_ray
+from stages.evaluate.fleet import EvaluationFleet, evaluate_over_ray
 from stages.evaluate.processes import Child, over_cores, over_processes
 from tests.stages.evaluate.test_evaluation import without_times
 
@@ -46,10 +46,10 @@ def parts_in(folder: Path) -> dict[str, int]:
 
 def test_everything_is_written(undisturbed: Evaluation) -> None:
     folder = undisturbed.folder
-    told = json.loads((folder / "evaluation.json").read_text())
-    assert told["rows"] == undisturbed.rows
-    assert [row["method"] for row in told["rows"]] == ["none", "cfg", "one_pass", "cfg_first_50", "cfg_first_60"]
-    assert (told["variant"], told["num_samples"]) == ("lora", 20)
+    info = json.loads((folder / "evaluation.json").read_text())
+    assert info["rows"] == undisturbed.rows
+    assert [row["method"] for row in info["rows"]] == ["none", "cfg", "one_pass", "cfg_first_50", "cfg_first_60"]
+    assert (info["variant"], info["num_samples"]) == ("lora", 20)
     assert len(parts_in(folder)) == 10
     assert (folder / "report.html").exists()
     assert not (folder / "images").exists()
@@ -58,12 +58,12 @@ def test_everything_is_written(undisturbed: Evaluation) -> None:
 def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(
     undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    words = [f"{key}={value}" for key, value in TEN_PARTS.items()]
+    overrides = [f"{key}={value}" for key, value in TEN_PARTS.items()]
     command = [sys.executable, "-m", "pipeline.evaluate", f"adapter_dir={tiny_adapter}", f"output_dir={tmp_path}"]
     log = tmp_path / "log.txt"
     with log.open("w") as said:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen([*command, *words], cwd=ROOT, env=environment, stdout=said, stderr=said)
+        process = subprocess.Popen([*command, *overrides], cwd=ROOT, env=environment, stdout=said, stderr=said)
     while len(parts_in(tmp_path)) < 2:
         assert process.poll() is None, log.read_text()
         time.sleep(0.005)
@@ -124,13 +124,13 @@ def test_what_a_process_refuses_is_told_in_its_line(tiny_adapter: Path, tmp_path
 @pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_its_processes_end_with_it(how: signal.Signals, tiny_adapter: Path, tmp_path: Path) -> None:
-    words = [f"{key}={value}" for key, value in (TEN_PARTS | {"num_samples": 2000}).items()]
+    overrides = [f"{key}={value}" for key, value in (TEN_PARTS | {"num_samples": 2000}).items()]
     command = [sys.executable, "-m", "pipeline.evaluate", f"adapter_dir={tiny_adapter}", f"output_dir={tmp_path}"]
     log = tmp_path / "log.txt"
     with log.open("w") as said:
         environment = {**os.environ, "OMP_NUM_THREADS": "2"}
         process = subprocess.Popen(
-            [*command, *words], cwd=ROOT, env=environment, stdout=said, stderr=said, start_new_session=True
+            [*command, *overrides], cwd=ROOT, env=environment, stdout=said, stderr=said, start_new_session=True
         )
     while len(parts_in(tmp_path)) < 2:
         assert process.poll() is None, log.read_text()
@@ -151,8 +151,8 @@ def test_its_processes_end_with_it(how: signal.Signals, tiny_adapter: Path, tmp_
 def test_the_card_tells_what_was_measured_beside_the_adapter(tiny_adapter: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_adapter, tmp_path / "tiny")
     evaluate(EvaluateConfig(adapter_dir=str(folder), **TEN_PARTS))
-    about = json.loads((folder / "adapter_config.json").read_text())
-    assert "error_by_timestep" not in json.dumps(about)
+    metadata = json.loads((folder / "adapter_config.json").read_text())
+    assert "error_by_timestep" not in json.dumps(metadata)
     assert "| one_pass | 3 |" in (folder / "README.md").read_text()
     assert (folder / "evaluation" / "evaluation.json").exists()
 
@@ -170,14 +170,14 @@ def test_workers_side_by_side_give_what_one_process_gives(
     undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     shared = Evaluation(config(tiny_adapter, tmp_path))
-    rows = shared.run(functools.partial(over_ray, num_workers=2, num_cpus=1))
+    rows = shared.run(functools.partial(evaluate_over_ray, num_workers=2, num_cpus=1))
     assert without_times(rows) == without_times(undisturbed.rows)
     names = sorted(parts_in(tmp_path))
     Evaluation(config(tiny_adapter, tmp_path)).run()
     assert sorted(parts_in(tmp_path)) == names
 
 
-class KillsAWorker(Fleet):
+class KillsAWorker(EvaluationFleet):
     """Kills the processes of all workers as soon as one has a part to make."""
 
     killed = 0
@@ -216,4 +216,4 @@ def test_a_killed_worker_is_replaced_and_loses_nothing(
 def test_what_a_worker_refuses_is_told_in_its_line(tiny_adapter: Path, tmp_path: Path) -> None:
     wrong = Evaluation(config(tiny_adapter, tmp_path, clip_model="somewhere"))
     with pytest.raises(UserError, match="clip_model: DiTPipeline takes classes"):
-        wrong.run(functools.partial(over_ray, num_workers=1, num_cpus=1))
+        wrong.run(functools.partial(evaluate_over_ray, num_workers=1, num_cpus=1))

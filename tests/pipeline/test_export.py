@@ -19,8 +19,13 @@ from tests.stages.adapters.test_export import new_adapter
 
 def test_a_folder_is_exported_and_its_reader_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new_adapter(tiny_dit(), ranks=(3, 3)).save_pretrained(tmp_path / "adapter")
-    words = [f"adapter_dir={tmp_path / 'adapter'}", "guidance_scale=2.5", f"output={tmp_path / 'lora'}", "format=peft"]
-    main(parse(ExportConfig, words))
+    overrides = [
+        f"adapter_dir={tmp_path / 'adapter'}",
+        "guidance_scale=2.5",
+        f"output={tmp_path / 'lora'}",
+        "format=peft",
+    ]
+    main(parse(ExportConfig, overrides))
     file = tmp_path / "lora" / "adapter_model.safetensors"
     assert capsys.readouterr().out.splitlines() == [
         f"{file}: 21 layers at guidance scale 2.5",
@@ -31,23 +36,25 @@ def test_a_folder_is_exported_and_its_reader_named(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("overrides", "message"),
     [(["guidance_scale=1"], "guidance_scale=1.0: more than 1"), (["format=onnx"], "format=onnx: one of")],
 )
-def test_what_the_options_do_not_allow_is_wrong_usage(words: list[str], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
-        main(parse(ExportConfig, ["adapter_dir=a", "output=o", "guidance_scale=2", *words]))
+def test_what_the_options_do_not_allow_is_wrong_usage(overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        main(parse(ExportConfig, ["adapter_dir=a", "output=o", "guidance_scale=2", *overrides]))
 
 
 def test_an_adapter_that_is_no_lora_is_refused(tmp_path: Path) -> None:
     pipe = tiny_dit()
-    about = new_adapter(pipe).about
-    GuidanceAdapter.for_denoiser(small_adapter("offset"), pipe.transformer, about).save_pretrained(tmp_path / "adapter")
-    words = [f"adapter_dir={tmp_path / 'adapter'}", "guidance_scale=2", f"output={tmp_path / 'out'}"]
+    metadata = new_adapter(pipe).metadata
+    GuidanceAdapter.for_denoiser(small_adapter("offset"), pipe.transformer, metadata).save_pretrained(
+        tmp_path / "adapter"
+    )
+    overrides = [f"adapter_dir={tmp_path / 'adapter'}", "guidance_scale=2", f"output={tmp_path / 'out'}"]
     with pytest.raises(
         UserError, match="an adapter of the variant offset is no LoRA: train one with adapter.variant=lora"
     ):
-        main(parse(ExportConfig, words))
+        main(parse(ExportConfig, overrides))
     assert not (tmp_path / "out").exists()
 
 
@@ -55,11 +62,11 @@ def test_a_dial_is_measured_into_the_file_and_the_card(
     tiny_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(tiny_adapter, tmp_path / "adapter"))
-    words = [f"adapter_dir={folder}", "guidance_scale=2.5", f"output={tmp_path / 'lora'}", "format=peft"]
-    main(parse(ExportConfig, [*words, "dial_samples=4", "num_inference_steps=3", "device=cpu"]))
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("strength")]
+    overrides = [f"adapter_dir={folder}", "guidance_scale=2.5", f"output={tmp_path / 'lora'}", "format=peft"]
+    main(parse(ExportConfig, [*overrides, "dial_samples=4", "num_inference_steps=3", "device=cpu"]))
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("strength")]
     with safetensors.safe_open(tmp_path / "lora" / "adapter_model.safetensors", "pt") as file:
         dial = json.loads(file.metadata()["guidance.dial"])
-    assert told == [f"strength {row['strength']:g}: guidance scale {row['guidance_scale']:.2f}" for row in dial]
-    assert GuidanceAdapter.from_pretrained(folder).about["dial"] == {"2.5": dial}
+    assert found == [f"strength {row['strength']:g}: guidance scale {row['guidance_scale']:.2f}" for row in dial]
+    assert GuidanceAdapter.from_pretrained(folder).metadata["dial"] == {"2.5": dial}
     assert "## Strength of the file exported at guidance scale 2.5" in (folder / "README.md").read_text()

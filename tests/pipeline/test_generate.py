@@ -52,8 +52,8 @@ def test_a_killed_driver_is_followed_by_two_at_once(tiny_teacher: Path, tmp_path
     assert len(committed) == UNITS
     assert made < committed
     assert {f"shards/{path.name}" for path in shards.glob("[0-9]*")} - left == committed
-    told = "".join((tmp_path / name).read_text() for name in ("second", "third"))
-    assert UNITS - len(made) <= told.count(" records in ") < 1.5 * (UNITS - len(made)), "most units were made twice"
+    message = "".join((tmp_path / name).read_text() for name in ("second", "third"))
+    assert UNITS - len(made) <= message.count(" records in ") < 1.5 * (UNITS - len(made)), "most units were made twice"
     check(tmp_path / "data", generate(replace(config, output_dir=str(tmp_path / "undisturbed"))))
     survived("SIGKILL of the driver in the middle", "driver")
     survived("two drivers at once on one dataset", "driver")
@@ -75,7 +75,7 @@ def test_a_driver_that_is_told_to_end_says_so_and_what_there_is(tiny_teacher: Pa
     finally:
         kill_command(process)
     assert (tmp_path / "log").read_text().splitlines()[-1] == "error: interrupted; what was written before is kept"
-    told = json.loads((tmp_path / "data" / "generation.json").read_text())
-    assert 0 < told["units_committed"] <= len(list((tmp_path / "data" / "commits").glob("[0-9]*.json")))
-    assert told["teacher_evaluations"] == 2 * told["records"]
+    info = json.loads((tmp_path / "data" / "generation.json").read_text())
+    assert 0 < info["units_committed"] <= len(list((tmp_path / "data" / "commits").glob("[0-9]*.json")))
+    assert info["teacher_evaluations"] == 2 * info["records"]
     survived("SIGTERM of the driver", "driver")

@@ -22,10 +22,10 @@ WORDS = [
 ]  # fmt: skip
 
 
-def train(command: list[str], *words: str) -> tuple[str, str]:
+def train(command: list[str], *overrides: str) -> tuple[str, str]:
     """What it printed, and what it told of its progress."""
     done = subprocess.run(
-        [sys.executable, "-m", *command, *WORDS, *words],
+        [sys.executable, "-m", *command, *WORDS, *overrides],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -35,7 +35,7 @@ def train(command: list[str], *words: str) -> tuple[str, str]:
 @pytest.mark.long
 def test_two_processes_train_what_one_trains_with_twice_the_batch(shared_dataset: Path, tmp_path: Path) -> None:
     data = f"data_dir={shared_dataset}"
-    printed, told = train(LAUNCH, data, f"output_dir={tmp_path / 'two'}", "train_batch_size=4")
+    printed, info = train(LAUNCH, data, f"output_dir={tmp_path / 'two'}", "train_batch_size=4")
     train(["pipeline.train"], data, f"output_dir={tmp_path / 'one'}", "train_batch_size=8")
     two, one = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
     for name in one:
@@ -44,5 +44,5 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(shared_dataset
     for key in ("loss", "validation_loss", "validation_loss_unguided"):
         assert abs(summaries[0][key] - summaries[1][key]) < 1e-4 * summaries[1][key]
     assert printed.count("parameters at") == printed.count("12 steps, validation loss") == 1
-    assert told.count("train: 12/12 steps") == 1
+    assert info.count("train: 12/12 steps") == 1
     assert len(list((tmp_path / "two" / "checkpoints").iterdir())) == 2

@@ -14,9 +14,9 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 
 
-def command(name: str, *words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+def command(name: str, *overrides: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", f"pipeline.{name}", *words],
+        [sys.executable, "-m", f"pipeline.{name}", *overrides],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -61,10 +61,10 @@ def test_each_command_leaves_its_summary_and_its_configuration(folder: Path) -> 
 @pytest.mark.long
 def test_images_come_side_by_side(folder: Path) -> None:
     output = folder / "grid.png"
-    words = ["class_labels=[0,1,2]", "guidance_scale=2", "num_inference_steps=5", f"output={output}"]
-    told = command("sample", f"adapter_dir={folder}/adapter", *words).stdout
-    assert "guided, two passes: 10 denoiser evaluations" in told
-    assert "one pass: 5 denoiser evaluations per image, fused into the base's weights\n" in told
+    overrides = ["class_labels=[0,1,2]", "guidance_scale=2", "num_inference_steps=5", f"output={output}"]
+    printed = command("sample", f"adapter_dir={folder}/adapter", *overrides).stdout
+    assert "guided, two passes: 10 denoiser evaluations" in printed
+    assert "one pass: 5 denoiser evaluations per image, fused into the base's weights\n" in printed
     with Image.open(output) as image:
         assert image.size == (3 * 64, 3 * 64)
 
@@ -86,6 +86,6 @@ def test_damage_ends_verify_and_train_with_one_line(folder: Path) -> None:
 
 
 def test_wrong_words_end_with_status_two_and_one_line() -> None:
-    told = command("train", "data_dir=x", "output_dir=y", "learning_rat=3", status=2)
-    assert told.stderr.strip() == "error: learning_rat: no such key: did you mean learning_rate?"
+    printed = command("train", "data_dir=x", "output_dir=y", "learning_rat=3", status=2)
+    assert printed.stderr.strip() == "error: learning_rat: no such key: did you mean learning_rate?"
     assert "usage: --config FILE key=value" in command("evaluate", "--help").stdout

@@ -61,12 +61,17 @@ def test_a_picture_goes_through_the_whole_line(name: str, tmp_path: Path) -> Non
     request = Request(conditions[:1], [0], 2, arguments_of(pipe, adapter))
     guided, one_pass = (sample_setting(pipe, adapter, Setting(method, 3.0), request) for method in (CFG, ONE_PASS))
     assert one_pass.denoiser_evaluations < guided.denoiser_evaluations
-    words = [f"adapter_dir={run.output_dir}", f"output={tmp_path / 'grid.png'}", "num_inference_steps=2", "device=cpu"]
+    overrides = [
+        f"adapter_dir={run.output_dir}",
+        f"output={tmp_path / 'grid.png'}",
+        "num_inference_steps=2",
+        "device=cpu",
+    ]
     shown = [f"prompts=[{rows[0]['prompt']}]", f"image=[{tmp_path / 'shown/0.png'}]"]
-    pipeline.sample.main(parse(SampleConfig, [*words, *shown]))
+    pipeline.sample.main(parse(SampleConfig, [*overrides, *shown]))
     assert Image.open(tmp_path / "grid.png").size[1] > 0
     with pytest.raises(UserError, match="image: give as many as prompts"):
-        pipeline.sample.main(parse(SampleConfig, [*words, shown[0], "image=[a.png,b.png]"]))
+        pipeline.sample.main(parse(SampleConfig, [*overrides, shown[0], "image=[a.png,b.png]"]))
 
 
 def test_a_missing_picture_is_refused_with_its_row_before_the_first_unit(tmp_path: Path) -> None:

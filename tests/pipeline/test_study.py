@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stages.errors import UsageError, UserError
-from stages.storage.files import alone_in
+from stages.storage.files import exclusive_lock
 from stages.study.study import Study, StudyConfig
 from tests.support.sleepers import as_soon_as_they_sleep, write_commands, write_sleepers
 
@@ -22,7 +22,7 @@ TINY = ["train_batch_size=8", "max_train_steps=4", "validation_share=0.2", "devi
 @pytest.fixture
 def study_file(tiny_teacher: Path, tmp_path: Path) -> Path:
     small = ["num_trajectories=12", "num_inference_steps=4", "trajectories_per_unit=3", "device=cpu"]
-    adapter = {"data": "tiny", "words": [*TINY, "adapter.hidden_size=16", "adapter.rank=4"]}
+    adapter = {"data": "tiny", "overrides": [*TINY, "adapter.hidden_size=16", "adapter.rank=4"]}
     study = {
         "seeds": [0],
         "datasets": {"tiny": [f"teacher.pretrained_model_name_or_path={tiny_teacher}", *small]},
@@ -30,7 +30,7 @@ def study_file(tiny_teacher: Path, tmp_path: Path) -> Path:
         "evaluations": {
             "scales": {
                 "adapters": ["default", "full"],
-                "words": ["guidance_scale=[2]", "num_samples=4", "num_inference_steps=2", "methods=[one_pass,cfg_first_50]", "device=cpu"],
+                "overrides": ["guidance_scale=[2]", "num_samples=4", "num_inference_steps=2", "methods=[one_pass,cfg_first_50]", "device=cpu"],
             }
         },
     }  # fmt: skip
@@ -49,10 +49,10 @@ def test_a_study_is_made_judged_and_told(
         runpy.run_module("pipeline.study", run_name="__main__")
     printed = capsys.readouterr()
     assert ended.value.code == 0, printed.err
-    told = json.loads((output / "claims.json").read_text())
-    assert len(told["claims"]) == 5
+    info = json.loads((output / "claims.json").read_text())
+    assert len(info["claims"]) == 5
     assert "One pass is what two passes are" in printed.out
-    rows = [row for row in told["rows"] if row["method"] == "one_pass"]
+    rows = [row for row in info["rows"] if row["method"] == "one_pass"]
     assert [(row["name"], row["seed"]) for row in rows] == [("default", 0), ("default", 1), ("full", 0)]
     assert all(row["teacher_evaluations"] == 2 * 48 and row["training_seconds"] > 0 for row in rows)
     tables = (output / "claims.md").read_text()
@@ -66,8 +66,8 @@ def test_a_study_is_made_judged_and_told(
 @pytest.mark.parametrize(
     "evaluation",
     [
-        {"adapters": ["default"], "words": ["num_samples=x"]},
-        {"adapters": ["x"], "words": []},
+        {"adapters": ["default"], "overrides": ["num_samples=x"]},
+        {"adapters": ["x"], "overrides": []},
     ],
 )
 def test_a_file_that_is_refused_is_named_before_anything_is_begun(
@@ -84,8 +84,8 @@ def test_all_that_does_not_need_what_failed_is_done_first(
 ) -> None:
     study = json.loads(study_file.read_text())
     study["datasets"] = {"bad": study["datasets"]["tiny"]} | study["datasets"]
-    study["adapters"]["bad"] = {"data": "bad", "words": TINY}
-    study["evaluations"] |= {"data_cost": {"adapters": ["full", "bad"], "words": []}}
+    study["adapters"]["bad"] = {"data": "bad", "overrides": TINY}
+    study["evaluations"] |= {"data_cost": {"adapters": ["full", "bad"], "overrides": []}}
     study_file.write_text(json.dumps(study))
     write_commands(
         tmp_path, "import sys\nsys.exit(any(word.endswith('data/bad') for word in sys.argv) and 'error: no')"
@@ -107,7 +107,10 @@ def test_all_that_does_not_need_what_failed_is_done_first(
 
 def test_one_study_at_a_time_is_made_in_a_folder(study_file: Path, tmp_path: Path) -> None:
     study = Study(StudyConfig(str(study_file), str(tmp_path / "claims")))
-    with alone_in(tmp_path / "claims", "a test goes on"), pytest.raises(UserError, match="another study is being made"):
+    with (
+        exclusive_lock(tmp_path / "claims", "a test goes on"),
+        pytest.raises(UserError, match="another study is being made"),
+    ):
         study.run()
 
 

@@ -26,12 +26,12 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_a_place_where_torch_cannot_be_imported_is_told(place: str, tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
-    script, told = PLACES[place]
+    script, info = PLACES[place]
     command = f'{script}; exec "{sys.executable}" -m pipeline.verify data_dir=/data'
     environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
-    words = ["bash", "-c", command, str(tmp_path)]
-    ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (1, f"error: {told.format(tmp_path)}\n")
+    overrides = ["bash", "-c", command, str(tmp_path)]
+    ended = subprocess.run(overrides, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (1, f"error: {info.format(tmp_path)}\n")
 
 
 def test_a_machine_without_any_place_for_temporary_files_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

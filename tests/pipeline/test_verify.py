@@ -29,14 +29,14 @@ from tests.support.faulty_s3 import Fault, FaultyS3
 
 def test_what_is_in_a_dataset_is_told(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(VerifyConfig(str(damaged)))
-    told = capsys.readouterr().out
-    assert "12 trajectories, 48 records, 4 shards" in told
-    assert told.splitlines()[-1] == "whole: nothing is missing or damaged"
+    output = capsys.readouterr().out
+    assert "12 trajectories, 48 records, 4 shards" in output
+    assert output.splitlines()[-1] == "whole: nothing is missing or damaged"
     assert (damaged / "verification.json").exists()
     main(VerifyConfig(str(damaged), deep=False))
-    told = capsys.readouterr().out
-    assert "timestep" not in told
-    assert told.splitlines()[-1] == "whole: nothing is missing or damaged; no shard was read"
+    output = capsys.readouterr().out
+    assert "timestep" not in output
+    assert output.splitlines()[-1] == "whole: nothing is missing or damaged; no shard was read"
 
 
 def test_every_problem_is_listed(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,9 +45,9 @@ def test_every_problem_is_listed(damaged: Path, capsys: pytest.CaptureFixture[st
     shards[1].write_bytes(b"")
     with pytest.raises(UserError, match=f"2 problem.*`python -m pipeline.verify data_dir={damaged} repair=true`"):
         main(VerifyConfig(str(damaged)))
-    told = capsys.readouterr().out
-    assert f"shards/{shards[0].name}: expected" in told
-    assert f"shards/{shards[1].name}: expected" in told
+    output = capsys.readouterr().out
+    assert f"shards/{shards[0].name}: expected" in output
+    assert f"shards/{shards[1].name}: expected" in output
 
 
 def test_what_a_repair_tells_last_finishes_the_dataset(
@@ -65,16 +65,16 @@ def test_what_a_repair_tells_last_finishes_the_dataset(
     DAMAGES["a missing manifest"](damaged)
     with pytest.raises(UserError, match="unfinished: expected 4 units, found 3, without 00001: run the command that"):
         main(VerifyConfig(str(damaged), repair=True))
-    told = capsys.readouterr().out
-    assert re.search(rf"  {shard}: expected SHA-256 \w+, found \w+: moved to quarantine/{shard}\n", told)
+    output = capsys.readouterr().out
+    assert re.search(rf"  {shard}: expected SHA-256 \w+, found \w+: moved to quarantine/{shard}\n", output)
     found = json.loads((damaged / "verification.json").read_text())
     assert [line["shard"] for line in found["repaired"]] == ["commits/00001.json", shard]
     assert (found["ok"], found["trajectories"], len(found["problems"])) == (False, 9, 2)
     (damaged / "config.yaml").write_text(to_yaml(generate_config(tiny_teacher, "elsewhere")))
     with pytest.raises(UserError, match="makes the rest$") as caught:
         main(VerifyConfig(str(damaged)))
-    words = shlex.split(re.search("`python -m pipeline.generate (.*)`", str(caught.value))[1])  # type: ignore[index]
-    pipeline.generate.main(parse(GenerateConfig, words))
+    overrides = shlex.split(re.search("`python -m pipeline.generate (.*)`", str(caught.value))[1])  # type: ignore[index]
+    pipeline.generate.main(parse(GenerateConfig, overrides))
     main(VerifyConfig(str(damaged)))
     assert_same_records(damaged, shared_dataset)
 
@@ -83,17 +83,17 @@ def test_a_repair_that_leaves_nothing_to_make_ends_well(damaged: Path, capsys: p
     (damaged / "manifest.parquet").unlink()
     (damaged / "shards" / "00001-0badcafe.tar").write_bytes(b"orphan")
     main(VerifyConfig(str(damaged), repair=True))
-    told = capsys.readouterr().out
-    assert "orphans of attempts that were ended: 1, 6 bytes: shards/00001-0badcafe.tar" in told
-    assert "  manifest.parquet: expected SHA-256" in told
-    assert "found no such file: manifests written again from the commits" in told
+    output = capsys.readouterr().out
+    assert "orphans of attempts that were ended: 1, 6 bytes: shards/00001-0badcafe.tar" in output
+    assert "  manifest.parquet: expected SHA-256" in output
+    assert "found no such file: manifests written again from the commits" in output
     found = json.loads((damaged / "verification.json").read_text())
     assert (found["ok"], found["problems"], found["orphans"]["count"]) == (True, [], 1)
     assert sum(bin["count"] for bin in found["histograms"]["timestep"]) == 48
     main(VerifyConfig(str(damaged), repair=True, grace=0))
-    told = capsys.readouterr().out
-    assert "orphans" not in told
-    assert "shards/00001-0badcafe.tar: expected a commit record that names it, found none: removed: 6 bytes" in told
+    output = capsys.readouterr().out
+    assert "orphans" not in output
+    assert "shards/00001-0badcafe.tar: expected a commit record that names it, found none: removed: 6 bytes" in output
 
 
 def test_a_grace_below_nothing_is_refused(damaged: Path) -> None:
@@ -105,15 +105,15 @@ def test_a_report_that_could_be_nowhere_is_refused_before_anything_is_read(
     damaged: Path, tmp_path: Path, s3: FaultyS3, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    for output, told in (
+    for output, message in (
         (tmp_path, "is a folder: name a file in it"),
         (tmp_path / "file" / "v.json", "cannot be made: (File exists|Not a directory): name a file elsewhere"),
     ):
-        with pytest.raises(StorageError, match=rf"^output={output}: .*{told}$"):
+        with pytest.raises(StorageError, match=rf"^output={output}: .*{message}$"):
             main(VerifyConfig(str(damaged), output=str(output)))
     s3.faults = [Fault("PUT", "bucket", 403, times=99)]
-    told = r"^output=s3://bucket/v.json: s3://bucket/.probe: cannot be written: .*: name a file elsewhere$"
-    with pytest.raises(StorageError, match=told):
+    message = r"^output=s3://bucket/v.json: s3://bucket/.probe: cannot be written: .*: name a file elsewhere$"
+    with pytest.raises(StorageError, match=message):
         main(VerifyConfig(str(damaged), output="s3://bucket/v.json"))
     assert capsys.readouterr().out == ""
 
@@ -144,10 +144,10 @@ def test_what_this_user_may_not_read_is_neither_damage_nor_set_aside(
         return opened(self, *given, **named)
 
     monkeypatch.setattr(Path, "open", refused)
-    told = f"^{forbidden}: may not be read by this user: let its owner run `chmod -R a\\+rX` on the dataset$"
-    with pytest.raises(StorageError, match=told):
+    message = f"^{forbidden}: may not be read by this user: let its owner run `chmod -R a\\+rX` on the dataset$"
+    with pytest.raises(StorageError, match=message):
         main(VerifyConfig(str(damaged), repair=True))
-    with pytest.raises(StorageError, match=told):
+    with pytest.raises(StorageError, match=message):
         list(read_all(damaged))
     assert sorted(path for path in damaged.rglob("*") if path.is_file()) == before
 
@@ -168,8 +168,8 @@ def test_what_a_reader_tells_of_an_unfinished_dataset_finishes_it(
     (damaged / "commits" / "00001.json").unlink()
     with pytest.raises(UserError, match=r"unfinished, 3 of 4 units are there: `.*` makes the rest$") as caught:
         Dataset(damaged)
-    words = shlex.split(re.search("`python -m pipeline.generate (.*)`", str(caught.value))[1])  # type: ignore[index]
-    pipeline.generate.main(parse(GenerateConfig, words))
+    overrides = shlex.split(re.search("`python -m pipeline.generate (.*)`", str(caught.value))[1])  # type: ignore[index]
+    pipeline.generate.main(parse(GenerateConfig, overrides))
     assert len(Dataset(damaged).manifest) == 12
 
 

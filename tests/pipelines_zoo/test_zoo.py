@@ -35,10 +35,10 @@ def frames(path: str) -> list[Image.Image]:
 OPENED: dict[str, Callable[[str], Any]] = {"image": Image.open, "mask_image": Image.open, "video": frames}
 
 
-def told(condition: Condition) -> dict[str, Any]:
+def info(condition: Condition) -> dict[str, Any]:
     """A condition as a call takes it: one of each kind by itself, as some pipelines ask, pictures opened."""
-    told = {key: OPENED[key](value) if key in OPENED else value for key, value in condition.items()}
-    return {"class_labels": [told.pop("class_label")], **told} if "class_label" in told else told
+    info = {key: OPENED[key](value) if key in OPENED else value for key, value in condition.items()}
+    return {"class_labels": [info.pop("class_label")], **info} if "class_label" in info else info
 
 
 def guided_by(pipe: Any, scale: float) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def guided_by(pipe: Any, scale: float) -> dict[str, Any]:
 def predictions(pipe: Any, specimen: Specimen, scale: float, place: int) -> list[Tensor]:
     """What the schedulers of a pipeline are handed in two steps, for the sample at a place."""
     parameters = inspect.signature(type(pipe).__call__).parameters
-    arguments: dict[str, Any] = dict(specimen.arguments) | told(specimen.conditions[place])
+    arguments: dict[str, Any] = dict(specimen.arguments) | info(specimen.conditions[place])
     arguments["generator"] = torch.Generator().manual_seed(0)
     steps = [name for name in parameters if name.endswith("num_inference_steps")]
     arguments |= dict.fromkeys([name for name in steps if name not in specimen.arguments], 2)

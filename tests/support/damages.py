@@ -142,8 +142,8 @@ def sealed(
             tensors = dict(held).get(f"{row['key']}.safetensors", content[row["offset"] :][: row["size"]])
             row |= {"size": len(tensors), "checksum": zlib.crc32(tensors)}
         (root / commit["shard"]).write_bytes(content)
-        told = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "samples": rows(commit["samples"])}
-        (root / f"commits/{UNIT:05d}.json").write_bytes(seal(commit | told))
+        info = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "samples": rows(commit["samples"])}
+        (root / f"commits/{UNIT:05d}.json").write_bytes(seal(commit | info))
         publish_again(root)
         return [commit["shard"]]
 

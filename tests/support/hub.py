@@ -30,10 +30,10 @@ class Hub(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             name = "someone/" + json.loads(body)["name"]
             self.repos.setdefault(name, {})
-            return self.tell({"url": f"{self.address}/{name}", "name": name})
+            return self.answer_json({"url": f"{self.address}/{name}", "name": name})
         if "preupload" in parts:
             files = json.loads(body)["files"]
-            return self.tell(
+            return self.answer_json(
                 {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
             )
         if "commit" in parts:
@@ -44,10 +44,10 @@ class Hub(BaseHTTPRequestHandler):
                     self.repos["/".join(parts[3:5])][line["value"]["path"]] = content
                 if line["key"] == "header":
                     self.commits.append(line["value"]["summary"])
-            return self.tell(
+            return self.answer_json(
                 {"commitUrl": f"{self.address}/someone/mine/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
             )
-        return self.tell({"message": "ok"})
+        return self.answer_json({"message": "ok"})
 
     def do_GET(self) -> None:
         parts = self.path.split("?")[0].split("/")
@@ -57,7 +57,7 @@ class Hub(BaseHTTPRequestHandler):
                 return self.refuse()
             siblings = [{"rfilename": name} for name in files]
             tree = [{"type": "file", "path": n, "size": len(c), "oid": "0"} for n, c in files.items()]
-            return self.tell(
+            return self.answer_json(
                 tree if "tree" in parts else {"id": "/".join(parts[3:5]), "sha": COMMIT, "siblings": siblings}
             )
         content = self.repos.get("/".join(parts[1:3]), {}).get("/".join(parts[5:]))
@@ -67,7 +67,7 @@ class Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815  the server looks for this name
 
-    def tell(self, what: Any) -> None:
+    def answer_json(self, what: Any) -> None:
         self.answer(json.dumps(what).encode(), {"Content-Type": "application/json"})
 
     def refuse(self) -> None:

@@ -43,9 +43,9 @@ def start_command(config: GenerateConfig, log: Path) -> subprocess.Popen[bytes]:
     """`python -m pipeline.generate` as a process in a group of its own; what it says is added to a file."""
     file = log.with_suffix(".yaml")
     file.write_text(to_yaml(config))
-    words = [sys.executable, "-m", "pipeline.generate", "--config", str(file)]
+    overrides = [sys.executable, "-m", "pipeline.generate", "--config", str(file)]
     with log.open("ab") as output:
-        return subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True)
+        return subprocess.Popen(overrides, stdout=output, stderr=output, start_new_session=True)
 
 
 def kill_command(process: subprocess.Popen[bytes]) -> None:
@@ -130,11 +130,11 @@ def main(seconds: str, folder: str | None = None) -> None:
         config = soak_config(save_pipeline(tiny_dit(), root / "teacher"), root)
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         config.ray_address = ray.get_runtime_context().gcs_address
-        told = soak(config, root, float(seconds), seed=time.time_ns())
+        info = soak(config, root, float(seconds), seed=time.time_ns())
         ray.shutdown()
         check(root / "data", generate(replace(config, output_dir=str(root / "undisturbed"))))
         units = len(list((root / "data" / "commits").glob("[0-9]*.json")))
-        print(json.dumps({"seconds": float(seconds), "units": units} | told | {"ok": True}))
+        print(json.dumps({"seconds": float(seconds), "units": units} | info | {"ok": True}))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from tests.support.soak import BOTH, WORKER, check, soak, soak_config
 def test_kills_at_random_moments_lose_nothing(tiny_teacher: Path, tmp_path: Path) -> None:
     config = soak_config(tiny_teacher, tmp_path)
     config.ray_address = ray.get_runtime_context().gcs_address
-    told = soak(config, tmp_path, seconds=20)
+    info = soak(config, tmp_path, seconds=20)
     check(tmp_path / "data", generate(replace(config, output_dir=str(tmp_path / "undisturbed"))))
-    assert sum(told["kills"].values()) > 0
-    for what, times in told["kills"].items():
+    assert sum(info["kills"].values()) > 0
+    for what, times in info["kills"].items():
         for _ in range(times):
             survived(
                 f"SIGKILL of {'worker and driver' if what == BOTH else f'a {what}'} at a random moment",

@@ -180,12 +180,12 @@ def test_a_callback_that_fails_leaves_the_pipeline_as_it_was(pipe: Any, adapter:
 def test_a_callback_turns_a_guider_or_cuts_it_off() -> None:
     specimen = gather()["MotifVideoPipeline"]
     pipe = specimen.build()
-    about = {"conditions": {}, "base": {"denoiser_subfolder": "transformer"}, "scale_range": [1.0, 9.0]}
-    adapter = adapter_for(pipe.transformer, about=about).attach(pipe)
+    metadata = {"conditions": {}, "base": {"denoiser_subfolder": "transformer"}, "scale_range": [1.0, 9.0]}
+    adapter = adapter_for(pipe.transformer, metadata=metadata).attach(pipe)
 
     def run(**arguments: Any) -> Tensor:
-        told = dict(specimen.arguments) | {"num_inference_steps": 3, "output_type": "latent"} | arguments
-        return pipe(**specimen.conditions[0], generator=torch.Generator().manual_seed(0), **told).frames
+        info = dict(specimen.arguments) | {"num_inference_steps": 3, "output_type": "latent"} | arguments
+        return pipe(**specimen.conditions[0], generator=torch.Generator().manual_seed(0), **info).frames
 
     def turned(change: Callable[[Any], None]) -> Tensor:
         def callback(pipe: Any, i: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -38,12 +38,12 @@ class Run:
         specimen = ZOO[name]
         self.steps: list[list[Call]] = []
         self.latents: list[Tensor] = []
-        told = dict(specimen.arguments) | {"prompt": specimen.conditions[0]["prompt"]} | arguments
+        info = dict(specimen.arguments) | {"prompt": specimen.conditions[0]["prompt"]} | arguments
         parameters = inspect.signature(type(pipe).__call__).parameters
-        told |= {"generator": torch.Generator().manual_seed(0), "num_inference_steps": STEPS}
-        told |= {"output_type": "latent"} if "output_type" in parameters else {}
+        info |= {"generator": torch.Generator().manual_seed(0), "num_inference_steps": STEPS}
+        info |= {"output_type": "latent"} if "output_type" in parameters else {}
         with watched(pipe, self._see, self.latents.append):
-            pipe(**told)
+            pipe(**info)
 
     def _see(self, calls: list[Call], handed: Tensor, timestep: Any) -> None:
         self.steps.append(list(calls))
@@ -65,18 +65,18 @@ class Run:
 ZOO = gather()
 
 
-def on(pipe: Any, component: str | None = None, **about: Any) -> GuidanceAdapter:
+def on(pipe: Any, component: str | None = None, **metadata: Any) -> GuidanceAdapter:
     """An adapter that does something, on a component of a pipeline."""
     name = component or next(iter(denoisers_of(pipe)))
-    known = {"conditions": {}, "base": {"denoiser_subfolder": name}, "scale_range": [1.0, 9.0]} | about
-    return adapter_for(denoisers_of(pipe)[name], "lora", about=known)
+    known = {"conditions": {}, "base": {"denoiser_subfolder": name}, "scale_range": [1.0, 9.0]} | metadata
+    return adapter_for(denoisers_of(pipe)[name], "lora", metadata=known)
 
 
 def said(call: Any) -> list[str]:
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    return [str(w.message) for w in told if issubclass(w.category, UserWarning) and w.filename == __file__]
+    return [str(w.message) for w in caught if issubclass(w.category, UserWarning) and w.filename == __file__]
 
 
 # What switches the pipeline's own guidance off
@@ -88,7 +88,7 @@ def test_every_setting_of_the_guidance_is_switched_off(name: str) -> None:
     off = {"guidance_scale": 1.0, "pag_scale": 0.0}
     plain = Run(name, pipe, **off)
     adapter = on(pipe, no_guidance=off, guidance_rule={"name": "ClassifierFreeGuidance", "pag_scale": 3.0})
-    untrained = GuidanceAdapter.for_denoiser(adapter.config, pipe.unet, adapter.about).attach(pipe)
+    untrained = GuidanceAdapter.for_denoiser(adapter.config, pipe.unet, adapter.metadata).attach(pipe)
     one = Run(name, pipe, guidance_scale=4.0)
     untrained.detach()
     assert one.rows == plain.rows == {1}
@@ -122,12 +122,12 @@ def test_the_embedded_scale_is_the_recorded_one_unless_both_are_named(name: str)
     arguments = {key: value for key, value in ZOO[name].arguments.items() if not key.endswith("_scale")}
     embedded = Run(name, pipe, **arguments, true_cfg_scale=1.0, guidance_scale=1.0).given("guidance")[0]
     as_recorded = [embedded * 2.5] * STEPS
-    told = {
+    info = {
         "the adapter's by the usual name": {"guidance_scale": 4.0},
         "the adapter's by the pipeline's": {"true_cfg_scale": 4.0},
     }
     ends = []
-    for asked in told.values():
+    for asked in info.values():
         pipe_call = dict(arguments) | asked
         run = call(pipe, pipe_call, ZOO[name].conditions[0]["prompt"])
         assert run.given("guidance") == pytest.approx(as_recorded)
@@ -136,7 +136,7 @@ def test_the_embedded_scale_is_the_recorded_one_unless_both_are_named(name: str)
     assert torch.equal(*ends)
     both = call(pipe, arguments | {"true_cfg_scale": 4.0, "guidance_scale": 5.0}, ZOO[name].conditions[0]["prompt"])
     assert both.given("guidance") == pytest.approx([embedded * 5.0] * STEPS)
-    adapter.about["arguments"] = {}
+    adapter.metadata["arguments"] = {}
     unrecorded = call(pipe, arguments | {"guidance_scale": 4.0}, ZOO[name].conditions[0]["prompt"])
     assert unrecorded.given("guidance") == pytest.approx([embedded * default] * STEPS)
 
@@ -144,9 +144,9 @@ def test_the_embedded_scale_is_the_recorded_one_unless_both_are_named(name: str)
 def call(pipe: Any, arguments: dict[str, Any], prompt: str) -> Run:
     run = Run.__new__(Run)
     run.steps, run.latents = [], []
-    told = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": STEPS, "output_type": "latent"}
+    info = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": STEPS, "output_type": "latent"}
     with watched(pipe, run._see, run.latents.append):
-        pipe(prompt=prompt, **arguments, **told)
+        pipe(prompt=prompt, **arguments, **info)
     return run
 
 
@@ -278,7 +278,7 @@ STABLE_DIFFUSION = {"guidance_rule": {"name": "ClassifierFreeGuidance", "pipelin
 )
 def test_a_pipeline_that_guides_in_another_way_is_refused(kind: Any, setting: str) -> None:
     pipe = kind.from_pipe(build("stable_diffusion"))
-    adapter = adapter_for(pipe.unet, about=STABLE_DIFFUSION)
+    adapter = adapter_for(pipe.unet, metadata=STABLE_DIFFUSION)
     with pytest.raises(
         UserError, match=f"{kind.__name__} guides by {setting} too, otherwise than the StableDiffusionP"
     ):
@@ -288,12 +288,12 @@ def test_a_pipeline_that_guides_in_another_way_is_refused(kind: Any, setting: st
 
 def test_a_pipeline_that_lacks_what_was_recorded_is_refused() -> None:
     pipe = build("stable_diffusion")
-    about = {
+    metadata = {
         "guidance_rule": {"pipeline": "StableDiffusionPAGPipeline", "pag_scale": 3.0},
         "no_guidance": {"guidance_scale": 1.0, "pag_scale": 0.0},
     }
     with pytest.raises(UserError, match="guides by pag_scale no more, otherwise than the StableDiffusionPAGPipeline"):
-        adapter_for(pipe.unet, about=about).attach(pipe)
+        adapter_for(pipe.unet, metadata=metadata).attach(pipe)
 
 
 def test_a_scale_that_means_something_else_is_refused() -> None:
@@ -310,7 +310,7 @@ FILLING = inspect.signature(FluxFillPipeline.__init__).parameters
 def test_a_pipeline_that_guides_alike_is_taken() -> None:
     pipe = build("stable_diffusion")
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
-    adapter_for(pipe.unet, about=STABLE_DIFFUSION).attach(pipe).attach(other)
+    adapter_for(pipe.unet, metadata=STABLE_DIFFUSION).attach(pipe).attach(other)
 
 
 # Settings, negatives, classes
@@ -319,7 +319,7 @@ def test_a_pipeline_that_guides_alike_is_taken() -> None:
 def test_a_setting_of_guidance_that_was_not_recorded_is_said_to_do_nothing() -> None:
     pipe = build("stable_diffusion")
     recorded = {"guidance_rule": {"pipeline": "StableDiffusionPipeline", "guidance_rescale": 0.5}}
-    adapter_for(pipe.unet, about=recorded).attach(pipe)
+    adapter_for(pipe.unet, metadata=recorded).attach(pipe)
     options = {"prompt": PROMPTS, "num_inference_steps": 1, "output_type": "latent"}
     assert said(lambda: pipe(**options, guidance_rescale=0.7)) == [
         "guidance_rescale=0.7 does not change the guidance of this adapter, which was recorded with guidance_rescale=0.5: "
@@ -337,15 +337,15 @@ def test_whatever_is_negative_is_said_to_do_nothing(given: dict[str, Any]) -> No
     pipe = build("stable_diffusion_xl")
     adapter_for(pipe.unet).attach(pipe)
     options = {"prompt": PROMPTS, "num_inference_steps": 1, "output_type": "latent"}
-    (told,) = said(lambda: pipe(**options, **given))
-    assert told.startswith(next(iter(given)))
-    assert "does nothing" in told
+    (info,) = said(lambda: pipe(**options, **given))
+    assert info.startswith(next(iter(given)))
+    assert "does nothing" in info
 
 
 def test_classes_beside_those_trained_on_are_said_to_be() -> None:
     pipe = tiny_dit()
     adapter = new_adapter(pipe.transformer, "lora")
-    adapter.about = adapter.about | {"sampled": {"class_labels": [0, 1, 2]}}
+    adapter.metadata = adapter.metadata | {"sampled": {"class_labels": [0, 1, 2]}}
     adapter.attach(pipe)
     assert not said(lambda: pipe([0, 2], num_inference_steps=1, output_type="latent"))
     assert said(lambda: pipe([0, 7], num_inference_steps=1, output_type="latent")) == [

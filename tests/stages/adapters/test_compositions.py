@@ -42,13 +42,13 @@ STEPS = 3
 
 
 def adapter_for(
-    denoiser: Any, variant: str = "lora", std: float = 0.1, about: dict[str, Any] | None = None
+    denoiser: Any, variant: str = "lora", std: float = 0.1, metadata: dict[str, Any] | None = None
 ) -> GuidanceAdapter:
     """An adapter that does something, as if it were trained; its folder tells this besides."""
     torch.manual_seed(1)
     sites = ["attention", "feed_forward"] if variant == "lora" else None
     adapter = GuidanceAdapter.for_denoiser(
-        AdapterConfig(variant, sites, hidden_size=16, rank=4), denoiser, ABOUT | (about or {})
+        AdapterConfig(variant, sites, hidden_size=16, rank=4), denoiser, ABOUT | (metadata or {})
     )
     for parameter in adapter.sites.parameters():
         torch.nn.init.normal_(parameter, std=std)
@@ -245,7 +245,7 @@ def test_a_negative_prompt_that_it_was_not_trained_for_warns_once(pipe: Any, ada
 
 
 def test_the_negative_prompt_it_was_trained_with_does_not_warn(pipe: Any, adapter: GuidanceAdapter) -> None:
-    adapter.about |= {"arguments": {"negative_prompt": "blurry"}}
+    adapter.metadata |= {"arguments": {"negative_prompt": "blurry"}}
     adapter.attach(pipe)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

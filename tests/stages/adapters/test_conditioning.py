@@ -5,7 +5,7 @@ import torch
 
 from stages.adapters.conditioning import (
     Conditioning,
-    Known,
+    Conditions,
     ScaleAlone,
     ScaleEmbedding,
     choose_conditions,
@@ -21,7 +21,9 @@ def conditioning() -> Conditioning:
     return Conditioning(16, {"class_labels": {"kind": "label", "classes": 10}}, 1.0)
 
 
-def ask(known: Conditioning, scale: torch.Tensor, timestep: torch.Tensor, inputs: dict[str, torch.Tensor]) -> Known:
+def ask(
+    known: Conditioning, scale: torch.Tensor, timestep: torch.Tensor, inputs: dict[str, torch.Tensor]
+) -> Conditions:
     return known(scale, timestep, known.embed(inputs))
 
 
@@ -82,7 +84,7 @@ def test_samples_of_a_batch_do_not_touch() -> None:
 FLOAT, INT = "float16", "int64"
 
 
-def told(**shapes: tuple[str, list[int]]) -> dict[str, dict[str, object]]:
+def info(**shapes: tuple[str, list[int]]) -> dict[str, dict[str, object]]:
     return {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes.items()}
 
 
@@ -91,16 +93,19 @@ WORDS, WHOLE = {"kind": "tokens", "width": 64}, {"kind": "pooled", "width": 32}
 
 def test_conditions_are_found_by_dtype_and_shape_not_by_name() -> None:
     tokens, pooled = (FLOAT, [77, 64]), (FLOAT, [32])
-    assert find_conditions(told(anything=(INT, [])), 7) == {"anything": {"kind": "label", "classes": 7}}
-    assert find_conditions(told(words=tokens), 1) == {"words": WORDS}
-    assert find_conditions(told(words=tokens, whole=pooled, sizes=(FLOAT, [6])), 1) == {"whole": WHOLE, "words": WORDS}
-    assert find_conditions(told(words=tokens, words_mask=(INT, [77]), mask=(FLOAT, [93])), 1) == {"words": WORDS}
+    assert find_conditions(info(anything=(INT, [])), 7) == {"anything": {"kind": "label", "classes": 7}}
+    assert find_conditions(info(words=tokens), 1) == {"words": WORDS}
+    assert find_conditions(info(words=tokens, whole=pooled, sizes=(FLOAT, [6])), 1) == {
+        "whole": WHOLE,
+        "words": WORDS,
+    }
+    assert find_conditions(info(words=tokens, words_mask=(INT, [77]), mask=(FLOAT, [93])), 1) == {"words": WORDS}
     assert find_conditions({}, 1) == {}
-    assert find_conditions(told(lengths=(INT, []), layers=(FLOAT, [4, 77, 64])), 1) == {"layers": WORDS}
-    assert find_conditions(told(words=tokens, layers=(FLOAT, [4, 77, 128])), 1) == {"words": WORDS}
-    assert find_conditions(told(words=tokens, axes=(FLOAT, [3, 4096])), 1) == {"words": WORDS}
-    assert find_conditions(told(one=(FLOAT, [1, 64])), 1) == {"one": WORDS}
-    negative = find_conditions(told(words=tokens) | {"negative.words": {"dtype": FLOAT, "shape": [77, 64]}}, 1)
+    assert find_conditions(info(lengths=(INT, []), layers=(FLOAT, [4, 77, 64])), 1) == {"layers": WORDS}
+    assert find_conditions(info(words=tokens, layers=(FLOAT, [4, 77, 128])), 1) == {"words": WORDS}
+    assert find_conditions(info(words=tokens, axes=(FLOAT, [3, 4096])), 1) == {"words": WORDS}
+    assert find_conditions(info(one=(FLOAT, [1, 64])), 1) == {"one": WORDS}
+    negative = find_conditions(info(words=tokens) | {"negative.words": {"dtype": FLOAT, "shape": [77, 64]}}, 1)
     assert negative == {"words": WORDS, "negative.words": WORDS | {"kind": "negative_tokens"}}
 
 
@@ -129,9 +134,9 @@ def test_a_condition_that_is_not_given_is_named() -> None:
 def test_padding_that_the_mask_tells_changes_nothing(kind: str) -> None:
     torch.manual_seed(0)
     known = Conditioning(16, {"words": {"kind": kind, "width": 32}}, 1.0)
-    words, scale, timestep = torch.randn(1, 5, 32), torch.tensor([2.0]), torch.tensor([9])
-    short = ask(known, scale, timestep, {"words": words, "words_mask": torch.ones(1, 5)})
-    padded = torch.cat([words, 100 * torch.randn(1, 3, 32)], dim=1)
+    overrides, scale, timestep = torch.randn(1, 5, 32), torch.tensor([2.0]), torch.tensor([9])
+    short = ask(known, scale, timestep, {"words": overrides, "words_mask": torch.ones(1, 5)})
+    padded = torch.cat([overrides, 100 * torch.randn(1, 3, 32)], dim=1)
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
     longer = ask(known, scale, timestep, {"words": padded, "words_mask": mask})
     torch.testing.assert_close(longer.vector, short.vector)
@@ -143,8 +148,8 @@ def test_padding_that_the_mask_tells_changes_nothing(kind: str) -> None:
 
 
 def test_positive_and_negative_tokens_lie_side_by_side_each_with_its_mask() -> None:
-    words = {"kind": "tokens", "width": 32}
-    known = Conditioning(16, {"words": words, "negative.words": words | {"kind": "negative_tokens"}}, 1.0)
+    overrides = {"kind": "tokens", "width": 32}
+    known = Conditioning(16, {"words": overrides, "negative.words": overrides | {"kind": "negative_tokens"}}, 1.0)
     inputs = {"words": torch.randn(1, 3, 32), "negative.words": torch.randn(1, 2, 32)}
     seen = ask(known, torch.tensor([2.0]), torch.tensor([9]), inputs)
     assert seen.tokens is not None

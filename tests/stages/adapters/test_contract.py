@@ -112,10 +112,10 @@ def test_a_gain_asks_it_for_more_but_not_beyond_its_training(variant: str) -> No
     denoiser = tiny_dit().transformer
     adapter = new_adapter(denoiser, variant).attach(denoiser)
     wanted, asked = [1.0, 1.5, 5.0, 7.0], [1.0, 1.75, 6.0, 7.0]
-    adapter.about = adapter.about | {"guidance_gain": 1.0}
+    adapter.metadata = adapter.metadata | {"guidance_gain": 1.0}
     with adapter.guidance_scale(asked):
         expected = predict(denoiser)
-    adapter.about = adapter.about | {"guidance_gain": 1.5}
+    adapter.metadata = adapter.metadata | {"guidance_gain": 1.5}
     with adapter.guidance_scale(wanted):
         assert torch.equal(predict(denoiser), expected)
 
@@ -160,7 +160,7 @@ def test_it_comes_back_from_its_folder_bit_for_bit(variant: str, tmp_path: Path)
     ]
     again = GuidanceAdapter.from_pretrained(tmp_path)
     assert again.config == adapter.config
-    assert again.about == adapter.about
+    assert again.metadata == adapter.metadata
     assert again.shapes == adapter.shapes
     for (name, one), (_, other) in zip(adapter.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
@@ -230,8 +230,8 @@ def test_a_folder_that_is_none_of_an_adapter_is_named(variant: str, tmp_path: Pa
 @pytest.mark.parametrize(("version", "way_out"), [(2, "train it again"), (4, "upgrade this project")])
 def test_another_version_of_the_format_is_refused_with_the_way_out(tmp_path: Path, version: int, way_out: str) -> None:
     new_adapter(tiny_dit().transformer, "offset").save_pretrained(tmp_path)
-    told = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(told | {"format_version": version}))
+    info = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(info | {"format_version": version}))
     with pytest.raises(UserError, match=f"version {version} of the format, not 3: {way_out}"):
         GuidanceAdapter.from_pretrained(tmp_path)
 

@@ -46,10 +46,10 @@ class Exported:
     job: dict[str, Any]
 
 
-def new_adapter(pipe: Any, sites: tuple[str, ...] = ("*",), ranks: tuple[int, int] = (3, 2), **about: Any) -> LoRA:
+def new_adapter(pipe: Any, sites: tuple[str, ...] = ("*",), ranks: tuple[int, int] = (3, 2), **metadata: Any) -> LoRA:
     """At every linear layer and convolution, the two ranks in turn, as if it were trained."""
     subfolder, denoiser = denoiser_of(pipe)
-    about = {
+    metadata = {
         "conditions": {"encoder_hidden_states": {"kind": "tokens", "width": WIDTH}},
         "timestep_scale": 1.0,
         "scale_range": [1.0, 8.0],
@@ -62,10 +62,10 @@ def new_adapter(pipe: Any, sites: tuple[str, ...] = ("*",), ranks: tuple[int, in
             "denoiser_subfolder": subfolder,
             "denoiser_fingerprint": "f" * 64,
         },
-    } | about
+    } | metadata
     torch.manual_seed(1)
     config = AdapterConfig("lora", sites=list(sites), hidden_size=HIDDEN_SIZE, rank=ranks[0])
-    adapter = GuidanceAdapter.for_denoiser(config, denoiser, about)
+    adapter = GuidanceAdapter.for_denoiser(config, denoiser, metadata)
     assert isinstance(adapter, LoRA)
     for name in list(adapter.shapes)[::2]:
         width_in, width_out, *kernel = adapter.shapes[name]
@@ -271,8 +271,8 @@ def test_where_a_part_of_a_stack_is_not_adapted_it_does_not_change(tmp_path: Pat
 def test_the_header_tells_what_it_is(tmp_path: Path) -> None:
     table = [{"strength": 0.5, "guidance_scale": 2.1}, {"strength": 1.0, "guidance_scale": 3.0}]
     tokens = {"encoder_hidden_states": {"kind": "tokens", "width": 1024}}
-    told = {"prediction_type": "v_prediction", "guidance_gain": 1.05, "dial": {"3": table}, "conditions": tokens}
-    adapter = new_adapter(build("stable_diffusion_v"), **told)
+    info = {"prediction_type": "v_prediction", "guidance_gain": 1.05, "dial": {"3": table}, "conditions": tokens}
+    adapter = new_adapter(build("stable_diffusion_v"), **info)
     file = adapter.export_lora(tmp_path / "folder", SCALE)
     header = header_of(file)
     content = file.read_bytes()
@@ -299,15 +299,15 @@ def test_the_header_names_an_architecture(exported: dict[str, Exported], family:
 
 
 @pytest.mark.parametrize(
-    ("family", "format", "told"),
+    ("family", "format", "info"),
     [
         ("stable_diffusion", "diffusers", 'loaded by pipe.load_lora_weights("'),
         ("wan", "peft", 'loaded by PeftModel.from_pretrained(pipe.transformer, "'),
         ("stable_diffusion_3", "kohya", "loaded by ComfyUI, sd-scripts"),
     ],
 )
-def test_what_loads_it_is_told(exported: dict[str, Exported], family: str, format: str, told: str) -> None:
-    assert told in how_to_load(exported[family].adapter, exported[family].files[format], format)
+def test_what_loads_it_is_told(exported: dict[str, Exported], family: str, format: str, info: str) -> None:
+    assert info in how_to_load(exported[family].adapter, exported[family].files[format], format)
 
 
 @pytest.mark.parametrize(("family", "others"), [("pixart_sigma", "peft or kohya"), (DIT, "peft")])
@@ -320,9 +320,9 @@ def test_what_diffusers_loads_nowhere_is_refused(
 
 
 def test_where_the_pipeline_is_not_known_the_denoiser_loads_it(exported: dict[str, Exported]) -> None:
-    done, base = exported["wan"], exported["wan"].adapter.about["base"]
-    about = done.adapter.about | {"base": base | {"pipeline_class": None}}
-    line = how_to_load(LoRA(done.adapter.config, done.adapter.shapes, about), done.files["diffusers"], "diffusers")
+    done, base = exported["wan"], exported["wan"].adapter.metadata["base"]
+    metadata = done.adapter.metadata | {"base": base | {"pipeline_class": None}}
+    line = how_to_load(LoRA(done.adapter.config, done.adapter.shapes, metadata), done.files["diffusers"], "diffusers")
     pipe = DiffusionPipeline.from_pretrained(done.job["pipe"])
     eval(line.removeprefix("loaded by "), {"pipe": pipe})
     loaded = stock_tools.images(pipe, done.job["arguments"])
@@ -335,7 +335,7 @@ def adapter() -> LoRA:
 
 
 @pytest.mark.parametrize(
-    ("name", "scale", "format", "told"),
+    ("name", "scale", "format", "message"),
     [
         ("out", 1.0, "diffusers", "guidance_scale=1: name a scale above 1"),
         ("out", float("nan"), "diffusers", "guidance_scale=nan: name a scale above 1"),
@@ -351,16 +351,16 @@ def adapter() -> LoRA:
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(
-    adapter: LoRA, tmp_path: Path, name: str, scale: float, format: str, told: str
+    adapter: LoRA, tmp_path: Path, name: str, scale: float, format: str, message: str
 ) -> None:
-    with pytest.raises(UserError, match=re.escape(told)):
+    with pytest.raises(UserError, match=re.escape(message)):
         adapter.export_lora(tmp_path / name, scale, format)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_that_sees_more_than_the_scale_is_refused(adapter: LoRA, tmp_path: Path) -> None:
     config = AdapterConfig("lora", ["proj_out_1"], ["timestep"], HIDDEN_SIZE, 3)
-    seeing = LoRA(config, adapter.shapes, adapter.about | {"conditions": {}})
+    seeing = LoRA(config, adapter.shapes, adapter.metadata | {"conditions": {}})
     with pytest.raises(UserError, match=r"sees timestep too.*train it with adapter.conditions=\[\]"):
         seeing.export_lora(tmp_path / "out", SCALE)
     assert not list(tmp_path.iterdir())

@@ -25,27 +25,27 @@ def adapter() -> GuidanceAdapter:
 
 
 def test_the_folder_tells_what_a_user_needs_to_know(tiny_adapter: Path) -> None:
-    told = json.loads((tiny_adapter / CONFIG_FILE).read_text())
-    assert told["adapter"]["variant"] == "lora"
-    assert told["adapter"]["conditions"] == []
-    assert told["sites"]["transformer_blocks.0.attn1.to_q"] == [16, 16]
-    assert told["scale_range"] == [1.0, 6.0]
-    assert told["prediction_type"] == "epsilon"
-    assert told["format_version"] == 3
-    assert {"pretrained_model_name_or_path", "revision", "denoiser_fingerprint"} <= set(told["base"])
-    assert told["training"]["steps"] == 12
+    info = json.loads((tiny_adapter / CONFIG_FILE).read_text())
+    assert info["adapter"]["variant"] == "lora"
+    assert info["adapter"]["conditions"] == []
+    assert info["sites"]["transformer_blocks.0.attn1.to_q"] == [16, 16]
+    assert info["scale_range"] == [1.0, 6.0]
+    assert info["prediction_type"] == "epsilon"
+    assert info["format_version"] == 3
+    assert {"pretrained_model_name_or_path", "revision", "denoiser_fingerprint"} <= set(info["base"])
+    assert info["training"]["steps"] == 12
 
 
 def test_the_card_has_the_header_that_hubs_read(tiny_adapter: Path) -> None:
     _, header, text = (tiny_adapter / CARD_FILE).read_text().split("---\n", 2)
-    told = yaml.safe_load(header)
-    assert told["base_model_relation"] == "adapter"
+    info = yaml.safe_load(header)
+    assert info["base_model_relation"] == "adapter"
     assert (
-        told["base_model"]
-        == GuidanceAdapter.from_pretrained(tiny_adapter).about["base"]["pretrained_model_name_or_path"]
+        info["base_model"]
+        == GuidanceAdapter.from_pretrained(tiny_adapter).metadata["base"]["pretrained_model_name_or_path"]
     )
-    assert {"guidance-distillation", "lora"} <= set(told["tags"])
-    assert "model-index" not in told
+    assert {"guidance-distillation", "lora"} <= set(info["tags"])
+    assert "model-index" not in info
     assert "| trained scales | 1 to 6 |" in text
     assert "48 records of 12 guided trajectories" in text
     assert "Measured" not in text
@@ -54,7 +54,7 @@ def test_the_card_has_the_header_that_hubs_read(tiny_adapter: Path) -> None:
 def test_the_card_tells_what_was_measured(adapter: GuidanceAdapter, tmp_path: Path) -> None:
     row = {"guidance_scale": 2.0, "effective_scale": 1.9, "frechet_distance": 20.4, "gap_closed": 0.9}
     row["denoiser_evaluations"] = 25.0
-    adapter.about["evaluation"] = [row | {"method": "cfg"}, row | {"method": "one_pass"}]
+    adapter.metadata["evaluation"] = [row | {"method": "cfg"}, row | {"method": "one_pass"}]
     adapter.save_pretrained(tmp_path)
     _, header, text = (tmp_path / CARD_FILE).read_text().split("---\n", 2)
     assert "| one_pass | 2 | 1.90 | 20.4 | 0.900 | 25 |" in text
@@ -67,14 +67,14 @@ def test_the_card_tells_what_was_measured(adapter: GuidanceAdapter, tmp_path: Pa
 
 
 def test_the_card_tells_what_strength_does(adapter: GuidanceAdapter, tmp_path: Path) -> None:
-    adapter.about["dial"] = {
+    adapter.metadata["dial"] = {
         "7.5": [{"strength": 0.5, "guidance_scale": 4.0}, {"strength": 1.0, "guidance_scale": 7.321}]
     }
     adapter.save_pretrained(tmp_path)
     text = (tmp_path / CARD_FILE).read_text()
     assert "exported at guidance scale 7.5" in text
     assert "| 0.5 | 4.00 |\n| 1 | 7.32 |\n" in text
-    assert GuidanceAdapter.from_pretrained(tmp_path).about["dial"] == adapter.about["dial"]
+    assert GuidanceAdapter.from_pretrained(tmp_path).metadata["dial"] == adapter.metadata["dial"]
 
 
 def test_a_save_that_fails_leaves_the_older_adapter_whole(adapter: GuidanceAdapter, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_to_a_hub_and_back(adapter: GuidanceAdapter, tmp_path: Path, monkeypatch
         again = GuidanceAdapter.from_pretrained("someone/mine", cache_dir=tmp_path)
         with pytest.raises(UserError, match="someone/nothing: neither a folder here nor an adapter on the hub"):
             GuidanceAdapter.from_pretrained("someone/nothing", cache_dir=tmp_path)
-    assert again.about == adapter.about
+    assert again.metadata == adapter.metadata
     for one, other in zip(adapter.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other)
 

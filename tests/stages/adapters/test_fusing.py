@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stages.adapters import AdapterConfig, GuidanceAdapter, fusing
-from stages.adapters.attachment import ride_of
+from stages.adapters.attachment import attachment_of
 from stages.base.denoiser import denoiser_of, fingerprint, unflatten
 from stages.errors import UserError
 from tests.stages.adapters.test_compositions import ABOUT, STEPS, adapter_for, final, unlike
@@ -43,7 +43,7 @@ def everywhere(pipe: Any, inputs: dict[str, Any] | None = None) -> GuidanceAdapt
 def hooks_of(denoiser: nn.Module) -> int:
     """How many guide; those by which threads take turns are there in any case."""
     every = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in denoiser.modules())
-    return every - len(ride_of(denoiser).guards)
+    return every - len(attachment_of(denoiser).guards)
 
 
 @pytest.fixture

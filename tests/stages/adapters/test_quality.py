@@ -67,11 +67,18 @@ def test_the_default_closes_a_part_of_the_gap_of_a_unet_with_prompts(tmp_path: P
     shards = generate(
         generate_config(teacher, tmp_path / "data", guidance_scale=[1.0, 4.0], prompts=str(prompts), **sizes)
     )
-    words = ["--config", str(CONFIGS / "lora.yaml"), f"data_dir={shards}", f"output_dir={tmp_path / 'run'}"]
+    overrides = ["--config", str(CONFIGS / "lora.yaml"), f"data_dir={shards}", f"output_dir={tmp_path / 'run'}"]
     Trainer(
         parse(
             TrainConfig,
-            [*words, "max_train_steps=60", "lr_warmup_steps=10", "train_batch_size=32", "report_to=none", "device=cpu"],
+            [
+                *overrides,
+                "max_train_steps=60",
+                "lr_warmup_steps=10",
+                "train_batch_size=32",
+                "report_to=none",
+                "device=cpu",
+            ],
         )
     ).run()
     adapter, pipe = GuidanceAdapter.from_pretrained(tmp_path / "run"), load_pipeline(str(teacher))
@@ -86,14 +93,14 @@ def test_the_default_closes_a_part_of_the_gap_of_a_unet_with_prompts(tmp_path: P
 def test_training_closes_a_part_of_the_gap(
     variant: str, shards: Path, pipe: Any, references: dict[str, Samples], tmp_path: Path
 ) -> None:
-    words = ["--config", str(CONFIGS / f"{variant}.yaml"), f"data_dir={shards}", f"output_dir={tmp_path}"]
+    overrides = ["--config", str(CONFIGS / f"{variant}.yaml"), f"data_dir={shards}", f"output_dir={tmp_path}"]
     options = ["max_train_steps=100", "lr_warmup_steps=10", "train_batch_size=32", "report_to=none", "device=cpu"]
     small = ["adapter.hidden_size=32", *(["adapter.rank=64"] if variant == "embedding" else [])]
-    trainer = Trainer(parse(TrainConfig, [*words, *options, *small]))
+    trainer = Trainer(parse(TrainConfig, [*overrides, *options, *small]))
     trainer.run()
     adapter = GuidanceAdapter.from_pretrained(tmp_path)
-    untrained = type(adapter)(adapter.config, adapter.shapes, adapter.about)
-    untrained.start_from(pipe.transformer)
+    untrained = type(adapter)(adapter.config, adapter.shapes, adapter.metadata)
+    untrained.init_from_base(pipe.transformer)
     start, end = (
         gap_closed(sample_setting(pipe, each, Setting(ONE_PASS, SCALE), REQUEST), references)
         for each in (untrained, adapter)

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
-from stages.adapters.attachment import Turns
+from stages.adapters.attachment import ReadersWriterLock
 from stages.base.patching import patched
 from tests.conftest import VARIANTS
 from tests.stages.adapters.test_compositions import adapter_for
@@ -309,17 +309,17 @@ def test_a_schedule_and_a_scale_the_innermost_counts(pipe: Any) -> None:
 
 
 def test_who_goes_alone_waits_for_those_together_and_may_go_again() -> None:
-    turns, order, together = Turns(), [], threading.Event()
+    lock, order, together = ReadersWriterLock(), [], threading.Event()
 
     def first() -> None:
-        with turns.together(), turns.together():
+        with lock.together(), lock.together():
             together.set()
             threading.Event().wait(0.1)
             order.append("together")
 
     def second() -> None:
         together.wait(PATIENCE)
-        with turns.alone(), turns.alone(), turns.together():
+        with lock.alone(), lock.alone(), lock.together():
             order.append("alone")
 
     at_once(first, second)
@@ -328,7 +328,7 @@ def test_who_goes_alone_waits_for_those_together_and_may_go_again() -> None:
 
 def test_warnings_name_the_line_that_they_are_about(pipe: Any) -> None:
     adapter_for(pipe.unet, "offset").attach(pipe)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         final(pipe, 50.0)
-    assert [warning.filename for warning in told if "is outside the range" in str(warning.message)] == [__file__]
+    assert [warning.filename for warning in caught if "is outside the range" in str(warning.message)] == [__file__]

@@ -87,9 +87,9 @@ class MadeUp(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(MadeUpBlock(text_first, fold) for _ in range(2))
         self.unused = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Any, t: Tensor, words: Any, return_dict: bool = True) -> tuple[Any]:
+    def forward(self, x: Any, t: Tensor, overrides: Any, return_dict: bool = True) -> tuple[Any]:
         listed = isinstance(x, list)
-        image, text = (torch.stack(each) if isinstance(each, list) else each for each in (x, words))
+        image, text = (torch.stack(each) if isinstance(each, list) else each for each in (x, overrides))
         if self.config.looks_at_values and float(t.sum()) < 0:
             raise ValueError("negative")
         image = image + self.timed(t[:, None] / 1000)[:, None]
@@ -98,20 +98,20 @@ class MadeUp(ModelMixin, ConfigMixin):
         return (list(image),) if listed else (image,)
 
 
-def made_up(**told: Any) -> MadeUp:
+def made_up(**info: Any) -> MadeUp:
     torch.manual_seed(0)
-    return MadeUp(**told).eval().requires_grad_(False)
+    return MadeUp(**info).eval().requires_grad_(False)
 
 
 def inputs(listed: bool = False, text: int = 5) -> dict[str, Any]:
     torch.manual_seed(1)
-    x, t, words = torch.randn(2, 2 * FRAMES, WIDTH), torch.tensor([700.0, 300.0]), torch.randn(2, text, WIDTH)
-    return {"x": list(x), "t": t, "words": list(words)} if listed else {"x": x, "t": t, "words": words}
+    x, t, overrides = torch.randn(2, 2 * FRAMES, WIDTH), torch.tensor([700.0, 300.0]), torch.randn(2, text, WIDTH)
+    return {"x": list(x), "t": t, "words": list(overrides)} if listed else {"x": x, "t": t, "words": overrides}
 
 
-def about() -> dict[str, Any]:
-    words = {"words": {"dtype": "float32", "shape": [5, WIDTH]}}
-    return ABOUT | {"timestep": "t", "conditions": find_conditions(words, 1)}
+def metadata() -> dict[str, Any]:
+    overrides = {"words": {"dtype": "float32", "shape": [5, WIDTH]}}
+    return ABOUT | {"timestep": "t", "conditions": find_conditions(overrides, 1)}
 
 
 def adapter_for(denoiser: MadeUp, given: dict[str, Any], variant: str) -> GuidanceAdapter:
@@ -122,7 +122,7 @@ def adapter_for(denoiser: MadeUp, given: dict[str, Any], variant: str) -> Guidan
         for name, value in given.items()
     }
     config = AdapterConfig(variant, sites, hidden_size=16, rank=4)
-    return GuidanceAdapter.for_denoiser(config, denoiser, about(), on_meta)
+    return GuidanceAdapter.for_denoiser(config, denoiser, metadata(), on_meta)
 
 
 def predict(denoiser: MadeUp, given: dict[str, Any]) -> Tensor:
@@ -145,13 +145,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Spot]]] = {
 @pytest.mark.parametrize("variant", ["lora", "offset", "cross_attention", "gated_mlp", "embedding", "full"])
 @pytest.mark.parametrize("case", CASES)
 def test_an_adapter_changes_the_sample_that_is_guided_and_no_other(case: str, variant: str, listed: bool) -> None:
-    told, spots = CASES[case]
-    denoiser, given = made_up(**told), inputs(listed)
+    info, spots = CASES[case]
+    denoiser, given = made_up(**info), inputs(listed)
     before = predict(denoiser, given)
     adapter = adapter_for(denoiser, given, variant).attach(denoiser)
     if variant not in ("lora", "embedding"):
         assert len(adapter.shapes) == 4
-        found = {name.rpartition(".")[2]: Spot(**spot) for name, spot in adapter.about.get("spots", {}).items()}
+        found = {name.rpartition(".")[2]: Spot(**spot) for name, spot in adapter.metadata.get("spots", {}).items()}
         assert found == {name: spot for name, spot in spots.items() if spot != Spot()}
     with adapter.guidance_scale([1.0, 3.0]):
         assert torch.equal(predict(denoiser, given), before)
@@ -186,13 +186,13 @@ def test_what_lies_otherwise_is_left_out() -> None:
     offset = adapter_for(denoiser, inputs(), "offset")
     assert list(offset.shapes) == ["blocks.0.attention", "blocks.1.attention"]
     with pytest.raises(UserError, match="feed_forward: no site in MadeUp"):
-        GuidanceAdapter.for_denoiser(AdapterConfig("offset", ["feed_forward"]), denoiser, about(), inputs())
+        GuidanceAdapter.for_denoiser(AdapterConfig("offset", ["feed_forward"]), denoiser, metadata(), inputs())
 
 
 @pytest.mark.parametrize("looks_at_values", [False, True])
 def test_what_runs_and_what_sees_the_image_is_found_with_and_without_values(looks_at_values: bool) -> None:
     denoiser = made_up(looks_at_values=looks_at_values)
-    adapter = GuidanceAdapter.for_denoiser(AdapterConfig("lora", ["conditioning"]), denoiser, about(), inputs())
+    adapter = GuidanceAdapter.for_denoiser(AdapterConfig("lora", ["conditioning"]), denoiser, metadata(), inputs())
     assert list(adapter.shapes) == ["timed"]
     assert "unused" not in adapter_for(denoiser, inputs(), "lora").shapes
 
@@ -200,15 +200,15 @@ def test_what_runs_and_what_sees_the_image_is_found_with_and_without_values(look
 def test_looking_leaves_no_hook_and_draws_no_random_number() -> None:
     denoiser, given = made_up(fold="frames"), inputs()
     state = torch.get_rng_state()
-    look(denoiser, GuidanceAdapter.kind("lora").candidates(denoiser), given, about())
+    look(denoiser, GuidanceAdapter.get_class("lora").candidates(denoiser), given, metadata())
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(module._forward_hooks for module in denoiser.modules())
 
 
 def test_prompts_of_different_lengths_in_a_list_take_one_scale() -> None:
     class Ragged(MadeUp):
-        def forward(self, x: Any, t: Tensor, words: Any, return_dict: bool = True) -> tuple[Any]:
-            return super().forward(x, t, [each[:3] for each in words])
+        def forward(self, x: Any, t: Tensor, overrides: Any, return_dict: bool = True) -> tuple[Any]:
+            return super().forward(x, t, [each[:3] for each in overrides])
 
     torch.manual_seed(0)
     denoiser, given = Ragged().eval(), inputs(listed=True)
@@ -224,5 +224,5 @@ def test_prompts_of_different_lengths_in_a_list_take_one_scale() -> None:
 @pytest.mark.parametrize("fold", ["none", "frames"], ids=["by gradients", "by values"])
 def test_of_two_streams_the_image_s_is_changed_in_every_block(fold: str, text: int) -> None:
     adapter = adapter_for(made_up(text_first=True, fold=fold), inputs(text=text), "offset")
-    attention = {name: spot for name, spot in adapter.about["spots"].items() if name.endswith("attention")}
+    attention = {name: spot for name, spot in adapter.metadata["spots"].items() if name.endswith("attention")}
     assert attention == {f"blocks.{i}.attention": {"argument": 1, "output": 1} for i in range(2)}

@@ -83,14 +83,14 @@ def test_every_picture_is_looked_at_before_any_is_used(tmp_path: Path) -> None:
 
     check("a.png", "a.png")
     check("a.png", "wide.png", of_one_size=False)
-    for names, told in [
+    for names, message in [
         (("a.png", "wide.png"), "row 2: image=wide.png: is 8x4, the first is 8x8: give pictures of one size"),
         (("a.png", "gone.png"), r"row 2: image=gone\.png: .*gone\.png is not readable as a picture: No such file"),
         (("text.png",), r"row 1: image=text\.png: .* is not readable as a picture: cannot identify"),
         (("a.png", "cut.jpg"), "row 2: image=cut.jpg: .*truncated"),
         ((str(tmp_path),), "row 1: image=.*Is a directory"),
     ]:
-        with pytest.raises(UserError, match=f"^prompts=p.csv: {told}") as error:
+        with pytest.raises(UserError, match=f"^prompts=p.csv: {message}") as error:
             check(*names, of_one_size=True)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="row 2: video=long.gif: is 3 frames of 8x8, the first is 2 frames of 8x8"):

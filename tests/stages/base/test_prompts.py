@@ -114,7 +114,7 @@ def test_numbers_are_read_as_tables_spell_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("missing.txt", None, "not readable"),
         ("empty.txt", "\n", "empty"),
@@ -161,17 +161,17 @@ def test_numbers_are_read_as_tables_spell_them(tmp_path: Path) -> None:
         ("great_label.csv", f"prompt,class_label\na cat,{2**64}\n", "row 1: class_label="),
     ],
 )
-def test_what_holds_no_prompts_is_named(tmp_path: Path, name: str, content: str | bytes | None, told: str) -> None:
+def test_what_holds_no_prompts_is_named(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
     if content is not None:
         written(tmp_path, name, content)
-    with pytest.raises(UserError, match=f"{name}.*{told}") as error:
+    with pytest.raises(UserError, match=f"{name}.*{message}") as error:
         read_prompts(str(tmp_path / name))
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400 + len(str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "message"),
     [
         ({"prompt": pa.array([b"a cat", b"caf\xe9"])}, "row 2: prompt=.*not a text in UTF-8"),
         ({"prompt": pa.array([1, 2])}, "row 1: prompt=1: not a text"),
@@ -182,9 +182,9 @@ def test_what_holds_no_prompts_is_named(tmp_path: Path, name: str, content: str 
         ({"text": ["a", "b"]}, "no column `prompt`; its columns are text"),
     ],
 )
-def test_what_a_parquet_file_holds_instead_is_named(tmp_path: Path, columns: dict[str, Any], told: str) -> None:
+def test_what_a_parquet_file_holds_instead_is_named(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     pq.write_table(pa.table(columns), tmp_path / "p.parquet")
-    with pytest.raises(UserError, match=rf"p\.parquet.*{told}"):
+    with pytest.raises(UserError, match=rf"p\.parquet.*{message}"):
         read_prompts(str(tmp_path / "p.parquet"))
 
 

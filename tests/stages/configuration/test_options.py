@@ -27,7 +27,7 @@ def test_defaults_keep_their_bounds_and_lists_are_not_shared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         (Outer(count=0), "count=0: at least 1"),
         (Outer(kind="c"), "kind=c: one of a, b"),
@@ -36,6 +36,6 @@ def test_defaults_keep_their_bounds_and_lists_are_not_shared() -> None:
         (Outer(Inner(float("nan"))), "inner.share=nan: more than 0"),
     ],
 )
-def test_a_value_out_of_bounds_names_key_value_and_bound(config: Outer, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_a_value_out_of_bounds_names_key_value_and_bound(config: Outer, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         check_bounds(config)

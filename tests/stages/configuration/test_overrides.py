@@ -10,7 +10,7 @@ from stages.configuration.parsing import parse
 from stages.errors import UsageError
 from stages.evaluate.config import EvaluateConfig, SampleConfig
 from stages.generate.config import GenerateConfig
-from stages.study.plan import word
+from stages.study.plan import override
 from stages.train.config import TrainConfig
 
 TEXTS = [
@@ -49,8 +49,8 @@ TEXTS += [
 ]
 
 
-def train(*words: str) -> TrainConfig:
-    return parse(TrainConfig, ["data_dir=d", "output_dir=o", *words])
+def train(*overrides: str) -> TrainConfig:
+    return parse(TrainConfig, ["data_dir=d", "output_dir=o", *overrides])
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -58,7 +58,7 @@ def test_a_text_is_taken_as_it_stands(text: str) -> None:
     assert train(f"output_dir={text}").output_dir == text
     assert train(f"cache_dir={text}").cache_dir == text
     assert parse(EvaluateConfig, [f"adapter_dir={text}"]).adapter_dir == text
-    assert parse(GenerateConfig, ["output_dir=o", word("teacher.pretrained_model_name_or_path", text)]).teacher == (
+    assert parse(GenerateConfig, ["output_dir=o", override("teacher.pretrained_model_name_or_path", text)]).teacher == (
         parse(GenerateConfig, ["output_dir=o", f"teacher.pretrained_model_name_or_path={text}"]).teacher
     )
 
@@ -85,7 +85,7 @@ def test_null_leaves_out_what_may_be_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "texts"),
+    ("override", "texts"),
     [
         ("[no]", ["no"]),
         ("[a sign: stop]", ["a sign: stop"]),
@@ -98,11 +98,11 @@ def test_null_leaves_out_what_may_be_left_out() -> None:
         ("[a,]", ["a"]),
     ],
 )
-def test_a_list_of_texts_is_parted_at_its_commas(word: str, texts: list[str]) -> None:
-    assert parse(SampleConfig, ["adapter_dir=x", f"prompts={word}"]).prompts == texts
-    assert train(f"adapter.sites={word}").adapter.sites == texts
+def test_a_list_of_texts_is_parted_at_its_commas(override: str, texts: list[str]) -> None:
+    assert parse(SampleConfig, ["adapter_dir=x", f"prompts={override}"]).prompts == texts
+    assert train(f"adapter.sites={override}").adapter.sites == texts
     if texts:
-        assert parse(EvaluateConfig, [f"adapter_dir={word}"]).adapter_dir == texts
+        assert parse(EvaluateConfig, [f"adapter_dir={override}"]).adapter_dir == texts
 
 
 def test_a_list_with_nothing_between_commas_is_refused() -> None:
@@ -122,18 +122,18 @@ def test_numbers_are_decimal() -> None:
 
 
 def test_what_belongs_to_the_user_is_yaml() -> None:
-    words = ["output_dir=o", "teacher.pretrained_model_name_or_path=x"]
+    overrides = ["output_dir=o", "teacher.pretrained_model_name_or_path=x"]
     config = parse(
         GenerateConfig,
-        [*words, "teacher.call.max_sequence_length=32", "teacher.call.original_size=[64,64]", "teacher.call.flag=false",
+        [*overrides, "teacher.call.max_sequence_length=32", "teacher.call.original_size=[64,64]", "teacher.call.flag=false",
          'teacher.call.negative_prompt="no"', "runtime_env.env_vars.NAME=007", "class_labels=[0,7]", "resources.gpu=1"],
     )  # fmt: skip
-    told = {"max_sequence_length": 32, "original_size": [64, 64], "flag": False, "negative_prompt": "no"}
-    assert config.teacher.call == told
+    info = {"max_sequence_length": 32, "original_size": [64, 64], "flag": False, "negative_prompt": "no"}
+    assert config.teacher.call == info
     assert config.runtime_env == {"env_vars": {"NAME": "007"}}
     assert config.class_labels == [0, 7]
     assert config.resources == {"gpu": 1.0}
-    assert parse(GenerateConfig, [*words, "class_labels=007"]).class_labels == "007"
+    assert parse(GenerateConfig, [*overrides, "class_labels=007"]).class_labels == "007"
 
 
 def test_a_home_folder_is_what_a_shell_means_by_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -155,10 +155,10 @@ def test_a_key_that_is_there_twice_in_a_file_is_refused(tmp_path: Path) -> None:
 def test_texts_deep_in_a_file_are_texts(tmp_path: Path) -> None:
     @dataclass
     class Deep:
-        words: dict[str, list[str]]
+        overrides: dict[str, list[str]]
         anything: Any = None
 
     (tmp_path / "deep.yaml").write_text("words: {a: [007, no, 'x'], 1e3: []}\nanything: [007, no, 1e3]\n")
     config = parse(Deep, ["--config", str(tmp_path / "deep.yaml")])
-    assert config.words["a"] == ["007", "no", "x"]
+    assert config.overrides["a"] == ["007", "no", "x"]
     assert config.anything == [7, False, 1000.0]

@@ -50,8 +50,8 @@ def test_each_word_is_said_of_about_a_third_of_the_digits() -> None:
 def test_captions_are_read_back() -> None:
     assert caption(7, 2, 2) == "a bold seven leaning right"
     every = [(i, j, k) for i in range(len(NUMERALS)) for j in range(len(STROKES)) for k in range(len(SLANTS))]
-    assert [read_caption(caption(*told)) for told in every] == every
-    assert len({caption(*told) for told in every}) == math.prod((10, 3, 3))
+    assert [read_caption(caption(*info)) for info in every] == every
+    assert len({caption(*info) for info in every}) == math.prod((10, 3, 3))
     assert read_caption("a bold cat") is None
 
 

@@ -53,9 +53,9 @@ def test_guidance_matters(pipe: DiTPipeline) -> None:
 
 
 def test_what_the_training_reached_is_told_beside_it() -> None:
-    told = json.loads((EMBEDDED / "mnist_dit" / "training.json").read_text())
-    assert {"recipe", "seconds", "classifier_accuracy", "vae_error", "denoiser_loss_at_step", "guidance"} <= told.keys()
-    rows = {row["guidance_scale"]: row for row in told["guidance"]}
+    info = json.loads((EMBEDDED / "mnist_dit" / "training.json").read_text())
+    assert {"recipe", "seconds", "classifier_accuracy", "vae_error", "denoiser_loss_at_step", "guidance"} <= info.keys()
+    rows = {row["guidance_scale"]: row for row in info["guidance"]}
     best = min((row for scale, row in rows.items() if scale >= 1.25), key=lambda row: row["frechet_distance"])
     assert best["frechet_distance"] < 0.8 * rows[1.0]["frechet_distance"]
     assert best["class_accuracy"] > rows[1.0]["class_accuracy"] + 0.05

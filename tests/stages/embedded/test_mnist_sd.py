@@ -51,9 +51,9 @@ def test_every_prompt_that_ships_is_a_caption_of_its_class() -> None:
     prompts = read_prompts(str(FOLDER / "prompts.csv"))
     assert len(prompts) == 3000
     for row in prompts:
-        told = read_caption(row["prompt"])
-        assert told is not None
-        assert told[0] == row["class_label"]
+        info = read_caption(row["prompt"])
+        assert info is not None
+        assert info[0] == row["class_label"]
 
 
 def test_guidance_matters(pipe: StableDiffusionPipeline) -> None:
@@ -72,9 +72,9 @@ def test_guidance_matters(pipe: StableDiffusionPipeline) -> None:
 
 
 def test_what_the_training_reached_is_told_beside_it() -> None:
-    told = json.loads((FOLDER / "training.json").read_text())
-    assert {"recipe", "seconds", "loss_at_step", "unet_parameters", "guidance"} <= told.keys()
-    rows = {row["guidance_scale"]: row for row in told["guidance"]}
+    info = json.loads((FOLDER / "training.json").read_text())
+    assert {"recipe", "seconds", "loss_at_step", "unet_parameters", "guidance"} <= info.keys()
+    rows = {row["guidance_scale"]: row for row in info["guidance"]}
     best = min((row for scale, row in rows.items() if scale >= 1.25), key=lambda row: row["frechet_distance"])
     assert best["frechet_distance"] < 0.8 * rows[1.0]["frechet_distance"]
     assert best["class_accuracy"] > rows[1.0]["class_accuracy"] + 0.05

@@ -33,7 +33,7 @@ def test_a_stock_pipeline_loads_it_and_writes_bold_digits() -> None:
 
 
 def test_what_the_training_reached_is_told_beside_it() -> None:
-    told = json.loads((FOLDER / "training.json").read_text())
-    at_two = next(row for row in told["guidance"] if row["guidance_scale"] == 2.0)
-    assert at_two["frechet_distance"] < told["without_it"]["frechet_distance"] / 5
+    info = json.loads((FOLDER / "training.json").read_text())
+    at_two = next(row for row in info["guidance"] if row["guidance_scale"] == 2.0)
+    assert at_two["frechet_distance"] < info["without_it"]["frechet_distance"] / 5
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 300_000

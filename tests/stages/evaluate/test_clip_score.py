@@ -61,6 +61,6 @@ def test_each_image_has_its_own_score_and_grey_ones_are_seen_too(tiny_clip: Path
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="clip_model=.*no CLIP model with its processor there") as told:
+    with pytest.raises(UserError, match="clip_model=.*no CLIP model with its processor there") as raised:
         ClipJudge(str(tmp_path), "cpu")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)

@@ -35,9 +35,9 @@ def trained(root: Path, trajectories: int, steps: int) -> GuidanceAdapter:
         "batch_size": 40,
     }
     data = generate(generate_config(TEACHER, root / "data", guidance_scale=[SCALE, SCALE], **changes))
-    words = ["--config", "configs/train/lora.yaml", f"data_dir={data}", f"output_dir={root}/adapter"]
+    overrides = ["--config", "configs/train/lora.yaml", f"data_dir={data}", f"output_dir={root}/adapter"]
     options = [f"max_train_steps={steps}", "lr_warmup_steps=10", "train_batch_size=32", "report_to=none", "device=cpu"]
-    Trainer(parse(TrainConfig, [*words, *options, "adapter.hidden_size=32"])).run()
+    Trainer(parse(TrainConfig, [*overrides, *options, "adapter.hidden_size=32"])).run()
     return GuidanceAdapter.from_pretrained(root / "adapter")
 
 
@@ -65,11 +65,11 @@ def test_more_strength_is_more_guidance(pipe: Any, tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_does_nothing_has_a_dial_that_does_nothing(pipe: Any, adapter: GuidanceAdapter) -> None:
-    untrained = GuidanceAdapter.for_denoiser(small_adapter(sites=["attention"]), pipe.transformer, adapter.about)
+    untrained = GuidanceAdapter.for_denoiser(small_adapter(sites=["attention"]), pipe.transformer, adapter.metadata)
     assert {row["guidance_scale"] for row in dial(pipe, untrained)} == {1.0}
 
 
 def test_what_cannot_be_fused_has_none(pipe: Any, adapter: GuidanceAdapter) -> None:
-    offset = GuidanceAdapter.for_denoiser(small_adapter("offset"), pipe.transformer, adapter.about)
+    offset = GuidanceAdapter.for_denoiser(small_adapter("offset"), pipe.transformer, adapter.metadata)
     with pytest.raises(UserError, match="cannot be fused"):
         dial(pipe, offset)

@@ -78,8 +78,8 @@ def test_rows_tell_what_each_method_reached_and_cost(whole: Evaluation) -> None:
     assert all(row["seconds_per_image"] > 0 and row["frechet_distance"] > 0 for row in rows.values())
     assert all(0 <= row[name] <= 1 for row in rows.values() for name in ("class_accuracy", "precision", "recall"))
     assert whole.shown[one_pass_setting(2.0)].shape == (6, 1, 32, 32)
-    told = {"variant", "parameters", "share", "adapter_fingerprint", "base", "num_samples", "num_inference_steps"}
-    assert told <= whole.about.keys()
+    info = {"variant", "parameters", "share", "adapter_fingerprint", "base", "num_samples", "num_inference_steps"}
+    assert info <= whole.metadata.keys()
 
 
 def one_pass_setting(scale: float) -> Setting:
@@ -146,7 +146,7 @@ def test_another_evaluation_in_the_same_folder_is_refused_and_nothing_lost(
 ) -> None:
     shutil.copytree(whole.folder, tmp_path / "out")
     gained = GuidanceAdapter.from_pretrained(tiny_adapter)
-    gained.about["guidance_gain"] = 1.5
+    gained.metadata["guidance_gain"] = 1.5
     gained.save_pretrained(tmp_path / "gained" / "tiny")
     shutil.copytree(other_adapter, tmp_path / "other" / "tiny")
     for run in (
@@ -161,11 +161,11 @@ def test_another_evaluation_in_the_same_folder_is_refused_and_nothing_lost(
 
 def test_the_gain_is_told_and_changes_what_is_found(whole: Evaluation, tmp_path: Path, tiny_adapter: Path) -> None:
     adapter = GuidanceAdapter.from_pretrained(tiny_adapter)
-    adapter.about["guidance_gain"] = 1.5
+    adapter.metadata["guidance_gain"] = 1.5
     adapter.save_pretrained(tmp_path / "tiny")
     run = evaluation(tmp_path / "tiny", tmp_path / "out")
     assert run.run()[2]["gap_closed"] != whole.rows[2]["gap_closed"]
-    assert [told["guidance_gain"] for told in run.about["adapters"]] == [1.5]
+    assert [info["guidance_gain"] for info in run.metadata["adapters"]] == [1.5]
 
 
 def test_several_adapters_share_the_baselines(
@@ -182,14 +182,14 @@ def test_several_adapters_share_the_baselines(
     assert [row["fused"] for row in rows] == [None, None, True, False]  # an offset is no change of weights
     assert rows[2]["seed"] is None  # no command trained them
     assert without_times(rows)[2] == without_times(whole.rows)[2]
-    assert [told["adapter"] for told in run.about["adapters"]] == ["tiny", "other"]
-    assert "variant" not in run.about
+    assert [info["adapter"] for info in run.metadata["adapters"]] == ["tiny", "other"]
+    assert "variant" not in run.metadata
 
 
 def test_adapters_of_unlike_bases_are_refused(tiny_adapter: Path, other_adapter: Path, tmp_path: Path) -> None:
     unlike = shutil.copytree(other_adapter, tmp_path / "unlike")
-    about = json.loads((unlike / "adapter_config.json").read_text())
-    text = json.dumps(about).replace(about["base"]["denoiser_fingerprint"], "0" * 64)
+    metadata = json.loads((unlike / "adapter_config.json").read_text())
+    text = json.dumps(metadata).replace(metadata["base"]["denoiser_fingerprint"], "0" * 64)
     (unlike / "adapter_config.json").write_text(text)
     with pytest.raises(
         UserError, match="unlike was trained with another base than tiny: evaluate each in a run of its own"
@@ -244,7 +244,7 @@ def test_prompts_tell_their_class_all_or_none(text_adapter: Path, tmp_path: Path
 
 
 def test_what_cannot_be_is_refused(tiny_adapter: Path, tmp_path: Path) -> None:
-    for changes, told in (
+    for changes, message in (
         ({"num_samples": 1}, "at least 2"),
         ({"methods": ["cfg_first_70"]}, "methods=cfg_first_70: some of one_pass, cfg_first_50, cfg_first_60"),
         ({"features": "dino"}, "features=dino: one of classifier, inception"),
@@ -254,7 +254,7 @@ def test_what_cannot_be_is_refused(tiny_adapter: Path, tmp_path: Path) -> None:
         ({"adapter_dir": 3}, "adapter_dir=3: name the folder"),
     ):
         config = EvaluateConfig(**({"adapter_dir": str(tiny_adapter), "output_dir": str(tmp_path)} | changes))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             Evaluation(config)
     with pytest.raises(UserError, match="clip_model: DiTPipeline takes classes"):
         evaluation(tiny_adapter, tmp_path, clip_model="somewhere").run()

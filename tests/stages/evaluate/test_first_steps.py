@@ -28,7 +28,7 @@ class Told:
     """As much of an adapter as the baselines need."""
 
     def __init__(self, place: dict[str, int] | None) -> None:
-        self.about = {"unconditional": place}
+        self.metadata = {"unconditional": place}
 
 
 def placed(pipe: Any, request: Request) -> Any:
@@ -71,12 +71,12 @@ def states(samples: Samples) -> list[Tensor]:
 def test_every_family_is_guided_first_and_then_conditional_at_that_cost(family: str) -> None:
     pipe = build(family)
     request = Request([{"prompt": prompt} for prompt in PROMPTS], [0, 1], STEPS, ARGUMENTS.get(family, {}))
-    told = placed(pipe, request)
-    place = told.about["unconditional"]
-    guided = sample_setting(pipe, told, Setting(CFG, SCALE), request)
-    first = sample_setting(pipe, told, Setting(CFG_FIRST_50, SCALE), request)
+    info = placed(pipe, request)
+    place = info.metadata["unconditional"]
+    guided = sample_setting(pipe, info, Setting(CFG, SCALE), request)
+    first = sample_setting(pipe, info, Setting(CFG_FIRST_50, SCALE), request)
     with conditional_twice(pipe, place, guided=3):
-        reference = sample_setting(pipe, told, Setting(CFG, SCALE), request)
+        reference = sample_setting(pipe, info, Setting(CFG, SCALE), request)
     total = len(guided.steps)
     assert first.denoiser_evaluations == 2 * (total + 3)  # ceil(50% of 5) steps twice for each of 2 images
     for state, like in zip(states(first)[:4], states(guided)[:4], strict=True):
@@ -94,8 +94,8 @@ def test_every_family_is_guided_first_and_then_conditional_at_that_cost(family: 
 def test_the_later_steps_are_those_without_guidance(method: str, steps: int, guided: int) -> None:
     """Made by hand: from the state that CFG left, DDIM steps with the conditional prediction."""
     pipe, request = tiny_dit(), Request(CONDITIONS, [0, 1], steps, {})
-    told = placed(pipe, request)
-    cfg, first = (sample_setting(pipe, told, Setting(name, SCALE), request) for name in (CFG, method))
+    info = placed(pipe, request)
+    cfg, first = (sample_setting(pipe, info, Setting(name, SCALE), request) for name in (CFG, method))
     assert first.denoiser_evaluations == 2 * (steps + guided)
     latents = cfg.steps[guided].latents
     torch.testing.assert_close(first.steps[guided].latents, latents)
@@ -115,9 +115,9 @@ def test_a_scheduler_that_asks_twice_per_step_is_guided_on_half_of_its_calls() -
     pipe = build("stable_diffusion")
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     request = Request([{"prompt": PROMPTS[0]}], [0], 4, {})
-    told = placed(pipe, replace(request))
+    info = placed(pipe, replace(request))
     evaluations = {
-        method: sample_setting(pipe, told, Setting(method, scale), request).denoiser_evaluations
+        method: sample_setting(pipe, info, Setting(method, scale), request).denoiser_evaluations
         for method, scale in ((NONE, 1.0), (CFG, SCALE), (CFG_FIRST_50, SCALE))
     }
     assert evaluations == {NONE: 7, CFG: 14, CFG_FIRST_50: 7 + 4}
@@ -125,24 +125,26 @@ def test_a_scheduler_that_asks_twice_per_step_is_guided_on_half_of_its_calls() -
 
 def test_a_batch_that_is_not_doubled_is_run_as_it_is() -> None:
     pipe, request = tiny_dit(), Request(CONDITIONS, [0, 1], 4, {})
-    told = placed(pipe, request)
-    none, first = (sample_setting(pipe, told, Setting(name, 1.0), request) for name in (NONE, CFG_FIRST_50))
+    info = placed(pipe, request)
+    none, first = (sample_setting(pipe, info, Setting(name, 1.0), request) for name in (NONE, CFG_FIRST_50))
     assert torch.equal(none.latents, first.latents)
     assert none.denoiser_evaluations == first.denoiser_evaluations
 
 
 @pytest.mark.parametrize(
-    ("place", "told"),
+    ("place", "message"),
     [
         (None, "not known"),
         ({"call": 0, "chunk": 0, "chunks": 3}, "3 parts, not two"),
         ({"call": 0, "chunk": 0, "chunks": 1}, "unconditional part first"),
     ],
 )
-def test_where_the_conditional_part_is_not_known_in_time_it_is_refused(place: dict[str, int] | None, told: str) -> None:
+def test_where_the_conditional_part_is_not_known_in_time_it_is_refused(
+    place: dict[str, int] | None, message: str
+) -> None:
     pipe: Any = tiny_dit()
     with (
-        pytest.raises(UserError, match=f"DiTPipeline: .*{told}.*leave cfg_first_50"),
+        pytest.raises(UserError, match=f"DiTPipeline: .*{message}.*leave cfg_first_50"),
         guided_first(pipe, place, 50, [], 2),
     ):
         pass

@@ -108,10 +108,10 @@ def test_of_the_digits_themselves_everything_is_right(digits: Reference) -> None
 def test_captions_are_met_by_the_images_they_were_made_of(digits: Reference) -> None:
     images = digits.images[::40]
     assert isinstance(images, torch.Tensor)
-    told = [(0, *pair) for pair in attributes(images).tolist()]
+    found = [(0, *pair) for pair in attributes(images).tolist()]
     right, wrong, other = Measure(digits), Measure(digits), Measure(digits)
-    right.update(images, [{"class_label": 0, "prompt": caption(*row)} for row in told])
-    wrong.update(images, [{"class_label": 0, "prompt": caption(0, (row[1] + 1) % 3, row[2])} for row in told])
+    right.update(images, [{"class_label": 0, "prompt": caption(*row)} for row in found])
+    wrong.update(images, [{"class_label": 0, "prompt": caption(0, (row[1] + 1) % 3, row[2])} for row in found])
     assert (right.compute()["stroke_accuracy"], right.compute()["slant_accuracy"]) == (1, 1)
     assert (wrong.compute()["stroke_accuracy"], wrong.compute()["slant_accuracy"]) == (0, 1)
     other.update(images, [{"prompt": "a cat"}] * len(images))

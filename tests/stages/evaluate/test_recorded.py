@@ -19,11 +19,11 @@ from tests.conftest import generate, generate_config, small_adapter, train_confi
 from tests.support.families import PROMPTS, save
 
 
-def trained(folder: Path, family: str, **told: Any) -> Path:
+def trained(folder: Path, family: str, **info: Any) -> Path:
     """The folder of an adapter that was trained for a step on what such a teacher made."""
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     config = generate_config(save(family, folder / "teacher"), folder / "data", prompts=str(folder / "prompts.txt"))
-    config.teacher = TeacherConfig(str(folder / "teacher"), **told)
+    config.teacher = TeacherConfig(str(folder / "teacher"), **info)
     config.num_trajectories, config.num_inference_steps = 4, 2
     run = train_config(generate(config), folder / "run", max_train_steps=1, adapter=small_adapter())
     Trainer(run).run()
@@ -59,10 +59,10 @@ def test_its_class_scheduler_and_arguments_are_those_of_the_records(adapter_dir:
 
 
 def test_a_scheduler_that_was_configured_otherwise_is_so_again(adapter_dir: Path, tmp_path: Path) -> None:
-    about = json.loads((adapter_dir / "adapter_config.json").read_text())
+    metadata = json.loads((adapter_dir / "adapter_config.json").read_text())
     recorded = dict(load_pair(str(adapter_dir), None, "cpu")[0].scheduler.config)
-    assert recorded.items() >= about["teacher"]["scheduler_config"].items()
-    pipe: Any = StableDiffusionPipeline.from_pretrained(about["base"]["pretrained_model_name_or_path"])
+    assert recorded.items() >= metadata["teacher"]["scheduler_config"].items()
+    pipe: Any = StableDiffusionPipeline.from_pretrained(metadata["base"]["pretrained_model_name_or_path"])
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, beta_end=0.05)
     pipe.save_pretrained(tmp_path)
     other = load_pair(str(adapter_dir), str(tmp_path), "cpu")[0]
@@ -79,13 +79,13 @@ def test_the_card_tells_of_it_and_how_it_is_loaded(adapter_dir: Path) -> None:
     assert "from diffusers import DDIMScheduler, StableDiffusionPAGPipeline" in card
     assert "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)" in card
     names: dict[str, Any] = {}
-    exec(loading(adapter.about), names)
+    exec(loading(adapter.metadata), names)
     assert type(names["pipe"]) is StableDiffusionPAGPipeline
 
 
 def test_an_older_folder_is_sampled_by_its_class(adapter_dir: Path) -> None:
     adapter = GuidanceAdapter.from_pretrained(adapter_dir)
-    del adapter.about["teacher"]
+    del adapter.metadata["teacher"]
     assert "from diffusers import StableDiffusionPAGPipeline\n" in model_card(adapter)
 
 

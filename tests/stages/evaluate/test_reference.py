@@ -50,10 +50,10 @@ def test_image_files_of_any_size_are_compared_with(pictures: Path) -> None:
 def test_files_that_are_no_images_are_named_in_one_line(pictures: Path) -> None:
     (pictures / "broken.png").write_bytes(b"no image")
     (pictures / "cut.png").write_bytes((pictures / "a.png").read_bytes()[:60])
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         _ = Reference(str(pictures), "cpu", features="inception").features
-    assert "2 of 5 files cannot be read as images: broken.png, cut.png" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert "2 of 5 files cannot be read as images: broken.png, cut.png" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_features_are_kept_until_a_file_changes(pictures: Path, tmp_path: Path) -> None:

@@ -51,14 +51,14 @@ def rows_of(adapters: list[str]) -> list[dict[str, Any]]:
 def report(folder: Path, adapters: list[str]) -> Path:
     shown = {setting: torch.zeros(2, 1, 8, 8, dtype=torch.uint8) for setting in settings(SCALES, COMPARED, adapters)}
     described = [{"adapter": name, "variant": "offset", "parameters": 1000, "share": 0.02} for name in adapters]
-    about = {
+    metadata = {
         "base": "<b>base</b>",
         "num_samples": 10,
         "num_inference_steps": 25,
         "device": "cpu",
         "adapters": described,
     }
-    return write_report(folder, rows_of(adapters), shown, about)
+    return write_report(folder, rows_of(adapters), shown, metadata)
 
 
 def test_the_table_has_a_line_per_row() -> None:
@@ -101,15 +101,15 @@ def opened(page: Path, profile: Path) -> tuple[list[int], str]:
     probed.write_text(page.read_text().replace("</body>", f"{PROBE}</body>"))
     quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={profile}"]
-    told = subprocess.run(
+    info = subprocess.run(
         [*command, "--enable-logging=stderr", "--dump-dom", probed.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
     )
-    found = re.search(r"<title>widths ([\d ]*)</title>", told.stdout)
-    assert found, told.stderr
-    return [int(width) for width in found[1].split()], "\n".join(re.findall(r".*CONSOLE.*", told.stderr))
+    found = re.search(r"<title>widths ([\d ]*)</title>", info.stdout)
+    assert found, info.stderr
+    return [int(width) for width in found[1].split()], "\n".join(re.findall(r".*CONSOLE.*", info.stderr))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")

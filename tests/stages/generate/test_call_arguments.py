@@ -17,7 +17,7 @@ TEACHER = TeacherConfig("somewhere", height=64)
 
 
 @pytest.mark.parametrize(
-    ("kind", "arguments", "told"),
+    ("kind", "arguments", "message"),
     [
         (StableDiffusionPipeline, {"num_inference_steps": 4}, "num_inference_steps: .*: say num_inference_steps="),
         (StableDiffusionPipeline, {"timesteps": [9, 5]}, "timesteps: .*: say num_inference_steps="),
@@ -43,8 +43,8 @@ TEACHER = TeacherConfig("somewhere", height=64)
         (StableDiffusionXLPipeline, {"negative_prompt_2": True}, "negative_prompt_2=True: not a text"),
     ],
 )
-def test_what_an_option_decides_is_refused_with_its_name(kind: Any, arguments: dict[str, Any], told: str) -> None:
-    with pytest.raises(UsageError, match=f"^teacher.call.{told}") as error:
+def test_what_an_option_decides_is_refused_with_its_name(kind: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=f"^teacher.call.{message}") as error:
         check_arguments(kind, arguments, TEACHER)
     assert "\n" not in str(error.value)
 

@@ -29,7 +29,7 @@ def test_classes_are_read_with_or_without_a_byte_order_mark(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"--5", "'--5' is not a class"),
         ("٣".encode(), "'٣' is not a class"),
@@ -39,9 +39,9 @@ def test_classes_are_read_with_or_without_a_byte_order_mark(tmp_path: Path) -> N
         ("3\n".encode("utf-16"), "it is UTF-16: save it as UTF-8"),
     ],
 )
-def test_what_is_no_class_is_named(tmp_path: Path, content: bytes, told: str) -> None:
+def test_what_is_no_class_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "classes.txt").write_bytes(content)
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         read_class_labels(str(tmp_path / "classes.txt"), 10)
     assert len(str(error.value)) < 300 + len(str(tmp_path))
 
@@ -70,7 +70,7 @@ def test_prompts_for_a_teacher_of_classes_are_refused(tiny_teacher: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "told"),
+    ("kind", "rows", "message"),
     [
         ("StableDiffusionPipeline", "prompt,image\na cat,a.png\n", "StableDiffusionPipeline takes no image: leave the"),
         ("StableDiffusionPipeline", "image\na.png\n", "StableDiffusionPipeline takes no image"),
@@ -83,10 +83,10 @@ def test_prompts_for_a_teacher_of_classes_are_refused(tiny_teacher: Path, tmp_pa
     ],
 )
 def test_columns_that_a_pipeline_does_not_take_are_refused(
-    tmp_path: Path, kind: str | None, rows: str, told: str
+    tmp_path: Path, kind: str | None, rows: str, message: str
 ) -> None:
     (tmp_path / "p.csv").write_text(rows)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         check_columns(read_prompts(str(tmp_path / "p.csv")), "p.csv", kind and getattr(diffusers, kind))
 
 

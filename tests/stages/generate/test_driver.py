@@ -104,8 +104,8 @@ def test_a_unit_that_always_fails_is_quarantined_and_the_rest_are_made(tiny_teac
     config = generate_config(tiny_teacher, tmp_path)
     with pytest.raises(UserError, match=r"1 of 4 units are missing after 3 attempts each; unit 1: .*injected"):
         Driver(config).run(Faulty(config, {1: 99}))
-    told = json.loads((tmp_path / "generation.json").read_text())
-    assert (told["units_planned"], told["units_committed"], told["units_quarantined"]) == (4, 3, 1)
+    info = json.loads((tmp_path / "generation.json").read_text())
+    assert (info["units_planned"], info["units_committed"], info["units_quarantined"]) == (4, 3, 1)
     with pytest.raises(UserError, match="unfinished"):
         Dataset(tmp_path)
     Driver(config).run(InProcessFleet(config))
@@ -134,7 +134,7 @@ def test_preemption_is_no_attempt(tiny_teacher: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"seed": 1}, "seed=0, not 1"),
         ({"guidance_scale": [1.0, 5.0]}, r"guidance_scale=\[1.0, 6.0\], not \[1.0, 5.0\]"),
@@ -144,9 +144,9 @@ def test_preemption_is_no_attempt(tiny_teacher: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_folder_of_another_configuration_is_refused_and_kept(
-    shared_dataset: Path, tiny_teacher: Path, changes: dict[str, Any], told: str
+    shared_dataset: Path, tiny_teacher: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         Driver(generate_config(tiny_teacher, shared_dataset, **changes))
     assert verify(shared_dataset)["ok"]
     survived("another configuration over a dataset: refused", "driver")
@@ -417,8 +417,8 @@ def test_more_classes_come_after_those_that_are_there(tiny_teacher: Path, tmp_pa
         (config([7, 3, 5, 9, 1], 2), "num_trajectories_per_condition=3, not 2"),
         (replace(config([7, 3, 5, 9, 1], 3), seed=1), "seed=0, not 1"),
     ]
-    for asked, told in refused:
-        with pytest.raises(UserError, match=f"holds a dataset of another configuration: {told}"):
+    for asked, message in refused:
+        with pytest.raises(UserError, match=f"holds a dataset of another configuration: {message}"):
             Driver(asked)
 
 
@@ -502,9 +502,9 @@ def test_a_disk_that_is_too_small_is_told_of_once_a_unit_is_made(
 ) -> None:
     config = generate_config(tiny_teacher, tmp_path)
     monkeypatch.setattr(DiskFolder, "free", lambda _: 10_000)
-    with pytest.warns(UserWarning, match=r"about 0\.\d MB are still to be made, and 0\.0 MB are free there") as told:
+    with pytest.warns(UserWarning, match=r"about 0\.\d MB are still to be made, and 0\.0 MB are free there") as caught:
         Driver(config).run(InProcessFleet(config))
-    assert len([warning for warning in told if "still to be made" in str(warning.message)]) == 1
+    assert len([warning for warning in caught if "still to be made" in str(warning.message)]) == 1
 
 
 def test_a_teacher_told_of_in_tuples_and_arrays_is_known_again(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -513,11 +513,11 @@ def test_a_teacher_told_of_in_tuples_and_arrays_is_known_again(tiny_teacher: Pat
         fleet = Faulty(config, {}, die_after=2 if attempt == 0 else None)
         facts = Teacher.facts
 
-        def told(self: Teacher, facts: Any = facts) -> dict[str, Any]:
+        def facts(self: Teacher, facts: Any = facts) -> dict[str, Any]:
             return facts(self) | {"scheduler_config": {"betas": np.linspace(0, 1, 3), "range": (0.5, 1.15)}}
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Teacher, "facts", told)
+            patch.setattr(Teacher, "facts", facts)
             if attempt == 0:
                 with pytest.raises(KeyboardInterrupt):
                     Driver(config).run(fleet)

@@ -142,17 +142,17 @@ def test_a_file_of_classes_that_changes_under_way_is_named(tiny_teacher: Path, t
 
 
 @pytest.mark.parametrize(
-    ("asked", "made", "told"),
+    ("asked", "made", "message"),
     [
         ({"num_trajectories": 18}, {"num_trajectories": 16}, "has grown since this run began"),
         ({"class_labels": [0, 1, 3]}, {"class_labels": [0, 1]}, "has grown since this run began"),
     ],
 )
 def test_as_many_units_of_something_else_are_not_taken_for_ones_own(
-    tiny_teacher: Path, tmp_path: Path, asked: dict[str, Any], made: dict[str, Any], told: str
+    tiny_teacher: Path, tmp_path: Path, asked: dict[str, Any], made: dict[str, Any], message: str
 ) -> None:
     one, other = (generate_config(tiny_teacher, tmp_path, **changes) for changes in (asked, made))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         Driver(one).run(Interrupted(one, 0, lambda: generate(other)))
     told_of_it = json.loads((tmp_path / "generation.json").read_text())
     assert told_of_it["trajectories"] == other.num_trajectories  # the other's, not that of who was refused

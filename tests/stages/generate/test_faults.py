@@ -142,17 +142,17 @@ def test_a_unit_that_always_kills_is_quarantined_and_takes_no_other_along(
 
 
 def test_nodes_that_die_stand_still_and_join(tiny_teacher: Path, tmp_path: Path, undisturbed: Path) -> None:
-    words = [sys.executable, "-m", "tests.support.cluster_faults", str(tiny_teacher), str(tmp_path)]
-    ran = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    overrides = [sys.executable, "-m", "tests.support.cluster_faults", str(tiny_teacher), str(tmp_path)]
+    ran = subprocess.run(overrides, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    told = json.loads(next(line for line in ran.stdout.splitlines() if line.startswith("{")))  # Ray prints there too
-    assert (told["units_committed"], told["quarantined"], told["workers_lost"], told["workers_preempted"]) == (
+    info = json.loads(next(line for line in ran.stdout.splitlines() if line.startswith("{")))  # Ray prints there too
+    assert (info["units_committed"], info["quarantined"], info["workers_lost"], info["workers_preempted"]) == (
         8,
         {},
         2,
         2,
     )
-    assert told["shards"] == [9, 8]  # what came late lost, and took its shard away
+    assert info["shards"] == [9, 8]  # what came late lost, and took its shard away
     assert_nothing_lost_or_twice(tmp_path, undisturbed)
     for fault in ("dies in the middle of a unit", "stands still, and goes on later", "joins when none is left"):
         survived(f"a node that {fault}", "node")

@@ -13,7 +13,7 @@ from stages.errors import UserError
 from stages.generate import fleet
 from stages.generate.driver import Driver
 from stages.generate.events import Event, Failed, Loaded
-from stages.generate.fleet import MOST_TOLD, RayFleet, start_ray, told_of
+from stages.generate.fleet import MAX_MESSAGE_LENGTH, RayFleet, ray_error_of, start_ray
 from stages.records.verification import verify
 from tests.conftest import generate_config
 from tests.stages.generate.test_driver import assert_same_records
@@ -75,8 +75,8 @@ def test_two_halves_of_a_gpu_and_whatever_else_is_asked_of_ray(tiny_teacher: Pat
         events += placed.poll(1)
     names = ray.util.list_named_actors()
     placed.close()
-    told = [event.facts for event in events if isinstance(event, Loaded)]
-    assert told == 2 * [{"gpus": "0", "kept": {"CPU": 1.0, "GPU": 0.5, "teachers": 0.5}, "word": "passed on"}]
+    found = [event.facts for event in events if isinstance(event, Loaded)]
+    assert found == 2 * [{"gpus": "0", "kept": {"CPU": 1.0, "GPU": 0.5, "teachers": 0.5}, "word": "passed on"}]
     assert sorted(names) == [f"teacher-{number}-of-run-{placed.run}" for number in (1, 2)]
 
 
@@ -103,9 +103,9 @@ def test_more_than_this_machine_has_is_refused_where_no_node_can_join(
 def test_what_a_worker_could_not_begin_with_is_told_in_a_line() -> None:
     missing = RuntimeEnvSetupError("no matching distribution\nfor nothing==1")
     assert "runtime_env: Failed to set up runtime environment. no matching distribution for nothing==1" in str(
-        told_of(missing)
+        ray_error_of(missing)
     )
-    assert "\n" not in str(told_of(missing))
-    assert len(str(told_of(RuntimeEnvSetupError("x" * 9999)))) <= MOST_TOLD
+    assert "\n" not in str(ray_error_of(missing))
+    assert len(str(ray_error_of(RuntimeEnvSetupError("x" * 9999)))) <= MAX_MESSAGE_LENGTH
     lost = ray.exceptions.ActorDiedError()
-    assert told_of(lost) is lost
+    assert ray_error_of(lost) is lost

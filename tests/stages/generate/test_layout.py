@@ -78,16 +78,16 @@ def guided(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any], dict[st
             return pag(), {"pag_scale": 2.0}, {"pipeline": "StableDiffusionPAGPipeline", "pag_scale": 2.0}
         case "apg":
             pipe, guider = request.getfixturevalue("modular"), AdaptiveProjectedGuidance(eta=0.3)
-            told = {"name": "AdaptiveProjectedGuidance", "eta": 0.3}
+            info = {"name": "AdaptiveProjectedGuidance", "eta": 0.3}
         case _:
             pipe, guider = request.getfixturevalue("modular"), ClassifierFreeZeroStarGuidance(zero_init_steps=1)
-            told = {"name": "ClassifierFreeZeroStarGuidance", "zero_init_steps": 1}
+            info = {"name": "ClassifierFreeZeroStarGuidance", "zero_init_steps": 1}
     pipe.update_components(guider=guider)
-    return pipe, {}, told
+    return pipe, {}, info
 
 
 def test_any_rule_is_recorded_as_it_acts_with_a_scale_per_sample(guided: Any) -> None:
-    pipe, arguments, told = guided
+    pipe, arguments, info = guided
     layout = find_layout(pipe, ask(0, **arguments))
     assert layout.scale_per_sample
     with undecoded(pipe), record(pipe, layout, 2) as recorder:
@@ -101,7 +101,7 @@ def test_any_rule_is_recorded_as_it_acts_with_a_scale_per_sample(guided: Any) ->
     for i, scale in enumerate(SCALES):
         alone = targets_alone(pipe, ask(i, **arguments), scale)
         torch.testing.assert_close(recording.target[recording.owner == i], alone, atol=TOLERANCE, rtol=TOLERANCE)
-    assert told.items() <= guidance_rule(pipe, arguments).items()
+    assert info.items() <= guidance_rule(pipe, arguments).items()
 
 
 def test_another_rule_gives_other_targets() -> None:
@@ -184,7 +184,7 @@ def test_a_teacher_that_guidance_does_not_change_is_refused() -> None:
 
 def layout_of(calls: int, chunks: int, **changes: Any) -> Layout:
     arguments = Arguments("x", "t", {"x": Axis(), "prompt": Axis()}, {"ids": encoded(torch.arange(3), 4)})
-    told = {
+    info = {
         "arguments": arguments,
         "calls": calls,
         "call": calls - 1,
@@ -199,7 +199,7 @@ def layout_of(calls: int, chunks: int, **changes: Any) -> Layout:
         "learned_variance": False,
         "no_guidance": {},
     }
-    return Layout(**told | changes)
+    return Layout(**info | changes)
 
 
 def call_of(rows: int, value: float = 0.0, **inputs: Any) -> Call:

@@ -115,8 +115,8 @@ def test_latents_are_the_pipelines_own_samples_noised_by_hand(
             noise = torch.randn(1, *clean.shape, generator=torch.Generator().manual_seed(int(derived)))[0]
             expected = noised_by_hand(pipe.scheduler, clean, noise, step)
             torch.testing.assert_close(latent, expected, atol=1e-3, rtol=1e-3)
-        told = recording.timestep[mine] / layout.timestep_scale
-        torch.testing.assert_close(told.double(), pipe.scheduler.timesteps.double(), atol=1e-3, rtol=1e-3)
+        info = recording.timestep[mine] / layout.timestep_scale
+        torch.testing.assert_close(info.double(), pipe.scheduler.timesteps.double(), atol=1e-3, rtol=1e-3)
 
 
 def predictions(denoiser: Any, layout: Layout, seen: Pass) -> Tensor:

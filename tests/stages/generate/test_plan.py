@@ -90,7 +90,7 @@ def test_random_steps_are_drawn_for_each_trajectory(tiny_teacher: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"guidance_scale": [3.0, 2.0]}, "upside down"),
         ({"guidance_scale": [0.5, 2.0]}, "below 1"),
@@ -119,8 +119,8 @@ def test_random_steps_are_drawn_for_each_trajectory(tiny_teacher: Path) -> None:
         ({"seed": -1}, "seed=-1"),
     ],
 )
-def test_what_no_run_could_carry_out_is_refused_by_name(tiny_teacher: Path, changes: Any, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_what_no_run_could_carry_out_is_refused_by_name(tiny_teacher: Path, changes: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         plan(tiny_teacher, **changes)
 
 

@@ -28,16 +28,16 @@ def test_a_clock_adds_up_what_is_spent_even_where_it_ends_in_an_error() -> None:
 
 
 def test_the_teachers_share_is_of_the_time_that_workers_were_there(at: list[float]) -> None:
-    told = Profile()
-    told.see(Loaded({}, "one"))
+    info = Profile()
+    info.see(Loaded({}, "one"))
     at[0] = 10
-    told.see(Loaded({}, "two"))
+    info.see(Loaded({}, "two"))
     spent = {"teacher": 8.0, "recording": 1.0, "encoding": 2.0, "writing": 3.0}
-    told.see(Made(0, 5, "one", spent))
-    told.see(Made(1, 5, "one", spent))
-    told.see(Made(2, 7, "two", spent))
+    info.see(Made(0, 5, "one", spent))
+    info.see(Made(1, 5, "one", spent))
+    info.see(Made(2, 7, "two", spent))
     at[0] = 20
-    summary = told.summary()
+    summary = info.summary()
     assert summary["profile"] == {
         "teacher": 24.0, "recording": 3.0, "encoding": 6.0, "writing": 9.0,
         "waiting": 20 + 10 - 24 - 3, "teacher_share": 24 / 30,
@@ -46,15 +46,15 @@ def test_the_teachers_share_is_of_the_time_that_workers_were_there(at: list[floa
 
 
 def test_a_worker_that_is_lost_is_there_until_then_and_counts_once(at: list[float]) -> None:
-    told = Profile()
-    told.see(Loaded({}, "one"))
+    info = Profile()
+    info.see(Loaded({}, "one"))
     at[0] = 4
     for unit in (0, 1):  # one sampled, one written
-        told.see(Failed(unit, ConnectionError(), preempted=True, worker="one", lost=True))
-    told.see(Failed(2, ValueError(), worker="two"))
+        info.see(Failed(unit, ConnectionError(), preempted=True, worker="one", lost=True))
+    info.see(Failed(2, ValueError(), worker="two"))
     at[0] = 100
-    summary = told.summary()
-    assert (summary["workers_lost"], summary["workers_preempted"], told.present) == (1, 1, 4)
+    summary = info.summary()
+    assert (summary["workers_lost"], summary["workers_preempted"], info.present) == (1, 1, 4)
 
 
 def test_a_run_without_a_worker_has_a_profile_too() -> None:

@@ -38,9 +38,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def planned(folder: Path, told: dict[str, Any], **changes: Any) -> Plan:
+def planned(folder: Path, info: dict[str, Any], **changes: Any) -> Plan:
     config = generate_config(folder, Path("nowhere"), prompts=str(folder.parent / "prompts.txt"), **changes)
-    config.teacher = replace(config.teacher, **told)
+    config.teacher = replace(config.teacher, **info)
     return Plan(config)
 
 
@@ -59,28 +59,28 @@ def test_the_plan_has_the_steps_that_the_pipeline_makes(teacher: Path, scheduler
 
 
 def test_steps_to_record_are_drawn_from_all_that_are_made(teacher: Path) -> None:
-    told = {"num_inference_steps": 5, "num_trajectories": 200, "num_recorded_steps": 3}
-    plan = planned(teacher, {"scheduler": "HeunDiscreteScheduler"}, **told)
+    info = {"num_inference_steps": 5, "num_trajectories": 200, "num_recorded_steps": 3}
+    plan = planned(teacher, {"scheduler": "HeunDiscreteScheduler"}, **info)
     assert {step for i in range(200) for step in plan.trajectory(i).steps or []} == set(range(9))
     assert plan.records_per_trajectory == 3
     with pytest.raises(
         UserError, match="num_recorded_steps=10: at most 9, which the teacher takes of num_inference_st"
     ):
-        planned(teacher, {"scheduler": "HeunDiscreteScheduler"}, **told | {"num_recorded_steps": 10})
+        planned(teacher, {"scheduler": "HeunDiscreteScheduler"}, **info | {"num_recorded_steps": 10})
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(None, 8), (0.5, 5), (1.0, 10)])
 def test_a_pipeline_that_begins_later_is_asked(teacher: Path, strength: float | None, steps: int) -> None:
     call = {} if strength is None else {"strength": strength}
-    told = TeacherConfig(str(teacher), pipeline_class="StableDiffusionImg2ImgPipeline", call=call)
-    assert count_steps(told, 10) == steps
-    assert count_steps(replace(told, scheduler="HeunDiscreteScheduler"), 10) == 2 * steps - 1
+    message = TeacherConfig(str(teacher), pipeline_class="StableDiffusionImg2ImgPipeline", call=call)
+    assert count_steps(message, 10) == steps
+    assert count_steps(replace(message, scheduler="HeunDiscreteScheduler"), 10) == 2 * steps - 1
     with pytest.raises(UserError, match="num_inference_steps=10: no step is left of them"):
-        count_steps(replace(told, call={"strength": 0.01}), 10)
+        count_steps(replace(message, call={"strength": 0.01}), 10)
 
 
 @pytest.mark.parametrize(
-    ("name", "num_inference_steps", "told"),
+    ("name", "num_inference_steps", "message"),
     [
         ("DDIMScheduler", 1001, "num_inference_steps=1001: at most 1000, the timesteps of the teacher's scheduler"),
         ("DPMSolverMultistepScheduler", 1200, "num_inference_steps=1200: at most 1000"),
@@ -90,9 +90,9 @@ def test_a_pipeline_that_begins_later_is_asked(teacher: Path, strength: float | 
     ],
 )
 def test_more_steps_than_a_scheduler_can_make_are_refused(
-    teacher: Path, name: str, num_inference_steps: int, told: str
+    teacher: Path, name: str, num_inference_steps: int, message: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         count_steps(TeacherConfig(str(teacher), scheduler=name), num_inference_steps)
 
 

@@ -147,9 +147,9 @@ def test_a_dtype_is_told_from_a_typing_error() -> None:
         dtype_named("half", "storage_dtype")
 
 
-def text_teacher(tmp_path: Path, **told: Any) -> Teacher:
+def text_teacher(tmp_path: Path, **info: Any) -> Teacher:
     config = generate_config(save("stable_diffusion", tmp_path / "teacher"), tmp_path)
-    config.teacher = replace(config.teacher, **told)
+    config.teacher = replace(config.teacher, **info)
     return Teacher(config, {"prompt": PROMPTS[0]})
 
 
@@ -161,7 +161,7 @@ def test_what_the_call_is_told_reaches_the_pipeline(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("info", "message"),
     [
         ({"call": {"negative_promt": "x"}}, "teacher.call.negative_promt: .* did you mean negative_prompt"),
         ({"scheduler": "MagicScheduler"}, "teacher.scheduler=MagicScheduler: diffusers .* has no such class"),
@@ -172,13 +172,13 @@ def test_what_the_call_is_told_reaches_the_pipeline(tmp_path: Path) -> None:
         ({"offload_text_encoder": True}, "there is no GPU"),
     ],
 )
-def test_what_the_teacher_cannot_be_told_is_named(tmp_path: Path, told: Any, message: str) -> None:
-    if "guider" in told:
+def test_what_the_teacher_cannot_be_told_is_named(tmp_path: Path, info: Any, message: str) -> None:
+    if "guider" in info:
         with pytest.raises(UserError, match=message):
-            new_guider(dict(told["guider"]))
+            new_guider(dict(info["guider"]))
         return
     with pytest.raises(UserError, match=message):
-        text_teacher(tmp_path, **told)
+        text_teacher(tmp_path, **info)
 
 
 def test_a_guider_makes_the_modular_pipeline_the_teacher(tmp_path: Path) -> None:

@@ -100,8 +100,8 @@ def test_timesteps_that_are_said_to_be_elsewhere_are_not_looked_for(damaged: Pat
     row = dataset.manifest.to_pylist()[0]
     header = json.dumps({"timestep": {"dtype": "I64", "shape": [1], "data_offsets": place}}).encode()
     content = bytearray((damaged / row["shard"]).read_bytes())
-    told = len(header).to_bytes(8, "little") + header
-    content[row["offset"] : row["offset"] + len(told)] = told
+    info = len(header).to_bytes(8, "little") + header
+    content[row["offset"] : row["offset"] + len(info)] = info
     (damaged / row["shard"]).write_bytes(content)
     with pytest.raises(UserError, match=f"expected the timesteps of {row['key']}"):
         dataset.timesteps(row)

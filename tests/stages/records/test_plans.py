@@ -56,9 +56,9 @@ def test_an_unreadable_description_is_refused(damaged: Path, content: str) -> No
 
 
 def test_an_edited_description_or_commit_is_refused(damaged: Path) -> None:
-    told = (damaged / "dataset.json").read_text()
-    (damaged / "dataset.json").write_text(told.replace('"scale_range": [\n      1.0', '"scale_range": [\n      2.0'))
-    assert (damaged / "dataset.json").read_text() != told
+    output = (damaged / "dataset.json").read_text()
+    (damaged / "dataset.json").write_text(output.replace('"scale_range": [\n      1.0', '"scale_range": [\n      2.0'))
+    assert (damaged / "dataset.json").read_text() != output
     with pytest.raises(UserError, match=r"dataset\.json: damaged: not as it was written"):
         Dataset(damaged)
     (damaged / "commits" / "00002.json").write_bytes((damaged / "commits" / "00001.json").read_bytes())

@@ -65,14 +65,14 @@ def test_members_are_read_without_a_place_to_put_them(dataset: Dataset) -> None:
     found = list(read_members(io.BytesIO(content), len(content)))
     assert len(found) == 6
     assert found[1][:2] == (f"{row['key']}.safetensors", row["offset"])
-    for other, told in (
+    for other, message in (
         (b"", "no member at byte 0"),
         (b"x" * 2048, "no member at byte 0"),
         (content[:1000], "of .* bytes"),
         (content[: found[1][1]], "of .* bytes"),
         (content + b"x", "bytes after its end"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             list(read_members(io.BytesIO(other), len(other)))
 
 

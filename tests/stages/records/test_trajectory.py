@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stages.records.trajectory import PER_RECORD, Trajectory, describe, from_members
+from stages.records.trajectory import PER_RECORD, Trajectory, from_members, tensor_specs
 
 
 def trajectory(steps: int = 5) -> Trajectory:
@@ -48,7 +48,7 @@ def test_samples_older_than_the_effect_of_guidance_are_read_as_they_are() -> Non
     assert after.guidance_cosine is after.guidance_delta is None
     assert after.cond.keys() == before.cond.keys()
     assert [len(part) for part in after.parts(2)] == [2, 2, 1]
-    assert describe(after).keys() == {"latent", "timestep", "target", "cond.class_labels"}
+    assert tensor_specs(after).keys() == {"latent", "timestep", "target", "cond.class_labels"}
 
 
 def test_parts_hold_every_record_once_in_order() -> None:
@@ -62,17 +62,17 @@ def test_parts_hold_every_record_once_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "about"),
+    ("tensors", "metadata"),
     [(b"not safetensors", b"{}"), (b"", b"no json"), (trajectory().to_members()["safetensors"], b"{}")],
 )
-def test_what_is_not_a_sample_is_refused(tensors: bytes, about: bytes) -> None:
+def test_what_is_not_a_sample_is_refused(tensors: bytes, metadata: bytes) -> None:
     with pytest.raises(ValueError, match="not a sample"):
-        from_members(tensors, about)
+        from_members(tensors, metadata)
 
 
 def test_the_description_is_of_one_record() -> None:
-    told = describe(trajectory())
-    assert told["latent"] == {"dtype": "float16", "shape": [4, 2, 2]}
-    assert told["guidance_cosine"] == told["guidance_delta"] == {"dtype": "float32", "shape": []}
-    assert told["timestep"] == {"dtype": "int64", "shape": []}
-    assert told["cond.class_labels"] == {"dtype": "int64", "shape": []}
+    info = tensor_specs(trajectory())
+    assert info["latent"] == {"dtype": "float16", "shape": [4, 2, 2]}
+    assert info["guidance_cosine"] == info["guidance_delta"] == {"dtype": "float32", "shape": []}
+    assert info["timestep"] == {"dtype": "int64", "shape": []}
+    assert info["cond.class_labels"] == {"dtype": "int64", "shape": []}

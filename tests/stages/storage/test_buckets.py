@@ -258,8 +258,8 @@ def test_a_run_has_its_own_folder_on_disk(uploaded: str, tmp_path: Path) -> None
         (tmp_path, {"cache_dir": "s3://bucket/cache"}, "cache_dir=s3://bucket/cache: a local folder is needed"),
         (tmp_path, {"output_dir": "s3://bucket/run"}, "output_dir=s3://bucket/run: a local folder is needed"),
     ]
-    for output, changes, told in refused:
-        with pytest.raises(UserError, match=told):
+    for output, changes, message in refused:
+        with pytest.raises(UserError, match=message):
             Trainer(replace(train_config(uploaded, output), **changes))
 
 
@@ -309,11 +309,11 @@ def test_damage_in_a_bucket_is_repaired_and_made_again(
     assert sorted(problem["shard"] for problem in verify(ADDRESS)["problems"]) == sorted(named)
     with suppress(UserError):
         pipeline.verify.main(VerifyConfig(ADDRESS, repair=True, grace=0))
-    told = json.loads(s3.get("data/tiny/verification.json"))
-    if not told["ok"]:
+    info = json.loads(s3.get("data/tiny/verification.json"))
+    if not info["ok"]:
         with pytest.raises(UserError, match="unfinished"):
             Dataset(ADDRESS)
-    for line in told["repaired"]:
+    for line in info["repaired"]:
         if line["done"].startswith("moved to "):
             to = line["done"].removeprefix("moved to ")
             assert s3.get(f"data/tiny/{to}") == (damaged / line["shard"]).read_bytes()

@@ -49,12 +49,12 @@ def test_a_full_disk_is_told_in_a_line_and_leaves_nothing(tmp_path: Path) -> Non
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:
-        with pytest.raises(StorageError, match="cannot be written") as told, whole_file(tmp_path / "big") as file:
+        with pytest.raises(StorageError, match="cannot be written") as raised, whole_file(tmp_path / "big") as file:
             file.write(b"0" * (1 << 20))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert isinstance(told.value.__cause__, OSError)
-    assert told.value.__cause__.errno == errno.EFBIG
+    assert isinstance(raised.value.__cause__, OSError)
+    assert raised.value.__cause__.errno == errno.EFBIG
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,7 +22,7 @@ from stages.generate.driver import Driver
 from stages.generate.in_process import InProcessFleet
 from stages.storage import filesystem
 from stages.storage.cache import ShardCache
-from stages.storage.files import alone_in, create, move, whole_file
+from stages.storage.files import create, exclusive_lock, move, whole_file
 from stages.storage.folder import DiskFolder
 from tests.conftest import generate_config, train_config
 
@@ -96,7 +96,10 @@ def test_a_sync_that_fails_is_told(refuse: Refuse, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", NO_LOCKS)
 def test_without_locks_a_run_warns_and_goes_on(number: int, refuse: Refuse, tmp_path: Path) -> None:
     refuse(fcntl, "flock", number)
-    with pytest.warns(UserWarning, match="its file system has no locks"), alone_in(tmp_path, "another run is training"):
+    with (
+        pytest.warns(UserWarning, match="its file system has no locks"),
+        exclusive_lock(tmp_path, "another run is training"),
+    ):
         (tmp_path / "done").touch()
     with pytest.raises(
         UserError, match=f"cache_dir={tmp_path}: its file system has no locks, .* on a local disk, or none"
@@ -162,8 +165,8 @@ def test_a_dataset_that_can_only_be_read_is_trained_on_and_found_whole(damaged: 
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.endswith("whole: nothing is missing or damaged\n")
-    told = f"warning: {damaged}/verification.json: cannot be written: Read-only file system: say output=FILE"
-    assert told in ended.stderr
+    message = f"warning: {damaged}/verification.json: cannot be written: Read-only file system: say output=FILE"
+    assert message in ended.stderr
     assert (tmp_path / "run" / "training.json").exists()
 
 

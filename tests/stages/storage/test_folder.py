@@ -183,7 +183,7 @@ Refused = Callable[[Folder], object]
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
-    ("method", "done", "told"),
+    ("method", "done", "message"),
     [
         ("PUT", lambda folder: folder.write("b", b""), "data/b: cannot be written"),
         ("PUT", lambda folder: folder.create("b", b""), "data/b: cannot be written"),
@@ -193,10 +193,10 @@ Refused = Callable[[Folder], object]
         ("GET", lambda folder: folder.list("b"), "data/b: cannot be listed"),
     ],
 )
-def test_what_does_not_pass_is_told_in_a_line(s3: FaultyS3, method: str, done: Refused, told: str) -> None:
+def test_what_does_not_pass_is_told_in_a_line(s3: FaultyS3, method: str, done: Refused, message: str) -> None:
     s3.put("data/a", b"content")
     s3.faults = [Fault(method, "bucket", 503, times=99)]
-    with pytest.raises(StorageError, match=f"^s3://bucket/{told}: .*503.*$"):
+    with pytest.raises(StorageError, match=f"^s3://bucket/{message}: .*503.*$"):
         done(open_folder("s3://bucket/data/"))
     survived("503 to each try of a request: told in one line", "storage")
 
@@ -292,7 +292,7 @@ def test_each_address_has_its_kind_of_store(address: str, kind: type, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("address", "told"),
+    ("address", "message"),
     [
         ("ftp://host/data", "ftp://host/data: neither a local folder nor one of s3://, gs://, az://"),
         ("memory:///data", "neither a local folder"),
@@ -300,9 +300,9 @@ def test_each_address_has_its_kind_of_store(address: str, kind: type, monkeypatc
         ("az://container/data", "az://container/data: no bucket that can be opened: .*Account must be specified"),
     ],
 )
-def test_what_is_no_place_for_a_dataset_is_refused(address: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_place_for_a_dataset_is_refused(address: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         open_folder(address)
     assert "\n" not in str(error.value)
 

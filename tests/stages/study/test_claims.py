@@ -10,10 +10,10 @@ from stages.study.claims import CLAIMS, FULL, Claim, Rows, best_adapter, judge
 SCALES = (1.5, 3.0)
 
 
-def row(method: str, scale: float, gap: float, distance: float, name: str | None = None, **told: Any) -> dict[str, Any]:
+def row(method: str, scale: float, gap: float, distance: float, name: str | None = None, **info: Any) -> dict[str, Any]:
     cost = {"training_peak_memory_bytes": 1e9, "training_seconds": 60.0, "share": 0.1, "teacher_evaluations": 1000}
     row = {"evaluation": "scales", "method": method, "guidance_scale": scale, "gap_closed": gap, "name": name}
-    return row | {"frechet_distance": distance, "seed": None} | (cost if name else {}) | told
+    return row | {"frechet_distance": distance, "seed": None} | (cost if name else {}) | info
 
 
 def study(
@@ -63,8 +63,8 @@ def test_what_was_found_tells_the_mean_and_the_spread_of_the_seeds() -> None:
 def test_the_spread_is_of_seeds_and_not_of_scales() -> None:
     gaps = {(1.5, 0): 0.8, (3.0, 0): 0.9, (1.5, 1): 0.82, (3.0, 1): 0.92}
     rows = Rows(row(ONE_PASS, scale, gap, 20.0, "lora", seed=seed) for (scale, seed), gap in gaps.items())
-    assert rows.told("gap_closed") == "0.860 ± 0.010"
-    assert rows.of(seed=0).told("gap_closed") == "0.850"
+    assert rows.info("gap_closed") == "0.860 ± 0.010"
+    assert rows.of(seed=0).info("gap_closed") == "0.850"
 
 
 def test_a_tenth_of_the_evaluations_is_judged_by_what_was_spent() -> None:
@@ -82,8 +82,8 @@ def test_a_tenth_of_the_evaluations_is_judged_by_what_was_spent() -> None:
 
 def test_a_comparison_takes_the_side_that_closes_more() -> None:
     def rows(guided: float) -> list[dict[str, Any]]:
-        told = {"evaluation": "trajectories"}
-        return [row(ONE_PASS, 2.0, guided, 20.0, "guided", **told), row(ONE_PASS, 2.0, 0.8, 21.0, "diffusion", **told)]
+        info = {"evaluation": "trajectories"}
+        return [row(ONE_PASS, 2.0, guided, 20.0, "guided", **info), row(ONE_PASS, 2.0, 0.8, 21.0, "diffusion", **info)]
 
     assert [claim.holds for claim in judge(rows(0.9)) + judge(rows(0.7))] == [True, False]
     assert judge(rows(0.9)[:1]) == []
@@ -110,7 +110,7 @@ def test_elsewhere_the_least_gap_counts(evaluation: str, gap: float, holds: bool
 @pytest.mark.parametrize("evaluation", ["text", "text_lora"])
 @pytest.mark.parametrize(("one_pass", "holds"), [(0.975, True), (0.965, False)])
 def test_prompts_are_met_within_a_hundredth(one_pass: float, holds: bool, evaluation: str) -> None:
-    def told(class_accuracy: float) -> dict[str, Any]:
+    def info(class_accuracy: float) -> dict[str, Any]:
         return {
             "evaluation": evaluation,
             "class_accuracy": class_accuracy,
@@ -119,9 +119,9 @@ def test_prompts_are_met_within_a_hundredth(one_pass: float, holds: bool, evalua
         }
 
     rows = [
-        row(NONE, 1.0, 0, 50.0, **told(0.8)),
-        row(CFG, 2.0, 1, 20.0, **told(0.98)),
-        row(ONE_PASS, 2.0, 0.9, 20.0, "text", **told(one_pass)),
+        row(NONE, 1.0, 0, 50.0, **info(0.8)),
+        row(CFG, 2.0, 1, 20.0, **info(0.98)),
+        row(ONE_PASS, 2.0, 0.9, 20.0, "text", **info(one_pass)),
     ]
     (claim,) = judge(rows)
     assert claim.holds is holds

@@ -14,7 +14,7 @@ import pytest
 
 from stages.configuration.parsing import help_text, parse
 from stages.errors import UsageError, UserError
-from stages.study.multirun import alternatives, combinations, multirun, one_by_one, over_ray, table
+from stages.study.multirun import alternatives, combinations, multirun, one_by_one, table, train_over_ray
 from stages.train.config import TrainConfig
 from tests.support.sleepers import as_soon_as_they_sleep, write_sleepers
 
@@ -49,8 +49,8 @@ def test_values_are_parted_at_commas_outside_of_brackets_and_quotes(value: str, 
 def test_every_combination_is_a_run_that_is_named_by_its_values(tmp_path: Path) -> None:
     config = tmp_path / "seed=0,1.yaml"
     config.write_text("learning_rate: 0.5\nscale_range: [1, 2]\n")
-    words = ["seed=0,1", "--config", str(config), *PLACES, "scale_range=[1,3],[2.5,4]", "adapter.rank=3"]
-    root, runs = combinations(words)
+    overrides = ["seed=0,1", "--config", str(config), *PLACES, "scale_range=[1,3],[2.5,4]", "adapter.rank=3"]
+    root, runs = combinations(overrides)
     assert root == Path("runs/sweep")
     assert [run.folder.name for run in runs] == [
         "seed=0,scale_range=1,3",
@@ -58,10 +58,10 @@ def test_every_combination_is_a_run_that_is_named_by_its_values(tmp_path: Path) 
         "seed=1,scale_range=1,3",
         "seed=1,scale_range=2.5,4",
     ]
-    assert runs[3].overrides == {"seed": "1", "scale_range": "[2.5,4]"}
-    told = parse(TrainConfig, runs[3].words)
-    assert (told.seed, told.scale_range, told.learning_rate, told.adapter.rank) == (1, [2.5, 4.0], 0.5, 3)
-    assert (told.output_dir, told.resume_from_checkpoint) == (str(runs[3].folder), "latest")
+    assert runs[3].compared == {"seed": "1", "scale_range": "[2.5,4]"}
+    info = parse(TrainConfig, runs[3].overrides)
+    assert (info.seed, info.scale_range, info.learning_rate, info.adapter.rank) == (1, [2.5, 4.0], 0.5, 3)
+    assert (info.output_dir, info.resume_from_checkpoint) == (str(runs[3].folder), "latest")
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,11 @@ def test_a_name_is_one_folder_whatever_the_value(value: str, name: str) -> None:
     quoted = value if value.startswith("'") else f'"{value}"'
     _, runs = combinations([*PLACES, f"pretrained_model_name_or_path={quoted},other"])
     assert runs[0].folder == Path("runs/sweep", f"pretrained_model_name_or_path={name}")
-    assert parse(TrainConfig, runs[0].words).output_dir == str(runs[0].folder)
+    assert parse(TrainConfig, runs[0].overrides).output_dir == str(runs[0].folder)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("overrides", "info"),
     [
         ([*PLACES, "seed=0"], "--multirun: nothing is compared: give a key several values"),
         ([*PLACES, "seed=0,1", "seed=2"], "--multirun: nothing is compared"),
@@ -92,11 +92,11 @@ def test_a_name_is_one_folder_whatever_the_value(value: str, name: str) -> None:
         ([*PLACES, f"pretrained_model_name_or_path={'a' * 300},b"], "pretrained_model_name_or_path=aaaa"),
     ],
 )
-def test_a_combination_that_is_refused_costs_nothing(words: list[str], told: str) -> None:
+def test_a_combination_that_is_refused_costs_nothing(overrides: list[str], info: str) -> None:
     with pytest.raises(UserError) as error:
-        multirun(words)
-    assert str(error.value).startswith(told)
-    assert isinstance(error.value, UsageError) or "lorra" in told
+        multirun(overrides)
+    assert str(error.value).startswith(info)
+    assert isinstance(error.value, UsageError) or "lorra" in info
     assert not Path("runs/sweep").exists()
 
 
@@ -130,32 +130,32 @@ SMALL = ["max_train_steps=2", "train_batch_size=8", "validation_share=0.2", "rep
 
 def test_one_dataset_serves_all_runs(shared_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compared = ["adapter.sites=[attention],[nowhere]"]
-    words = [f"data_dir={shared_dataset}", f"output_dir={tmp_path}", "adapter.variant=offset", *SMALL, *compared]
+    overrides = [f"data_dir={shared_dataset}", f"output_dir={tmp_path}", "adapter.variant=offset", *SMALL, *compared]
     with pytest.raises(UserError, match="1 of 2 runs failed"):
-        multirun(words)
+        multirun(overrides)
     first, second = json.loads((tmp_path / "multirun.json").read_text())["rows"]
     assert first["overrides"] == {"adapter.sites": "[attention]"}
     training = json.loads((tmp_path / first["name"] / "training.json").read_text())
     assert first["validation_loss"] == training["validation_loss"]
     assert first["gap_left"] == training["validation_loss"] / training["validation_loss_unguided"]
     assert second["error"].startswith("adapter.sites: ")
-    told = capsys.readouterr().out.splitlines()
-    assert told[1].startswith("[1/2] adapter.sites=attention: 2 steps, validation loss ")
-    assert told[2] == f"[2/2] adapter.sites=nowhere: failed: {second['error']}"
-    assert told[-1].endswith(second["error"])
-    assert f"{first['adapter_parameters']:,}" in told[-2]
+    output = capsys.readouterr().out.splitlines()
+    assert output[1].startswith("[1/2] adapter.sites=attention: 2 steps, validation loss ")
+    assert output[2] == f"[2/2] adapter.sites=nowhere: failed: {second['error']}"
+    assert output[-1].endswith(second["error"])
+    assert f"{first['adapter_parameters']:,}" in output[-2]
     assert "sites, " in (tmp_path / "adapter.sites=attention.log").read_text()
 
 
 @pytest.mark.long
 def test_over_ray_a_run_is_trained_and_then_left_alone(shared_dataset: Path, tmp_path: Path, ray_cluster: None) -> None:
     compared = ["adapter.sites=[attention],[feed_forward]"]
-    words = [f"data_dir={shared_dataset}", f"output_dir={tmp_path}", "adapter.variant=offset", *SMALL, *compared]
-    _, (one, _) = combinations(words)
-    ((trained, good, told),) = over_ray([one], num_cpus=1)
+    overrides = [f"data_dir={shared_dataset}", f"output_dir={tmp_path}", "adapter.variant=offset", *SMALL, *compared]
+    _, (one, _) = combinations(overrides)
+    ((trained, good, line),) = train_over_ray([one], num_cpus=1)
     assert (trained, good) == (one, True)
-    assert told.startswith("2 steps, validation loss ")
-    (again,) = over_ray([one], num_cpus=1)
+    assert line.startswith("2 steps, validation loss ")
+    (again,) = train_over_ray([one], num_cpus=1)
     assert again == (one, True, "already trained with this configuration; nothing to do")
 
 
@@ -195,4 +195,4 @@ def test_an_interruption_ends_the_processes_of_the_runs(sleeper: Path) -> None:
 
 @pytest.mark.long
 def test_an_interruption_ends_the_processes_of_the_runs_over_ray(sleeper: Path, ray_cluster: None) -> None:
-    assert_an_interruption_ends_them(lambda runs: over_ray(runs, num_cpus=1), 2, sleeper)
+    assert_an_interruption_ends_them(lambda runs: train_over_ray(runs, num_cpus=1), 2, sleeper)

@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 
 from stages.errors import UsageError, UserError
-from stages.study.plan import Plan
+from stages.study.plan import StudyPlan
 
 STUDY: dict[str, Any] = {
     "seeds": [0, 1],
     "datasets": {"data": ["num_trajectories=12", "teacher.pretrained_model_name_or_path=stages/embedded/mnist_dit"]},
-    "adapters": {"one": {"data": "data", "words": []}, "two": {"data": "data", "words": [], "seeds": [7]}},
-    "evaluations": {"scales": {"adapters": ["one", "two"], "words": ["num_samples=4"]}},
+    "adapters": {"one": {"data": "data", "overrides": []}, "two": {"data": "data", "overrides": [], "seeds": [7]}},
+    "evaluations": {"scales": {"adapters": ["one", "two"], "overrides": ["num_samples=4"]}},
 }
 
 
-def plan_of(folder: Path, root: str = "runs/study", **changes: Any) -> Plan:
+def plan_of(folder: Path, root: str = "runs/study", **changes: Any) -> StudyPlan:
     path = folder / "study.yaml"
     path.write_text(json.dumps(STUDY | changes))
-    return Plan(str(path), Path(root))
+    return StudyPlan(str(path), Path(root))
 
 
 def test_each_step_names_what_it_needs(tmp_path: Path) -> None:
@@ -36,46 +36,55 @@ def test_each_step_names_what_it_needs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"datasets": {"a/b": []}}, "datasets: a/b: a name is of letters"),
-        ({"datasets": {"data": "words"}}, "datasets.data: Value 'words'"),
+        ({"datasets": {"data": "overrides"}}, "datasets.data: Value 'words'"),
         ({"datasets": {"data": ["num_trajectories=many"]}}, "generate data: num_trajectories=many"),
         ({"datasets": {"data": ["--help"]}}, "generate data: --help: not understood"),
-        ({"adapters": {"one": {"data": "other", "words": []}}}, "adapters.one.data: other: not among the datasets"),
-        ({"adapters": STUDY["adapters"] | {"two": {"data": "data", "words": ["x=1"]}}}, "train two-0: x: no such key"),
-        ({"adapters": {"one": {"data": None, "words": []}}}, "adapters.one.data: "),
+        ({"adapters": {"one": {"data": "other", "overrides": []}}}, "adapters.one.data: other: not among the datasets"),
+        (
+            {"adapters": STUDY["adapters"] | {"two": {"data": "data", "overrides": ["x=1"]}}},
+            "train two-0: x: no such key",
+        ),
+        ({"adapters": {"one": {"data": None, "overrides": []}}}, "adapters.one.data: "),
         ({"seeds": []}, r"adapters.one: seeds=\[\]: name at least one"),
         ({"seeds": [0, 0]}, r"adapters.one: seeds=\[0, 0\]: name at least one, and each once"),
         ({"seeds": [-1]}, "train one--1: seed=-1: at least 0"),
-        ({"evaluations": {"a": {"adapters": "one", "words": []}}}, "evaluations.a.adapters: a list is asked for$"),
-        ({"evaluations": {"a": {"adapters": ["x"], "words": []}}}, "evaluations.a.adapters: x: not among the adapters"),
-        ({"evaluations": {"a": {"adapters": [], "words": []}}}, r"evaluations.a: adapters=\[\]: name at least one"),
-        ({"evaluations": {"a": {"adapters": ["one"], "words": ["num_samples=0"]}}}, "evaluate a: num_samples=0: at"),
+        ({"evaluations": {"a": {"adapters": "one", "overrides": []}}}, "evaluations.a.adapters: a list is asked for$"),
+        (
+            {"evaluations": {"a": {"adapters": ["x"], "overrides": []}}},
+            "evaluations.a.adapters: x: not among the adapters",
+        ),
+        ({"evaluations": {"a": {"adapters": [], "overrides": []}}}, r"evaluations.a: adapters=\[\]: name at least one"),
+        (
+            {"evaluations": {"a": {"adapters": ["one"], "overrides": ["num_samples=0"]}}},
+            "evaluate a: num_samples=0: at",
+        ),
         (
             {"datasets": {"data": [*STUDY["datasets"]["data"], "guidance_scale=[3,1]"]}},
             "generate data: guidance_scale=",
         ),
         (
-            {"adapters": STUDY["adapters"] | {"one": {"data": "data", "words": ["adapter.variant=none"]}}},
+            {"adapters": STUDY["adapters"] | {"one": {"data": "data", "overrides": ["adapter.variant=none"]}}},
             "train one-0: adapter.variant=none",
         ),
         (
-            {"adapters": STUDY["adapters"] | {"one": {"data": "data", "words": ["quantization=int8"]}}},
+            {"adapters": STUDY["adapters"] | {"one": {"data": "data", "overrides": ["quantization=int8"]}}},
             "train one-0: quantization=int8: ",
         ),
-        ({"evaluations": {"a": {"adapters": ["one"], "words": ["methods=[x]"]}}}, "evaluate a: methods=x: some of"),
+        ({"evaluations": {"a": {"adapters": ["one"], "overrides": ["methods=[x]"]}}}, "evaluate a: methods=x: some of"),
         (
-            {"evaluations": {"a": {"adapters": ["one"], "words": ["guidance_scale=[0.5]"]}}},
+            {"evaluations": {"a": {"adapters": ["one"], "overrides": ["guidance_scale=[0.5]"]}}},
             "evaluate a: guidance_scale=",
         ),
     ],
 )
-def test_a_mistake_is_named_with_the_file(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=f"^{tmp_path}/study.yaml: {told}"):
+def test_a_mistake_is_named_with_the_file(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{tmp_path}/study.yaml: {message}"):
         plan_of(tmp_path, **changes)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="^missing.yaml: No such file or directory$"):
-        Plan("missing.yaml", tmp_path)
+        StudyPlan("missing.yaml", tmp_path)

@@ -9,10 +9,10 @@ from stages.study.report import over_seeds, section
 
 def row(method: str, value: float, name: str | None = None, seed: int | None = None, spent: int = 0) -> dict[str, Any]:
     curve = {"guidance_scale": 2.0, "timestep": [900.0, 100.0], "error": [value, 2 * value]}
-    told = {"method": method, "guidance_scale": 2.0, "frechet_distance": value, "gap_closed": value / 10}
-    told |= {"adapter": None if name is None else f"{name}-{seed}", "name": name, "seed": seed}
-    told |= {"error_by_timestep": [curve] if name else []}
-    return told | ({"teacher_evaluations": spent} if name else {})
+    info = {"method": method, "guidance_scale": 2.0, "frechet_distance": value, "gap_closed": value / 10}
+    info |= {"adapter": None if name is None else f"{name}-{seed}", "name": name, "seed": seed}
+    info |= {"error_by_timestep": [curve] if name else []}
+    return info | ({"teacher_evaluations": spent} if name else {})
 
 
 def test_the_seeds_of_an_adapter_are_one_line_at_their_mean() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch._inductor.exc import InvalidCxxCompiler
 
 from stages.errors import UserError
-from stages.train.compiling import told_of_compiling
+from stages.train.compiling import compile_errors
 from stages.train.trainer import Trainer
 from tests.conftest import train_config
 
@@ -27,9 +27,11 @@ def test_without_a_compiler_a_run_ends_before_its_first_step(
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     trainer = Trainer(train_config(shared_dataset, tmp_path, torch_compile=True))
-    with pytest.raises(UserError, match=rf"^torch_compile=true: .*No working C\+\+ compiler found.*: {ADVICE}") as told:
+    with pytest.raises(
+        UserError, match=rf"^torch_compile=true: .*No working C\+\+ compiler found.*: {ADVICE}"
+    ) as raised:
         trainer.run()
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     assert trainer.step == 0
     torch.compiler.reset()
 
@@ -51,16 +53,16 @@ def raised_in(file: str, error: Exception) -> None:
     ],
 )
 def test_what_a_compiler_lacks_is_told_in_a_line(file: str, error: Exception) -> None:
-    with pytest.raises(UserError, match=rf"^torch_compile=true: .*: {ADVICE}"), told_of_compiling():
+    with pytest.raises(UserError, match=rf"^torch_compile=true: .*: {ADVICE}"), compile_errors():
         raised_in(file, error)
-    with pytest.raises(type(error)), told_of_compiling(asked=False):
+    with pytest.raises(type(error)), compile_errors(asked=False):
         raised_in(file, error)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), torch.OutOfMemoryError("out of memory"), UserError("other")])
 def test_what_is_none_of_a_compilers_stays_what_it_is(error: Exception) -> None:
-    with pytest.raises(type(error)) as told, told_of_compiling():
+    with pytest.raises(type(error)) as raised, compile_errors():
         raised_in("/lib/torch/_inductor/output_code.py", error)
-    assert told.value is error
-    with pytest.raises(OSError, match="No space"), told_of_compiling():
+    assert raised.value is error
+    with pytest.raises(OSError, match="No space"), compile_errors():
         raised_in("/lib/stages/records/storage.py", OSError(28, "No space left on device"))

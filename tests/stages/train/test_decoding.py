@@ -39,7 +39,7 @@ def test_the_true_prediction_points_to_the_clean_latent(decoder: Decoder, kind: 
     torch.manual_seed(0)
     clean, noise = torch.randn(COLUMNS, 4, 8, 8), torch.randn(COLUMNS, 4, 8, 8)
     steps = torch.arange(COLUMNS) * 100 + 100
-    told: dict[str, Any] = {"prediction_type": kind, "layout": {"timestep_scale": 1.0}}
+    info: dict[str, Any] = {"prediction_type": kind, "layout": {"timestep_scale": 1.0}}
     if kind is None:
         share = (steps / 1000).view(-1, 1, 1, 1)
         latent, prediction = (1 - share) * clean + share * noise, noise - clean
@@ -49,7 +49,7 @@ def test_the_true_prediction_points_to_the_clean_latent(decoder: Decoder, kind: 
         latent = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
         prediction = {"epsilon": noise, "v_prediction": velocity, "sample": clean}[kind]
-    decoder.teacher = {"scheduler_config": {}} | told
+    decoder.teacher = {"scheduler_config": {}} | info
     decoder.batch = replace(decoder.batch, latent=latent, timestep=steps)
     torch.testing.assert_close(decoder.denoised(prediction), clean, atol=1e-4, rtol=1e-4)
 
@@ -62,11 +62,11 @@ def test_a_vae_comes_from_a_folder_of_its_own_too(decoder: Decoder, tmp_path: Pa
 def test_what_has_no_vae_is_named(dataset: Dataset, tiny_teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="vae_name_or_path=.*missing: no VAE could be loaded from it"):
         load_vae(str(tmp_path / "missing"), 4)
-    for path, channels, told in (
+    for path, channels, message in (
         (tiny_teacher, 16, "AutoencoderKL"),
         (tiny_teacher / "transformer", 4, "DiTTransformer2DModel"),
     ):
-        with pytest.raises(UserError, match=f"{told} is none for latents of {channels} channels"):
+        with pytest.raises(UserError, match=f"{message} is none for latents of {channels} channels"):
             load_vae(str(path), channels)
     dataset.info["tensors"]["latent"]["shape"] = [64, 16]
     with pytest.raises(UserError, match=r"latents \[64, 16\] are not those of images"):
@@ -80,8 +80,8 @@ def test_a_vae_that_does_not_decode_the_records_is_refused_at_the_start(
         raise RuntimeError("of other sizes\nthan these")
 
     monkeypatch.setattr(AutoencoderKL, "decode", decode)
-    told = (
+    message = (
         f"vae_name_or_path={tiny_teacher}: does not decode what is recorded: RuntimeError: of other sizes: leave it out"
     )
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         Decoder(str(tiny_teacher), dataset, dataset.manifest.to_pylist(), "cpu")

@@ -19,11 +19,13 @@ FLOW = TEACHER | {"scheduler_class": "FlowMatchEulerDiscreteScheduler", "layout"
 PREDICTION, TARGET = torch.zeros(2, 3, 2, 2, dtype=torch.bfloat16), torch.full((2, 3, 2, 2), 3.0)
 
 
-def losses(loss: str, timestep: list[float], teacher: dict[str, Any] = TEACHER, **numbers: list[float]) -> torch.Tensor:
+def losses(
+    loss: str, timestep: list[float], teacher: dict[str, Any] = TEACHER, **guidance_stats: list[float]
+) -> torch.Tensor:
     """Of two records at a squared distance of 9."""
-    told = {name: torch.tensor(values) for name, values in numbers.items()}
-    batch = Batch(PREDICTION, torch.tensor(timestep), TARGET, torch.full((2,), 2.0), {}, told)
-    return Objective(loss, {"teacher": teacher, "tensors": dict.fromkeys(told)}, "cpu")(PREDICTION, batch)
+    info = {name: torch.tensor(values) for name, values in guidance_stats.items()}
+    batch = Batch(PREDICTION, torch.tensor(timestep), TARGET, torch.full((2,), 2.0), {}, info)
+    return Objective(loss, {"teacher": teacher, "tensors": dict.fromkeys(info)}, "cpu")(PREDICTION, batch)
 
 
 def test_it_is_the_mean_square_of_each_record() -> None:

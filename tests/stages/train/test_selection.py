@@ -89,7 +89,7 @@ def test_a_missing_shard_is_left_to_the_stream_where_damage_is_skipped(damaged: 
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"scale_range": [50.0, 60.0]}, "nothing is left to train on"),
         ({"timestep_range": [2000, 3000]}, "nothing is left to train on"),
@@ -103,19 +103,19 @@ def test_a_missing_shard_is_left_to_the_stream_where_damage_is_skipped(damaged: 
         ({"filters": [["scale", ">", "big"]]}, "filters=.*: each is"),
     ],
 )
-def test_a_selection_that_is_none_is_named(dataset: Dataset, changes: Any, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_a_selection_that_is_none_is_named(dataset: Dataset, changes: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         selected(dataset, **{"validation_share": 0.1} | changes)
 
 
 def test_an_adapter_tells_the_scales_that_it_was_restricted_to(dataset: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(train_config(dataset.root, tmp_path, scale_range=[2.0, 9.0], validation_share=0.4))
-    assert trainer.adapter.about["scale_range"] == [2.0, 6.0]
+    assert trainer.adapter.metadata["scale_range"] == [2.0, 6.0]
 
 
 def test_and_those_that_a_filter_left(dataset: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(train_config(dataset.root, tmp_path, filters=[["scale", "<", 4.0]], validation_share=0.4))
-    low, high = trainer.adapter.about["scale_range"]
+    low, high = trainer.adapter.metadata["scale_range"]
     assert 1.0 <= low < high < 4.0
 
 

@@ -145,7 +145,7 @@ def test_records_are_named_where_they_are(dataset: Dataset, world_size: int) -> 
     rows = {row["key"]: row for row in dataset.manifest.to_pylist()}
     for batch in islice(running, 12):
         count = len(batch) * world_size
-        names = running.whereabouts(running.consumed - count, count)[world_size - 1 :: world_size]
+        names = running.locate_records(running.consumed - count, count)[world_size - 1 :: world_size]
         for i, name in enumerate(names):
             shard, key, number, scale, timestep = re.fullmatch(
                 r"(\S+) (\S+) record (\d+): scale (\S+), timestep (\S+)", name
@@ -159,7 +159,7 @@ def test_records_are_named_where_they_are(dataset: Dataset, world_size: int) -> 
 
 def test_chosen_records_are_named_by_their_number_in_the_sample(dataset: Dataset) -> None:
     rows = [row | {"chosen": [1, 3], "records": 2} for row in dataset.manifest.to_pylist()]
-    names = RecordStream(dataset, rows, 5, 0, 1 << 30).whereabouts(0, 24)
+    names = RecordStream(dataset, rows, 5, 0, 1 << 30).locate_records(0, 24)
     assert Counter(re.search(r"record (\d)", name)[1] for name in names) == {"1": 12, "3": 12}
 
 
@@ -235,7 +235,7 @@ def test_what_is_left_out_is_not_named(two_thirds: tuple[Dataset, set[str]]) -> 
     running = stream(dataset, skip_damaged=True)
     place = running.consumed
     for batch in islice(running, 10):
-        names = running.whereabouts(place, running.consumed - place)
+        names = running.locate_records(place, running.consumed - place)
         assert [float(name.split()[-1]) for name in names] == batch.timestep.tolist()
         assert not {" ".join(name.split()[:2]) for name in names} & lost
         place = running.consumed
@@ -258,12 +258,12 @@ def test_what_else_a_record_tells_comes_with_it(tmp_path: Path) -> None:
     publish(root, {"plans": [{"units": 1}]}, commits)
     for batch in islice(stream(Dataset(tmp_path), batch_size=3), 10):
         on_device = batch.to("cpu", torch.float16)
-        assert {name: value.dtype for name, value in on_device.numbers.items()} == dict.fromkeys(
+        assert {name: value.dtype for name, value in on_device.guidance_stats.items()} == dict.fromkeys(
             ("guidance_cosine", "guidance_delta"), torch.float32
         )
         step = 4 - batch.timestep  # the trajectory's timesteps fall
-        assert torch.equal(on_device.numbers["guidance_cosine"], step / 10)
-        assert torch.equal(on_device.numbers["guidance_delta"] % 5, step.float())
+        assert torch.equal(on_device.guidance_stats["guidance_cosine"], step / 10)
+        assert torch.equal(on_device.guidance_stats["guidance_delta"] % 5, step.float())
 
 
 def test_batches_are_pinned_where_there_is_a_gpu(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

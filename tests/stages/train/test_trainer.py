@@ -56,7 +56,7 @@ def test_training_lowers_the_error_and_leaves_the_base_bit_for_bit(
     assert summary["steps"] == 150
     assert summary["validation_loss"] < 0.97 * summary["validation_loss_unguided"]
     gain = (1 - summary["validation_loss"] / summary["validation_loss_unguided"]) ** -0.5
-    assert GuidanceAdapter.from_pretrained(tmp_path).about["guidance_gain"] == gain
+    assert GuidanceAdapter.from_pretrained(tmp_path).metadata["guidance_gain"] == gain
     assert summary["adapter_parameters"] == sum(p.numel() for p in trainer.adapter.parameters())
     assert summary["records_per_second"] > 0
     assert summary["peak_memory_bytes"] > 0
@@ -70,7 +70,7 @@ def test_the_folder_is_that_of_an_adapter(tiny_adapter: Path) -> None:
     }
     adapter = GuidanceAdapter.from_pretrained(tiny_adapter)
     assert adapter.variant == "lora"
-    assert adapter.about["scale_range"] == [1.0, 6.0]
+    assert adapter.metadata["scale_range"] == [1.0, 6.0]
     assert "base_model_relation: adapter" in (tiny_adapter / "README.md").read_text()
 
 
@@ -159,12 +159,12 @@ def test_a_checkpoint_of_another_dataset_or_adapter_is_refused(
     shared_dataset: Path, damaged: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     checkpoint = str(tiny_adapter / "checkpoints" / "step-00000008.pt")
-    for changes, told in (
+    for changes, message in (
         ({"adapter": AdapterConfig("offset", hidden_size=16)}, r"adapter\.[a-z]+=.*: the checkpoint's run had"),
         ({"seed": 1}, "seed=1: the checkpoint's run had 0"),
         ({"max_train_steps": 7}, "max_train_steps=7: the checkpoint is already at step 8"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             Trainer(train_config(shared_dataset, tmp_path, resume_from_checkpoint=checkpoint, **changes))
     state = torch.load(checkpoint, weights_only=True) | {"dataset_fingerprint": "0" * 64}
     torch.save(state, tmp_path / "other.pt")
@@ -193,18 +193,18 @@ def test_the_log_tells_how_the_run_is_going(shared_dataset: Path, tmp_path: Path
     events.Reload()
     assert [point.step for point in events.Scalars("loss")] == [4, 8, 12]
     assert [point.step for point in events.Scalars("validation_loss")] == [6, 12]
-    told = {name: events.Scalars(name)[-1].value for name in events.Tags()["scalars"]}
-    assert told["learning_rate"] >= 0
-    assert told["gradient_norm"] > 0
-    assert told["records_per_second"] > 0
-    assert 0 < told["waiting_share"] < 1
-    assert told["peak_memory_bytes"] > 1e6
+    info = {name: events.Scalars(name)[-1].value for name in events.Tags()["scalars"]}
+    assert info["learning_rate"] >= 0
+    assert info["gradient_norm"] > 0
+    assert info["records_per_second"] > 0
+    assert 0 < info["waiting_share"] < 1
+    assert info["peak_memory_bytes"] > 1e6
     for kind in ("loss", "validation_loss"):
-        by_scale = {value for name, value in told.items() if name.startswith(f"{kind}_by/scale_")}
-        by_timestep = {value for name, value in told.items() if name.startswith(f"{kind}_by/timestep_")}
+        by_scale = {value for name, value in info.items() if name.startswith(f"{kind}_by/scale_")}
+        by_timestep = {value for name, value in info.items() if name.startswith(f"{kind}_by/timestep_")}
         for bins in (by_scale, by_timestep):
             assert len(bins) >= 2
-            assert min(bins) < told[kind] < max(bins)
+            assert min(bins) < info[kind] < max(bins)
 
 
 def test_a_resumed_run_goes_on_in_the_same_log(shared_dataset: Path, tmp_path: Path) -> None:
@@ -218,11 +218,13 @@ def test_a_resumed_run_goes_on_in_the_same_log(shared_dataset: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("report_to", "told"),
+    ("report_to", "message"),
     [("paper", "report_to=paper: one of none, .*tensorboard"), ("wandb", "report_to=wandb: not installed: install it")],
 )
-def test_a_tracker_that_is_not_here_is_named(shared_dataset: Path, tmp_path: Path, report_to: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_a_tracker_that_is_not_here_is_named(
+    shared_dataset: Path, tmp_path: Path, report_to: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
         Trainer(train_config(shared_dataset, tmp_path, report_to=report_to)).run()
 
 
@@ -232,13 +234,13 @@ class BrokenTracker:
     name, requires_logging_directory = "paper", False
 
     def __init__(self, fails_at: str) -> None:
-        self.fails_at, self.told = fails_at, []  # type: ignore[var-annotated]
+        self.fails_at, self.info = fails_at, []  # type: ignore[var-annotated]
 
     def __call__(self, _: str) -> BrokenTracker:
         return self
 
     def _do(self, what: str) -> None:
-        self.told.append(what)
+        self.info.append(what)
         if what == self.fails_at:
             raise ConnectionError("no route to host\nat all")
 
@@ -277,7 +279,7 @@ def test_a_tracker_that_fails_later_is_left_and_the_run_goes_on(
     monkeypatch.setattr("stages.train.telemetry.tracker_class", lambda _: tracker)
     with pytest.warns(UserWarning, match="failed, and is told no more: ConnectionError: no route to host$"):
         pipeline.train.main(train_config(shared_dataset, tmp_path))
-    assert tracker.told.count(fails_at) == 1
+    assert tracker.message.count(fails_at) == 1
     assert (tmp_path / "training.json").exists()
 
 
@@ -421,8 +423,8 @@ def test_what_does_not_fit_is_refused_before_the_base_is_loaded(
         (newer, {}, "schema 99 is newer"),
         (shared_dataset, {"resume_from_checkpoint": checkpoint, "seed": 1}, "seed=1: the checkpoint's run had 0"),
     ]  # fmt: skip
-    for data, changes, told in refused:
-        with pytest.raises(UserError, match=told):
+    for data, changes, message in refused:
+        with pytest.raises(UserError, match=message):
             Trainer(train_config(data, tmp_path / "run", **changes))
 
 
@@ -478,9 +480,9 @@ def test_batches_without_guidance_are_steps_like_others(
 def test_a_dataset_without_any_guidance_is_trained_on_to_the_end(tiny_teacher: Path, tmp_path: Path) -> None:
     data = generate(generate_config(tiny_teacher, tmp_path / "data", guidance_scale=[1.0, 1.0]))
     pipeline.train.main(train_config(data, tmp_path / "run", report_to="tensorboard"))
-    told = json.loads((tmp_path / "run" / "training.json").read_text())
-    assert told["steps"] == 12
-    assert told["validation_loss"] == told["validation_loss_unguided"] < 1e-4
+    info = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert info["steps"] == 12
+    assert info["validation_loss"] == info["validation_loss_unguided"] < 1e-4
 
 
 def test_compiled_it_takes_batches_without_guidance_among_others(scales_with_1: Path, tmp_path: Path) -> None:
@@ -514,16 +516,16 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_its_records(shared_
     trainer.objective = spoiled  # type: ignore[assignment]
     with pytest.raises(
         UserError, match=r"step 5: the loss is not a number at shards/.*\.tar 0000000\d\d_0000 record"
-    ) as told:
+    ) as raised:
         trainer.run()
     scale, timestep = (float(getattr(batches[4], name)[5]) for name in ("scale", "timestep"))
-    assert f"scale {scale:g}, timestep {timestep:g}: lower learning_rate" in str(told.value)
+    assert f"scale {scale:g}, timestep {timestep:g}: lower learning_rate" in str(raised.value)
     assert not (tmp_path / "adapter_model.safetensors").exists()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003.pt"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"train_batch_size": 0}, "train_batch_size=0"),
         ({"validation_share": 1.0}, "validation_share=1.0"),
@@ -543,8 +545,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_its_records(shared_
         ),
     ],
 )
-def test_what_no_run_could_carry_out_is_refused(shared_dataset: Path, tmp_path: Path, changes: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_what_no_run_could_carry_out_is_refused(
+    shared_dataset: Path, tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
         Trainer(train_config(shared_dataset, tmp_path, **changes))
 
 
@@ -566,11 +570,11 @@ def test_a_resumed_run_stays_with_the_dataset_that_it_began_with(
     (tmp_path / "run" / "checkpoints" / "step-00000012.pt").unlink()
     grow(damaged, tiny_teacher, num_trajectories=20)
     pipeline.train.main(train_config(damaged, tmp_path / "run", resume_from_checkpoint="latest"))
-    told = f"{damaged}: has grown; goes on with the 12 trajectories that this run began with"
-    assert capsys.readouterr().out.count(told) == 1
+    message = f"{damaged}: has grown; goes on with the 12 trajectories that this run began with"
+    assert capsys.readouterr().out.count(message) == 1
     one, other = (load_file(root / "adapter_model.safetensors") for root in (tiny_adapter, tmp_path / "run"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert GuidanceAdapter.from_pretrained(tmp_path / "run").about["dataset_fingerprint"] == begun
+    assert GuidanceAdapter.from_pretrained(tmp_path / "run").metadata["dataset_fingerprint"] == begun
     fresh = Trainer(train_config(damaged, tmp_path / "fresh"))
     assert fresh.dataset.newest
     assert fresh.stream.records_per_epoch == 4 * 16

@@ -9,7 +9,7 @@ import pytest
 
 from stages.generate.events import WAITING, Event, Failed, Loaded, Made
 from stages.generate.plan import Plan
-from stages.generate.telling import QUIET_SECONDS, Telling, in_words
+from stages.generate.progress_reporter import QUIET_SECONDS, ProgressReporter, summary_of
 from tests.conftest import generate_config
 
 EVENTS: list[Event] = [
@@ -22,17 +22,17 @@ EVENTS: list[Event] = [
 STATES = Counter({"sampling": 1, "loading": 2, "idle": 0})
 
 
-def told(teacher: Path) -> None:
+def info(teacher: Path) -> None:
     """Four units, of which one was there before."""
-    telling = Telling(Plan(generate_config(teacher, "nowhere")), (1, 12))
+    reporter = ProgressReporter(Plan(generate_config(teacher, "nowhere")), (1, 12))
     for event in EVENTS:
-        telling.see(event, STATES)
-        telling.tick(STATES)
-    telling.close()
+        reporter.see(event, STATES)
+        reporter.tick(STATES)
+    reporter.close()
 
 
 def test_a_log_has_a_line_for_each_unit(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told(tiny_teacher)
+    info(tiny_teacher)
     loaded, made, *failed = capsys.readouterr().err.splitlines()
     assert loaded == "teacher-1: loaded"
     assert made.startswith("unit 00002: 12 records in 2.0 s by teacher-1; 2 of 4 units, ")
@@ -48,7 +48,7 @@ def test_a_terminal_has_one_bar_and_what_failed(
     tiny_teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    told(tiny_teacher)
+    info(tiny_teacher)
     shown = capsys.readouterr().err
     assert "24/48" in shown
     assert "2 of 4 units, 1 sampling, 2 loading" in shown
@@ -57,21 +57,21 @@ def test_a_terminal_has_one_bar_and_what_failed(
 
 
 def test_states_without_a_worker_are_left_out() -> None:
-    assert in_words(Counter({"sampling": 3, "loading": 0})) == "3 sampling"
+    assert summary_of(Counter({"sampling": 3, "loading": 0})) == "3 sampling"
 
 
 def test_a_user_who_waits_in_vain_is_told(
     tiny_teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = generate_config(tiny_teacher, "nowhere", num_gpus=0.5, resources={"fast": 1})
-    telling, states = Telling(Plan(config), (0, 0)), Counter({WAITING: 2})
-    telling.tick(states)
+    reporter, states = ProgressReporter(Plan(config), (0, 0)), Counter({WAITING: 2})
+    reporter.tick(states)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(telling, "last", time.monotonic() - QUIET_SECONDS)
-    telling.tick(states)
-    telling.tick(states)
-    told = "the cluster has no room yet for num_cpus=1 num_gpus=0.5 resources.fast=1"
-    assert capsys.readouterr().err == f"0 of 4 units; 2 waiting for a place: {told}\n"
-    monkeypatch.setattr(telling, "last", time.monotonic() - QUIET_SECONDS)
-    telling.tick(Counter({"sampling": 2}))
+    monkeypatch.setattr(reporter, "last", time.monotonic() - QUIET_SECONDS)
+    reporter.tick(states)
+    reporter.tick(states)
+    message = "the cluster has no room yet for num_cpus=1 num_gpus=0.5 resources.fast=1"
+    assert capsys.readouterr().err == f"0 of 4 units; 2 waiting for a place: {message}\n"
+    monkeypatch.setattr(reporter, "last", time.monotonic() - QUIET_SECONDS)
+    reporter.tick(Counter({"sampling": 2}))
     assert capsys.readouterr().err == "0 of 4 units; 2 sampling\n"

@@ -17,7 +17,7 @@ from stages.streams import standard_error
 QUIET_SECONDS = 30.0  # after which a log tells the states again
 
 
-class Telling:
+class ProgressReporter:
     """Told of every event, it tells the user.
 
     Args:
@@ -56,16 +56,16 @@ class Telling:
 
     def tick(self, states: Counter[str]) -> None:
         """Tell the states where nothing has happened for a while: a user waits, and may wait in vain."""
-        self.bar.set_postfix_str(f"{self.units} of {self.planned_units} units, {in_words(states)}", refresh=False)
+        self.bar.set_postfix_str(f"{self.units} of {self.planned_units} units, {summary_of(states)}", refresh=False)
         if time.monotonic() - self.last >= QUIET_SECONDS:
             self.last = time.monotonic()
             waits = f": the cluster has no room yet for {self.place}" if states[WAITING] else ""
-            self.say(f"{self.units} of {self.planned_units} units; {in_words(states)}{waits}")
+            self.say(f"{self.units} of {self.planned_units} units; {summary_of(states)}{waits}")
 
     def _rest(self, states: Counter[str]) -> str:
         rate = (self.records - self.before) / max(time.monotonic() - self.start, 1e-9)
         left = tqdm.format_interval((self.planned_records - self.records) / rate) if rate else "?"
-        return f"{self.units} of {self.planned_units} units, {rate:,.0f} records/s, {left} left; {in_words(states)}"
+        return f"{self.units} of {self.planned_units} units, {rate:,.0f} records/s, {left} left; {summary_of(states)}"
 
     def _line(self, text: str) -> None:
         """What a bar tells by itself."""
@@ -79,6 +79,6 @@ class Telling:
         self.bar.close()
 
 
-def in_words(states: Counter[str]) -> str:
+def summary_of(states: Counter[str]) -> str:
     """`3 sampling, 1 loading`."""
     return ", ".join(f"{count} {state}" for state, count in states.items() if count)
