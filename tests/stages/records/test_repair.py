@@ -24,6 +24,7 @@ from tests.stages.records.test_trajectory import trajectory
 from tests.support.damages import DAMAGES, commit_of, publish_again
 from tests.support.faults_table import survived
 
+pytestmark = pytest.mark.usefixtures("layout_found_once")
 DAY = 86400.0
 
 

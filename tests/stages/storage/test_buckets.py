@@ -34,6 +34,7 @@ from tests.support.damages import DAMAGES
 from tests.support.faults_table import survived
 from tests.support.faulty_s3 import Fault, FaultyS3
 
+pytestmark = pytest.mark.usefixtures("layout_found_once")
 ADDRESS = "s3://bucket/data/tiny"
 
 
