@@ -103,6 +103,7 @@ def test_processes_give_what_one_gives(
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_ends_the_run_in_a_line(
     tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
