@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import time
@@ -14,9 +15,12 @@ import ray
 
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, TeacherConfig
-from stages.storage.files import create, seal
+from stages.generate.planned import Unit
+from stages.storage.files import create
+from stages.storage.sealing import seal
 
-FACTS = {"guidance_rule": "none: it sleeps"}
+# The facts of a made-up teacher, as JSON: to build them as a dataclass takes torch.
+FACTS: dict[str, Any] = json.loads(Path(__file__).with_name("teacher_facts.json").read_text())
 
 
 def sleeping_config(teacher: Path, output: Path, seconds: float, units: int, workers: int = 1) -> GenerateConfig:
@@ -31,7 +35,7 @@ def sleeping_config(teacher: Path, output: Path, seconds: float, units: int, wor
     )
 
 
-def made_up_commit(unit: int) -> dict[str, Any]:
+def made_up_commit(unit: int, plan: str | None) -> dict[str, Any]:
     """A commit record of one sample, as `commit_unit` would leave it."""
     sample = {
         "key": f"{unit:09d}_0000", "offset": 1536, "size": 16384, "checksum": unit, "trajectory": unit, "records": 1,
@@ -40,26 +44,30 @@ def made_up_commit(unit: int) -> dict[str, Any]:
     }  # fmt: skip
     sha256 = hashlib.sha256(str(unit).encode()).hexdigest()
     shard = f"shards/{unit:05d}-{sha256[:8]}.tar"
-    return {"unit": unit, "shard": shard, "size": 20480, "sha256": sha256, "tensors": {}, "samples": [sample]}
+    return {
+        "unit": unit, "plan": plan, "shard": shard, "size": 20480, "sha256": sha256, "tensors": {}, "samples": [sample],
+    }  # fmt: skip
 
 
 class SleepingWorker:
-    """What a fleet asks of a worker. Its commits are real, written and synced as every other; there are no shards."""
+    """A worker without shards. Its commits are real: written and synced like any other."""
 
     def __init__(self, config: GenerateConfig) -> None:
         self.seconds, self.root = float(str(config.teacher.variant)), Path(config.output_dir)
+        self.plans: dict[int, str | None] = {}
 
     def place(self) -> tuple[str, str]:
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
-    def load(self) -> dict[str, Any]:
+    def load(self, example: dict[str, Any]) -> dict[str, Any]:
         return FACTS
 
-    def sample(self, index: int) -> None:
+    def sample(self, unit: Unit) -> None:
+        self.plans[unit.index] = unit.plan
         time.sleep(self.seconds)
 
     def commit(self, index: int) -> tuple[int, dict[str, float]]:
-        create(self.root / f"commits/{index:05d}.json", seal(made_up_commit(index)))
+        create(self.root / f"commits/{index:05d}.json", seal(made_up_commit(index, self.plans.pop(index))))
         return 1, {"teacher": self.seconds}
 
 
@@ -75,23 +83,24 @@ class Refuses(SleepingWorker):
         super().__init__(config)
         self.teacher = config.teacher.pretrained_model_name_or_path
 
-    def load(self) -> dict[str, Any]:
+    def load(self, example: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{self.teacher}: there is no such folder")
 
 
 class KilledOnce(SleepingWorker):
     """SIGKILL in the middle of the first unit that any of them samples."""
 
-    def sample(self, index: int) -> None:
+    def sample(self, unit: Unit) -> None:
+        super().sample(unit)
         with suppress(FileExistsError):
             (self.root.parent / "killed").touch(exist_ok=False)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Placed(SleepingWorker):
-    """Tells where Ray has put it, and with what."""
+    """A worker that reports where Ray has put it, and with what."""
 
-    def load(self) -> dict[str, Any]:
+    def load(self, example: dict[str, Any]) -> dict[str, Any]:
         return {
             "gpus": os.environ["CUDA_VISIBLE_DEVICES"],
             "kept": ray.get_runtime_context().get_assigned_resources(),

@@ -37,6 +37,7 @@ class RefusingFleet(RayFleet):
 
 def test_an_error_of_a_worker_keeps_its_line(tmp_path: Path) -> None:
     fleet = RefusingFleet(sleeping_config(tmp_path / "missing", tmp_path, 0, units=1))
+    fleet.start({"class_label": 0})
     events: list[Event] = []
     while not events:
         events = fleet.poll(1)
@@ -70,6 +71,7 @@ def test_two_halves_of_a_gpu_and_whatever_else_is_asked_of_ray(tiny_teacher: Pat
         runtime_env={"env_vars": {"A_WORD": "passed on"}},
     )
     placed = PlacedFleet(config)
+    placed.start({})
     events: list[Event] = []
     while len(events) < 2:
         events += placed.poll(1)
