@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from stages.adapters import AdapterConfig
+from stages.generate import teacher
 from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.driver import Driver
 from stages.generate.in_process import InProcessFleet
@@ -32,6 +33,11 @@ VARIANTS = [
     "embedding",
     "full",
 ]
+
+
+def mostly_long(values: Sequence[str], kept: Sequence[str]) -> list[Any]:
+    """Values to parametrize by, of which `make test` takes a few, and `make test-all` all."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.long) for value in values]
 
 
 def small_adapter(variant: str = "lora", **changes: Any) -> AdapterConfig:
@@ -121,6 +127,26 @@ def train_config(data: Path | str, output: Path, **changes: Any) -> TrainConfig:
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of `tiny_dit()`."""
     return save_pipeline(tiny_dit(), tmp_path_factory.mktemp("teacher") / "tiny_dit")
+
+
+@pytest.fixture(scope="session")
+def layouts() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def layout_found_once(layouts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a teacher guides is found once for all the tests that load it and are about something else."""
+    find = teacher.find_layout
+
+    def find_once(pipe: Any, request: Any, expected_steps: int | None = None) -> Any:
+        place = (pipe.name_or_path, request.conditions[0], request.num_inference_steps, request.arguments)
+        key = repr((place, expected_steps))
+        if key not in layouts:
+            layouts[key] = find(pipe, request, expected_steps)
+        return layouts[key]
+
+    monkeypatch.setattr(teacher, "find_layout", find_once)
 
 
 @pytest.fixture(scope="session")

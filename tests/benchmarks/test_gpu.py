@@ -36,6 +36,7 @@ def of(info: dict[str, list[dict[str, Any]]], kind: str) -> list[dict[str, Any]]
     return [row for name, rows in info.items() if name.split()[0] == kind for row in rows]
 
 
+@pytest.mark.long
 def test_passes_are_told_over_the_bare_one_and_over_cfg(info: dict[str, list[dict[str, Any]]]) -> None:
     rows = of(info, "one_pass_time")
     assert [(row["shape"], row["batch"]) for row in rows] == [
@@ -50,6 +51,7 @@ def test_passes_are_told_over_the_bare_one_and_over_cfg(info: dict[str, list[dic
         assert row["adapter_share"] > 0
 
 
+@pytest.mark.long
 def test_another_scale_compiles_nothing_anew(info: dict[str, list[dict[str, Any]]]) -> None:
     rows = of(info, "compiled")
     assert [row["batch"] for row in rows] == [1, 8]
@@ -59,6 +61,7 @@ def test_another_scale_compiles_nothing_anew(info: dict[str, list[dict[str, Any]
         assert row["passes"]["fused"]["over_eager"]["median"] > 0
 
 
+@pytest.mark.long
 def test_memory_training_and_recording_are_told(info: dict[str, list[dict[str, Any]]]) -> None:
     plain, quantised = of(info, "training_memory")
     assert plain["peak"] > 0

@@ -35,6 +35,7 @@ def held(root: Path, units: int) -> int:
     return tracemalloc.get_traced_memory()[1] + pa.default_memory_pool().max_memory()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_are_kept_at_work(tmp_path: Path) -> None:
     info = efficiency(tmp_path, workers=4, units_per_worker=10, seconds=0.2)
@@ -42,12 +43,14 @@ def test_workers_are_kept_at_work(tmp_path: Path) -> None:
     assert FLOOR < info["efficiency"] <= 1
 
 
+@pytest.mark.long
 def test_a_unit_takes_no_more_of_the_drivers_memory_than_a_million_may(tmp_path: Path) -> None:
     peaks = [fresh(held, tmp_path / str(units), units) for units in (1000, 2000, 3000)]
     grown = min(more - fewer for fewer, more in pairwise(peaks))  # where no table of the interpreter's own doubles
     assert 0 < grown < 1000 * MOST_BYTES / 1_000_000
 
 
+@pytest.mark.long
 def test_memory_and_the_time_to_resume_are_measured(tmp_path: Path) -> None:
     assert carried(tmp_path / "carried", 1000)["bytes_at_the_peak"] > 0
     assert resumed(tmp_path / "resumed", 1000)["seconds_to_resume"] > 0

@@ -8,6 +8,7 @@ import pytest
 from tests.benchmarks import teacher_share
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_measurement_runs_at_small_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -59,6 +59,7 @@ def measured(setup: Setup) -> tuple[int, int]:
     return at_rest - before, resident("VmHWM") - before
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="only Linux tells the peak of one step")
 @pytest.mark.parametrize(("quantization", "gradient_checkpointing"), [("none", False), ("none", True), ("int8", True)])
 def test_the_model_agrees_with_a_measured_run(
@@ -78,6 +79,7 @@ def test_the_model_agrees_with_a_measured_run(
     assert model["peak"] == pytest.approx(peak, rel=0.12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_sdxl_keeps_its_goals(quantization: str) -> None:
     if quantization == "int8":

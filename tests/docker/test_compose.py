@@ -160,6 +160,7 @@ def here(tmp_path: Path) -> Iterator[Callable[[list[str], list[str]], subprocess
                 process.wait(60)
 
 
+@pytest.mark.long
 def test_head_worker_and_driver_work_together(
     services: dict[str, Any], here: Callable[[list[str], list[str]], subprocess.Popen], tmp_path: Path
 ) -> None:

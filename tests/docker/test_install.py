@@ -58,6 +58,7 @@ def run(words: list[str | Path], cwd: Path, timeout: float = 600) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_training_runs_with_what_its_image_has(
     python: Path, context: Path, shared_dataset: Path, tmp_path: Path
 ) -> None:
@@ -68,12 +69,14 @@ def test_training_runs_with_what_its_image_has(
     assert json.loads((tmp_path / "run" / "training.json").read_text())["steps"] == 2
 
 
+@pytest.mark.long
 def test_what_ships_and_what_evaluates_comes_along_and_ray_does_not(python: Path, tmp_path: Path) -> None:
     script = """
 import importlib.util, pathlib, pipeline.evaluate, stages.embedded, stages.evaluate.evaluation, stages.evaluate.report
 assert importlib.util.find_spec("ray") is None
 embedded = pathlib.Path(stages.embedded.__file__).parent
 assert "site-packages" in str(embedded), embedded
+assert all(pathlib.Path(package.__file__).with_name("py.typed").exists() for package in (pipeline, stages))
 print(*sorted(str(path.relative_to(embedded)) for path in embedded.rglob("*") if path.suffix != ".pyc" and path.is_file()))
 """
     installed = set(run([python, "-c", script], tmp_path).split())
@@ -81,6 +84,7 @@ print(*sorted(str(path.relative_to(embedded)) for path in embedded.rglob("*") if
     assert installed >= set(tracked.stdout.split())
 
 
+@pytest.mark.long
 def test_generation_can_be_installed_under_the_constraints(python: Path, mounted: Path, tmp_path: Path) -> None:
     """Resolved only, not installed."""
     report = tmp_path / "report.json"

@@ -107,6 +107,7 @@ def test_processes_give_the_results_of_one_process(
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.long
 def test_a_killed_process_is_a_one_line_error(
     tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_users_error_in_a_process_is_raised(tiny_adapter: Path, tmp_path: Path
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_worker_processes_end_with_the_evaluation(how: signal.Signals, tiny_adapter: Path, tmp_path: Path) -> None:
     overrides = [f"{key}={value}" for key, value in (TEN_PARTS | {"num_samples": 2000}).items()]
@@ -183,6 +185,7 @@ def test_the_library_leaves_the_adapters_folder_alone(tiny_adapter: Path, tmp_pa
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_parallel_workers_give_the_results_of_one_process(
     undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path
@@ -213,6 +216,7 @@ class KillsAWorker(EvaluationFleet):
         return super()._in_flight()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_worker_is_replaced_and_loses_nothing(
     undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path
@@ -228,6 +232,7 @@ def test_a_killed_worker_is_replaced_and_loses_nothing(
         assert [row[key] for row in rows] == [row[key] for row in undisturbed.rows]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_users_error_in_a_worker_is_raised(tiny_adapter: Path, tmp_path: Path) -> None:
     wrong = Evaluation(config(tiny_adapter, tmp_path, clip_model="somewhere"))

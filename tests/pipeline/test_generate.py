@@ -20,6 +20,7 @@ from tests.support.soak import check, kill_command, start_command, until, worker
 UNITS = 60
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_driver_is_followed_by_two_at_once(tiny_teacher: Path, tmp_path: Path) -> None:
     """On one cluster, as after a restart by hand and another by a scheduler."""
@@ -58,6 +59,7 @@ def test_a_killed_driver_is_followed_by_two_at_once(tiny_teacher: Path, tmp_path
     survived("two drivers at once on one dataset", "driver")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_driver_that_is_told_to_end_says_so_and_what_there_is(tiny_teacher: Path, tmp_path: Path) -> None:
     """By SIGTERM, as schedulers do; Ray's own answer to it would be a dump."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -31,6 +32,7 @@ def train(command: list[str], *overrides: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
+@pytest.mark.long
 def test_two_processes_train_like_one_with_twice_the_batch(shared_dataset: Path, tmp_path: Path) -> None:
     data = f"data_dir={shared_dataset}"
     printed, info = train(LAUNCH, data, f"output_dir={tmp_path / 'two'}", "train_batch_size=4")

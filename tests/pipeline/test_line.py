@@ -42,6 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.long
 def test_each_command_leaves_its_summary_and_its_configuration(folder: Path) -> None:
     generation = json.loads((folder / "data" / "generation.json").read_text())
     assert (generation["trajectories"], generation["records"], generation["units_committed"]) == (100, 2000, 2)
@@ -57,6 +58,7 @@ def test_each_command_leaves_its_summary_and_its_configuration(folder: Path) -> 
     assert list((folder / "adapter" / "logs").iterdir())
 
 
+@pytest.mark.long
 def test_images_are_sampled_in_a_grid(folder: Path) -> None:
     output = folder / "grid.png"
     overrides = ["class_labels=[0,1,2]", "guidance_scale=2", "num_inference_steps=5", f"output={output}"]
@@ -67,6 +69,7 @@ def test_images_are_sampled_in_a_grid(folder: Path) -> None:
         assert image.size == (3 * 64, 3 * 64)
 
 
+@pytest.mark.long
 def test_damage_ends_verify_and_train_with_one_line(folder: Path) -> None:
     shard = next((folder / "data" / "shards").iterdir())
     whole = shard.read_bytes()

@@ -47,6 +47,7 @@ def study_file(tiny_teacher: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_a_study_runs_and_its_claims_are_judged_and_reported(
     study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

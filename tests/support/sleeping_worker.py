@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from stages.errors import UserError
 from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.planned import Unit
 from stages.storage.files import create
@@ -70,3 +74,35 @@ class SleepingWorker:
 class NeverStarts(SleepingWorker):
     def __init__(self, config: GenerateConfig) -> None:
         raise ImportError("no such library")
+
+
+class Refuses(SleepingWorker):
+    """Names the teacher, as a real one does whose folder is missing."""
+
+    def __init__(self, config: GenerateConfig) -> None:
+        super().__init__(config)
+        self.teacher = config.teacher.pretrained_model_name_or_path
+
+    def load(self, example: dict[str, Any]) -> dict[str, Any]:
+        raise UserError(f"{self.teacher}: there is no such folder")
+
+
+class KilledOnce(SleepingWorker):
+    """SIGKILL in the middle of the first unit that any of them samples."""
+
+    def sample(self, unit: Unit) -> None:
+        super().sample(unit)
+        with suppress(FileExistsError):
+            (self.root.parent / "killed").touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Placed(SleepingWorker):
+    """A worker that reports where Ray has put it, and with what."""
+
+    def load(self, example: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "gpus": os.environ["CUDA_VISIBLE_DEVICES"],
+            "kept": ray.get_runtime_context().get_assigned_resources(),
+            "word": os.environ["A_WORD"],
+        }

@@ -60,6 +60,7 @@ def test_a_record_is_its_latent_and_its_target_in_half_precision() -> None:
 STAGES = Path(__file__).parents[2] / "stages"
 
 
+@pytest.mark.long
 def test_the_pages_show_these_tables() -> None:
     assert table() in (STAGES / "generate" / "README.md").read_text()
     assert sizes() in (STAGES / "adapters" / "README.md").read_text()

@@ -11,6 +11,7 @@ from tests.support.faults_table import survived
 from tests.support.soak import BOTH, WORKER, check, soak, soak_config
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_kills_at_random_moments_lose_nothing(tiny_teacher: Path, tmp_path: Path) -> None:
     config = soak_config(tiny_teacher, tmp_path)

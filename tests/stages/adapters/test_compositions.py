@@ -28,7 +28,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.base.hooks import count_evaluations
 from stages.base.sampling import undecoded
-from tests.conftest import VARIANTS
+from tests.conftest import VARIANTS, mostly_long
 from tests.support.families import NO_CHECKER, PROMPTS, WIDTH, build, enliven
 
 ABOUT = {
@@ -222,7 +222,7 @@ def test_half_precision_costs_no_more_than_the_base_loses(pipe: Any, variant: st
     assert (half.float() - guided).norm() < 2 * (final(pipe, 1.0).float() - plain).norm()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_long(VARIANTS, ["offset", "lora"]))
 def test_compiled_without_a_graph_break(pipe: Any, variant: str) -> None:
     torch.compiler.reset()
     adapter = adapter_for(pipe.unet, variant).attach(pipe)

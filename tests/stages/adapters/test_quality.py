@@ -14,7 +14,7 @@ from stages.configuration.parsing import parse
 from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Samples, Setting, sample_setting
 from stages.train.config import TrainConfig
 from stages.train.trainer import Trainer
-from tests.conftest import VARIANTS, generate, generate_config
+from tests.conftest import VARIANTS, generate, generate_config, mostly_long
 
 TEACHER = Path("stages/embedded/mnist_dit")
 SCALE = 2.0
@@ -51,6 +51,7 @@ def gap_closed(samples: Samples, references: dict[str, Samples]) -> float:
     return float(1 - left / whole)
 
 
+@pytest.mark.long
 def test_the_default_closes_a_part_of_the_gap_of_a_unet_with_prompts(tmp_path: Path) -> None:
     """The second teacher: convolutions, cross-attention, and a scale that the adapter sees in every batch."""
     teacher = Path("stages/embedded/mnist_sd")
@@ -88,7 +89,7 @@ def test_the_default_closes_a_part_of_the_gap_of_a_unet_with_prompts(tmp_path: P
     assert gap_closed(one_pass, {NONE: none, CFG: cfg}) > 0.7
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_long(VARIANTS, ["lora"]))
 def test_training_closes_a_part_of_the_gap(
     variant: str, shards: Path, pipe: Any, references: dict[str, Samples], tmp_path: Path
 ) -> None:

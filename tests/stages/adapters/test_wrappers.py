@@ -57,7 +57,7 @@ def in_both(unet: nn.Module) -> Any:
         (in_peft, "offset"),
         (in_parallel, "offset"),
         (compiled, "lora"),  # what hooks do there is in test_compositions.py
-        (in_both, "lora"),
+        pytest.param(in_both, "lora", marks=pytest.mark.long),
     ],
 )
 def test_a_wrapped_denoiser_is_looked_through(pipe: Any, wrap: Any, variant: str) -> None:

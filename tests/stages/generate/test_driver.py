@@ -29,6 +29,8 @@ from tests.conftest import fill, generate, generate_config
 from tests.support.faults_table import survived
 from tests.support.faulty_s3 import Fault, FaultyS3
 
+pytestmark = pytest.mark.usefixtures("layout_found_once")
+
 
 def records(root: Path | str) -> dict[str, dict[str, torch.Tensor]]:
     """Every tensor of a dataset by key."""

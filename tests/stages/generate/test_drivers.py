@@ -25,6 +25,8 @@ from tests.stages.generate.test_driver import Faulty, assert_same_records
 from tests.stages.records.test_repair import samples_of
 from tests.support.faults_table import survived
 
+pytestmark = pytest.mark.usefixtures("layout_found_once")
+
 
 class Interrupted(InProcessFleet):
     """Lets something happen before one of its polls: the first loads the teacher, each other makes a unit."""

@@ -42,7 +42,7 @@ from tests.support.faulty_worker import (
 )
 from tests.support.sleeping_worker import NeverStarts
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("ray_cluster")]
 UNITS = {"num_trajectories": 24, "num_workers": 2}  # eight units of three trajectories
 
 

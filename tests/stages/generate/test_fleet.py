@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -19,7 +17,7 @@ from stages.generate.fleet import MAX_MESSAGE_LENGTH, RayFleet, ray_error_of, st
 from stages.records.verification import verify
 from tests.conftest import generate_config
 from tests.stages.generate.test_driver import assert_same_records
-from tests.support.sleeping_worker import SleepingWorker, sleeping_config
+from tests.support.sleeping_worker import KilledOnce, Placed, Refuses, sleeping_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -33,8 +31,12 @@ def test_one_worker_makes_the_records_of_the_twin(tiny_teacher: Path, shared_dat
     assert_same_records(tmp_path, shared_dataset)
 
 
+class RefusingFleet(RayFleet):
+    worker_class = Refuses  # type: ignore[assignment]
+
+
 def test_an_error_of_a_worker_keeps_its_line(tmp_path: Path) -> None:
-    fleet = RayFleet(generate_config(tmp_path / "missing", tmp_path))
+    fleet = RefusingFleet(sleeping_config(tmp_path / "missing", tmp_path, 0, units=1))
     fleet.start({"class_label": 0})
     events: list[Event] = []
     while not events:
@@ -45,19 +47,20 @@ def test_an_error_of_a_worker_keeps_its_line(tmp_path: Path) -> None:
     assert "missing" in str(events[0].error)
 
 
-class PlacedWorker(SleepingWorker):
-    """A worker that reports where Ray has put it, and with what."""
+class KilledFleet(RayFleet):
+    worker_class = KilledOnce  # type: ignore[assignment]
 
-    def load(self, example: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "gpus": os.environ["CUDA_VISIBLE_DEVICES"],
-            "kept": ray.get_runtime_context().get_assigned_resources(),
-            "word": os.environ["A_WORD"],
-        }
+
+def test_a_killed_worker_is_replaced(tiny_teacher: Path, tmp_path: Path) -> None:
+    """At every moment of a unit, with a real teacher: `make test-all`."""
+    config = sleeping_config(tiny_teacher, tmp_path / "data", 0, units=3)
+    summary = Driver(config).run(KilledFleet(config))
+    assert (tmp_path / "killed").exists()
+    assert (summary["units_committed"], summary["units_missing"], summary["workers_lost"]) == (3, [], 1)
 
 
 class PlacedFleet(RayFleet):
-    worker_class = PlacedWorker  # type: ignore[assignment]
+    worker_class = Placed  # type: ignore[assignment]
 
 
 def test_two_halves_of_a_gpu_and_whatever_else_is_asked_of_ray(tiny_teacher: Path, tmp_path: Path) -> None:

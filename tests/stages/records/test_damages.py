@@ -27,6 +27,7 @@ from tests.stages.train.test_stream import identity
 from tests.support.damages import DAMAGES, ESCAPED, SEALED, UNPICKLED, Damage
 from tests.support.faults_table import survived
 
+pytestmark = pytest.mark.usefixtures("layout_found_once")
 ALL = DAMAGES | SEALED
 UNREADABLE = [name for name in SEALED if "tensor" in name or "header" in name or "records" in name]
 

@@ -28,6 +28,7 @@ from tests.support.damages import DAMAGES, commit_of, publish_again
 from tests.support.faults_table import survived
 from tests.support.made_up import PLAN
 
+pytestmark = pytest.mark.usefixtures("layout_found_once")
 DAY = 86400.0
 
 

@@ -35,6 +35,7 @@ from tests.support.faults_table import survived
 from tests.support.faulty_s3 import Fault, FaultyS3
 from tests.support.made_up import PLAN
 
+pytestmark = pytest.mark.usefixtures("layout_found_once")
 ADDRESS = "s3://bucket/data/tiny"
 
 

@@ -125,12 +125,12 @@ def test_training_describes_the_flag_and_does_not_import_ray() -> None:
     assert "--multirun data_dir=" in help_text(TrainConfig, done.stdout)
 
 
-def test_one_dataset_serves_all_runs_in_sequence_and_over_ray(
-    shared_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
-) -> None:
-    settings = ["max_train_steps=2", "train_batch_size=8", "validation_share=0.2", "report_to=none", "device=cpu"]
+SMALL = ["max_train_steps=2", "train_batch_size=8", "validation_share=0.2", "report_to=none", "device=cpu"]
+
+
+def test_one_dataset_serves_all_runs(shared_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compared = ["adapter.sites=[attention],[nowhere]"]
-    overrides = [f"data_dir={shared_dataset}", f"output_dir={tmp_path}", "adapter.variant=offset", *settings, *compared]
+    overrides = [f"data_dir={shared_dataset}", f"output_dir={tmp_path}", "adapter.variant=offset", *SMALL, *compared]
     with pytest.raises(UserError, match="1 of 2 runs failed"):
         multirun(overrides)
     first, second = json.loads((tmp_path / "multirun.json").read_text())["rows"]
@@ -146,9 +146,17 @@ def test_one_dataset_serves_all_runs_in_sequence_and_over_ray(
     assert f"{first['adapter_parameters']:,}" in output[-2]
     assert "sites, " in (tmp_path / "adapter.sites=attention.log").read_text()
 
-    _, (finished, _) = combinations(overrides)
-    (outcome,) = train_over_ray([finished], num_cpus=1)
-    assert outcome == (finished, True, "already trained with this configuration; nothing to do")
+
+@pytest.mark.long
+def test_over_ray_a_run_is_trained_and_then_left_alone(shared_dataset: Path, tmp_path: Path, ray_cluster: None) -> None:
+    compared = ["adapter.sites=[attention],[feed_forward]"]
+    overrides = [f"data_dir={shared_dataset}", f"output_dir={tmp_path}", "adapter.variant=offset", *SMALL, *compared]
+    _, (one, _) = combinations(overrides)
+    ((trained, good, line),) = train_over_ray([one], num_cpus=1)
+    assert (trained, good) == (one, True)
+    assert line.startswith("2 steps, validation loss ")
+    (again,) = train_over_ray([one], num_cpus=1)
+    assert again == (one, True, "already trained with this configuration; nothing to do")
 
 
 @pytest.fixture
@@ -171,14 +179,7 @@ def test_a_killed_run_is_reported_and_stops_no_other(sleeper: Path) -> None:
         assert next(outcomes)[1:] == (False, "ended by signal 15 after: begun")
 
 
-@pytest.mark.parametrize(
-    ("how", "at_once"),
-    [(one_by_one, 1), (lambda runs: train_over_ray(runs, num_cpus=1), 2)],
-    ids=["in sequence", "over Ray"],
-)
-def test_an_interruption_ends_the_processes_of_the_runs(
-    how: Callable, at_once: int, sleeper: Path, ray_cluster: None
-) -> None:
+def assert_an_interruption_ends_them(how: Callable, at_once: int, sleeper: Path) -> None:
     _, runs = combinations([*PLACES, "seed=0,1"])
     as_soon_as_they_sleep(sleeper, at_once, lambda _: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
@@ -186,3 +187,12 @@ def test_an_interruption_ends_the_processes_of_the_runs(
     begun = [int(path.stem) for path in sleeper.glob("*.pid")]
     assert len(begun) == at_once
     assert not any(psutil.pid_exists(pid) for pid in begun)
+
+
+def test_an_interruption_ends_the_processes_of_the_runs(sleeper: Path) -> None:
+    assert_an_interruption_ends_them(one_by_one, 1, sleeper)
+
+
+@pytest.mark.long
+def test_an_interruption_ends_the_processes_of_the_runs_over_ray(sleeper: Path, ray_cluster: None) -> None:
+    assert_an_interruption_ends_them(lambda runs: train_over_ray(runs, num_cpus=1), 2, sleeper)

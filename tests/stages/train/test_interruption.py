@@ -138,6 +138,7 @@ def test_killed_at_a_chosen_moment(
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+@pytest.mark.long
 def test_killed_at_random_until_it_is_done(shared_dataset: Path, tmp_path: Path) -> None:
     undisturbed, disturbed = (
         replace(config_of(shared_dataset, tmp_path / name), checkpointing_steps=1, max_train_steps=200)
