@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,41 +14,20 @@ from torch.utils.hooks import RemovableHandle
 
 from stages.adapters import folder
 from stages.adapters.attaching import Attachable
-from stages.adapters.conditioning import Conditioning, Conditions, ScaleAlone, choose_conditions
+from stages.adapters.conditioning import Conditioning, ScaleAlone, choose_conditions
 from stages.adapters.config import NEGATIVE_TOKENS, TIMESTEP, AdapterConfig
 from stages.adapters.export import export
+from stages.adapters.fit import check_blocks, check_shapes
 from stages.adapters.fusing import LowRank
 from stages.adapters.guidance import Prepared
 from stages.adapters.inputs import Inputs, samples_of
 from stages.adapters.layers import find_blocks
-from stages.adapters.sites import Shape, every_site, find_sites, layer_beneath, width_axis
-from stages.adapters.trial_forward import Seen, Spot, argument_in, look
+from stages.adapters.site import Site, added, gated, of_rows
+from stages.adapters.sites import Shape, every_site, find_sites, layer_beneath
+from stages.adapters.spots import Seen, Spot, argument_in
+from stages.adapters.trial_forward import look
 from stages.base.denoiser import flatten
 from stages.errors import UserError
-
-
-class Site(nn.Module, ABC):
-    """The adapter's part at one site.
-
-    What does not depend on the image is prepared apart: once per forward pass, not once per token.
-    """
-
-    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
-        """What depends on scale, timestep and whole conditions: tensors `[n, ...]`."""
-        return ()
-
-    def prepare_tokens(self, known: Conditions) -> tuple[Tensor, ...]:
-        """What depends on the conditions' tokens alone: tensors `[n, ...]`."""
-        return ()
-
-    @abstractmethod
-    def forward(self, tokens: Tensor, *prepared: Tensor) -> Tensor:
-        """What is added to the site's output, `[n, length, width]` or broadcastable to it, zero at the start.
-
-        Args:
-            tokens: `[n, length, width]`, what the site was given.
-            prepared: what `prepare_step` and `prepare_tokens` gave.
-        """
 
 
 class GuidanceAdapter(Attachable):
@@ -57,14 +36,8 @@ class GuidanceAdapter(Attachable):
     It rides on forward hooks: no module and no attention processor is replaced, state-dict keys stay as they are. Its
     output is zero at the start, so that attached and untrained it changes nothing, bit for bit. Adapter guidance
     distillation: arXiv 2503.07274.
-
-    Attributes:
-        config: the variant and its sizes, complete.
-        shapes: the sites by name, with the widths of each.
-        metadata: what the folder tells besides: conditions, trained scale range, guidance gain, base.
     """
 
-    variant: ClassVar[str]
     default_sites: ClassVar[tuple[str, ...]] = ("attention",)
     default_conditions: ClassVar[tuple[str, ...]] = ("timestep", "pooled")
     default_rank: ClassVar[int] = 16
@@ -74,8 +47,7 @@ class GuidanceAdapter(Attachable):
         GuidanceAdapter.variants[cls.variant] = cls
 
     def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], metadata: dict[str, Any]) -> None:
-        super().__init__()
-        self.config, self.shapes, self.metadata = config, shapes, metadata
+        super().__init__(config, shapes, metadata)
         self.conditioning = self.new_conditioning()
         self.sites = nn.ModuleDict({name.replace(".", "/"): self.new_site(*shape) for name, shape in shapes.items()})
 
@@ -149,7 +121,7 @@ class GuidanceAdapter(Attachable):
         """A new adapter, untrained, for the sites that are found in a denoiser.
 
         Args:
-            inputs: arguments of one call of the denoiser, flat, for a trial forward (`looking.look`) that shows what no name
+            inputs: arguments of one call of the denoiser, flat, for a trial forward (`trial_forward.look`) that shows what no name
                 tells. Their values do not matter, and they may be on the meta device.
         """
         kind = GuidanceAdapter.get_class(config.variant)
@@ -170,21 +142,8 @@ class GuidanceAdapter(Attachable):
         Raises:
             UserError: the base has other sites.
         """
-        found = self.find_again(denoiser)
-        for name in [*self.shapes, *found]:
-            if found.get(name) != self.shapes.get(name):
-                here, there = (format_shape(shapes.get(name)) for shapes in (self.shapes, found))
-                raise UserError(
-                    f"the adapter does not fit this {type(denoiser).__name__}: at {name} it was made for {here}, "
-                    f"the base has {there}: attach it to a base of the architecture it was trained on"
-                )
-
-        for name, count in find_blocks(denoiser, self.shapes).items():
-            if count != self.metadata.get("blocks", {}).get(name, count):
-                raise UserError(
-                    f"the adapter does not fit this {type(denoiser).__name__}: it was made for {self.metadata['blocks'][name]} "
-                    f"{name}, the base has {count}: attach it to a base of the architecture it was trained on"
-                )
+        check_shapes(denoiser, self.shapes, self.find_again(denoiser))
+        check_blocks(denoiser, self.shapes, self.metadata.get("blocks", {}))
 
     def find_again(self, denoiser: nn.Module) -> dict[str, Shape]:
         """The sites of this adapter in another denoiser: by name, because only a run shows which of the candidates are fit."""
@@ -204,7 +163,7 @@ class GuidanceAdapter(Attachable):
             yield module.register_forward_hook(self._add(i, name, module), with_kwargs=True)
 
     def _add(self, i: int, name: str, module: nn.Module) -> Callable[..., Any]:
-        site, shape = self.sites[name.replace(".", "/")], self.shapes[name]
+        site, shape = self._each_site()[i], self.shapes[name]
         spot, tokens_in = Spot(**self.metadata.get("spots", {}).get(name, {})), argument_in(module)
 
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -213,27 +172,10 @@ class GuidanceAdapter(Attachable):
             tokens = tokens_in(spot.argument, args, kwargs)
             tokens = tokens.transpose(0, 1) if spot.across else tokens
             prepared = tuple(of_rows(each, len(tokens), spot.tiled) for each in self.prepared[i])
-            change = self.gated(self.change(site, shape, tokens.to(self.dtype), prepared), spot.tiled)
+            change = gated(site.change(shape, tokens.to(self.dtype), prepared), self.gate, spot.tiled)
             return added(output, change.transpose(0, 1) if spot.across else change, spot.output)
 
         return add
-
-    def change(self, site: nn.Module, shape: Shape, tokens: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
-        """What a site adds, in the layout of the module's output; a site itself knows tokens `[n, length, width]` alone."""
-        axis = width_axis(tokens.shape, shape[0])
-        if tokens.ndim == 3 and axis == 2:
-            return site(tokens, *prepared)
-        assert axis is not None
-        within = [size for i, size in enumerate(tokens.shape) if i not in (0, axis)]
-        change = site(tokens.movedim(axis, -1).flatten(1, -2), *prepared)
-        sizes = within if change.shape[1] != 1 else [1] * len(within)
-        return change.unflatten(1, sizes).movedim(-1, axis)
-
-    def gated(self, change: Tensor, tiled: bool = False) -> Tensor:
-        """The change `[rows, ...]` of those samples that are guided."""
-        if self.gate is None:
-            return change
-        return change * of_rows(self.gate, len(change), tiled).view(-1, *[1] * (change.ndim - 1))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -328,34 +270,3 @@ class GuidanceAdapter(Attachable):
     ) -> str:
         """Upload the adapter with its model card to a model hub; the address of the commit."""
         return folder.push(self, repo_id, private, token, commit_message)
-
-
-def added(output: Any, change: Tensor, which: int) -> Any:
-    """A module's output, or of several that one, with a change."""
-    if isinstance(output, (tuple, list)):
-        return type(output)(added(each, change, 0) if i == which else each for i, each in enumerate(output))
-    return output + change.to(output.dtype)
-
-
-def of_rows(values: Tensor, rows: int, tiled: bool = False) -> Tensor:
-    """Values `[rows, ...]` from those of n samples: a layer may be given several rows for each, side by side or by turns.
-
-    Raises:
-        UserError: it is given rows that belong to no sample.
-    """
-    samples = len(values)
-    if rows == samples:
-        return values
-    if rows % samples:
-        raise UserError(
-            f"a layer is given {rows} rows for {samples} samples, so that guidance cannot tell them apart: give the samples one by one"
-        )
-    count = rows // samples
-    return values.repeat(count, *[1] * (values.ndim - 1)) if tiled else values.repeat_interleave(count, dim=0)
-
-
-def format_shape(shape: Shape | None) -> str:
-    """A site's shape for a person."""
-    if shape is None:
-        return "no site"
-    return f"width {shape[0]}" if shape[0] == shape[1] else f"widths {shape[0]} to {shape[1]}"

@@ -12,9 +12,11 @@ from torch import nn
 
 from stages.adapters.attachment import attachment_of, begin_attachment, end_attachment, is_attached
 from stages.adapters.call_arguments import check_pipeline
+from stages.adapters.denoiser_controller import check_wrappers
 from stages.adapters.guiding import Guiding
+from stages.adapters.hooks import hook
 from stages.adapters.one_pass import adapters_of, begin_one_pass, end_one_pass
-from stages.adapters.wrappers import entrance_of, layers_of, unwrapped
+from stages.adapters.wrappers import unwrapped
 from stages.errors import UserError
 
 Self = TypeVar("Self", bound="Attachable")
@@ -51,7 +53,7 @@ class Attachable(Guiding):
         elif is_denoiser or self.denoiser is not denoiser or any(pipe is target for pipe in self.pipelines):
             raise UserError("this adapter is attached already: detach it first")
         if not is_denoiser:
-            check_pipeline(self, target, adapters_of(target).stock)
+            check_pipeline(self.metadata, target, adapters_of(target).stock)
         check_wrappers(target if is_denoiser else getattr(target, self.component_in(target)))
         with ExitStack() as undo:
             if self.denoiser is None:
@@ -62,7 +64,7 @@ class Attachable(Guiding):
                 begin_one_pass(target, self)
                 undo.callback(end_one_pass, target, self)
             if is_denoiser or not self.fusible:
-                self.hook(denoiser)
+                hook(self, denoiser)
             undo.pop_all()
         return self
 
@@ -81,7 +83,7 @@ class Attachable(Guiding):
     def _forget(self) -> None:
         self._targets.clear()
         self._denoiser = None
-        self._restore_precision()
+        self.restore_precision()
 
     def detach(self) -> None:
         """Leave the base as it was, once the calls of other threads are over.
@@ -97,39 +99,3 @@ class Attachable(Guiding):
                 self._forget()
                 end_attachment(denoiser)
         self._forget()
-
-    def check_carried(self, pipe: Any) -> None:
-        """
-        Raises:
-            UserError: the denoiser of a pipeline that is about to run does not carry this adapter, or runs in a way it does not know.
-        """
-        denoiser = self.denoiser_in(pipe)
-        kind = type(denoiser).__name__
-        if not is_attached(denoiser):
-            raise UserError(
-                f"this {kind} took the place of the one that the adapter was attached to, or the adapter was detached meanwhile: "
-                "detach it, and attach it anew"
-            )
-        self.check_layers(denoiser)
-        self._come_by(denoiser, getattr(pipe, self.component_in(pipe)))
-
-    def _come_by(self, denoiser: nn.Module, outermost: nn.Module) -> None:
-        """Have the hooks see the calls of a denoiser that was wrapped since they were put there."""
-        check_wrappers(outermost)
-        attachment = attachment_of(denoiser)
-        if attachment.handles and attachment.entrance is not entrance_of(outermost):
-            with attachment.lock.alone():
-                attachment.unhook()
-                self.hook(denoiser)
-
-
-def check_wrappers(module: nn.Module) -> None:
-    """
-    Raises:
-        UserError: what wraps a denoiser calls copies of it in threads of its own.
-    """
-    for layer in layers_of(module):
-        if isinstance(layer, nn.DataParallel) and len(layer.device_ids) > 1:
-            raise UserError(
-                "DataParallel runs copies of the denoiser, which carry no adapter: use its `module` alone, or one process per GPU"
-            )

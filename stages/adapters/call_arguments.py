@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
 from diffusers.guiders import BaseGuidance
 
+from stages.adapters.denoiser_controller import DenoiserController
 from stages.adapters.guidance import Scales, as_scales
 from stages.adapters.user_warnings import warn
 from stages.base.denoiser import denoisers_of
 from stages.base.sampling import scale_keyword
 from stages.errors import UserError
-
-if TYPE_CHECKING:
-    from stages.adapters.guiding import Guiding
 
 NO_GUIDANCE = 1.0  # where no folder tells what was tried: diffusers' pipelines run the unconditional pass only above 1
 SCALE = "guidance_scale"  # what callers name the adapter's scale by, whatever the pipeline calls its own
@@ -32,16 +30,21 @@ class CallArguments:
     """The arguments of one call of a pipeline.
 
     Args:
-        signature: of the stock `__call__`; adapters: the adapters on the pipeline, by the component that each guides.
+        signature: of the stock `__call__`; controllers: of the adapters on the pipeline, by the component that each guides.
 
     Attributes:
         given: what the caller named; keyword: by which the pipeline is told its own scale, None where a guider knows it.
     """
 
     def __init__(
-        self, pipe: Any, signature: inspect.Signature, adapters: dict[str, Guiding], args: Any, kwargs: dict[str, Any]
+        self,
+        pipe: Any,
+        signature: inspect.Signature,
+        controllers: dict[str, DenoiserController],
+        args: Any,
+        kwargs: dict[str, Any],
     ) -> None:
-        self.pipe, self.adapters, self.keyword = pipe, adapters, keyword_of(pipe, signature)
+        self.pipe, self.controllers, self.keyword = pipe, controllers, keyword_of(pipe, signature)
         self.added = {SCALE: kwargs.pop(SCALE)} if self.keyword is None and SCALE in kwargs else {}
         self.bound = signature.bind(pipe, *args, **kwargs)
         self.given = dict(self.bound.arguments) | self.added
@@ -66,7 +69,7 @@ class CallArguments:
 
     def _scales(self, component: str, number: Scales) -> torch.Tensor:
         """The scales `w` for the pipeline's number; up to the one that switches its guidance off, none."""
-        metadata = self.adapters[component].metadata
+        metadata = self.controllers[component].metadata
         offset = metadata.get("scale_offset", 0.0)
         scales = as_scales(number, offset)
         off = metadata.get("no_guidance", {}).get(self.keyword, 1.0 - offset)
@@ -81,8 +84,8 @@ class CallArguments:
     def switch_off(self) -> dict[str, Any]:
         """Have the pipeline make one pass without its own guidance; the settings that this changed, as they are now."""
         off: dict[str, Any] = {} if self.keyword is None else {self.keyword: NO_GUIDANCE}
-        for adapter in self.adapters.values():
-            off |= adapter.metadata.get("no_guidance", {})
+        for controller in self.controllers.values():
+            off |= controller.metadata.get("no_guidance", {})
         if self.keyword is not None:
             numbered = [name for name in self.arguments if re.fullmatch(rf"{self.keyword}_\d+", name)]
             off |= {name: off.get(name, off[self.keyword]) for name in numbered if self.arguments[name] is not None}
@@ -105,8 +108,8 @@ class CallArguments:
     def recorded(self, name: str) -> Any:
         """An argument's value in the calls that the adapters were trained on."""
         default = self.bound.signature.parameters[name].default
-        for adapter in self.adapters.values():
-            rule, arguments = adapter.metadata.get("guidance_rule"), adapter.metadata.get("arguments", {})
+        for controller in self.controllers.values():
+            rule, arguments = controller.metadata.get("guidance_rule"), controller.metadata.get("arguments", {})
             default = (rule if isinstance(rule, dict) else {}).get(name, arguments.get(name, default))
         return default
 
@@ -114,10 +117,10 @@ class CallArguments:
 
     def warn(self) -> None:
         """Say what the call asks for that one pass does not do."""
-        for adapter in self.adapters.values():
-            self._warn_of_negatives(adapter)
-            self._warn_of_classes(adapter)
-        scales = {self.keyword, *map(self.keyword_of, self.adapters)}
+        for controller in self.controllers.values():
+            self._warn_of_negatives(controller)
+            self._warn_of_classes(controller)
+        scales = {self.keyword, *map(self.keyword_of, self.controllers)}
         if self.keyword in (None, SCALE) or self.keyword not in self.given:
             scales.add(SCALE)
         for name, value in self.given.items():
@@ -126,17 +129,17 @@ class CallArguments:
                     f"{name}={value} does not change the guidance of this adapter, which was recorded with "
                     f"{name}={self.recorded(name)}: leave it out, or train an adapter on records made so"
                 )
-        for name in denoisers_of(self.pipe).keys() - self.adapters.keys():
+        for name in denoisers_of(self.pipe).keys() - self.controllers.keys():
             warn(
                 f"{name} carries no adapter, so that its steps run without guidance: attach the adapter made for it too"
             )
 
-    def _warn_of_negatives(self, adapter: Guiding) -> None:
+    def _warn_of_negatives(self, controller: DenoiserController) -> None:
         """Say once that a negative prompt does nothing, where the adapter was not trained to see it."""
-        if adapter.sees_negative or adapter.warned_of_negative:
+        if controller.sees_negative:
             return
         recorded = {
-            name: value for name, value in adapter.metadata["arguments"].items() if name.startswith("negative_")
+            name: value for name, value in controller.metadata["arguments"].items() if name.startswith("negative_")
         }
         known = {""} | {value.strip() for value in recorded.values() if isinstance(value, str)}
         for name, value in self.given.items():
@@ -146,15 +149,15 @@ class CallArguments:
             is_text = isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)
             unseen = [f" ({text})" for text in texts if text.strip() not in known] if is_text else [""]
             if unseen:
-                adapter.warned_of_negative = True
-                warn(
+                controller.warn_once(
                     f"{name}{unseen[0]} does nothing: this adapter was not trained to see negative prompts "
-                    "(adapter.conditions=[...,negative_tokens])"
+                    "(adapter.conditions=[...,negative_tokens])",
+                    topic="negative prompts",
                 )
                 return
 
-    def _warn_of_classes(self, adapter: Guiding) -> None:
-        trained = (adapter.metadata.get("sampled") or {}).get("class_labels") or []
+    def _warn_of_classes(self, controller: DenoiserController) -> None:
+        trained = (controller.metadata.get("sampled") or {}).get("class_labels") or []
         asked = self.given.get("class_labels")
         if not trained or asked is None:
             return
@@ -192,34 +195,32 @@ def keyword_of(pipe: Any, signature: inspect.Signature) -> str | None:
     return scale_keyword(pipe)
 
 
-def check_pipeline(adapter: Guiding, pipe: Any, stock: type[Any]) -> None:
+def check_pipeline(metadata: dict[str, Any], pipe: Any, stock: type[Any]) -> None:
     """
     Raises:
         UserError: a pipeline has no scale, or guides in another way than the one that the adapter was trained on.
     """
-    keyword, off, kind = (
-        keyword_of(pipe, inspect.signature(stock.__call__)),
-        adapter.metadata.get("no_guidance", {}),
-        stock,
-    )
-    recorded = recorded_class(adapter)
-    if recorded is None or recorded.__name__ == kind.__name__ or guiders_of(pipe):
+    keyword, off = keyword_of(pipe, inspect.signature(stock.__call__)), metadata.get("no_guidance", {})
+    recorded = recorded_class(metadata)
+    if recorded is None or recorded.__name__ == stock.__name__ or guiders_of(pipe):
         return
     name, there_keyword = recorded.__name__, scale_keyword(object.__new__(recorded))
     if keyword != there_keyword:
-        raise UserError(f"{kind.__name__} guides by {keyword}, the {name} of the records by {there_keyword}: {WAY_OUT}")
-    here, there = (inspect.signature(each.__call__).parameters for each in (kind, recorded))
+        raise UserError(
+            f"{stock.__name__} guides by {keyword}, the {name} of the records by {there_keyword}: {WAY_OUT}"
+        )
+    here, there = (inspect.signature(each.__call__).parameters for each in (stock, recorded))
     more = [s for s in here if is_setting(s) and s not in there and s not in off and here[s].default]
     lost = [s for s in off if s in there and s not in here]
     for setting, overrides in [(s, "too") for s in more] + [(s, "no more") for s in lost]:
         raise UserError(
-            f"{kind.__name__} guides by {setting} {overrides}, otherwise than the {name} of the records: {WAY_OUT}"
+            f"{stock.__name__} guides by {setting} {overrides}, otherwise than the {name} of the records: {WAY_OUT}"
         )
 
 
-def recorded_class(adapter: Guiding) -> type[Any] | None:
+def recorded_class(metadata: dict[str, Any]) -> type[Any] | None:
     """The class of the pipeline that the adapter was trained on; None where it is not known, or a guider guided it."""
-    rule, base = adapter.metadata.get("guidance_rule"), adapter.metadata.get("base", {})
+    rule, base = metadata.get("guidance_rule"), metadata.get("base", {})
     name = (rule.get("pipeline") if isinstance(rule, dict) else None) or base.get("pipeline_class")
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from stages.adapters.adapter_call import AdapterCall
 from stages.adapters.call_arguments import guiders_of, is_setting
 from stages.adapters.user_warnings import warn
-
-if TYPE_CHECKING:
-    from stages.adapters.controller import AdapterCall
 
 CALLBACK, INPUTS = "callback", "callback_on_step_end_tensor_inputs"
 LATENTS = "latents"

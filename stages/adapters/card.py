@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 from huggingface_hub import EvalResult, ModelCardData
-
-if TYPE_CHECKING:
-    from stages.adapters.adapter import GuidanceAdapter
 
 CARD = """---
 {header}
@@ -49,13 +46,16 @@ With another strength it guides as the scale of two-pass guidance beside it does
 """
 
 
-def model_card(adapter: GuidanceAdapter) -> str:
-    """Markdown with the header that model hubs read."""
-    metadata, parameters = adapter.metadata, sum(parameter.numel() for parameter in adapter.parameters())
+def model_card(variant: str, parameters: int, metadata: dict[str, Any]) -> str:
+    """Markdown with the header that model hubs read.
+
+    Args:
+        parameters: how many the adapter has; metadata: what its folder tells.
+    """
     low, high = metadata["scale_range"]
     facts = {
         **teacher_of(metadata),
-        "variant": adapter.variant,
+        "variant": variant,
         "trained scales": f"{low:g} to {high:g}",
         "parameters": f"{parameters:,}",
     }
@@ -73,7 +73,7 @@ def model_card(adapter: GuidanceAdapter) -> str:
         }
     rows = metadata.get("evaluation", [])
     card = CARD.format(
-        header=header(adapter, rows),
+        header=header(variant, metadata, rows),
         base=metadata["base"]["pretrained_model_name_or_path"],
         loading=loading(metadata),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
@@ -120,7 +120,7 @@ def loading(metadata: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def header(adapter: GuidanceAdapter, rows: list[dict[str, Any]]) -> str:
+def header(variant: str, metadata: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """YAML: what the base is, how it relates to it, what was measured."""
     results = [
         EvalResult(
@@ -136,11 +136,11 @@ def header(adapter: GuidanceAdapter, rows: list[dict[str, Any]]) -> str:
         for metric in ("frechet_distance", "gap_closed")
     ]
     data = ModelCardData(
-        base_model=adapter.metadata["base"]["pretrained_model_name_or_path"],
+        base_model=metadata["base"]["pretrained_model_name_or_path"],
         base_model_relation="adapter",
         library_name="diffusers",
-        tags=["guidance-distillation", "classifier-free-guidance", adapter.variant],
-        model_name=f"one-pass guidance, {adapter.variant}",
+        tags=["guidance-distillation", "classifier-free-guidance", variant],
+        model_name=f"one-pass guidance, {variant}",
         eval_results=results or None,
     )
     return data.to_yaml()

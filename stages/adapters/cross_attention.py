@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stages.adapters.adapter import GuidanceAdapter, Site
+from stages.adapters.adapter import GuidanceAdapter
 from stages.adapters.conditioning import Conditions
+from stages.adapters.site import Site
 
 HEAD_WIDTH = 64
 

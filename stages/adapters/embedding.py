@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stages.adapters.adapter import GuidanceAdapter, Site, of_rows
+from stages.adapters.adapter import GuidanceAdapter
 from stages.adapters.conditioning import LABEL, Conditions
 from stages.adapters.config import POOLED, TOKENS, AdapterConfig
 from stages.adapters.inputs import places_of
+from stages.adapters.site import Site, gated, of_rows
 from stages.adapters.sites import Shape, find_label_embedders
-from stages.adapters.trial_forward import Seen
+from stages.adapters.spots import Seen
 from stages.base.arguments import argument
 from stages.base.denoiser import flatten, unflatten
 from stages.errors import UserError
@@ -125,7 +126,5 @@ class Embedding(GuidanceAdapter):
         (site,) = self.sites.values()
         prepared = (of_rows(each[samples], len(tokens)) for each in self.prepared[0])
         change = site(tokens.to(self.dtype).reshape(len(tokens), -1, width), *prepared).view(tokens.shape)
-        if self.gate is not None:
-            gate = of_rows(self.gate[samples], len(tokens)).view(-1, *[1] * (tokens.ndim - 1))
-            change = change * gate
-        return tokens + change.to(tokens.dtype)
+        gate = None if self.gate is None else self.gate[samples]
+        return tokens + gated(change, gate).to(tokens.dtype)

@@ -9,21 +9,20 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from torch import Tensor
 
+from stages.adapters.adapter_base import AdapterBase
 from stages.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, whole
 from stages.adapters.fusing import LowRank
 from stages.adapters.guidance import as_scales
 from stages.adapters.header import header, with_header
 from stages.adapters.naming import NAMINGS, naming_of
+from stages.base.denoiser import fingerprint
 from stages.errors import UserError
-
-if TYPE_CHECKING:
-    from stages.adapters.adapter import GuidanceAdapter
 
 DIFFUSERS, PEFT, KOHYA = "diffusers", "peft", "kohya"
 FORMATS = (DIFFUSERS, PEFT, KOHYA)
@@ -31,7 +30,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # where `load_lora_weights` look
 SUFFIX = ".safetensors"
 
 
-def export(adapter: GuidanceAdapter, path: Path, guidance_scale: float, format: str) -> Path:
+def export(adapter: AdapterBase, path: Path, guidance_scale: float, format: str) -> Path:
     """Write the adapter at one scale, float32, each file whole or not at all.
 
     Args:
@@ -49,8 +48,8 @@ def export(adapter: GuidanceAdapter, path: Path, guidance_scale: float, format: 
     weights, tensors, implementation = prepared(adapter, path, guidance_scale, format)
     adapter.warn_outside(as_scales(guidance_scale))
     file = path if format == KOHYA else path / (LORA_FILE if format == DIFFUSERS else WEIGHTS_FILE)
-    header_fields = header(adapter, guidance_scale, implementation) | for_diffusers(adapter, weights, format)
-    content = with_header(tensors, header_fields)
+    fields = header(adapter.metadata, guidance_scale, implementation, fingerprint(adapter))
+    content = with_header(tensors, fields | for_diffusers(adapter, weights, format))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -64,7 +63,7 @@ def export(adapter: GuidanceAdapter, path: Path, guidance_scale: float, format: 
 
 
 def prepared(
-    adapter: GuidanceAdapter, path: Path, guidance_scale: float, format: str
+    adapter: AdapterBase, path: Path, guidance_scale: float, format: str
 ) -> tuple[LowRank, dict[str, Tensor], str]:
     """The change of every layer, the tensors of the file, and the code whose names they have.
 
@@ -78,7 +77,7 @@ def prepared(
     return weights, *named_for_format(adapter, weights, format)
 
 
-def weights_of(adapter: GuidanceAdapter, guidance_scale: float, format: str) -> LowRank:
+def weights_of(adapter: AdapterBase, guidance_scale: float, format: str) -> LowRank:
     """A and B of every layer at one scale, on the CPU.
 
     Raises:
@@ -115,7 +114,7 @@ def check_path(path: Path, format: str) -> None:
         raise UserError(f"output={path}: holds an adapter of this project: name another folder")
 
 
-def named_for_format(adapter: GuidanceAdapter, weights: LowRank, format: str) -> tuple[dict[str, Tensor], str]:
+def named_for_format(adapter: AdapterBase, weights: LowRank, format: str) -> tuple[dict[str, Tensor], str]:
     """The tensors of a file by the names that its readers know, and the code whose names they are."""
     base = adapter.metadata["base"]
     if format == KOHYA:
@@ -144,7 +143,7 @@ def lora_config(weights: LowRank) -> dict[str, Any]:
     }
 
 
-def peft_config(adapter: GuidanceAdapter, weights: LowRank) -> dict[str, Any]:
+def peft_config(adapter: AdapterBase, weights: LowRank) -> dict[str, Any]:
     """The configuration in a folder of peft's."""
     base = adapter.metadata["base"]
     return {
@@ -162,7 +161,7 @@ def peft_config(adapter: GuidanceAdapter, weights: LowRank) -> dict[str, Any]:
     }
 
 
-def for_diffusers(adapter: GuidanceAdapter, weights: LowRank, format: str) -> dict[str, str]:
+def for_diffusers(adapter: AdapterBase, weights: LowRank, format: str) -> dict[str, str]:
     """What diffusers reads in the header: the ranks, which some of its releases guess wrongly where they differ."""
     base = adapter.metadata["base"]
     if format == PEFT or (format == KOHYA and naming_of(base["denoiser_class"]).alpha):
@@ -171,7 +170,7 @@ def for_diffusers(adapter: GuidanceAdapter, weights: LowRank, format: str) -> di
     return {LORA_ADAPTER_METADATA_KEY: json.dumps(config)}
 
 
-def how_to_load(adapter: GuidanceAdapter, file: Path, format: str) -> str:
+def how_to_load(adapter: AdapterBase, file: Path, format: str) -> str:
     """What loads an exported file, in a line."""
     base = adapter.metadata["base"]
     part, folder = base["denoiser_subfolder"], file.parent

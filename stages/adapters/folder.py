@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -16,20 +16,18 @@ from huggingface_hub import HfApi, snapshot_download
 from obstore.exceptions import BaseError
 from safetensors.torch import load_file
 
+from stages.adapters.adapter_base import AdapterBase
 from stages.adapters.card import model_card
 from stages.base.loading import first_line
 from stages.errors import UserError
 from stages.storage.buckets import SCHEMES, read_object
-
-if TYPE_CHECKING:
-    from stages.adapters.adapter import GuidanceAdapter
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT_VERSION = 3
 MAX_MESSAGE_LENGTH = 300
 
 
-def save(adapter: GuidanceAdapter, path: Path) -> None:
+def save(adapter: AdapterBase, path: Path) -> None:
     """Write weights, model card and configuration, each whole or not at all, the configuration last."""
     path.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in adapter.state_dict().items()}
@@ -38,11 +36,13 @@ def save(adapter: GuidanceAdapter, path: Path) -> None:
     write_card(adapter, path)
 
 
-def write_card(adapter: GuidanceAdapter, path: Path) -> None:
+def write_card(adapter: AdapterBase, path: Path) -> None:
     """Write model card and configuration."""
     config = {"format_version": FORMAT_VERSION, "adapter": asdict(adapter.config), "sites": adapter.shapes}
+    parameters = sum(parameter.numel() for parameter in adapter.parameters())
+    card = model_card(adapter.variant, parameters, adapter.metadata)
     with whole(path / CARD_FILE) as part:
-        part.write_text(model_card(adapter), encoding="utf-8")
+        part.write_text(card, encoding="utf-8")
     with whole(path / CONFIG_FILE) as part:
         part.write_text(json.dumps(config | adapter.metadata, indent=2) + "\n")
 
@@ -125,7 +125,7 @@ def _from_hub(repo_id: str, **source: Any) -> Path:
         raise UserError(f"{repo_id}: neither a folder here nor an adapter on the hub: {first_line(error)}") from error
 
 
-def push(adapter: GuidanceAdapter, repo_id: str, private: bool | None, token: str | None, commit_message: str) -> str:
+def push(adapter: AdapterBase, repo_id: str, private: bool | None, token: str | None, commit_message: str) -> str:
     """Upload weights, model card and configuration; the address of the commit."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.adapters.adapter import of_rows
 from stages.adapters.config import AdapterConfig
 from stages.adapters.offset import Offset
+from stages.adapters.site import of_rows
 from stages.adapters.sites import Shape, layer_beneath
-from stages.adapters.trial_forward import tree_map
+from stages.adapters.trial_inputs import tree_map
 from stages.errors import UserError
 
 

@@ -9,15 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
-
-from stages.base.denoiser import fingerprint
-
-if TYPE_CHECKING:
-    from stages.adapters.adapter import GuidanceAdapter
 
 # As sd-scripts and musubi-tuner write them; where neither knows a base, the denoiser's class stands for it.
 ARCHITECTURES = {
@@ -43,13 +38,13 @@ def with_header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     return safetensors.torch.save(tensors, metadata | {"modelspec.hash_sha256": f"0x{digest}"})
 
 
-def header(adapter: GuidanceAdapter, guidance_scale: float, implementation: str) -> dict[str, str]:
+def header(metadata: dict[str, Any], guidance_scale: float, implementation: str, fingerprint: str) -> dict[str, str]:
     """What the file tells of itself, text by field.
 
     Args:
+        metadata: what the adapter's folder tells; fingerprint: of the adapter's weights.
         implementation: the code whose names for the layers it has.
     """
-    metadata = adapter.metadata
     base, name = metadata["base"], metadata["base"]["pretrained_model_name_or_path"]
     low, high = metadata["scale_range"]
     fields = {
@@ -68,7 +63,7 @@ def header(adapter: GuidanceAdapter, guidance_scale: float, implementation: str)
         "guidance.scale": f"{guidance_scale:g}",
         "guidance.trained_range": f"{low:g},{high:g}",
         "guidance.gain": str(metadata.get("guidance_gain", 1.0)),
-        "guidance.adapter_fingerprint": fingerprint(adapter),
+        "guidance.adapter_fingerprint": fingerprint,
         "guidance.dial": dial(metadata, guidance_scale),
     }
     if prediction := metadata.get("prediction_type"):

@@ -20,7 +20,8 @@ from stages.adapters.sites import (
     width_in,
     width_out,
 )
-from stages.adapters.trial_forward import Seen, look
+from stages.adapters.spots import Seen
+from stages.adapters.trial_forward import look
 from stages.errors import UserError
 
 CONDITIONING, CONVOLUTION = "conditioning", "convolution"
@@ -82,7 +83,7 @@ def _inside(denoiser: nn.Module, kind: str, every: Container[str]) -> set[str]:
 
 
 def look_at_layers(denoiser: nn.Module, inputs: Inputs, metadata: dict[str, Any] | None = None) -> dict[str, Seen]:
-    """What a trial forward shows of every layer that a LoRA can change; see `looking.look`."""
+    """What a trial forward shows of every layer that a LoRA can change; see `trial_forward.look`."""
     return look(
         denoiser, {name: shape_of(layer) for name, layer in adaptable_layers(denoiser).items()}, inputs, metadata or {}
     )

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.adapters.adapter import GuidanceAdapter, Site
+from stages.adapters.adapter import GuidanceAdapter
 from stages.adapters.conditioning import Conditioning, Conditions, ScaleAlone
 from stages.adapters.config import AdapterConfig
 from stages.adapters.fusing import LowRank, why_not_fusable
 from stages.adapters.layers import adaptable_layers, find_layers, shape_of
+from stages.adapters.site import Site
 from stages.adapters.sites import CONVOLUTIONS, Shape
-from stages.adapters.trial_forward import Seen
+from stages.adapters.spots import Seen
 
 
 class LoRASite(Site):
@@ -58,6 +59,9 @@ class LoRASite(Site):
         shape[0], shape[channels] = gain.shape
         return self.lora_B(low * gain.view(shape))
 
+    def change(self, shape: Shape, tokens: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
+        return self(tokens, *prepared)
+
 
 def convolution_of(kernel: tuple[int, ...]) -> tuple[type[Any], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The kind of a convolution, its kernel, strides and paddings, from what `shape_of` tells after the widths."""
@@ -91,9 +95,6 @@ class LoRA(GuidanceAdapter):
         cls, denoiser: nn.Module, config: AdapterConfig, metadata: dict[str, Any], seen: dict[str, Seen] | None = None
     ) -> dict[str, Shape]:
         return find_layers(denoiser, list(config.sites or []), seen)
-
-    def change(self, site: nn.Module, shape: Shape, tokens: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
-        return site(tokens, *prepared)
 
     def why_unfused(self, denoiser: nn.Module) -> str | None:
         if self.config.conditions:

@@ -11,14 +11,13 @@ import functools
 import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from stages.adapters.adapter_base import AdapterBase
 from stages.adapters.call_arguments import SCALE, keyword_of
-from stages.adapters.controller import Controller
+from stages.adapters.denoiser_controller import controller_in, controllers_of
+from stages.adapters.pipeline_call import PipelineCall
 from stages.errors import UserError
-
-if TYPE_CHECKING:
-    from stages.adapters.attaching import Attachable
 
 ATTACHED = "_guidance_riders"  # of a pipeline's class
 
@@ -28,21 +27,21 @@ class AttachedAdapters:
     """The adapters on a pipeline, one for each denoiser that has one, and the class that the pipeline has without them."""
 
     stock: type[Any]
-    adapters: tuple[Attachable, ...] = ()
+    adapters: tuple[AdapterBase, ...] = ()
 
 
 def adapters_of(pipe: Any) -> AttachedAdapters:
     return getattr(type(pipe), ATTACHED, AttachedAdapters(type(pipe)))
 
 
-def begin_one_pass(pipe: Any, adapter: Attachable) -> None:
+def begin_one_pass(pipe: Any, adapter: AdapterBase) -> None:
     """Have a pipeline's calls guided by an adapter, besides those that guide it already."""
     adapters = adapters_of(pipe)
     others = tuple(other for other in adapters.adapters if other is not adapter)  # a copy has its original's
     pipe.__class__ = guided_class(pipe, AttachedAdapters(adapters.stock, (*others, adapter)))
 
 
-def end_one_pass(pipe: Any, adapter: Attachable) -> None:
+def end_one_pass(pipe: Any, adapter: AdapterBase) -> None:
     """Leave a pipeline to the other adapters, or as it was."""
     adapters = adapters_of(pipe)
     others = tuple(other for other in adapters.adapters if other is not adapter)
@@ -53,13 +52,13 @@ def guided_class(pipe: Any, adapters: AttachedAdapters) -> type[Any]:
     stock = adapters.stock
 
     def call(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
-        return Controller(stock, adapters.adapters, pipeline, args, kwargs).run()
+        return PipelineCall(stock, controllers_of(pipeline, adapters.adapters), pipeline, args, kwargs).run()
 
     @functools.wraps(stock.save_pretrained)
     def save_pretrained(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
             for adapter in adapters.adapters:
-                stack.enter_context(adapter.taken_out(adapter.denoiser_in(pipeline)))
+                stack.enter_context(controller_in(pipeline, adapter).taken_out())
             return stock.save_pretrained(pipeline, *args, **kwargs)
 
     call.__signature__ = signature_of(pipe, stock)  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ def find_sites(denoiser: nn.Module, wanted: list[str], seen: Mapping[str, Any] |
             recipe's rule); `feed_forward`: its feed-forward network; or patterns, matched against the names of all attention and
             feed-forward modules. Of a block for two streams, image and text, it is the image's, which every family puts first.
             A kind that the denoiser has not is left out beside one that it has.
-        seen: what a trial forward showed of them (`looking.Seen`): sites that do not run, or that are not given each sample's
+        seen: what a trial forward showed of them (`spots.Seen`): sites that do not run, or that are not given each sample's
             rows apart, are left out.
 
     Raises:

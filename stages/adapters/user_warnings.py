@@ -10,8 +10,10 @@ from pathlib import Path
 import diffusers
 import torch
 
+from stages.base import patching
+
 # Where an adapter's code and what it works in lie.
-BETWEEN = tuple(str(Path(file).parent) for file in (__file__, torch.__file__, diffusers.__file__))
+BETWEEN = tuple(str(Path(file).parent) for file in (__file__, patching.__file__, torch.__file__, diffusers.__file__))
 
 
 def warn(message: str) -> None:

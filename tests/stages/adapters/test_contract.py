@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
-from stages.adapters.adapter import of_rows
+from stages.adapters.site import of_rows
 from stages.base.denoiser import fingerprint
 from stages.errors import UserError
 from tests.conftest import VARIANTS, small_adapter, tiny_dit

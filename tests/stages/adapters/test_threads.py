@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
 from stages.adapters.attachment import ReadersWriterLock
+from stages.adapters.scale_overrides import innermost_override
 from stages.base.patching import patched
 from tests.conftest import VARIANTS
 from tests.stages.adapters.test_compositions import adapter_for
@@ -292,7 +293,7 @@ def test_nothing_of_a_call_stays_on_the_adapter(pipe: Any) -> None:
     assert adapter.guidance is None
     assert adapter.prepared is None
     assert adapter.gate is None
-    assert adapter.asked is None
+    assert innermost_override(adapter) is None
     assert "set_timesteps" not in vars(pipe.scheduler)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.conditioning import find_conditions
-from stages.adapters.trial_forward import Spot, look
+from stages.adapters.spots import Spot
+from stages.adapters.trial_forward import look
 from stages.errors import UserError
 
 WIDTH, FRAMES = 16, 3
@@ -87,9 +88,9 @@ class MadeUp(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(MadeUpBlock(text_first, fold) for _ in range(2))
         self.unused = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Any, t: Tensor, overrides: Any, return_dict: bool = True) -> tuple[Any]:
+    def forward(self, x: Any, t: Tensor, words: Any, return_dict: bool = True) -> tuple[Any]:
         listed = isinstance(x, list)
-        image, text = (torch.stack(each) if isinstance(each, list) else each for each in (x, overrides))
+        image, text = (torch.stack(each) if isinstance(each, list) else each for each in (x, words))
         if self.config.looks_at_values and float(t.sum()) < 0:
             raise ValueError("negative")
         image = image + self.timed(t[:, None] / 1000)[:, None]
@@ -105,13 +106,13 @@ def made_up(**info: Any) -> MadeUp:
 
 def inputs(listed: bool = False, text: int = 5) -> dict[str, Any]:
     torch.manual_seed(1)
-    x, t, overrides = torch.randn(2, 2 * FRAMES, WIDTH), torch.tensor([700.0, 300.0]), torch.randn(2, text, WIDTH)
-    return {"x": list(x), "t": t, "words": list(overrides)} if listed else {"x": x, "t": t, "words": overrides}
+    x, t, words = torch.randn(2, 2 * FRAMES, WIDTH), torch.tensor([700.0, 300.0]), torch.randn(2, text, WIDTH)
+    return {"x": list(x), "t": t, "words": list(words)} if listed else {"x": x, "t": t, "words": words}
 
 
 def metadata() -> dict[str, Any]:
-    overrides = {"words": {"dtype": "float32", "shape": [5, WIDTH]}}
-    return ABOUT | {"timestep": "t", "conditions": find_conditions(overrides, 1)}
+    words = {"words": {"dtype": "float32", "shape": [5, WIDTH]}}
+    return ABOUT | {"timestep": "t", "conditions": find_conditions(words, 1)}
 
 
 def adapter_for(denoiser: MadeUp, given: dict[str, Any], variant: str) -> GuidanceAdapter:
@@ -207,8 +208,8 @@ def test_looking_leaves_no_hook_and_draws_no_random_number() -> None:
 
 def test_prompts_of_different_lengths_in_a_list_take_one_scale() -> None:
     class Ragged(MadeUp):
-        def forward(self, x: Any, t: Tensor, overrides: Any, return_dict: bool = True) -> tuple[Any]:
-            return super().forward(x, t, [each[:3] for each in overrides])
+        def forward(self, x: Any, t: Tensor, words: Any, return_dict: bool = True) -> tuple[Any]:
+            return super().forward(x, t, [each[:3] for each in words])
 
     torch.manual_seed(0)
     denoiser, given = Ragged().eval(), inputs(listed=True)

@@ -72,7 +72,7 @@ def test_a_scheduler_that_was_configured_otherwise_is_so_again(adapter_dir: Path
 
 def test_the_card_tells_of_it_and_how_it_is_loaded(adapter_dir: Path) -> None:
     adapter = GuidanceAdapter.from_pretrained(adapter_dir)
-    card = model_card(adapter)
+    card = model_card(adapter.variant, 1, adapter.metadata)
     assert "| teacher | StableDiffusionPAGPipeline |" in card
     assert "| its scheduler | DDIMScheduler |" in card
     assert '"pag_scale": 2.0' in card
@@ -86,7 +86,7 @@ def test_the_card_tells_of_it_and_how_it_is_loaded(adapter_dir: Path) -> None:
 def test_an_older_folder_is_sampled_by_its_class(adapter_dir: Path) -> None:
     adapter = GuidanceAdapter.from_pretrained(adapter_dir)
     del adapter.metadata["teacher"]
-    assert "from diffusers import StableDiffusionPAGPipeline\n" in model_card(adapter)
+    assert "from diffusers import StableDiffusionPAGPipeline\n" in model_card(adapter.variant, 1, adapter.metadata)
 
 
 def test_a_guider_guides_as_it_did(tmp_path: Path) -> None:
@@ -98,4 +98,4 @@ def test_a_guider_guides_as_it_did(tmp_path: Path) -> None:
     for method, scale in ((NONE, 1.0), (CFG, 3.0), (ONE_PASS, 3.0)):
         found[method] = sample_setting(pipe, adapter, Setting(method, scale), request_of(pipe, adapter))
     assert [samples.denoiser_evaluations for samples in found.values()] == [2, 4, 2]
-    assert "its guider" in model_card(adapter)
+    assert "its guider" in model_card(adapter.variant, 1, adapter.metadata)

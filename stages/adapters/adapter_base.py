@@ -1,0 +1,221 @@
+"""The base of every adapter: its state while it guides, what it is attached to, and what hooks and fusing need of a variant."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from stages.adapters.config import AdapterConfig
+from stages.adapters.fusing import LowRank
+from stages.adapters.guidance import Guidance, InForce, InThread, Prepared
+from stages.adapters.sites import Shape
+from stages.adapters.user_warnings import warn
+from stages.adapters.wrappers import unwrapped
+from stages.base.denoiser import denoiser_of
+from stages.errors import UserError
+
+APART = ("here", "anywhere", "_denoiser", "_targets")  # what no copy of an adapter has of its original
+
+
+class AdapterBase(nn.Module, ABC):
+    """What hooks, fusing and calls need of an adapter, whatever its variant.
+
+    Attributes:
+        config: the variant and its sizes, complete.
+        shapes: the sites by name, with the widths of each.
+        metadata: what the adapter's folder tells: conditions, trained scale range, guidance gain, base.
+        fused: whether the last guided call of a pipeline ran the base's own modules alone.
+        fusible: whether the variant is a change of weights at one scale.
+        exclusive: whether it changes the base in a forward pass, so that one thread at a time can call it.
+    """
+
+    variant: ClassVar[str]
+    fusible: ClassVar[bool] = False
+    exclusive: ClassVar[bool] = False
+    sites: nn.ModuleDict
+
+    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], metadata: dict[str, Any]) -> None:
+        super().__init__()
+        self.config, self.shapes, self.metadata = config, shapes, metadata
+        self.fused: bool | None = None
+        self.warned: set[str] = set()
+        self._exact: dict[str, Tensor] = {}  # the sites' weights, while they have a pipeline's precision
+        self._begin_apart()
+
+    def _begin_apart(self) -> None:
+        self.here, self.anywhere = InThread(), InForce()
+        self._denoiser: weakref.ref[nn.Module] | None = None
+        self._targets: list[weakref.ref[Any]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of an adapter, or one from another process, is attached to nothing."""
+        return {name: value for name, value in vars(self).items() if name not in APART}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin_apart()
+        self.restore_precision()
+
+    # What a variant brings
+
+    @property
+    @abstractmethod
+    def sees_negative(self) -> bool:
+        """Whether it knows the tokens of the unconditional pass."""
+
+    @abstractmethod
+    def before_forward(self, denoiser: nn.Module, given: dict[str, Any]) -> dict[str, Any] | None:
+        """Prepare a forward pass with these arguments; the arguments to go on with, if they change."""
+
+    @abstractmethod
+    def after_forward(self, denoiser: nn.Module, output: Any) -> Any:
+        """End a forward pass; its output, if it changes."""
+
+    @abstractmethod
+    def site_hooks(self, denoiser: nn.Module) -> Iterator[RemovableHandle]:
+        """Have each site add its part to its module's output."""
+
+    @abstractmethod
+    def lora_weights(self, guidance_scale: float) -> LowRank:
+        """The change of every site's weights at one scale, of a variant that is one."""
+
+    @abstractmethod
+    def why_unfused(self, denoiser: nn.Module) -> str | None:
+        """Why this adapter runs by hooks on this denoiser; None where it can be fused."""
+
+    # What is in force. Compiled code does not know threads, so that its calls go alone; and autograd runs checkpointed blocks
+    # again in threads of its own, where no forward pass began. Both find what they need in `anywhere`.
+
+    @property
+    def _now(self) -> InForce:
+        return self.anywhere if torch.compiler.is_compiling() or not self.here.begun else self.here
+
+    @property
+    def guidance(self) -> Guidance | None:
+        """At which hooks guide."""
+        return self.anywhere.guidance if torch.compiler.is_compiling() else self.here.guidance
+
+    @property
+    def prepared(self) -> Prepared | None:
+        """Of the forward pass under way."""
+        return self._now.prepared
+
+    @prepared.setter
+    def prepared(self, prepared: Prepared | None) -> None:
+        self.anywhere.prepared = prepared
+        if not torch.compiler.is_compiling():
+            self.here.begun, self.here.prepared = True, prepared
+
+    @property
+    def gate(self) -> Tensor | None:
+        """Of the forward pass under way."""
+        return self._now.gate
+
+    @gate.setter
+    def gate(self, gate: Tensor | None) -> None:
+        self.anywhere.gate = gate
+        if not torch.compiler.is_compiling():
+            self.here.begun, self.here.gate = True, gate
+
+    @contextmanager
+    def in_force(self, guidance: Guidance | None, anywhere: bool = True) -> Iterator[None]:
+        """Within it, hooks guide so in this thread; anywhere else too, where nobody else can be using the adapter."""
+        before, elsewhere = self.here.guidance, self.anywhere.guidance
+        self.here.guidance = guidance
+        if anywhere:
+            self.anywhere.guidance = guidance
+        try:
+            yield
+        finally:
+            self.here.guidance = before
+            if anywhere:
+                self.anywhere.guidance = elsewhere
+
+    # What it is attached to
+
+    @property
+    def denoiser(self) -> nn.Module | None:
+        """What the adapter is attached to."""
+        return None if self._denoiser is None else self._denoiser()
+
+    @property
+    def targets(self) -> list[Any]:
+        """The denoisers and pipelines that were given to `attach`, and are still there."""
+        return [target for reference in self._targets if (target := reference()) is not None]
+
+    @property
+    def pipelines(self) -> list[Any]:
+        return [target for target in self.targets if not isinstance(target, nn.Module)]
+
+    @property
+    def is_on_denoiser(self) -> bool:
+        """Whether the adapter was attached to the denoiser itself, whose calls no pipeline sees."""
+        return any(isinstance(target, nn.Module) for target in self.targets)
+
+    def component_in(self, pipe: Any) -> str:
+        """What a pipeline calls the denoiser that this adapter was made for.
+
+        Raises:
+            UserError: it has no such part.
+        """
+        recorded = self.metadata.get("base", {}).get("denoiser_subfolder")
+        if isinstance(getattr(pipe, recorded or "", None), nn.Module):
+            return str(recorded)
+        found, _ = denoiser_of(pipe)
+        if recorded is not None and recorded.rpartition("_")[2].isdigit():
+            raise UserError(
+                f"{type(pipe).__name__} has no {recorded}, which the adapter was made for: attach the adapter of its {found}"
+            )
+        return found
+
+    def denoiser_in(self, pipe: Any) -> nn.Module:
+        """The denoiser of a pipeline that this adapter was made for, whatever wraps it."""
+        return unwrapped(getattr(pipe, self.component_in(pipe)))
+
+    def outermost(self) -> Iterator[nn.Module]:
+        """The denoiser as its callers know it, in whatever wraps it."""
+        for target in self.targets:
+            yield target if isinstance(target, nn.Module) else getattr(target, self.component_in(target))
+
+    # Where its own weights are, and in which precision
+
+    def follow(self, device: torch.device) -> None:
+        if next(self.parameters()).device != device:
+            self.to(device)
+
+    def take_precision(self, dtype: torch.dtype) -> None:
+        """Have the sites compute in a pipeline's precision."""
+        if dtype != next(self.sites.parameters()).dtype:
+            self._exact = {name: value.clone() for name, value in self.sites.state_dict().items()}
+            self.sites.to(dtype=dtype)
+
+    @torch.no_grad()
+    def restore_precision(self) -> None:
+        """Give the sites the precision back that they had before hooks took the pipeline's."""
+        if self._exact:
+            self.sites.to(dtype=next(iter(self._exact.values())).dtype)
+            self.sites.load_state_dict(self._exact)
+            self._exact = {}
+
+    # Warnings
+
+    def warn_outside(self, scales: Tensor) -> None:
+        """Say where scales lie outside the range of the training."""
+        low, high = self.metadata["scale_range"]
+        outside = scales[(scales != 1) & ((scales < low) | (scales > high))]
+        if len(outside):
+            trained = f"the range {low:g} to {high:g} that" if low < high else f"{low:g}, the one scale that"
+            warn(f"guidance_scale {outside[0]:g} is outside {trained} this adapter was trained at")
+
+    def warn_once(self, message: str, topic: str | None = None) -> None:
+        """Warn, but for the first time only: by its text, or by its topic."""
+        if (topic or message) not in self.warned:
+            self.warned.add(topic or message)
+            warn(message)

@@ -1,0 +1,119 @@
+"""How one adapter guides its denoiser through one call of a pipeline."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.adapters.attachment import Context
+from stages.adapters.denoiser_controller import DenoiserController
+from stages.adapters.guidance import Guidance, Scales, as_scales, scales_of_schedule
+from stages.base.denoiser import bind_inputs
+from stages.base.patching import patched
+from stages.errors import UserError
+
+
+class AdapterCall:
+    """How one adapter guides its denoiser through one call: at one scale, or from step to step.
+
+    Args:
+        scale: what the call asks for; what is open in this thread comes first.
+        attribute: in which the pipeline keeps the scale, for callbacks.
+        negative: tokens of the unconditional pass, where the adapter sees them.
+    """
+
+    def __init__(
+        self,
+        controller: DenoiserController,
+        pipe: Any,
+        component: str,
+        scale: Scales,
+        attribute: str,
+        negative: dict[str, Tensor],
+    ) -> None:
+        self.controller, self.pipe, self.component, self.attribute = controller, pipe, component, attribute
+        self.offset = float(controller.metadata.get("scale_offset", 0))
+        asked = controller.override
+        self.schedule = None if asked is None or isinstance(asked, Context) else asked
+        if isinstance(asked, Context):
+            scales = asked.guidance.scales
+        else:
+            scales = as_scales(1.0 if self.schedule is not None else scale)[None]
+            controller.warn_outside(scales)
+        self.guidance = Guidance(scales, negative=negative)
+        self.waits = self.schedule is not None  # for the timesteps
+
+    @contextmanager
+    def guiding(self) -> Iterator[AdapterCall]:
+        """Within it, the denoiser is guided."""
+        with self.controller.guiding(self.guidance), ExitStack() as stack:
+            if self.schedule is not None:
+                stack.enter_context(self._by_step())
+            yield self
+
+    def change(self, scale: Scales) -> None:
+        """Guide from now on at another scale, as the pipeline counts it."""
+        scales = as_scales(scale, self.offset)[None]
+        self.controller.warn_outside(scales)
+        self.guidance = Guidance(scales, negative=self.guidance.negative)
+        self.controller.go_on(self.guidance)
+        self.controller.steer(self.guidance)
+
+    def scale_at(self, timestep: Tensor | None) -> Any:
+        """The scale that the pipeline would name at a timestep of the scheduler: a number, or a tensor `[images]`."""
+        guidance = self.guidance
+        if guidance.timesteps is not None:
+            guidance = guidance.at_step(
+                guidance.timesteps[0] if timestep is None else self._prepared(timestep.float().cpu())
+            )
+        return (guidance.scales[0] if guidance.one_scale is None else guidance.one_scale) - self.offset
+
+    def _prepared(self, timesteps: Tensor) -> Tensor:
+        """The scheduler's timesteps as the denoiser is told them."""
+        metadata = self.controller.metadata
+        return timesteps * metadata["timestep_scale"] + metadata.get("timestep_offset", 0)
+
+    @contextmanager
+    def _by_step(self) -> Iterator[None]:
+        """Within it, the guidance follows the timesteps as soon as the pipeline has set them."""
+        scheduler, timestep = self.pipe.scheduler, self.controller.metadata.get("timestep", "timestep")
+        thread = threading.get_ident()
+
+        def plan(set_timesteps: Callable[..., None], owner: Any, *args: Any, **kwargs: Any) -> None:
+            set_timesteps(*args, **kwargs)
+            # Each once: some schedulers ask the denoiser twice at one timestep.
+            timesteps = torch.unique_consecutive(scheduler.timesteps.float().cpu())
+            assert self.schedule is not None
+            scales = scales_of_schedule(self.schedule, timesteps)
+            self.controller.warn_outside(scales)
+            self.guidance = Guidance(scales, self._prepared(timesteps), self.guidance.negative)
+            self.controller.go_on(self.guidance)
+            if not self.guidance.is_uniform:  # else each step is fused as it comes
+                self.controller.steer(self.guidance)
+            self.waits = False
+
+        @torch.compiler.disable
+        def steer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if threading.get_ident() != thread:  # a pass of another call, on the denoiser that both share
+                return
+            if self.waits:
+                raise UserError(
+                    f"{type(self.pipe).__name__} runs before its scheduler has set the timesteps, which a schedule of scales goes "
+                    "by: name one guidance_scale for all steps"
+                )
+            guidance = self.guidance
+            if guidance.timesteps is not None and guidance.is_uniform:
+                self.controller.steer(guidance.at_step(bind_inputs(self.controller.denoiser, args, kwargs)[timestep]))
+
+        outermost = getattr(self.pipe, self.component)
+        hook = outermost.register_forward_pre_hook(steer, with_kwargs=True, prepend=True)
+        try:
+            with patched(scheduler, "set_timesteps", plan):
+                yield
+        finally:
+            hook.remove()

@@ -1,0 +1,58 @@
+"""The hooks by which an adapter guides a denoiser, on the denoiser's entrance and at the adapter's sites."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from stages.adapters.adapter_base import AdapterBase
+from stages.adapters.attachment import attachment_of
+from stages.adapters.wrappers import entrance_of, is_compiled, unwrapped
+
+
+def hook(adapter: AdapterBase, denoiser: nn.Module) -> None:
+    """Add the hooks, unless they are there; the sites take a pipeline's precision."""
+    attachment = attachment_of(denoiser)
+    if attachment.handles:
+        return
+    if adapter.pipelines:
+        adapter.take_precision(next(denoiser.parameters()).dtype)
+    attachment.entrance = next((entrance_of(module) for module in adapter.outermost()), denoiser)
+    for handle in _hooks(adapter, denoiser, attachment.entrance):
+        attachment.handles.append(handle)
+    _forget_compiled(adapter)
+
+
+def unhook(adapter: AdapterBase, denoiser: nn.Module) -> None:
+    if attachment_of(denoiser).unhook():
+        _forget_compiled(adapter)
+        adapter.restore_precision()
+
+
+def _forget_compiled(adapter: AdapterBase) -> None:
+    """Have what is compiled compiled again: it does not notice hooks that come later."""
+    if any(is_compiled(module) for module in adapter.outermost()):
+        torch.compiler.reset()
+
+
+def _hooks(adapter: AdapterBase, denoiser: nn.Module, entrance: nn.Module) -> Iterator[RemovableHandle]:
+    """Plain functions: a deep copy of the denoiser shares them, and each is compiled by itself."""
+    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    beneath = (lambda module: module) if entrance is denoiser else unwrapped
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        changed = adapter.before_forward(beneath(module), {name: given[name] for name in names if name in given})
+        return None if changed is None else ((), changed)
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return adapter.after_forward(beneath(module), output)
+
+    yield entrance.register_forward_pre_hook(before, with_kwargs=True)
+    yield entrance.register_forward_hook(after, with_kwargs=True, always_call=True)
+    yield from adapter.site_hooks(denoiser)

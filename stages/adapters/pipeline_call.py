@@ -1,0 +1,88 @@
+"""One call of an attached pipeline: each adapter guides its denoiser, and the pipeline makes one pass without its own guidance."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from stages.adapters.adapter_call import AdapterCall
+from stages.adapters.call_arguments import CallArguments, guiders_of
+from stages.adapters.callbacks import watch
+from stages.adapters.denoiser_controller import DenoiserController
+from stages.adapters.unconditional import unconditional_tokens
+from stages.base.denoiser import denoisers_of
+
+SOME_GUIDANCE = 2.0  # a scale at which every pipeline runs its unconditional pass
+
+
+class PipelineCall:
+    """What one call needs of the adapters on a pipeline: nothing of it is known to another call.
+
+    Args:
+        stock: the pipeline's own class; controllers: of the adapters, by the component that each guides.
+    """
+
+    def __init__(
+        self, stock: type[Any], controllers: dict[str, DenoiserController], pipe: Any, args: Any, kwargs: Any
+    ) -> None:
+        self.stock, self.controllers, self.pipe = stock, controllers, pipe
+        self.call = CallArguments(pipe, inspect.signature(stock.__call__), controllers, args, kwargs)
+
+    def run(self) -> Any:
+        """What the pipeline returns.
+
+        Raises:
+            UserError: the call asks for what one pass cannot do.
+        """
+        call = self.call
+        call.warn()
+        with ExitStack() as stack:
+            # Always in the same order: two calls that wait for each other's denoiser would wait for ever.
+            adapter_calls = [
+                stack.enter_context(self._adapter_call(name).guiding()) for name in sorted(self.controllers)
+            ]
+            call.switch_off()
+            watch(call.arguments, self.pipe, adapter_calls, call.keyword)
+            stack.enter_context(without_guiders(self.pipe))
+            return self.stock.__call__(*call.bound.args, **call.bound.kwargs)
+
+    def _adapter_call(self, component: str) -> AdapterCall:
+        controller = self.controllers[component]
+        scale = self.call.scale_of(component, controller.fused_scale)
+        own = self.call.keyword_of(component)
+        return AdapterCall(controller, self.pipe, component, scale, f"_{own}", self._negative(controller))
+
+    def _negative(self, controller: DenoiserController) -> dict[str, Tensor]:
+        """What an adapter sees of the negative prompt, if it sees any."""
+        if not controller.sees_negative:
+            return {}
+        call = self.call
+        keyword = {} if call.keyword is None else {call.keyword: SOME_GUIDANCE}
+        guided = inspect.BoundArguments(call.bound.signature, call.arguments | keyword)
+        if guided.arguments.get("negative_prompt") is None:
+            guided.arguments |= {k: v for k, v in controller.metadata["arguments"].items() if k == "negative_prompt"}
+        return unconditional_tokens(
+            self.pipe,
+            list({**self.controllers, **denoisers_of(self.pipe)}),
+            lambda: self.stock.__call__(*guided.args, **guided.kwargs),
+            controller.metadata["unconditional"],
+            call.arguments.get("generator"),
+        )
+
+
+@contextmanager
+def without_guiders(pipe: Any) -> Iterator[None]:
+    """Within it, the guiders of a pipeline are out of the way; other pipelines may share them."""
+    guiders = guiders_of(pipe)
+    for name, guider in guiders.items():
+        vars(pipe)[name] = copy.copy(guider)
+        vars(pipe)[name].disable()
+    try:
+        yield
+    finally:
+        vars(pipe).update(guiders)

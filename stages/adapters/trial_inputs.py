@@ -1,0 +1,79 @@
+"""The inputs of a trial forward: made up where only their shapes are known, and with one sample changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.adapters.inputs import Inputs, entries_of, is_mask
+from stages.base.arguments import Axis
+
+TIMESTEPS = (500.0, 300.0)  # of the scheduler, as they are made up, and where a sample is changed
+
+
+def tree_map(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """Arguments of any nesting, with their tensors changed."""
+    if isinstance(value, dict):
+        return {name: tree_map(change, each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(tree_map(change, each) for each in value)
+    return change(value) if isinstance(value, Tensor) else value
+
+
+def to_meta(value: Tensor) -> Tensor:
+    return torch.empty_like(value, device="meta", dtype=torch.float32 if value.is_floating_point() else value.dtype)
+
+
+@dataclass
+class Maker:
+    """Makes inputs up where only their shapes are known: beside a parameter of the denoiser, in its precision."""
+
+    like: Tensor
+    timestep: str
+    counted: Callable[[float], float]
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def made(self, inputs: Inputs) -> Inputs:
+        return {name: tree_map(partial(self._made, name), value) for name, value in inputs.items()}
+
+    def changed(self, inputs: Inputs) -> Inputs:
+        """Other values for every sample."""
+        return {name: tree_map(partial(self._changed, name), value) for name, value in inputs.items()}
+
+    def _made(self, name: str, value: Tensor) -> Tensor:
+        if not value.is_meta:
+            plain = value.is_floating_point() and name != self.timestep
+            return value.to(self.like.device, self.like.dtype if plain else value.dtype)
+        if name == self.timestep:
+            return torch.full_like(value, self.counted(TIMESTEPS[0]), device=self.like.device)
+        if is_mask(name, value) or not value.is_floating_point():  # of a class or a token, the first
+            return torch.full_like(value, float(is_mask(name, value)), device=self.like.device)
+        return self._drawn(value)
+
+    def _changed(self, name: str, value: Tensor) -> Tensor:
+        if name == self.timestep:
+            return torch.full_like(value, self.counted(TIMESTEPS[1]), device=self.like.device)
+        if is_mask(name, value) or not value.is_floating_point():
+            return self._made(name, value)
+        return self._drawn(value)
+
+    def _drawn(self, value: Tensor) -> Tensor:
+        return torch.randn(value.shape, generator=self.generator).to(self.like.device, self.like.dtype)
+
+
+def exchanged(one: Inputs, other: Inputs, sample: int, places: dict[str, Axis]) -> Inputs:
+    """Arguments, flat, with everything of one sample taken from others."""
+    changed = dict(one)
+    for name, place in places.items():
+        if place.listed:
+            changed |= {key: other[key] for key in entries_of(one, name, sample)}
+        elif name in one and not place.shared:
+            rows = range(sample * place.rows, (sample + 1) * place.rows)
+            index = torch.tensor(rows, device=one[name].device)
+            changed[name] = one[name].index_copy(place.dim, index, other[name].index_select(place.dim, index))
+    return changed
