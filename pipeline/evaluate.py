@@ -8,6 +8,7 @@ The same command again goes on where an interrupted one stopped. Several GPUs sh
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def write_results_to_card(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Tell the rows in the model card of an adapter's folder, its curves apart."""
     if folder.is_dir():
         adapter = GuidanceAdapter.from_pretrained(folder)
-        adapter.metadata["evaluation"] = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]
+        evaluation = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]
+        adapter.metadata = replace(adapter.metadata, evaluation=evaluation)
         write_card(adapter, folder)
 
 

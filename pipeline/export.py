@@ -8,7 +8,7 @@ With `dial_samples=`, it measures which guidance scale each strength of the file
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -70,7 +70,8 @@ def with_dial(config: ExportConfig) -> GuidanceAdapter:
     )  # fmt: skip
     for row in dial:
         print(f"strength {row['strength']:g}: guidance scale {row['guidance_scale']:.2f}")
-    adapter.metadata["dial"] = adapter.metadata.get("dial", {}) | {f"{config.guidance_scale:g}": dial}
+    dials = adapter.metadata.dial | {f"{config.guidance_scale:g}": dial}
+    adapter.metadata = replace(adapter.metadata, dial=dials)
     if Path(config.adapter_dir).is_dir() and base is None:
         write_card(adapter, Path(config.adapter_dir))
     return adapter.to("cpu")

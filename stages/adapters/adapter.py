@@ -22,6 +22,7 @@ from stages.adapters.fusing import LowRank
 from stages.adapters.guidance import Prepared
 from stages.adapters.inputs import Inputs, samples_of
 from stages.adapters.layers import find_blocks
+from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.site import Site, added, gated, of_rows
 from stages.adapters.sites import Shape, every_site, find_sites, layer_beneath
 from stages.adapters.spots import Seen, Spot, argument_in
@@ -46,7 +47,7 @@ class GuidanceAdapter(Attachable):
     def __init_subclass__(cls) -> None:
         GuidanceAdapter.variants[cls.variant] = cls
 
-    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], metadata: dict[str, Any]) -> None:
+    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], metadata: AdapterMetadata) -> None:
         super().__init__(config, shapes, metadata)
         self.conditioning = self.new_conditioning()
         self.sites = nn.ModuleDict({name.replace(".", "/"): self.new_site(*shape) for name, shape in shapes.items()})
@@ -60,9 +61,8 @@ class GuidanceAdapter(Attachable):
     def new_conditioning(self) -> Conditioning | ScaleAlone:
         """What it sees."""
         wanted = list(self.config.conditions or [])
-        chosen = choose_conditions(self.metadata["conditions"], wanted)
-        scale, offset = self.metadata["timestep_scale"], self.metadata.get("timestep_offset", 0.0)
-        return Conditioning(self.config.hidden_size, chosen, scale, TIMESTEP in wanted, offset)
+        chosen, scale = choose_conditions(self.metadata.conditions, wanted), self.metadata.timestep_scale
+        return Conditioning(self.config.hidden_size, chosen, scale, TIMESTEP in wanted, self.metadata.timestep_offset)
 
     @property
     def sees_negative(self) -> bool:
@@ -80,7 +80,7 @@ class GuidanceAdapter(Attachable):
 
     @classmethod
     def find_sites(
-        cls, denoiser: nn.Module, config: AdapterConfig, metadata: dict[str, Any], seen: dict[str, Seen] | None = None
+        cls, denoiser: nn.Module, config: AdapterConfig, metadata: AdapterMetadata, seen: dict[str, Seen] | None = None
     ) -> dict[str, Shape]:
         """The sites of this variant in a denoiser; `seen` of its candidates in a trial forward, if there was one."""
         return find_sites(denoiser, list(config.sites or []), seen)
@@ -96,7 +96,7 @@ class GuidanceAdapter(Attachable):
         )
 
     @classmethod
-    def with_base_metadata(cls, metadata: dict[str, Any], denoiser: nn.Module) -> dict[str, Any]:
+    def with_base_metadata(cls, metadata: AdapterMetadata, denoiser: nn.Module) -> AdapterMetadata:
         """What the folder tells besides, with what of the base this variant needs to know."""
         return metadata
 
@@ -116,7 +116,7 @@ class GuidanceAdapter(Attachable):
 
     @staticmethod
     def for_denoiser(
-        config: AdapterConfig, denoiser: nn.Module, metadata: dict[str, Any], inputs: Inputs | None = None
+        config: AdapterConfig, denoiser: nn.Module, metadata: AdapterMetadata, inputs: Inputs | None = None
     ) -> GuidanceAdapter:
         """A new adapter, untrained, for the sites that are found in a denoiser.
 
@@ -130,8 +130,7 @@ class GuidanceAdapter(Attachable):
         seen = look(denoiser, candidates, inputs, metadata) if inputs is not None and candidates else None
         shapes = kind.find_sites(denoiser, config, metadata, seen)
         spots = {} if seen is None else {name: spec for name in shapes if (spec := seen[name].spec())}
-        metadata = metadata | {"blocks": find_blocks(denoiser, shapes)} | ({"spots": spots} if spots else {})
-        adapter = kind(config, shapes, metadata)
+        adapter = kind(config, shapes, replace(metadata, blocks=find_blocks(denoiser, shapes), spots=spots))
         adapter.init_from_base(denoiser)
         return adapter
 
@@ -143,7 +142,7 @@ class GuidanceAdapter(Attachable):
             UserError: the base has other sites.
         """
         check_shapes(denoiser, self.shapes, self.find_again(denoiser))
-        check_blocks(denoiser, self.shapes, self.metadata.get("blocks", {}))
+        check_blocks(denoiser, self.shapes, self.metadata.blocks)
 
     def find_again(self, denoiser: nn.Module) -> dict[str, Shape]:
         """The sites of this adapter in another denoiser: by name, because only a run shows which of the candidates are fit."""
@@ -164,7 +163,7 @@ class GuidanceAdapter(Attachable):
 
     def _add(self, i: int, name: str, module: nn.Module) -> Callable[..., Any]:
         site, shape = self._each_site()[i], self.shapes[name]
-        spot, tokens_in = Spot(**self.metadata.get("spots", {}).get(name, {})), argument_in(module)
+        spot, tokens_in = Spot(**self.metadata.spots.get(name, {})), argument_in(module)
 
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self.prepared is None:
@@ -215,7 +214,7 @@ class GuidanceAdapter(Attachable):
 
     def _asked(self, scale: Tensor) -> Tensor:
         """The scales that the variant is given for those wanted: more by the guidance gain, which leads none out of the training."""
-        gain, most = self.metadata.get("guidance_gain", 1.0), self.metadata["scale_range"][1]
+        gain, most = self.metadata.guidance_gain, self.metadata.scale_range[1]
         return torch.minimum(scale + (gain - 1) * (scale - 1), scale.clamp(min=most))
 
     def _each_site(self) -> list[Site]:
@@ -237,9 +236,8 @@ class GuidanceAdapter(Attachable):
         Raises:
             UserError: it is not an adapter, or of another version.
         """
-        chosen, shapes, metadata, weights = folder.load(name_or_path, **source)
+        config, shapes, metadata, weights = folder.load(name_or_path, **source)
         with folder.loading_errors(name_or_path):
-            config = AdapterConfig(**chosen)
             adapter = GuidanceAdapter.get_class(config.variant)(config, shapes, metadata)
             adapter.load_state_dict(weights)
         return adapter.eval()

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from stages.adapters.config import AdapterConfig
 from stages.adapters.fusing import LowRank
 from stages.adapters.guidance import Guidance, InForce, InThread, Prepared
+from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.sites import Shape
 from stages.adapters.user_warnings import warn
 from stages.adapters.wrappers import unwrapped
@@ -41,7 +42,7 @@ class AdapterBase(nn.Module, ABC):
     exclusive: ClassVar[bool] = False
     sites: nn.ModuleDict
 
-    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], metadata: dict[str, Any]) -> None:
+    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], metadata: AdapterMetadata) -> None:
         super().__init__()
         self.config, self.shapes, self.metadata = config, shapes, metadata
         self.fused: bool | None = None
@@ -165,11 +166,11 @@ class AdapterBase(nn.Module, ABC):
         Raises:
             UserError: it has no such part.
         """
-        recorded = self.metadata.get("base", {}).get("denoiser_subfolder")
-        if isinstance(getattr(pipe, recorded or "", None), nn.Module):
-            return str(recorded)
+        recorded = self.metadata.base.denoiser_subfolder
+        if isinstance(getattr(pipe, recorded, None), nn.Module):
+            return recorded
         found, _ = denoiser_of(pipe)
-        if recorded is not None and recorded.rpartition("_")[2].isdigit():
+        if recorded.rpartition("_")[2].isdigit():
             raise UserError(
                 f"{type(pipe).__name__} has no {recorded}, which the adapter was made for: attach the adapter of its {found}"
             )
@@ -208,7 +209,7 @@ class AdapterBase(nn.Module, ABC):
 
     def warn_outside(self, scales: Tensor) -> None:
         """Say where scales lie outside the range of the training."""
-        low, high = self.metadata["scale_range"]
+        low, high = self.metadata.scale_range
         outside = scales[(scales != 1) & ((scales < low) | (scales > high))]
         if len(outside):
             trained = f"the range {low:g} to {high:g} that" if low < high else f"{low:g}, the one scale that"

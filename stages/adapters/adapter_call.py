@@ -37,7 +37,7 @@ class AdapterCall:
         negative: dict[str, Tensor],
     ) -> None:
         self.controller, self.pipe, self.component, self.attribute = controller, pipe, component, attribute
-        self.offset = float(controller.metadata.get("scale_offset", 0))
+        self.offset = controller.metadata.scale_offset
         asked = controller.override
         self.schedule = None if asked is None or isinstance(asked, Context) else asked
         if isinstance(asked, Context):
@@ -76,12 +76,12 @@ class AdapterCall:
     def _prepared(self, timesteps: Tensor) -> Tensor:
         """The scheduler's timesteps as the denoiser is told them."""
         metadata = self.controller.metadata
-        return timesteps * metadata["timestep_scale"] + metadata.get("timestep_offset", 0)
+        return timesteps * metadata.timestep_scale + metadata.timestep_offset
 
     @contextmanager
     def _by_step(self) -> Iterator[None]:
         """Within it, the guidance follows the timesteps as soon as the pipeline has set them."""
-        scheduler, timestep = self.pipe.scheduler, self.controller.metadata.get("timestep", "timestep")
+        scheduler, timestep = self.pipe.scheduler, self.controller.metadata.timestep
         thread = threading.get_ident()
 
         def plan(set_timesteps: Callable[..., None], owner: Any, *args: Any, **kwargs: Any) -> None:

@@ -12,6 +12,7 @@ from diffusers.guiders import BaseGuidance
 
 from stages.adapters.denoiser_controller import DenoiserController
 from stages.adapters.guidance import Scales, as_scales
+from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.user_warnings import warn
 from stages.base.denoiser import denoisers_of
 from stages.base.sampling import scale_keyword
@@ -70,9 +71,9 @@ class CallArguments:
     def _scales(self, component: str, number: Scales) -> torch.Tensor:
         """The scales `w` for the pipeline's number; up to the one that switches its guidance off, none."""
         metadata = self.controllers[component].metadata
-        offset = metadata.get("scale_offset", 0.0)
+        offset = metadata.scale_offset
         scales = as_scales(number, offset)
-        off = metadata.get("no_guidance", {}).get(self.keyword, 1.0 - offset)
+        off = metadata.no_guidance.get(self.keyword or "", 1.0 - offset)
         return torch.where(scales <= off + offset, 1.0, scales)
 
     def keyword_of(self, component: str) -> str | None:
@@ -85,7 +86,7 @@ class CallArguments:
         """Have the pipeline make one pass without its own guidance; the settings that this changed, as they are now."""
         off: dict[str, Any] = {} if self.keyword is None else {self.keyword: NO_GUIDANCE}
         for controller in self.controllers.values():
-            off |= controller.metadata.get("no_guidance", {})
+            off |= controller.metadata.no_guidance
         if self.keyword is not None:
             numbered = [name for name in self.arguments if re.fullmatch(rf"{self.keyword}_\d+", name)]
             off |= {name: off.get(name, off[self.keyword]) for name in numbered if self.arguments[name] is not None}
@@ -109,8 +110,8 @@ class CallArguments:
         """An argument's value in the calls that the adapters were trained on."""
         default = self.bound.signature.parameters[name].default
         for controller in self.controllers.values():
-            rule, arguments = controller.metadata.get("guidance_rule"), controller.metadata.get("arguments", {})
-            default = (rule if isinstance(rule, dict) else {}).get(name, arguments.get(name, default))
+            metadata = controller.metadata
+            default = metadata.guidance_rule.get(name, metadata.arguments.get(name, default))
         return default
 
     # What the call asks for and does not get
@@ -139,7 +140,7 @@ class CallArguments:
         if controller.sees_negative:
             return
         recorded = {
-            name: value for name, value in controller.metadata["arguments"].items() if name.startswith("negative_")
+            name: value for name, value in controller.metadata.arguments.items() if name.startswith("negative_")
         }
         known = {""} | {value.strip() for value in recorded.values() if isinstance(value, str)}
         for name, value in self.given.items():
@@ -157,7 +158,7 @@ class CallArguments:
                 return
 
     def _warn_of_classes(self, controller: DenoiserController) -> None:
-        trained = (controller.metadata.get("sampled") or {}).get("class_labels") or []
+        trained = controller.metadata.sampled.get("class_labels", [])
         asked = self.given.get("class_labels")
         if not trained or asked is None:
             return
@@ -195,12 +196,12 @@ def keyword_of(pipe: Any, signature: inspect.Signature) -> str | None:
     return scale_keyword(pipe)
 
 
-def check_pipeline(metadata: dict[str, Any], pipe: Any, stock: type[Any]) -> None:
+def check_pipeline(metadata: AdapterMetadata, pipe: Any, stock: type[Any]) -> None:
     """
     Raises:
         UserError: a pipeline has no scale, or guides in another way than the one that the adapter was trained on.
     """
-    keyword, off = keyword_of(pipe, inspect.signature(stock.__call__)), metadata.get("no_guidance", {})
+    keyword, off = keyword_of(pipe, inspect.signature(stock.__call__)), metadata.no_guidance
     recorded = recorded_class(metadata)
     if recorded is None or recorded.__name__ == stock.__name__ or guiders_of(pipe):
         return
@@ -218,10 +219,9 @@ def check_pipeline(metadata: dict[str, Any], pipe: Any, stock: type[Any]) -> Non
         )
 
 
-def recorded_class(metadata: dict[str, Any]) -> type[Any] | None:
+def recorded_class(metadata: AdapterMetadata) -> type[Any] | None:
     """The class of the pipeline that the adapter was trained on; None where it is not known, or a guider guided it."""
-    rule, base = metadata.get("guidance_rule"), metadata.get("base", {})
-    name = (rule.get("pipeline") if isinstance(rule, dict) else None) or base.get("pipeline_class")
+    name = metadata.guidance_rule.get("pipeline") or metadata.base.pipeline_class
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         return None

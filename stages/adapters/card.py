@@ -8,6 +8,8 @@ from typing import Any
 import diffusers
 from huggingface_hub import EvalResult, ModelCardData
 
+from stages.adapters.metadata import AdapterMetadata
+
 CARD = """---
 {header}
 ---
@@ -46,52 +48,51 @@ With another strength it guides as the scale of two-pass guidance beside it does
 """
 
 
-def model_card(variant: str, parameters: int, metadata: dict[str, Any]) -> str:
+def model_card(variant: str, parameters: int, metadata: AdapterMetadata) -> str:
     """Markdown with the header that model hubs read.
 
     Args:
         parameters: how many the adapter has; metadata: what its folder tells.
     """
-    low, high = metadata["scale_range"]
+    low, high = metadata.scale_range
     facts = {
         **teacher_of(metadata),
         "variant": variant,
         "trained scales": f"{low:g} to {high:g}",
         "parameters": f"{parameters:,}",
     }
-    if metadata.get("guidance_gain", 1) > 1:
+    if metadata.guidance_gain > 1:
         facts["guidance gain"] = (
-            f"{metadata['guidance_gain']:.3f} times the guidance is asked of it, up to that of {high:g}"
+            f"{metadata.guidance_gain:.3f} times the guidance is asked of it, up to that of {high:g}"
         )
-    if "training" in metadata:
-        training = metadata["training"]
+    if training := metadata.training:
         facts |= {
-            "trained on": f"{training['records']:,} records of {training['trajectories']:,} {training.get('kind', 'guided')} trajectories",
+            "trained on": f"{training['records']:,} records of {training['trajectories']:,} {training['kind']} trajectories",
             "steps": f"{training['steps']:,}",
             "validation loss": f"{training['validation_loss']:.5f} (the base without guidance: "
             f"{training['validation_loss_unguided']:.5f})",
         }
-    rows = metadata.get("evaluation", [])
+    rows = metadata.evaluation
     card = CARD.format(
         header=header(variant, metadata, rows),
-        base=metadata["base"]["pretrained_model_name_or_path"],
+        base=metadata.base.pretrained_model_name_or_path,
         loading=loading(metadata),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
     )
     card += MEASURED.format(rows="\n".join(map(measured, rows))) if rows else ""
-    return card + "".join(DIAL.format(scale=scale, rows=dial(rows)) for scale, rows in metadata.get("dial", {}).items())
+    return card + "".join(DIAL.format(scale=scale, rows=dial(rows)) for scale, rows in metadata.dial.items())
 
 
-def teacher_of(metadata: dict[str, Any]) -> dict[str, str]:
+def teacher_of(metadata: AdapterMetadata) -> dict[str, str]:
     """What was recorded: the pipeline, how it guided, its scheduler, and what its call was told."""
-    base, teacher, rule = metadata["base"], metadata.get("teacher", {}), metadata.get("guidance_rule")
+    teacher = metadata.teacher
     facts = {
-        "teacher": base.get("pipeline_class"),
-        "its guidance": as_code(rule) if isinstance(rule, dict) else rule,
-        "its guider": as_code(teacher.get("guider")),
-        "its scheduler": teacher.get("scheduler_class"),
-        "configured as": as_code(teacher.get("scheduler_config")),
-        "its call was told": as_code(metadata.get("arguments")),
+        "teacher": metadata.base.pipeline_class,
+        "its guidance": as_code(metadata.guidance_rule),
+        "its guider": as_code(teacher.guider),
+        "its scheduler": teacher.scheduler_class,
+        "configured as": as_code(teacher.scheduler_config),
+        "its call was told": as_code(metadata.arguments),
     }
     return {name: value for name, value in facts.items() if value}
 
@@ -101,26 +102,26 @@ def as_code(values: dict[str, Any] | None) -> str:
     return f"`{json.dumps(values, default=str)}`".replace("|", "\\|") if values else ""
 
 
-def loading(metadata: dict[str, Any]) -> str:
+def loading(metadata: AdapterMetadata) -> str:
     """Lines of Python that load what was recorded, as far as stock classes are it."""
-    base, teacher = metadata["base"], metadata.get("teacher", {})
-    kind = base.get("pipeline_class")
-    if teacher.get("guider") or not hasattr(diffusers, str(kind)):
+    base, teacher = metadata.base, metadata.teacher
+    kind = base.pipeline_class
+    if teacher.guider or not hasattr(diffusers, str(kind)):
         kind = "DiffusionPipeline"
-    scheduler = teacher.get("scheduler_class")
-    source = "".join(f", {key}={base[key]!r}" for key in ("revision", "variant") if base.get(key))
+    scheduler = teacher.scheduler_class
+    source = "".join(f", {key}={value!r}" for key in ("revision", "variant") if (value := getattr(base, key)))
     lines = [
         f"from diffusers import {', '.join(filter(None, (scheduler, kind)))}",
         "from stages.adapters import GuidanceAdapter",
         "",
-        f'pipe = {kind}.from_pretrained("{base["pretrained_model_name_or_path"]}"{source})',
+        f'pipe = {kind}.from_pretrained("{base.pretrained_model_name_or_path}"{source})',
     ]
     if scheduler:
         lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)")
     return "\n".join(lines)
 
 
-def header(variant: str, metadata: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def header(variant: str, metadata: AdapterMetadata, rows: list[dict[str, Any]]) -> str:
     """YAML: what the base is, how it relates to it, what was measured."""
     results = [
         EvalResult(
@@ -136,7 +137,7 @@ def header(variant: str, metadata: dict[str, Any], rows: list[dict[str, Any]]) -
         for metric in ("frechet_distance", "gap_closed")
     ]
     data = ModelCardData(
-        base_model=metadata["base"]["pretrained_model_name_or_path"],
+        base_model=metadata.base.pretrained_model_name_or_path,
         base_model_relation="adapter",
         library_name="diffusers",
         tags=["guidance-distillation", "classifier-free-guidance", variant],

@@ -16,6 +16,7 @@ from stages.adapters.adapter import GuidanceAdapter
 from stages.adapters.conditioning import LABEL, Conditions
 from stages.adapters.config import POOLED, TOKENS, AdapterConfig
 from stages.adapters.inputs import places_of
+from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.site import Site, gated, of_rows
 from stages.adapters.sites import Shape, find_label_embedders
 from stages.adapters.spots import Seen
@@ -68,15 +69,13 @@ class Embedding(GuidanceAdapter):
 
     @classmethod
     def find_sites(
-        cls, denoiser: nn.Module, config: AdapterConfig, metadata: dict[str, Any], seen: dict[str, Seen] | None = None
+        cls, denoiser: nn.Module, config: AdapterConfig, metadata: AdapterMetadata, seen: dict[str, Seen] | None = None
     ) -> dict[str, Shape]:
         """The condition that is corrected, with its width."""
         if config.sites:
             raise UserError("adapter.sites: the variant embedding sits at no site: leave it out")
         by_kind = {
-            spec["kind"]: {name: [spec["width"]] * 2}
-            for name, spec in metadata["conditions"].items()
-            if "width" in spec
+            spec["kind"]: {name: [spec["width"]] * 2} for name, spec in metadata.conditions.items() if "width" in spec
         }
         tables = find_label_embedders(denoiser)
         if TOKENS in by_kind:

@@ -20,6 +20,7 @@ from stages.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, whole
 from stages.adapters.fusing import LowRank
 from stages.adapters.guidance import as_scales
 from stages.adapters.header import header, with_header
+from stages.adapters.metadata import Base
 from stages.adapters.naming import NAMINGS, naming_of
 from stages.base.denoiser import fingerprint
 from stages.errors import UserError
@@ -73,7 +74,7 @@ def prepared(
     weights = weights_of(adapter, guidance_scale, format)
     check_path(path, format)
     if format == DIFFUSERS:
-        check_loader(adapter.metadata["base"])
+        check_loader(adapter.metadata.base)
     return weights, *named_for_format(adapter, weights, format)
 
 
@@ -116,11 +117,11 @@ def check_path(path: Path, format: str) -> None:
 
 def named_for_format(adapter: AdapterBase, weights: LowRank, format: str) -> tuple[dict[str, Tensor], str]:
     """The tensors of a file by the names that its readers know, and the code whose names they are."""
-    base = adapter.metadata["base"]
+    base = adapter.metadata.base
     if format == KOHYA:
-        naming = naming_of(base["denoiser_class"])
+        naming = naming_of(base.denoiser_class)
         return naming.renamed(weights), naming.implementation
-    prefix = base["denoiser_subfolder"] if format == DIFFUSERS else "base_model.model"
+    prefix = base.denoiser_subfolder if format == DIFFUSERS else "base_model.model"
     tensors = {
         f"{prefix}.{layer}.lora_{part}.weight": tensor
         for layer, change in weights.items()
@@ -145,13 +146,13 @@ def lora_config(weights: LowRank) -> dict[str, Any]:
 
 def peft_config(adapter: AdapterBase, weights: LowRank) -> dict[str, Any]:
     """The configuration in a folder of peft's."""
-    base = adapter.metadata["base"]
+    base = adapter.metadata.base
     return {
         "peft_type": "LORA",
         "task_type": None,
         "inference_mode": True,
-        "base_model_name_or_path": base["pretrained_model_name_or_path"],
-        "revision": base.get("revision"),
+        "base_model_name_or_path": base.pretrained_model_name_or_path,
+        "revision": base.revision,
         **lora_config(weights),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -163,36 +164,36 @@ def peft_config(adapter: AdapterBase, weights: LowRank) -> dict[str, Any]:
 
 def for_diffusers(adapter: AdapterBase, weights: LowRank, format: str) -> dict[str, str]:
     """What diffusers reads in the header: the ranks, which some of its releases guess wrongly where they differ."""
-    base = adapter.metadata["base"]
-    if format == PEFT or (format == KOHYA and naming_of(base["denoiser_class"]).alpha):
+    base = adapter.metadata.base
+    if format == PEFT or (format == KOHYA and naming_of(base.denoiser_class).alpha):
         return {}
-    config = {f"{base['denoiser_subfolder']}.{key}": value for key, value in lora_config(weights).items()}
+    config = {f"{base.denoiser_subfolder}.{key}": value for key, value in lora_config(weights).items()}
     return {LORA_ADAPTER_METADATA_KEY: json.dumps(config)}
 
 
 def how_to_load(adapter: AdapterBase, file: Path, format: str) -> str:
     """What loads an exported file, in a line."""
-    base = adapter.metadata["base"]
-    part, folder = base["denoiser_subfolder"], file.parent
+    base = adapter.metadata.base
+    part, folder = base.denoiser_subfolder, file.parent
     if format == KOHYA:
-        return f"loaded by {naming_of(base['denoiser_class']).readers}"
+        return f"loaded by {naming_of(base.denoiser_class).readers}"
     if format == PEFT:
         return f'loaded by PeftModel.from_pretrained(pipe.{part}, "{folder}")'
-    if hasattr(_of_diffusers(base.get("pipeline_class")), "load_lora_weights"):
+    if hasattr(_of_diffusers(base.pipeline_class), "load_lora_weights"):
         return f'loaded by pipe.load_lora_weights("{folder}")'
     return f'loaded by pipe.{part}.load_lora_adapter("{folder}", prefix="{part}", weight_name="{LORA_FILE}")'
 
 
-def check_loader(base: dict[str, Any]) -> None:
+def check_loader(base: Base) -> None:
     """
     Raises:
         UserError: diffusers loads no LoRA into this base.
     """
-    pipeline, denoiser = _of_diffusers(base.get("pipeline_class")), _of_diffusers(base["denoiser_class"])
+    pipeline, denoiser = _of_diffusers(base.pipeline_class), _of_diffusers(base.denoiser_class)
     if not hasattr(pipeline, "load_lora_weights") and not hasattr(denoiser, "load_lora_adapter"):
-        others = f"{PEFT} or {KOHYA}" if base["denoiser_class"] in NAMINGS else PEFT
+        others = f"{PEFT} or {KOHYA}" if base.denoiser_class in NAMINGS else PEFT
         raise UserError(
-            f"format={DIFFUSERS}: diffusers loads no LoRA into a {base['denoiser_class']}: take format={others}"
+            f"format={DIFFUSERS}: diffusers loads no LoRA into a {base.denoiser_class}: take format={others}"
         )
 
 

@@ -15,9 +15,13 @@ import safetensors.torch
 from huggingface_hub import HfApi, snapshot_download
 from obstore.exceptions import BaseError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from stages.adapters.adapter_base import AdapterBase
 from stages.adapters.card import model_card
+from stages.adapters.config import AdapterConfig
+from stages.adapters.metadata import AdapterMetadata
+from stages.adapters.sites import Shape
 from stages.base.loading import first_line
 from stages.errors import UserError
 from stages.storage.buckets import SCHEMES, read_object
@@ -44,7 +48,7 @@ def write_card(adapter: AdapterBase, path: Path) -> None:
     with whole(path / CARD_FILE) as part:
         part.write_text(card, encoding="utf-8")
     with whole(path / CONFIG_FILE) as part:
-        part.write_text(json.dumps(config | adapter.metadata, indent=2) + "\n")
+        part.write_text(json.dumps(config | adapter.metadata.to_json(), indent=2) + "\n")
 
 
 @contextmanager
@@ -80,21 +84,22 @@ def loading_errors(name_or_path: str | Path) -> Iterator[None]:
 
 def load(
     name_or_path: str | Path, **source: Any
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
+) -> tuple[AdapterConfig, dict[str, Shape], AdapterMetadata, dict[str, Tensor]]:
     """Configuration, sites, what else is told, and weights.
 
     Raises:
         UserError: there is no adapter of this version.
     """
     with loading_errors(name_or_path), _at_hand(str(name_or_path), **source) as path:
-        metadata = json.loads((path / CONFIG_FILE).read_bytes())
-        version = metadata.pop("format_version")
+        values = json.loads((path / CONFIG_FILE).read_bytes())
+        version = values.pop("format_version")
         if version != FORMAT_VERSION:
             way_out = "upgrade this project" if version > FORMAT_VERSION else "train it again"
             raise UserError(
                 f"{name_or_path}: written in version {version} of the format, not {FORMAT_VERSION}: {way_out}"
             )
-        return metadata.pop("adapter"), metadata.pop("sites"), metadata, load_file(path / WEIGHTS_FILE)
+        config, shapes = AdapterConfig(**values.pop("adapter")), values.pop("sites")
+        return config, shapes, AdapterMetadata.from_json(values), load_file(path / WEIGHTS_FILE)
 
 
 @contextmanager

@@ -6,12 +6,14 @@ forward pass.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stages.adapters.config import AdapterConfig
+from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.offset import Offset
 from stages.adapters.site import of_rows
 from stages.adapters.sites import Shape, layer_beneath
@@ -29,17 +31,17 @@ class Full(Offset):
     variant = "full"
     exclusive = True
 
-    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], metadata: dict[str, Any]) -> None:
+    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], metadata: AdapterMetadata) -> None:
         super().__init__(config, shapes, metadata)
         self._base: list[tuple[dict[str, Any], str, nn.Parameter]] = []
         self.unguided: Any = None
         self.weights = nn.ParameterDict(
-            {name.replace(".", "/"): torch.empty(shape) for name, shape in metadata["weights"].items()}
+            {name.replace(".", "/"): torch.empty(shape) for name, shape in metadata.weights.items()}
         )
 
     @classmethod
-    def with_base_metadata(cls, metadata: dict[str, Any], denoiser: nn.Module) -> dict[str, Any]:
-        return metadata | {"weights": shapes_of(denoiser)}
+    def with_base_metadata(cls, metadata: AdapterMetadata, denoiser: nn.Module) -> AdapterMetadata:
+        return replace(metadata, weights=shapes_of(denoiser))
 
     @torch.no_grad()
     def init_from_base(self, denoiser: nn.Module) -> None:
@@ -49,7 +51,7 @@ class Full(Offset):
     def check_fit(self, denoiser: nn.Module) -> None:
         super().check_fit(denoiser)
         found = shapes_of(denoiser)
-        for name, shape in self.metadata["weights"].items():
+        for name, shape in self.metadata.weights.items():
             if found.get(name) != shape:
                 raise UserError(f"the adapter does not fit: {name} is {found.get(name, 'not there')}, not {shape}")
 

@@ -14,6 +14,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from stages.adapters.metadata import AdapterMetadata
+
 # As sd-scripts and musubi-tuner write them; where neither knows a base, the denoiser's class stands for it.
 ARCHITECTURES = {
     "SD3Transformer2DModel": "stable-diffusion-3",
@@ -38,15 +40,14 @@ def with_header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     return safetensors.torch.save(tensors, metadata | {"modelspec.hash_sha256": f"0x{digest}"})
 
 
-def header(metadata: dict[str, Any], guidance_scale: float, implementation: str, fingerprint: str) -> dict[str, str]:
+def header(metadata: AdapterMetadata, guidance_scale: float, implementation: str, fingerprint: str) -> dict[str, str]:
     """What the file tells of itself, text by field.
 
     Args:
         metadata: what the adapter's folder tells; fingerprint: of the adapter's weights.
         implementation: the code whose names for the layers it has.
     """
-    base, name = metadata["base"], metadata["base"]["pretrained_model_name_or_path"]
-    low, high = metadata["scale_range"]
+    name, (low, high) = metadata.base.pretrained_model_name_or_path, metadata.scale_range
     fields = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
@@ -59,28 +60,28 @@ def header(metadata: dict[str, Any], guidance_scale: float, implementation: str,
         "modelspec.tags": "guidance-distillation, classifier-free-guidance",
         "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "guidance.base_model": name,
-        "guidance.base_fingerprint": base.get("denoiser_fingerprint"),
+        "guidance.base_fingerprint": metadata.base.denoiser_fingerprint,
         "guidance.scale": f"{guidance_scale:g}",
         "guidance.trained_range": f"{low:g},{high:g}",
-        "guidance.gain": str(metadata.get("guidance_gain", 1.0)),
+        "guidance.gain": str(metadata.guidance_gain),
         "guidance.adapter_fingerprint": fingerprint,
         "guidance.dial": dial(metadata, guidance_scale),
     }
-    if prediction := metadata.get("prediction_type"):
+    if prediction := metadata.prediction_type:
         fields["modelspec.prediction_type"] = PREDICTIONS.get(prediction, prediction)
     return {field: text for field, text in fields.items() if text is not None}
 
 
-def architecture(metadata: dict[str, Any]) -> str:
+def architecture(metadata: AdapterMetadata) -> str:
     """The base's architecture by the name that the trainers give it."""
-    kind, tokens = metadata["base"]["denoiser_class"], metadata["conditions"].get("encoder_hidden_states", {})
-    seen = tokens.get("width"), metadata.get("prediction_type")
+    kind, tokens = metadata.base.denoiser_class, metadata.conditions.get("encoder_hidden_states", {})
+    seen = tokens.get("width"), metadata.prediction_type
     if kind == "UNet2DConditionModel":
         return UNET_ARCHITECTURES.get(seen, kind)
     return ARCHITECTURES.get(kind, kind)
 
 
-def dial(metadata: dict[str, Any], guidance_scale: float) -> str | None:
+def dial(metadata: AdapterMetadata, guidance_scale: float) -> str | None:
     """The measured table of strengths and the scales that they come out at, as JSON; None where nobody measured it."""
-    table = metadata.get("dial", {}).get(f"{guidance_scale:g}")
+    table = metadata.dial.get(f"{guidance_scale:g}")
     return None if table is None else json.dumps(table)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.adapters.metadata import AdapterMetadata
 from stages.base.arguments import Axis, argument, stacked
 from stages.base.denoiser import MASK
 
@@ -33,7 +34,7 @@ class Samples:
     ragged: bool
 
 
-def samples_of(flat: Inputs, latent: str, metadata: dict[str, Any], wanted: bool = True) -> Samples:
+def samples_of(flat: Inputs, latent: str, metadata: AdapterMetadata, wanted: bool = True) -> Samples:
     """Read a call.
 
     Args:
@@ -45,31 +46,27 @@ def samples_of(flat: Inputs, latent: str, metadata: dict[str, Any], wanted: bool
     value = argument(flat, latent, places[latent])
     count = places[latent].of_samples(value)
     device = (value[0] if places[latent].listed else value).device
-    timestep = of_each(torch.as_tensor(flat[timestep_name(metadata)], device=device), count, metadata)
-    others = {name: place for name, place in places.items() if name not in (latent, timestep_name(metadata))}
+    timestep = of_each(torch.as_tensor(flat[metadata.timestep], device=device), count, metadata)
+    others = {name: place for name, place in places.items() if name not in (latent, metadata.timestep)}
     conditions = dict(_conditions(flat, others, count)) if wanted else {}
     return Samples(
         count, device, timestep, conditions, any(_is_ragged(flat, name, place) for name, place in places.items())
     )
 
 
-def timestep_name(metadata: dict[str, Any]) -> str:
-    return str(metadata.get("timestep", "timestep"))
-
-
-def of_each(timestep: Tensor, count: int, metadata: dict[str, Any]) -> Tensor:
+def of_each(timestep: Tensor, count: int, metadata: AdapterMetadata) -> Tensor:
     """The timestep of each sample `[n]`; of tokens that have their own, the noisiest, because others are held."""
     if timestep.numel() == 1 or timestep.numel() % count:
         return timestep.flatten()[:1].expand(count)
     tokens = timestep.reshape(count, -1)
     if tokens.shape[1] == 1:
         return tokens[:, 0]
-    return tokens.amax(1) if metadata.get("timestep_scale", 1.0) > 0 else tokens.amin(1)
+    return tokens.amax(1) if metadata.timestep_scale > 0 else tokens.amin(1)
 
 
-def places_of(flat: Inputs, latent: str, metadata: dict[str, Any]) -> dict[str, Axis]:
+def places_of(flat: Inputs, latent: str, metadata: AdapterMetadata) -> dict[str, Axis]:
     """Where each argument has its samples, as the folder tells, or else as shapes do."""
-    if axes := metadata.get("axes"):
+    if axes := metadata.axes:
         return {name: Axis(**place) for name, place in axes.items()}
     listed = Axis(listed=True)
     first = Axis() if latent in flat else listed

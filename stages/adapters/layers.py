@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from stages.adapters.inputs import Inputs
+from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.sites import (
     ATTENTION,
     CONVOLUTIONS,
@@ -82,11 +83,10 @@ def _inside(denoiser: nn.Module, kind: str, every: Container[str]) -> set[str]:
         return set()
 
 
-def look_at_layers(denoiser: nn.Module, inputs: Inputs, metadata: dict[str, Any] | None = None) -> dict[str, Seen]:
+def look_at_layers(denoiser: nn.Module, inputs: Inputs) -> dict[str, Seen]:
     """What a trial forward shows of every layer that a LoRA can change; see `trial_forward.look`."""
-    return look(
-        denoiser, {name: shape_of(layer) for name, layer in adaptable_layers(denoiser).items()}, inputs, metadata or {}
-    )
+    widths = {name: shape_of(layer) for name, layer in adaptable_layers(denoiser).items()}
+    return look(denoiser, widths, inputs, AdapterMetadata(conditions={}, scale_range=[1.0, 1.0]))
 
 
 def adaptable_layers(denoiser: nn.Module) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from stages.adapters.conditioning import Conditioning, Conditions, ScaleAlone
 from stages.adapters.config import AdapterConfig
 from stages.adapters.fusing import LowRank, why_not_fusable
 from stages.adapters.layers import adaptable_layers, find_layers, shape_of
+from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.site import Site
 from stages.adapters.sites import CONVOLUTIONS, Shape
 from stages.adapters.spots import Seen
@@ -92,7 +93,7 @@ class LoRA(GuidanceAdapter):
 
     @classmethod
     def find_sites(
-        cls, denoiser: nn.Module, config: AdapterConfig, metadata: dict[str, Any], seen: dict[str, Seen] | None = None
+        cls, denoiser: nn.Module, config: AdapterConfig, metadata: AdapterMetadata, seen: dict[str, Seen] | None = None
     ) -> dict[str, Shape]:
         return find_layers(denoiser, list(config.sites or []), seen)
 

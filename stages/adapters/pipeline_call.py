@@ -61,16 +61,17 @@ class PipelineCall:
         """What an adapter sees of the negative prompt, if it sees any."""
         if not controller.sees_negative:
             return {}
-        call = self.call
+        call, place = self.call, controller.metadata.unconditional
+        assert place is not None  # records with negative tokens have one
         keyword = {} if call.keyword is None else {call.keyword: SOME_GUIDANCE}
         guided = inspect.BoundArguments(call.bound.signature, call.arguments | keyword)
         if guided.arguments.get("negative_prompt") is None:
-            guided.arguments |= {k: v for k, v in controller.metadata["arguments"].items() if k == "negative_prompt"}
+            guided.arguments |= {k: v for k, v in controller.metadata.arguments.items() if k == "negative_prompt"}
         return unconditional_tokens(
             self.pipe,
             list({**self.controllers, **denoisers_of(self.pipe)}),
             lambda: self.stock.__call__(*guided.args, **guided.kwargs),
-            controller.metadata["unconditional"],
+            place,
             call.arguments.get("generator"),
         )
 

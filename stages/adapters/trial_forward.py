@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.adapters.inputs import Inputs, places_of, timestep_name
+from stages.adapters.inputs import Inputs, places_of
+from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.spots import Call, Given, Seen, parameters_of, seen_of
 from stages.adapters.trial_inputs import Maker, exchanged, to_meta, tree_map
 from stages.base.arguments import Axis, argument
@@ -21,7 +22,7 @@ Calls = dict[str, list[Call]]
 
 
 def look(
-    denoiser: nn.Module, widths: dict[str, list[int]], inputs: Inputs, metadata: dict[str, Any]
+    denoiser: nn.Module, widths: dict[str, list[int]], inputs: Inputs, metadata: AdapterMetadata
 ) -> dict[str, Seen]:
     """What a trial forward shows of modules, of those that run.
 
@@ -38,11 +39,11 @@ def look(
         UserError: the denoiser does not run.
     """
     inputs = flatten(unflatten(inputs)) | {name: None for name, value in inputs.items() if value is None}
-    latent, timestep = latent_name(denoiser), inputs.get(timestep_name(metadata))
+    latent, timestep = latent_name(denoiser), inputs.get(metadata.timestep)
     places = places_of(inputs, latent, metadata)
     samples = places[latent].of_samples(argument(inputs, latent, places[latent]))
     if isinstance(timestep, Tensor) and timestep.shape == (samples,):
-        places = {timestep_name(metadata): Axis()} | places
+        places = {metadata.timestep: Axis()} | places
     is_real = not any(parameter.is_meta for parameter in denoiser.parameters())
     try:
         runs = [calls_on_meta(denoiser, widths, inputs)]
@@ -103,12 +104,12 @@ def calls_by_values(
     inputs: Inputs,
     places: dict[str, Axis],
     samples: int,
-    metadata: dict[str, Any],
+    metadata: AdapterMetadata,
 ) -> list[Calls]:
     """Four runs: as given, with other latents, with another first sample, and with another last one."""
     latent, like = latent_name(denoiser), next(denoiser.parameters())
-    scale, offset = metadata.get("timestep_scale", 1.0), metadata.get("timestep_offset", 0.0)
-    maker = Maker(like, timestep_name(metadata), lambda timestep: scale * timestep + offset)
+    scale, offset = metadata.timestep_scale, metadata.timestep_offset
+    maker = Maker(like, metadata.timestep, lambda timestep: scale * timestep + offset)
     one, other = maker.made(inputs), maker.changed(inputs)
     of_latent = {name: value for name, value in other.items() if name == latent or name.startswith(f"{latent}.[")}
     variants = [one, one | of_latent, *(exchanged(one, other, i, places) for i in (0, samples - 1))]

@@ -16,6 +16,7 @@ from diffusers import ModularPipeline
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
+from stages.adapters.metadata import AdapterMetadata
 from stages.base.denoiser import denoiser_of, denoisers_of
 from stages.base.loading import diffusers_class, first_line, load_pipeline, new_guider, resolve
 from stages.base.pictures import PicturePath, check_pictures
@@ -99,30 +100,30 @@ def load_pair(
     return pipe, fitted(adapter, pipe)
 
 
-def load_recorded(metadata: dict[str, Any], name_or_path: str | None, device: str) -> Any:
+def load_recorded(metadata: AdapterMetadata, name_or_path: str | None, device: str) -> Any:
     """The teacher that an adapter's folder tells of: its pipeline's class, its scheduler, its guider.
 
     Args:
         name_or_path: of another base in place of the teacher's own; its scheduler keeps what belongs to its weights.
     """
-    base, teacher = metadata["base"], metadata.get("teacher", {})
-    source = {} if name_or_path else {key: base[key] for key in ("revision", "variant")}
-    kind = "ModularPipeline" if teacher.get("guider") else base["pipeline_class"]
-    if not hasattr(diffusers, kind):
+    base, teacher = metadata.base, metadata.teacher
+    source: dict[str, Any] = {} if name_or_path else {"revision": base.revision, "variant": base.variant}
+    kind = "ModularPipeline" if teacher.guider else base.pipeline_class
+    if not hasattr(diffusers, str(kind)):
         warnings.warn(
             f"diffusers {diffusers.__version__} has no {kind}, of which the records are: the base's own is taken",
             stacklevel=2,
         )
         kind = None
     pipe: Any = load_pipeline(
-        name_or_path or base["pretrained_model_name_or_path"], device=device, pipeline_class=kind, **source
+        name_or_path or base.pretrained_model_name_or_path, device=device, pipeline_class=kind, **source
     )
-    if teacher.get("guider"):
-        pipe.update_components(guider=new_guider(dict(teacher["guider"])))
-    if "scheduler_class" in teacher:
-        scheduler = diffusers_class(teacher["scheduler_class"], "the scheduler of the records")
+    if teacher.guider:
+        pipe.update_components(guider=new_guider(dict(teacher.guider)))
+    if teacher.scheduler_class is not None:
+        scheduler = diffusers_class(teacher.scheduler_class, "the scheduler of the records")
         own = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-        config = own if name_or_path else teacher["scheduler_config"]
+        config = own if name_or_path else teacher.scheduler_config
         if type(pipe.scheduler) is not scheduler or json.dumps(own, default=str) != json.dumps(config, default=str):
             pipe.scheduler = scheduler.from_config(config)
     return pipe
@@ -152,7 +153,7 @@ def arguments_of(pipe: Any, adapter: GuidanceAdapter) -> dict[str, Any]:
     """What the adapter's teacher was told besides, as far as this pipeline takes it: not another rule's settings."""
     known = inspect.signature(type(pipe).__call__).parameters
     has_guider = guider_of(pipe) is not None  # then the pipeline takes whatever its blocks do
-    return {name: value for name, value in adapter.metadata["arguments"].items() if name in known or has_guider}
+    return {name: value for name, value in adapter.metadata.arguments.items() if name in known or has_guider}
 
 
 def conditions_of(
@@ -186,7 +187,7 @@ def conditions_of(
         return rows
     if prompts or given:
         raise UserError(f"{next(iter(given), 'prompts')}: {kind.__name__} takes classes: say class_labels=...")
-    trained = list(adapter.metadata["sampled"]["class_labels"])
+    trained = list(adapter.metadata.sampled["class_labels"])
     labels = trained if class_labels is None else list(class_labels)
     if not labels or not set(labels) <= set(trained):
         known = f"{trained[0]} to {trained[-1]}" if len(trained) == trained[-1] - trained[0] + 1 else str(trained)
@@ -205,19 +206,21 @@ def sample_setting(pipe: Any, adapter: GuidanceAdapter, setting: Setting, reques
     ):
         synchronize(pipe)
         start = time.perf_counter()
-        sample(pipe, *with_guidance(pipe, {} if adapter is None else adapter.metadata, setting, request))
+        sample(pipe, *with_guidance(pipe, None if adapter is None else adapter.metadata, setting, request))
         synchronize(pipe)
         seconds = (latents.ended or time.perf_counter()) - start
     return Samples(latents[0], count[0], seconds, steps, adapter.fused if setting.method == ONE_PASS else None)
 
 
-def with_guidance(pipe: Any, metadata: dict[str, Any], setting: Setting, request: Request) -> tuple[Request, float]:
+def with_guidance(
+    pipe: Any, metadata: AdapterMetadata | None, setting: Setting, request: Request
+) -> tuple[Request, float]:
     """A request, and the scale that the pipeline is given for that of a setting; for no guidance, all that switches it off."""
-    offset = metadata.get("scale_offset", 0.0)
+    offset = 0.0 if metadata is None else metadata.scale_offset
     guides_itself = setting.method != ONE_PASS or not isinstance(pipe, ModularPipeline)
     if setting.method != NONE and guides_itself:
         return request, setting.guidance_scale - offset
-    off = dict(metadata.get("no_guidance", {}))
+    off = {} if metadata is None else dict(metadata.no_guidance)
     known = inspect.signature(type(pipe).__call__).parameters
     scale = off.pop(scale_keyword(pipe), 1.0 - offset) if guider_of(pipe) is None else 1.0 - offset
     return replace(request, arguments=request.arguments | {k: v for k, v in off.items() if k in known}), scale
@@ -237,7 +240,7 @@ def guiding(
         finally:
             adapter.detach()
     elif setting.method in FIRST_PERCENT:
-        place = adapter.metadata.get("unconditional")
+        place = adapter.metadata.unconditional
         with guided_first(pipe, place, FIRST_PERCENT[setting.method], steps, n):
             yield
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.conditioning import find_conditions
 from stages.adapters.guidance import Guidance, as_scales
+from stages.adapters.metadata import AdapterMetadata, Base, RecordedTeacher
 from stages.base.arguments import LENGTH, Arguments, Caller
 from stages.base.denoiser import NEGATIVE, STEP, as_target, fingerprint, predictions_of
 from stages.base.loading import denoiser_config, load_denoiser
@@ -23,15 +25,6 @@ if TYPE_CHECKING:  # without it a student can be made where there is no pyarrow
     from stages.records.dataset import Dataset
 
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
-BASE_KEYS = (
-    "pretrained_model_name_or_path",
-    "revision",
-    "variant",
-    "pipeline_class",
-    "denoiser_class",
-    "denoiser_subfolder",
-    "denoiser_fingerprint",
-)
 
 
 def facts_of_teacher(dataset: Dataset, denoiser: str | None = None) -> dict[str, Any]:
@@ -43,7 +36,7 @@ def facts_of_teacher(dataset: Dataset, denoiser: str | None = None) -> dict[str,
 
 def describe_base(
     dataset: Dataset, scale_range: list[float] | None = None, denoiser: str | None = None
-) -> dict[str, Any]:
+) -> AdapterMetadata:
     """What an adapter's folder tells of its data and its base: conditions, trained range, identity of the base.
 
     Args:
@@ -53,25 +46,29 @@ def describe_base(
     teacher, conditions = facts_of_teacher(dataset, denoiser), dataset.info["conditions"]
     low, high = dataset.info["guidance"]["scale_range"]
     least, most = scale_range or [low, high]
-    return {
-        "conditions": find_conditions(condition_tensors(dataset), max(conditions["class_labels"], default=0) + 1),
-        "sampled": conditions,
-        "arguments": teacher["arguments"],
-        "scale_range": [max(low, least), min(high, most)],
-        "guidance_rule": dataset.info["guidance"]["rule"],
-        "prediction_type": teacher["prediction_type"],
-        "timestep": teacher["layout"]["arguments"]["timestep"],
-        "axes": teacher["layout"]["arguments"]["axes"],
-        "timestep_scale": teacher["layout"]["timestep_scale"],
-        "timestep_offset": teacher["layout"]["timestep_offset"],
-        "no_guidance": teacher["layout"]["no_guidance"],
-        "scale_offset": teacher["layout"]["scale_offset"],
-        "unconditional": unconditional_place(teacher["layout"]),
-        "base": {key: teacher[key] for key in BASE_KEYS},
-        "teacher": {key: teacher.get(key) for key in ("scheduler_class", "scheduler_config")}
-        | {"guider": dataset.info["plans"][0]["config"]["teacher"].get("guider")},
-        "dataset_fingerprint": dataset.fingerprint,
-    }
+    layout = teacher["layout"]
+    return AdapterMetadata(
+        conditions=find_conditions(condition_tensors(dataset), max(conditions["class_labels"], default=0) + 1),
+        sampled=conditions,
+        arguments=teacher["arguments"],
+        scale_range=[max(low, least), min(high, most)],
+        guidance_rule=dataset.info["guidance"]["rule"],
+        prediction_type=teacher["prediction_type"],
+        timestep=layout["arguments"]["timestep"],
+        axes=layout["arguments"]["axes"],
+        timestep_scale=layout["timestep_scale"],
+        timestep_offset=layout["timestep_offset"],
+        no_guidance=layout["no_guidance"],
+        scale_offset=layout["scale_offset"],
+        unconditional=unconditional_place(layout),
+        base=Base(**{entry.name: teacher[entry.name] for entry in fields(Base)}),
+        teacher=RecordedTeacher(
+            scheduler_class=teacher.get("scheduler_class"),
+            scheduler_config=teacher.get("scheduler_config"),
+            guider=dataset.info["plans"][0]["config"]["teacher"].get("guider"),
+        ),
+        dataset_fingerprint=dataset.fingerprint,
+    )
 
 
 def unconditional_place(layout: dict[str, Any]) -> dict[str, int] | None:

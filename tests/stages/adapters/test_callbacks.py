@@ -12,6 +12,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback, SDX
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
+from stages.adapters.metadata import AdapterMetadata, Base
 from tests.pipelines_zoo.gathered import gather
 from tests.stages.adapters.test_compositions import adapter_for
 from tests.support.families import PROMPTS, build
@@ -180,7 +181,7 @@ def test_a_callback_that_fails_leaves_the_pipeline_as_it_was(pipe: Any, adapter:
 def test_a_callback_turns_a_guider_or_cuts_it_off() -> None:
     specimen = gather()["MotifVideoPipeline"]
     pipe = specimen.build()
-    metadata = {"conditions": {}, "base": {"denoiser_subfolder": "transformer"}, "scale_range": [1.0, 9.0]}
+    metadata = AdapterMetadata(conditions={}, base=Base(denoiser_subfolder="transformer"), scale_range=[1.0, 9.0])
     adapter = adapter_for(pipe.transformer, metadata=metadata).attach(pipe)
 
     def run(**arguments: Any) -> Tensor:

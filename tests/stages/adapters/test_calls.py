@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,12 +19,13 @@ from diffusers import (
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
+from stages.adapters.metadata import AdapterMetadata, Base
 from stages.base.denoiser import denoisers_of
 from stages.errors import UserError
 from stages.generate.watching import Call, watched
 from tests.conftest import tiny_dit
 from tests.pipelines_zoo.gathered import gather
-from tests.stages.adapters.test_compositions import adapter_for
+from tests.stages.adapters.test_compositions import METADATA, adapter_for
 from tests.stages.adapters.test_contract import new_adapter
 from tests.support.families import PROMPTS, build
 
@@ -68,8 +70,8 @@ ZOO = gather()
 def on(pipe: Any, component: str | None = None, **metadata: Any) -> GuidanceAdapter:
     """An adapter that does something, on a component of a pipeline."""
     name = component or next(iter(denoisers_of(pipe)))
-    known = {"conditions": {}, "base": {"denoiser_subfolder": name}, "scale_range": [1.0, 9.0]} | metadata
-    return adapter_for(denoisers_of(pipe)[name], "lora", metadata=known)
+    known = {"conditions": {}, "base": Base(denoiser_subfolder=name), "scale_range": [1.0, 9.0]} | metadata
+    return adapter_for(denoisers_of(pipe)[name], "lora", metadata=AdapterMetadata(**known))
 
 
 def said(call: Any) -> list[str]:
@@ -136,7 +138,7 @@ def test_the_embedded_scale_is_the_recorded_one_unless_both_are_named(name: str)
     assert torch.equal(*ends)
     both = call(pipe, arguments | {"true_cfg_scale": 4.0, "guidance_scale": 5.0}, ZOO[name].conditions[0]["prompt"])
     assert both.given("guidance") == pytest.approx([embedded * 5.0] * STEPS)
-    adapter.metadata["arguments"] = {}
+    adapter.metadata = replace(adapter.metadata, arguments={})
     unrecorded = call(pipe, arguments | {"guidance_scale": 4.0}, ZOO[name].conditions[0]["prompt"])
     assert unrecorded.given("guidance") == pytest.approx([embedded * default] * STEPS)
 
@@ -212,7 +214,7 @@ def test_a_callback_cuts_the_guidance_of_both(wan: Any) -> None:
 def test_an_adapter_of_the_second_denoiser_needs_a_pipeline_that_has_one() -> None:
     pipe = build("wan")
     with pytest.raises(UserError, match="WanPipeline has no transformer_2, which the adapter was made for"):
-        on(pipe, base={"denoiser_subfolder": "transformer_2"}).attach(pipe)
+        on(pipe, base=Base(denoiser_subfolder="transformer_2")).attach(pipe)
 
 
 # Guiders
@@ -269,7 +271,9 @@ def test_an_attach_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPa
 
 # Pipelines that guide otherwise
 
-STABLE_DIFFUSION = {"guidance_rule": {"name": "ClassifierFreeGuidance", "pipeline": "StableDiffusionPipeline"}}
+STABLE_DIFFUSION = replace(
+    METADATA, guidance_rule={"name": "ClassifierFreeGuidance", "pipeline": "StableDiffusionPipeline"}
+)
 
 
 @pytest.mark.parametrize(
@@ -288,10 +292,11 @@ def test_a_pipeline_that_guides_in_another_way_is_refused(kind: Any, setting: st
 
 def test_a_pipeline_that_lacks_what_was_recorded_is_refused() -> None:
     pipe = build("stable_diffusion")
-    metadata = {
-        "guidance_rule": {"pipeline": "StableDiffusionPAGPipeline", "pag_scale": 3.0},
-        "no_guidance": {"guidance_scale": 1.0, "pag_scale": 0.0},
-    }
+    metadata = replace(
+        METADATA,
+        guidance_rule={"pipeline": "StableDiffusionPAGPipeline", "pag_scale": 3.0},
+        no_guidance={"guidance_scale": 1.0, "pag_scale": 0.0},
+    )
     with pytest.raises(UserError, match="guides by pag_scale no more, otherwise than the StableDiffusionPAGPipeline"):
         adapter_for(pipe.unet, metadata=metadata).attach(pipe)
 
@@ -299,7 +304,7 @@ def test_a_pipeline_that_lacks_what_was_recorded_is_refused() -> None:
 def test_a_scale_that_means_something_else_is_refused() -> None:
     pipe = ZOO["FluxPipeline (true CFG)"].build()
     filling = FluxFillPipeline(**{name: part for name, part in pipe.components.items() if name in FILLING})
-    adapter = on(pipe, base={"denoiser_subfolder": "transformer", "pipeline_class": "FluxPipeline"})
+    adapter = on(pipe, base=Base(denoiser_subfolder="transformer", pipeline_class="FluxPipeline"))
     with pytest.raises(UserError, match="FluxFillPipeline guides by guidance_scale, .* by true_cfg_scale"):
         adapter.attach(filling)
 
@@ -318,7 +323,7 @@ def test_a_pipeline_that_guides_alike_is_taken() -> None:
 
 def test_a_setting_of_guidance_that_was_not_recorded_is_said_to_do_nothing() -> None:
     pipe = build("stable_diffusion")
-    recorded = {"guidance_rule": {"pipeline": "StableDiffusionPipeline", "guidance_rescale": 0.5}}
+    recorded = replace(METADATA, guidance_rule={"pipeline": "StableDiffusionPipeline", "guidance_rescale": 0.5})
     adapter_for(pipe.unet, metadata=recorded).attach(pipe)
     options = {"prompt": PROMPTS, "num_inference_steps": 1, "output_type": "latent"}
     assert said(lambda: pipe(**options, guidance_rescale=0.7)) == [
@@ -345,7 +350,7 @@ def test_whatever_is_negative_is_said_to_do_nothing(given: dict[str, Any]) -> No
 def test_classes_beside_those_trained_on_are_said_to_be() -> None:
     pipe = tiny_dit()
     adapter = new_adapter(pipe.transformer, "lora")
-    adapter.metadata = adapter.metadata | {"sampled": {"class_labels": [0, 1, 2]}}
+    adapter.metadata = replace(adapter.metadata, sampled={"class_labels": [0, 1, 2]})
     adapter.attach(pipe)
     assert not said(lambda: pipe([0, 2], num_inference_steps=1, output_type="latent"))
     assert said(lambda: pipe([0, 7], num_inference_steps=1, output_type="latent")) == [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +27,27 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
+from stages.adapters.metadata import AdapterMetadata, Base
 from stages.base.sampling import undecoded
 from stages.evaluate.comparisons import counted
 from tests.conftest import VARIANTS
 from tests.support.families import NO_CHECKER, PROMPTS, WIDTH, build, enliven
 
-ABOUT = {
-    "conditions": {"encoder_hidden_states": {"kind": "tokens", "width": WIDTH}},
-    "timestep_scale": 1.0,
-    "scale_range": [1.0, 8.0],
-    "arguments": {},
-    "base": {"denoiser_subfolder": "unet"},
-}
+METADATA = AdapterMetadata(
+    conditions={"encoder_hidden_states": {"kind": "tokens", "width": WIDTH}},
+    scale_range=[1.0, 8.0],
+    base=Base(denoiser_subfolder="unet"),
+)
 STEPS = 3
 
 
 def adapter_for(
-    denoiser: Any, variant: str = "lora", std: float = 0.1, metadata: dict[str, Any] | None = None
+    denoiser: Any, variant: str = "lora", std: float = 0.1, metadata: AdapterMetadata = METADATA
 ) -> GuidanceAdapter:
     """An adapter that does something, as if it were trained; its folder tells this besides."""
     torch.manual_seed(1)
     sites = ["attention", "feed_forward"] if variant == "lora" else None
-    adapter = GuidanceAdapter.for_denoiser(
-        AdapterConfig(variant, sites, hidden_size=16, rank=4), denoiser, ABOUT | (metadata or {})
-    )
+    adapter = GuidanceAdapter.for_denoiser(AdapterConfig(variant, sites, hidden_size=16, rank=4), denoiser, metadata)
     for parameter in adapter.sites.parameters():
         torch.nn.init.normal_(parameter, std=std)
     return adapter
@@ -245,7 +243,7 @@ def test_a_negative_prompt_that_it_was_not_trained_for_warns_once(pipe: Any, ada
 
 
 def test_the_negative_prompt_it_was_trained_with_does_not_warn(pipe: Any, adapter: GuidanceAdapter) -> None:
-    adapter.metadata |= {"arguments": {"negative_prompt": "blurry"}}
+    adapter.metadata = replace(adapter.metadata, arguments={"negative_prompt": "blurry"})
     adapter.attach(pipe)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from stages.adapters import AdapterConfig, GuidanceAdapter, LoRA
 from stages.adapters.export import FORMATS, how_to_load
 from stages.adapters.lora import LoRASite
+from stages.adapters.metadata import AdapterMetadata, Base
 from stages.base.denoiser import denoiser_of, fingerprint
 from stages.base.sampling import CALL_DEFAULTS
 from stages.errors import UserError
@@ -49,23 +50,21 @@ class Exported:
 def new_adapter(pipe: Any, sites: tuple[str, ...] = ("*",), ranks: tuple[int, int] = (3, 2), **metadata: Any) -> LoRA:
     """At every linear layer and convolution, the two ranks in turn, as if it were trained."""
     subfolder, denoiser = denoiser_of(pipe)
-    metadata = {
+    known = {
         "conditions": {"encoder_hidden_states": {"kind": "tokens", "width": WIDTH}},
-        "timestep_scale": 1.0,
         "scale_range": [1.0, 8.0],
-        "arguments": {},
         "prediction_type": "epsilon",
-        "base": {
-            "pretrained_model_name_or_path": "someone/base",
-            "pipeline_class": type(pipe).__name__,
-            "denoiser_class": type(denoiser).__name__,
-            "denoiser_subfolder": subfolder,
-            "denoiser_fingerprint": "f" * 64,
-        },
-    } | metadata
+        "base": Base(
+            pretrained_model_name_or_path="someone/base",
+            pipeline_class=type(pipe).__name__,
+            denoiser_class=type(denoiser).__name__,
+            denoiser_subfolder=subfolder,
+            denoiser_fingerprint="f" * 64,
+        ),
+    }
     torch.manual_seed(1)
     config = AdapterConfig("lora", sites=list(sites), hidden_size=HIDDEN_SIZE, rank=ranks[0])
-    adapter = GuidanceAdapter.for_denoiser(config, denoiser, metadata)
+    adapter = GuidanceAdapter.for_denoiser(config, denoiser, AdapterMetadata(**known | metadata))
     assert isinstance(adapter, LoRA)
     for name in list(adapter.shapes)[::2]:
         width_in, width_out, *kernel = adapter.shapes[name]
@@ -320,8 +319,8 @@ def test_what_diffusers_loads_nowhere_is_refused(
 
 
 def test_where_the_pipeline_is_not_known_the_denoiser_loads_it(exported: dict[str, Exported]) -> None:
-    done, base = exported["wan"], exported["wan"].adapter.metadata["base"]
-    metadata = done.adapter.metadata | {"base": base | {"pipeline_class": None}}
+    done, base = exported["wan"], exported["wan"].adapter.metadata.base
+    metadata = replace(done.adapter.metadata, base=replace(base, pipeline_class=None))
     line = how_to_load(LoRA(done.adapter.config, done.adapter.shapes, metadata), done.files["diffusers"], "diffusers")
     pipe = DiffusionPipeline.from_pretrained(done.job["pipe"])
     eval(line.removeprefix("loaded by "), {"pipe": pipe})
@@ -360,7 +359,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
 
 def test_an_adapter_that_sees_more_than_the_scale_is_refused(adapter: LoRA, tmp_path: Path) -> None:
     config = AdapterConfig("lora", ["proj_out_1"], ["timestep"], HIDDEN_SIZE, 3)
-    seeing = LoRA(config, adapter.shapes, adapter.metadata | {"conditions": {}})
+    seeing = LoRA(config, adapter.shapes, replace(adapter.metadata, conditions={}))
     with pytest.raises(UserError, match=r"sees timestep too.*train it with adapter.conditions=\[\]"):
         seeing.export_lora(tmp_path / "out", SCALE)
     assert not list(tmp_path.iterdir())

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import pickle
 import resource
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +43,7 @@ def test_the_card_has_the_header_that_hubs_read(tiny_adapter: Path) -> None:
     info = yaml.safe_load(header)
     assert info["base_model_relation"] == "adapter"
     assert (
-        info["base_model"]
-        == GuidanceAdapter.from_pretrained(tiny_adapter).metadata["base"]["pretrained_model_name_or_path"]
+        info["base_model"] == GuidanceAdapter.from_pretrained(tiny_adapter).metadata.base.pretrained_model_name_or_path
     )
     assert {"guidance-distillation", "lora"} <= set(info["tags"])
     assert "model-index" not in info
@@ -54,7 +55,8 @@ def test_the_card_has_the_header_that_hubs_read(tiny_adapter: Path) -> None:
 def test_the_card_tells_what_was_measured(adapter: GuidanceAdapter, tmp_path: Path) -> None:
     row = {"guidance_scale": 2.0, "effective_scale": 1.9, "frechet_distance": 20.4, "gap_closed": 0.9}
     row["denoiser_evaluations"] = 25.0
-    adapter.metadata["evaluation"] = [row | {"method": "cfg"}, row | {"method": "one_pass"}]
+    rows = [row | {"method": "cfg"}, row | {"method": "one_pass"}]
+    adapter.metadata = replace(adapter.metadata, evaluation=rows)
     adapter.save_pretrained(tmp_path)
     _, header, text = (tmp_path / CARD_FILE).read_text().split("---\n", 2)
     assert "| one_pass | 2 | 1.90 | 20.4 | 0.900 | 25 |" in text
@@ -67,14 +69,13 @@ def test_the_card_tells_what_was_measured(adapter: GuidanceAdapter, tmp_path: Pa
 
 
 def test_the_card_tells_what_strength_does(adapter: GuidanceAdapter, tmp_path: Path) -> None:
-    adapter.metadata["dial"] = {
-        "7.5": [{"strength": 0.5, "guidance_scale": 4.0}, {"strength": 1.0, "guidance_scale": 7.321}]
-    }
+    dial = [{"strength": 0.5, "guidance_scale": 4.0}, {"strength": 1.0, "guidance_scale": 7.321}]
+    adapter.metadata = replace(adapter.metadata, dial={"7.5": dial})
     adapter.save_pretrained(tmp_path)
     text = (tmp_path / CARD_FILE).read_text()
     assert "exported at guidance scale 7.5" in text
     assert "| 0.5 | 4.00 |\n| 1 | 7.32 |\n" in text
-    assert GuidanceAdapter.from_pretrained(tmp_path).metadata["dial"] == adapter.metadata["dial"]
+    assert GuidanceAdapter.from_pretrained(tmp_path).metadata.dial == adapter.metadata.dial
 
 
 def test_a_save_that_fails_leaves_the_older_adapter_whole(adapter: GuidanceAdapter, tmp_path: Path) -> None:
@@ -90,6 +91,26 @@ def test_a_save_that_fails_leaves_the_older_adapter_whole(adapter: GuidanceAdapt
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale_range": None}, r"scale_range=None is no list\[float\]"),
+        ({"timestep_scale": "fast"}, "timestep_scale=fast is no float"),
+        ({"gain": 1.5}, "gain is not known"),
+        ({"teacher": {"guider": None, "scheduler_class": None}}, "teacher.scheduler_config is missing"),
+        ({"base": {}}, "base.pretrained_model_name_or_path is missing"),
+    ],
+)
+def test_metadata_that_is_not_as_it_was_written_is_refused_in_a_line(
+    adapter: GuidanceAdapter, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    adapter.save_pretrained(tmp_path)
+    info = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(info | changes))
+    with pytest.raises(UserError, match=f"not an adapter: {message}$"):
+        GuidanceAdapter.from_pretrained(tmp_path)
 
 
 def test_a_strangers_folder_cannot_run_code(adapter: GuidanceAdapter, tmp_path: Path) -> None:

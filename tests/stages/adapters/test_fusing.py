@@ -23,7 +23,7 @@ from stages.adapters import AdapterConfig, GuidanceAdapter, fusing
 from stages.adapters.attachment import attachment_of
 from stages.base.denoiser import denoiser_of, fingerprint, unflatten
 from stages.errors import UserError
-from tests.stages.adapters.test_compositions import ABOUT, STEPS, adapter_for, final, unlike
+from tests.stages.adapters.test_compositions import METADATA, STEPS, adapter_for, final, unlike
 from tests.stages.adapters.test_layers import inputs_of
 from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, build
 
@@ -34,7 +34,7 @@ def everywhere(pipe: Any, inputs: dict[str, Any] | None = None) -> GuidanceAdapt
     """A LoRA at every linear and convolutional layer, as if it were trained."""
     torch.manual_seed(1)
     config = AdapterConfig("lora", ["*"], hidden_size=16, rank=4)
-    adapter = GuidanceAdapter.for_denoiser(config, denoiser_of(pipe)[1], ABOUT, inputs)
+    adapter = GuidanceAdapter.for_denoiser(config, denoiser_of(pipe)[1], METADATA, inputs)
     for name, parameter in adapter.sites.named_parameters():
         nn.init.normal_(parameter, mean=0.3 if name.endswith("curves") else 0.0, std=0.05)
     return adapter
@@ -400,7 +400,7 @@ def test_only_a_lora_that_sees_the_scale_alone_is_fused(pipe: Any) -> None:
         adapter_for(pipe.unet, "offset").attach(pipe).fuse(3.0)
     seeing = build("stable_diffusion")
     config = AdapterConfig("lora", ["attention"], conditions=["timestep"], hidden_size=16, rank=4)
-    adapter = GuidanceAdapter.for_denoiser(config, seeing.unet, ABOUT).attach(seeing)
+    adapter = GuidanceAdapter.for_denoiser(config, seeing.unet, METADATA).attach(seeing)
     with pytest.raises(UserError, match="cannot be fused: the adapter sees timestep besides the scale"):
         adapter.fuse(3.0)
 

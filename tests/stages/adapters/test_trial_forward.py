@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.conditioning import find_conditions
+from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.spots import Spot
 from stages.adapters.trial_forward import look
 from stages.errors import UserError
 
 WIDTH, FRAMES = 16, 3
-ABOUT = {"conditions": {}, "timestep_scale": 1.0, "scale_range": [1.0, 6.0], "arguments": {}}
 
 
 class MadeUpAttention(nn.Module):
@@ -110,9 +110,9 @@ def inputs(listed: bool = False, text: int = 5) -> dict[str, Any]:
     return {"x": list(x), "t": t, "words": list(words)} if listed else {"x": x, "t": t, "words": words}
 
 
-def metadata() -> dict[str, Any]:
+def metadata() -> AdapterMetadata:
     words = {"words": {"dtype": "float32", "shape": [5, WIDTH]}}
-    return ABOUT | {"timestep": "t", "conditions": find_conditions(words, 1)}
+    return AdapterMetadata(conditions=find_conditions(words, 1), scale_range=[1.0, 6.0], timestep="t")
 
 
 def adapter_for(denoiser: MadeUp, given: dict[str, Any], variant: str) -> GuidanceAdapter:
@@ -152,7 +152,7 @@ def test_an_adapter_changes_the_sample_that_is_guided_and_no_other(case: str, va
     adapter = adapter_for(denoiser, given, variant).attach(denoiser)
     if variant not in ("lora", "embedding"):
         assert len(adapter.shapes) == 4
-        found = {name.rpartition(".")[2]: Spot(**spot) for name, spot in adapter.metadata.get("spots", {}).items()}
+        found = {name.rpartition(".")[2]: Spot(**spot) for name, spot in adapter.metadata.spots.items()}
         assert found == {name: spot for name, spot in spots.items() if spot != Spot()}
     with adapter.guidance_scale([1.0, 3.0]):
         assert torch.equal(predict(denoiser, given), before)
@@ -225,5 +225,5 @@ def test_prompts_of_different_lengths_in_a_list_take_one_scale() -> None:
 @pytest.mark.parametrize("fold", ["none", "frames"], ids=["by gradients", "by values"])
 def test_of_two_streams_the_image_s_is_changed_in_every_block(fold: str, text: int) -> None:
     adapter = adapter_for(made_up(text_first=True, fold=fold), inputs(text=text), "offset")
-    attention = {name: spot for name, spot in adapter.metadata["spots"].items() if name.endswith("attention")}
+    attention = {name: spot for name, spot in adapter.metadata.spots.items() if name.endswith("attention")}
     assert attention == {f"blocks.{i}.attention": {"argument": 1, "output": 1} for i in range(2)}

@@ -83,12 +83,6 @@ def test_the_card_tells_of_it_and_how_it_is_loaded(adapter_dir: Path) -> None:
     assert type(names["pipe"]) is StableDiffusionPAGPipeline
 
 
-def test_an_older_folder_is_sampled_by_its_class(adapter_dir: Path) -> None:
-    adapter = GuidanceAdapter.from_pretrained(adapter_dir)
-    del adapter.metadata["teacher"]
-    assert "from diffusers import StableDiffusionPAGPipeline\n" in model_card(adapter.variant, 1, adapter.metadata)
-
-
 def test_a_guider_guides_as_it_did(tmp_path: Path) -> None:
     guider = {"name": "AdaptiveProjectedGuidance", "eta": 0.5}
     pipe, adapter = load_pair(str(trained(tmp_path, "stable_diffusion_xl", guider=guider)), None, "cpu")
