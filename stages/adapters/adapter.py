@@ -23,10 +23,10 @@ from stages.adapters.guidance import Prepared
 from stages.adapters.inputs import Inputs, samples_of
 from stages.adapters.layers import find_blocks
 from stages.adapters.metadata import AdapterMetadata
-from stages.adapters.site import Site, added, gated, of_rows
+from stages.adapters.site import Site, add_to_output, apply_gate, expand_to_rows
 from stages.adapters.sites import Shape, every_site, find_sites, layer_beneath
-from stages.adapters.spots import Seen, Spot, argument_in
-from stages.adapters.trial_forward import look
+from stages.adapters.spots import Spot, TrialFacts, argument_in
+from stages.adapters.trial_forward import run_trial
 from stages.base.denoiser import flatten
 from stages.errors import UserError
 
@@ -80,7 +80,11 @@ class GuidanceAdapter(Attachable):
 
     @classmethod
     def find_sites(
-        cls, denoiser: nn.Module, config: AdapterConfig, metadata: AdapterMetadata, seen: dict[str, Seen] | None = None
+        cls,
+        denoiser: nn.Module,
+        config: AdapterConfig,
+        metadata: AdapterMetadata,
+        seen: dict[str, TrialFacts] | None = None,
     ) -> dict[str, Shape]:
         """The sites of this variant in a denoiser; `seen` of its candidates in a trial forward, if there was one."""
         return find_sites(denoiser, list(config.sites or []), seen)
@@ -121,13 +125,13 @@ class GuidanceAdapter(Attachable):
         """A new adapter, untrained, for the sites that are found in a denoiser.
 
         Args:
-            inputs: arguments of one call of the denoiser, flat, for a trial forward (`trial_forward.look`) that shows what no name
+            inputs: arguments of one call of the denoiser, flat, for a trial forward (`trial_forward.run_trial`) that shows what no name
                 tells. Their values do not matter, and they may be on the meta device.
         """
         kind = GuidanceAdapter.get_class(config.variant)
         config, metadata = kind.completed(config), kind.with_base_metadata(metadata, denoiser)
         candidates = kind.candidates(denoiser)
-        seen = look(denoiser, candidates, inputs, metadata) if inputs is not None and candidates else None
+        seen = run_trial(denoiser, candidates, inputs, metadata) if inputs is not None and candidates else None
         shapes = kind.find_sites(denoiser, config, metadata, seen)
         spots = {} if seen is None else {name: spec for name in shapes if (spec := seen[name].spec())}
         adapter = kind(config, shapes, replace(metadata, blocks=find_blocks(denoiser, shapes), spots=spots))
@@ -141,10 +145,10 @@ class GuidanceAdapter(Attachable):
         Raises:
             UserError: the base has other sites.
         """
-        check_shapes(denoiser, self.shapes, self.find_again(denoiser))
+        check_shapes(denoiser, self.shapes, self.find_same_sites(denoiser))
         check_blocks(denoiser, self.shapes, self.metadata.blocks)
 
-    def find_again(self, denoiser: nn.Module) -> dict[str, Shape]:
+    def find_same_sites(self, denoiser: nn.Module) -> dict[str, Shape]:
         """The sites of this adapter in another denoiser: by name, because only a run shows which of the candidates are fit."""
         candidates = self.candidates(denoiser)
         return {name: candidates[name] for name in self.shapes if name in candidates}
@@ -170,9 +174,9 @@ class GuidanceAdapter(Attachable):
                 return None
             tokens = tokens_in(spot.argument, args, kwargs)
             tokens = tokens.transpose(0, 1) if spot.across else tokens
-            prepared = tuple(of_rows(each, len(tokens), spot.tiled) for each in self.prepared[i])
-            change = gated(site.change(shape, tokens.to(self.dtype), prepared), self.gate, spot.tiled)
-            return added(output, change.transpose(0, 1) if spot.across else change, spot.output)
+            prepared = tuple(expand_to_rows(each, len(tokens), spot.tiled) for each in self.prepared[i])
+            change = apply_gate(site.change(shape, tokens.to(self.dtype), prepared), self.gate, spot.tiled)
+            return add_to_output(output, change.transpose(0, 1) if spot.across else change, spot.output)
 
         return add
 
@@ -191,11 +195,11 @@ class GuidanceAdapter(Attachable):
             return None
         wanted = bool(self.config.conditions)
         samples = samples_of(flatten(given), next(iter(given)), self.metadata, wanted)
-        if samples.ragged and guidance.known and not guidance.is_uniform:
+        if samples.ragged and guidance.is_readable and not guidance.is_uniform:
             raise UserError(
                 "guidance_scale: one for each image, and the images' prompts differ in length: give the images one by one"
             )
-        self.follow(samples.device)
+        self.move_to(samples.device)
         guidance.to(samples.device)
         scale = guidance.at(guidance.row(samples.timestep), samples.count)
         self.gate = scale != 1 if guidance.mixed else None
@@ -209,10 +213,12 @@ class GuidanceAdapter(Attachable):
         return None
 
     def _prepare(self, scale: Tensor, timestep: Tensor, inputs: dict[str, Any]) -> Prepared:
-        known = self.conditioning(self._asked(scale), timestep, self.conditioning.embed(inputs)).to(self.dtype)
-        return [(*site.prepare_step(known), *site.prepare_tokens(known)) for site in self._each_site()]
+        conditions = self.conditioning(self.scale_with_gain(scale), timestep, self.conditioning.embed(inputs)).to(
+            self.dtype
+        )
+        return [(*site.prepare_step(conditions), *site.prepare_tokens(conditions)) for site in self._each_site()]
 
-    def _asked(self, scale: Tensor) -> Tensor:
+    def scale_with_gain(self, scale: Tensor) -> Tensor:
         """The scales that the variant is given for those wanted: more by the guidance gain, which leads none out of the training."""
         gain, most = self.metadata.guidance_gain, self.metadata.scale_range[1]
         return torch.minimum(scale + (gain - 1) * (scale - 1), scale.clamp(min=most))

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stages.adapters.config import AdapterConfig
 from stages.adapters.fusing import LowRank
-from stages.adapters.guidance import Guidance, InForce, InThread, Prepared
+from stages.adapters.guidance import ForwardState, Guidance, Prepared, ThreadState
 from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.sites import Shape
 from stages.adapters.user_warnings import warn
@@ -22,7 +22,7 @@ from stages.adapters.wrappers import unwrapped
 from stages.base.denoiser import denoiser_of
 from stages.errors import UserError
 
-APART = ("here", "anywhere", "_denoiser", "_targets")  # what no copy of an adapter has of its original
+NOT_COPIED = ("thread_state", "shared_state", "_denoiser", "_targets")  # what no copy of an adapter has of its original
 
 
 class AdapterBase(nn.Module, ABC):
@@ -47,21 +47,21 @@ class AdapterBase(nn.Module, ABC):
         self.config, self.shapes, self.metadata = config, shapes, metadata
         self.fused: bool | None = None
         self.warned: set[str] = set()
-        self._exact: dict[str, Tensor] = {}  # the sites' weights, while they have a pipeline's precision
-        self._begin_apart()
+        self._full_precision: dict[str, Tensor] = {}  # the sites' weights, while they have a pipeline's precision
+        self._start_detached()
 
-    def _begin_apart(self) -> None:
-        self.here, self.anywhere = InThread(), InForce()
+    def _start_detached(self) -> None:
+        self.thread_state, self.shared_state = ThreadState(), ForwardState()
         self._denoiser: weakref.ref[nn.Module] | None = None
         self._targets: list[weakref.ref[Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of an adapter, or one from another process, is attached to nothing."""
-        return {name: value for name, value in vars(self).items() if name not in APART}
+        return {name: value for name, value in vars(self).items() if name not in NOT_COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._begin_apart()
+        self._start_detached()
         self.restore_precision()
 
     # What a variant brings
@@ -92,52 +92,52 @@ class AdapterBase(nn.Module, ABC):
         """Why this adapter runs by hooks on this denoiser; None where it can be fused."""
 
     # What is in force. Compiled code does not know threads, so that its calls go alone; and autograd runs checkpointed blocks
-    # again in threads of its own, where no forward pass began. Both find what they need in `anywhere`.
+    # again in threads of its own, where no forward pass began. Both find what they need in `shared_state`.
 
     @property
-    def _now(self) -> InForce:
-        return self.anywhere if torch.compiler.is_compiling() or not self.here.begun else self.here
+    def _state(self) -> ForwardState:
+        return self.shared_state if torch.compiler.is_compiling() or not self.thread_state.began else self.thread_state
 
     @property
     def guidance(self) -> Guidance | None:
         """At which hooks guide."""
-        return self.anywhere.guidance if torch.compiler.is_compiling() else self.here.guidance
+        return self.shared_state.guidance if torch.compiler.is_compiling() else self.thread_state.guidance
 
     @property
     def prepared(self) -> Prepared | None:
         """Of the forward pass under way."""
-        return self._now.prepared
+        return self._state.prepared
 
     @prepared.setter
     def prepared(self, prepared: Prepared | None) -> None:
-        self.anywhere.prepared = prepared
+        self.shared_state.prepared = prepared
         if not torch.compiler.is_compiling():
-            self.here.begun, self.here.prepared = True, prepared
+            self.thread_state.began, self.thread_state.prepared = True, prepared
 
     @property
     def gate(self) -> Tensor | None:
         """Of the forward pass under way."""
-        return self._now.gate
+        return self._state.gate
 
     @gate.setter
     def gate(self, gate: Tensor | None) -> None:
-        self.anywhere.gate = gate
+        self.shared_state.gate = gate
         if not torch.compiler.is_compiling():
-            self.here.begun, self.here.gate = True, gate
+            self.thread_state.began, self.thread_state.gate = True, gate
 
     @contextmanager
-    def in_force(self, guidance: Guidance | None, anywhere: bool = True) -> Iterator[None]:
+    def guided_by(self, guidance: Guidance | None, all_threads: bool = True) -> Iterator[None]:
         """Within it, hooks guide so in this thread; anywhere else too, where nobody else can be using the adapter."""
-        before, elsewhere = self.here.guidance, self.anywhere.guidance
-        self.here.guidance = guidance
-        if anywhere:
-            self.anywhere.guidance = guidance
+        before, elsewhere = self.thread_state.guidance, self.shared_state.guidance
+        self.thread_state.guidance = guidance
+        if all_threads:
+            self.shared_state.guidance = guidance
         try:
             yield
         finally:
-            self.here.guidance = before
-            if anywhere:
-                self.anywhere.guidance = elsewhere
+            self.thread_state.guidance = before
+            if all_threads:
+                self.shared_state.guidance = elsewhere
 
     # What it is attached to
 
@@ -180,34 +180,34 @@ class AdapterBase(nn.Module, ABC):
         """The denoiser of a pipeline that this adapter was made for, whatever wraps it."""
         return unwrapped(getattr(pipe, self.component_in(pipe)))
 
-    def outermost(self) -> Iterator[nn.Module]:
+    def wrapped_denoisers(self) -> Iterator[nn.Module]:
         """The denoiser as its callers know it, in whatever wraps it."""
         for target in self.targets:
             yield target if isinstance(target, nn.Module) else getattr(target, self.component_in(target))
 
     # Where its own weights are, and in which precision
 
-    def follow(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         if next(self.parameters()).device != device:
             self.to(device)
 
-    def take_precision(self, dtype: torch.dtype) -> None:
+    def match_precision(self, dtype: torch.dtype) -> None:
         """Have the sites compute in a pipeline's precision."""
         if dtype != next(self.sites.parameters()).dtype:
-            self._exact = {name: value.clone() for name, value in self.sites.state_dict().items()}
+            self._full_precision = {name: value.clone() for name, value in self.sites.state_dict().items()}
             self.sites.to(dtype=dtype)
 
     @torch.no_grad()
     def restore_precision(self) -> None:
         """Give the sites the precision back that they had before hooks took the pipeline's."""
-        if self._exact:
-            self.sites.to(dtype=next(iter(self._exact.values())).dtype)
-            self.sites.load_state_dict(self._exact)
-            self._exact = {}
+        if self._full_precision:
+            self.sites.to(dtype=next(iter(self._full_precision.values())).dtype)
+            self.sites.load_state_dict(self._full_precision)
+            self._full_precision = {}
 
     # Warnings
 
-    def warn_outside(self, scales: Tensor) -> None:
+    def warn_outside_range(self, scales: Tensor) -> None:
         """Say where scales lie outside the range of the training."""
         low, high = self.metadata.scale_range
         outside = scales[(scales != 1) & ((scales < low) | (scales > high))]

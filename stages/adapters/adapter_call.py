@@ -38,15 +38,15 @@ class AdapterCall:
     ) -> None:
         self.controller, self.pipe, self.component, self.attribute = controller, pipe, component, attribute
         self.offset = controller.metadata.scale_offset
-        asked = controller.override
-        self.schedule = None if asked is None or isinstance(asked, Context) else asked
-        if isinstance(asked, Context):
-            scales = asked.guidance.scales
+        override = controller.override
+        self.schedule = None if override is None or isinstance(override, Context) else override
+        if isinstance(override, Context):
+            scales = override.guidance.scales
         else:
             scales = as_scales(1.0 if self.schedule is not None else scale)[None]
-            controller.warn_outside(scales)
+            controller.warn_outside_range(scales)
         self.guidance = Guidance(scales, negative=negative)
-        self.waits = self.schedule is not None  # for the timesteps
+        self.awaits_timesteps = self.schedule is not None  # for the timesteps
 
     @contextmanager
     def guiding(self) -> Iterator[AdapterCall]:
@@ -56,24 +56,24 @@ class AdapterCall:
                 stack.enter_context(self._by_step())
             yield self
 
-    def change(self, scale: Scales) -> None:
+    def set_scale(self, scale: Scales) -> None:
         """Guide from now on at another scale, as the pipeline counts it."""
         scales = as_scales(scale, self.offset)[None]
-        self.controller.warn_outside(scales)
+        self.controller.warn_outside_range(scales)
         self.guidance = Guidance(scales, negative=self.guidance.negative)
-        self.controller.go_on(self.guidance)
-        self.controller.steer(self.guidance)
+        self.controller.set_guidance(self.guidance)
+        self.controller.apply(self.guidance)
 
     def scale_at(self, timestep: Tensor | None) -> Any:
         """The scale that the pipeline would name at a timestep of the scheduler: a number, or a tensor `[images]`."""
         guidance = self.guidance
         if guidance.timesteps is not None:
             guidance = guidance.at_step(
-                guidance.timesteps[0] if timestep is None else self._prepared(timestep.float().cpu())
+                guidance.timesteps[0] if timestep is None else self._to_denoiser_timesteps(timestep.float().cpu())
             )
         return (guidance.scales[0] if guidance.one_scale is None else guidance.one_scale) - self.offset
 
-    def _prepared(self, timesteps: Tensor) -> Tensor:
+    def _to_denoiser_timesteps(self, timesteps: Tensor) -> Tensor:
         """The scheduler's timesteps as the denoiser is told them."""
         metadata = self.controller.metadata
         return timesteps * metadata.timestep_scale + metadata.timestep_offset
@@ -84,36 +84,36 @@ class AdapterCall:
         scheduler, timestep = self.pipe.scheduler, self.controller.metadata.timestep
         thread = threading.get_ident()
 
-        def plan(set_timesteps: Callable[..., None], owner: Any, *args: Any, **kwargs: Any) -> None:
+        def after_set_timesteps(set_timesteps: Callable[..., None], owner: Any, *args: Any, **kwargs: Any) -> None:
             set_timesteps(*args, **kwargs)
             # Each once: some schedulers ask the denoiser twice at one timestep.
             timesteps = torch.unique_consecutive(scheduler.timesteps.float().cpu())
             assert self.schedule is not None
             scales = scales_of_schedule(self.schedule, timesteps)
-            self.controller.warn_outside(scales)
-            self.guidance = Guidance(scales, self._prepared(timesteps), self.guidance.negative)
-            self.controller.go_on(self.guidance)
+            self.controller.warn_outside_range(scales)
+            self.guidance = Guidance(scales, self._to_denoiser_timesteps(timesteps), self.guidance.negative)
+            self.controller.set_guidance(self.guidance)
             if not self.guidance.is_uniform:  # else each step is fused as it comes
-                self.controller.steer(self.guidance)
-            self.waits = False
+                self.controller.apply(self.guidance)
+            self.awaits_timesteps = False
 
         @torch.compiler.disable
-        def steer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def before_denoiser(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if threading.get_ident() != thread:  # a pass of another call, on the denoiser that both share
                 return
-            if self.waits:
+            if self.awaits_timesteps:
                 raise UserError(
                     f"{type(self.pipe).__name__} runs before its scheduler has set the timesteps, which a schedule of scales goes "
                     "by: name one guidance_scale for all steps"
                 )
             guidance = self.guidance
             if guidance.timesteps is not None and guidance.is_uniform:
-                self.controller.steer(guidance.at_step(bind_inputs(self.controller.denoiser, args, kwargs)[timestep]))
+                self.controller.apply(guidance.at_step(bind_inputs(self.controller.denoiser, args, kwargs)[timestep]))
 
         outermost = getattr(self.pipe, self.component)
-        hook = outermost.register_forward_pre_hook(steer, with_kwargs=True, prepend=True)
+        hook = outermost.register_forward_pre_hook(before_denoiser, with_kwargs=True, prepend=True)
         try:
-            with patched(scheduler, "set_timesteps", plan):
+            with patched(scheduler, "set_timesteps", after_set_timesteps):
                 yield
         finally:
             hook.remove()

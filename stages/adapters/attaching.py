@@ -15,7 +15,7 @@ from stages.adapters.call_arguments import check_pipeline
 from stages.adapters.denoiser_controller import check_wrappers
 from stages.adapters.guiding import Guiding
 from stages.adapters.hooks import hook
-from stages.adapters.one_pass import adapters_of, begin_one_pass, end_one_pass
+from stages.adapters.one_pass import adapters_of, add_to_pipeline, remove_from_pipeline
 from stages.adapters.wrappers import unwrapped
 from stages.errors import UserError
 
@@ -49,7 +49,7 @@ class Attachable(Guiding):
         is_denoiser = isinstance(target, nn.Module)
         denoiser = unwrapped(target) if is_denoiser else self.denoiser_in(target)
         if self.denoiser is None:
-            self._forget()
+            self._clear_attachment()
         elif is_denoiser or self.denoiser is not denoiser or any(pipe is target for pipe in self.pipelines):
             raise UserError("this adapter is attached already: detach it first")
         if not is_denoiser:
@@ -57,30 +57,32 @@ class Attachable(Guiding):
         check_wrappers(target if is_denoiser else getattr(target, self.component_in(target)))
         with ExitStack() as undo:
             if self.denoiser is None:
-                self._begin(denoiser, backup_device, undo)
+                self._attach_to_denoiser(denoiser, backup_device, undo)
             self._targets.append(weakref.ref(target))
             undo.callback(self._targets.pop)
             if not is_denoiser:
-                begin_one_pass(target, self)
-                undo.callback(end_one_pass, target, self)
+                add_to_pipeline(target, self)
+                undo.callback(remove_from_pipeline, target, self)
             if is_denoiser or not self.fusible:
                 hook(self, denoiser)
             undo.pop_all()
         return self
 
-    def _begin(self, denoiser: nn.Module, backup_device: str | torch.device | None, undo: ExitStack) -> None:
+    def _attach_to_denoiser(
+        self, denoiser: nn.Module, backup_device: str | torch.device | None, undo: ExitStack
+    ) -> None:
         if is_attached(denoiser):
             raise UserError(
                 f"this {type(denoiser).__name__} carries an adapter already (a copy carries the original's): detach that one "
                 "first, or load the pipeline anew"
             )
         self.check_fit(denoiser)
-        undo.callback(self._forget)
+        undo.callback(self._clear_attachment)
         begin_attachment(denoiser, backup_device)
         undo.callback(end_attachment, denoiser)
         self._denoiser = weakref.ref(denoiser)
 
-    def _forget(self) -> None:
+    def _clear_attachment(self) -> None:
         self._targets.clear()
         self._denoiser = None
         self.restore_precision()
@@ -93,9 +95,9 @@ class Attachable(Guiding):
         """
         denoiser = self.denoiser
         for pipe in self.pipelines:
-            end_one_pass(pipe, self)
+            remove_from_pipeline(pipe, self)
         if denoiser is not None and is_attached(denoiser):
-            with attachment_of(denoiser).lock.alone():
-                self._forget()
+            with attachment_of(denoiser).lock.exclusive():
+                self._clear_attachment()
                 end_attachment(denoiser)
-        self._forget()
+        self._clear_attachment()

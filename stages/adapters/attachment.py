@@ -19,11 +19,11 @@ from stages.adapters.fusing import FusedWeights, LowRank
 from stages.adapters.guidance import Guidance
 from stages.errors import UserError
 
-ATTACHMENT = "_guidance_ride"  # among a denoiser's attributes
+ATTACHMENT = "_guidance_attachment"  # among a denoiser's attributes
 
 
 @dataclass(frozen=True)
-class Fused:
+class Fusion:
     """What weights hold: the change at one scale, so many times."""
 
     guidance_scale: float
@@ -45,44 +45,44 @@ class ReadersWriterLock:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._alone: list[int] = []  # the thread that goes alone, as often as it does
-        self._together: Counter[int] = Counter()
+        self._condition = threading.Condition()
+        self._exclusive: list[int] = []  # the thread that goes alone, as often as it does
+        self._shared: Counter[int] = Counter()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        me = threading.get_ident()
-        with self._changed:
-            self._changed.wait_for(lambda: {*self._alone, *self._together} <= {me})
-            self._alone.append(me)
+    def exclusive(self) -> Iterator[None]:
+        thread = threading.get_ident()
+        with self._condition:
+            self._condition.wait_for(lambda: {*self._exclusive, *self._shared} <= {thread})
+            self._exclusive.append(thread)
         try:
             yield
         finally:
-            with self._changed:
-                self._alone.pop()
-                self._changed.notify_all()
+            with self._condition:
+                self._exclusive.pop()
+                self._condition.notify_all()
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        self.join()
+    def shared(self) -> Iterator[None]:
+        self.acquire_shared()
         try:
             yield
         finally:
-            self.leave()
+            self.release_shared()
 
-    def join(self) -> None:
+    def acquire_shared(self) -> None:
         """Begin to go together."""
-        me = threading.get_ident()
-        with self._changed:
-            self._changed.wait_for(lambda: {*self._alone} <= {me})
-            self._together[me] += 1
+        thread = threading.get_ident()
+        with self._condition:
+            self._condition.wait_for(lambda: {*self._exclusive} <= {thread})
+            self._shared[thread] += 1
 
-    def leave(self) -> None:
+    def release_shared(self) -> None:
         """End what `join` began."""
-        with self._changed:
-            self._together[threading.get_ident()] -= 1
-            self._together += Counter()  # leaves out who does not go any more
-            self._changed.notify_all()
+        with self._condition:
+            self._shared[threading.get_ident()] -= 1
+            self._shared += Counter()  # leaves out who does not go any more
+            self._condition.notify_all()
 
 
 class Attachment:
@@ -90,9 +90,9 @@ class Attachment:
 
     Attributes:
         guards: of the hooks by which calls that no adapter guides wait for those that change the weights.
-        handles: of the hooks that guide; entrance: the module whose call they see, a wrapper around the denoiser perhaps.
-        fused: what the weights hold; None where they are the base's own.
-        held: what they hold between calls, because somebody fused it.
+        handles: of the hooks that guide; hooked_module: the module whose call they see, a wrapper around the denoiser perhaps.
+        fusion: what the weights hold; None where they are the base's own.
+        default_fusion: what they hold between calls, because somebody fused it.
         contexts: open, in the order of opening, whatever thread opened them.
         lock: of those that use the denoiser.
     """
@@ -101,9 +101,9 @@ class Attachment:
         self.backup_device = backup_device
         self.guards: list[RemovableHandle] = []
         self.handles: list[RemovableHandle] = []
-        self.entrance: nn.Module | None = None
-        self.fused: Fused | None = None
-        self.held: Fused | None = None
+        self.hooked_module: nn.Module | None = None
+        self.fusion: Fusion | None = None
+        self.default_fusion: Fusion | None = None
         self.contexts: list[Context] = []
         self.weights: FusedWeights | None = None
         self.lock = ReadersWriterLock()
@@ -112,34 +112,34 @@ class Attachment:
         """A copy takes turns with its original, because the adapter that rides on both moves between their devices."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        apart = {"contexts": [], "lock": self.lock}
-        own = {name: value for name, value in vars(self).items() if name not in apart}
-        vars(copied).update(copy.deepcopy(own, memo), **apart)
+        shared_with_original = {"contexts": [], "lock": self.lock}
+        own = {name: value for name, value in vars(self).items() if name not in shared_with_original}
+        vars(copied).update(copy.deepcopy(own, memo), **shared_with_original)
         return copied
 
     @property
-    def resting(self) -> Guidance | None:
+    def idle_guidance(self) -> Guidance | None:
         """What guides between pipelines' calls; None where that differs from thread to thread, or nothing does."""
         nested = all(inner.outer is outer for outer, inner in pairwise(self.contexts))
         return self.contexts[-1].guidance if self.contexts and nested else None
 
-    def put(self, denoiser: nn.Module, fused: Fused, change: LowRank) -> None:
+    def fuse(self, denoiser: nn.Module, fusion: Fusion, change: LowRank) -> None:
         """Fuse; interrupted, the base's own weights are back."""
         self.weights = self.weights or FusedWeights(denoiser, list(change), self.backup_device)
         self.weights.check_unchanged()
         try:
-            self.weights.put(change, fused.strength)
+            self.weights.fuse(change, fusion.strength)
         except BaseException:
-            self.weights.put_back()
-            self.weights = self.fused = None
+            self.weights.write_originals()
+            self.weights = self.fusion = None
             raise
-        self.fused = fused
+        self.fusion = fusion
 
-    def restore(self, held: Fused | None = None) -> None:
+    def restore(self, fusion: Fusion | None = None) -> None:
         """The base's own weights, which is also what a scale of 1 holds."""
         if self.weights is not None:
             self.weights.restore()
-        self.weights, self.fused = None, held
+        self.weights, self.fusion = None, fusion
 
     def unhook(self) -> bool:
         """Whether there were hooks."""
@@ -159,7 +159,7 @@ def begin_attachment(denoiser: nn.Module, backup_device: str | torch.device | No
 def wait_for_lock(denoiser: nn.Module, args: Any) -> None:
     """Pipelines that carry no adapter may share a denoiser: none of their passes runs on weights that a scale is in."""
     if not torch.compiler.is_compiling():  # compiled code knows no threads
-        attachment_of(denoiser).lock.join()
+        attachment_of(denoiser).lock.acquire_shared()
 
 
 class ReleaseLock:
@@ -167,7 +167,7 @@ class ReleaseLock:
 
     def __call__(self, denoiser: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            attachment_of(denoiser).lock.leave()
+            attachment_of(denoiser).lock.release_shared()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReleaseLock:
         return self

@@ -24,7 +24,7 @@ SETTING = re.compile(
     r"(^|_)(guidance|cfg|pag|sag|slg|stg|apg|rescale|renorm)(_|$)"
 )  # names of what shapes the guidance
 NO_SETTING = re.compile(r"^control_guidance_|_(latents|positions)$")
-MANY = 8  # classes that a warning lists
+MAX_LISTED = 8  # classes that a warning lists
 
 
 class CallArguments:
@@ -52,11 +52,11 @@ class CallArguments:
         self.bound.apply_defaults()
         self.arguments = self.bound.arguments
 
-    def scale_of(self, component: str, held: float | None) -> Scales:
+    def scale_of(self, component: str, fused_scale: float | None) -> Scales:
         """The scale `w` of `u + w (c - u)` that the call asks of the adapter of a component.
 
         Args:
-            held: what is fused, for a call that names none.
+            fused_scale: what is fused, for a call that names none.
         """
         own = self.keyword_of(component)
         if own is not None and own != self.keyword and self.arguments.get(own) is not None:
@@ -64,8 +64,8 @@ class CallArguments:
         for name in (self.keyword, SCALE):
             if name in self.given and (name == self.keyword or self.given[name] is not None):
                 return self._scales(component, self.given[name])
-        if held is not None:
-            return held
+        if fused_scale is not None:
+            return fused_scale
         return self._scales(component, self.arguments[self.keyword] if self.keyword else guider_scale(self.pipe))
 
     def _scales(self, component: str, number: Scales) -> torch.Tensor:
@@ -125,7 +125,7 @@ class CallArguments:
         if self.keyword in (None, SCALE) or self.keyword not in self.given:
             scales.add(SCALE)
         for name, value in self.given.items():
-            if name not in scales and is_setting(name) and not alike(value, self.recorded(name)):
+            if name not in scales and is_setting(name) and not is_same(value, self.recorded(name)):
                 warn(
                     f"{name}={value} does not change the guidance of this adapter, which was recorded with "
                     f"{name}={self.recorded(name)}: leave it out, or train an adapter on records made so"
@@ -144,7 +144,7 @@ class CallArguments:
         }
         known = {""} | {value.strip() for value in recorded.values() if isinstance(value, str)}
         for name, value in self.given.items():
-            if not name.startswith("negative_") or value is None or alike(value, recorded.get(name)):
+            if not name.startswith("negative_") or value is None or is_same(value, recorded.get(name)):
                 continue
             texts = [value] if isinstance(value, str) else value
             is_text = isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)
@@ -164,7 +164,7 @@ class CallArguments:
             return
         unseen = [label for label in torch.as_tensor(asked).flatten().tolist() if label not in trained]
         if unseen:
-            known = f"{', '.join(map(str, trained[:MANY]))}{', ...' if len(trained) > MANY else ''}"
+            known = f"{', '.join(map(str, trained[:MAX_LISTED]))}{', ...' if len(trained) > MAX_LISTED else ''}"
             warn(
                 f"class_labels={unseen[0]} is none of the classes whose guidance this adapter was trained on ({known}): "
                 "name one of these, or train on records of it"
@@ -236,7 +236,7 @@ def is_setting(name: str) -> bool:
     return bool(SETTING.search(name)) and not NO_SETTING.search(name)
 
 
-def alike(one: Any, other: Any) -> bool:
+def is_same(one: Any, other: Any) -> bool:
     """Whether two values of an argument mean the same; tensors never do."""
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
         return False

@@ -16,7 +16,7 @@ CALLBACK, INPUTS = "callback", "callback_on_step_end_tensor_inputs"
 LATENTS = "latents"
 
 
-def watch(arguments: dict[str, Any], pipe: Any, adapter_calls: list[AdapterCall], keyword: str | None) -> None:
+def wrap_callbacks(arguments: dict[str, Any], pipe: Any, adapter_calls: list[AdapterCall], keyword: str | None) -> None:
     """Put a watched callback in the place of each among the arguments of a call.
 
     Args:
@@ -28,10 +28,10 @@ def watch(arguments: dict[str, Any], pipe: Any, adapter_calls: list[AdapterCall]
                 value, "tensor_inputs"
             ):  # one of diffusers' own, which the pipeline asks
                 arguments[INPUTS] = value.tensor_inputs
-            arguments[name] = watched(value, pipe, adapter_calls, keyword)
+            arguments[name] = wrapped_callback(value, pipe, adapter_calls, keyword)
 
 
-def watched(
+def wrapped_callback(
     callback: Callable[..., Any], pipe: Any, adapter_calls: list[AdapterCall], keyword: str | None
 ) -> Callable[..., Any]:
     """A callback that finds the adapter's scale in the pipeline, and whose changes of it are done by the adapter.
@@ -44,11 +44,13 @@ def watched(
         timestep = next((arg for arg in args if isinstance(arg, Tensor) and arg.ndim == 0), None)
         given = next((dict(arg) for arg in (*args, *kwargs.values()) if isinstance(arg, dict)), {})
         before = settings_of(pipe)
-        shown = Shown(show(pipe, adapter_calls, timestep), settings_of(pipe))
+        snapshot = Snapshot(expose_scales(pipe, adapter_calls, timestep), settings_of(pipe))
         try:
             returned = callback(*args, **kwargs)
-            follow(pipe, adapter_calls, shown, f"_{keyword}")
-            warn_of_changes(pipe, shown, {f"_{keyword}", *(adapter_call.attribute for adapter_call in adapter_calls)})
+            apply_changes(pipe, adapter_calls, snapshot, f"_{keyword}")
+            warn_of_changes(
+                pipe, snapshot, {f"_{keyword}", *(adapter_call.attribute for adapter_call in adapter_calls)}
+            )
         finally:
             vars(pipe).update(before)
             for guider in guiders_of(pipe).values():
@@ -58,7 +60,7 @@ def watched(
     return call
 
 
-class Shown(NamedTuple):
+class Snapshot(NamedTuple):
     """What a callback finds: scales by course, and what the pipeline keeps of its guidance."""
 
     scales: list[Any]
@@ -70,7 +72,7 @@ def settings_of(pipe: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(pipe).items() if name.startswith("_") and is_setting(name)}
 
 
-def show(pipe: Any, adapter_calls: list[AdapterCall], timestep: Tensor | None) -> list[Any]:
+def expose_scales(pipe: Any, adapter_calls: list[AdapterCall], timestep: Tensor | None) -> list[Any]:
     """Have a pipeline and its guiders name the adapters' scales as their own; those that are named, by course."""
     scales = [adapter_call.scale_at(timestep) for adapter_call in adapter_calls]
     for adapter_call, scale in zip(adapter_calls, scales, strict=True):
@@ -82,31 +84,31 @@ def show(pipe: Any, adapter_calls: list[AdapterCall], timestep: Tensor | None) -
     return scales
 
 
-def follow(pipe: Any, adapter_calls: list[AdapterCall], shown: Shown, main: str) -> None:
-    """Have the adapters guide at the scales that a pipeline and its guiders name now, where they are others than were shown.
+def apply_changes(pipe: Any, adapter_calls: list[AdapterCall], snapshot: Snapshot, main: str) -> None:
+    """Have the adapters guide at the scales that a pipeline and its guiders name now, where they are others than were snapshot.
 
     Args:
         main: the attribute by which the pipeline decides whether it guides at all.
     """
     off, guiders = 1.0 - adapter_calls[0].offset, guiders_of(pipe).values()
     scale = vars(pipe).get(main)
-    cut = scale is not shown.settings.get(main) and is_off(scale, off)
-    cut = cut or not all(guider._enabled for guider in guiders)
-    for adapter_call, before in zip(adapter_calls, shown.scales, strict=True):
+    is_cut = scale is not snapshot.settings.get(main) and is_off(scale, off)
+    is_cut = is_cut or not all(guider._enabled for guider in guiders)
+    for adapter_call, before in zip(adapter_calls, snapshot.scales, strict=True):
         named = [vars(pipe).get(adapter_call.attribute, before), *(guider.guidance_scale for guider in guiders)]
         changed = [now for now in named if now is not before]
-        if cut or changed:
-            adapter_call.change(off if cut else changed[0])
+        if is_cut or changed:
+            adapter_call.set_scale(off if is_cut else changed[0])
 
 
 def is_off(scale: Any, off: float) -> bool:
     return scale is None or bool((torch.as_tensor(scale) <= off).all())
 
 
-def warn_of_changes(pipe: Any, shown: Shown, scales: set[str]) -> None:
+def warn_of_changes(pipe: Any, snapshot: Snapshot, scales: set[str]) -> None:
     """Say what else of the guidance a callback changed: one pass does not know it."""
     for name, value in settings_of(pipe).items():
-        before = shown.settings.get(name)
+        before = snapshot.settings.get(name)
         if name not in scales and value is not before and value != before:
             warn(
                 f"a callback set {name.removeprefix('_')} to {value}, which does not change the guidance of an adapter: "

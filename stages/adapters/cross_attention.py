@@ -28,14 +28,14 @@ class CrossAttentionSite(Site):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
-        return self._keys_and_values(known.parts)
+    def prepare_step(self, conditions: Conditions) -> tuple[Tensor, ...]:
+        return self._keys_and_values(conditions.parts)
 
-    def prepare_tokens(self, known: Conditions) -> tuple[Tensor, ...]:
-        if known.tokens is None:
+    def prepare_tokens(self, conditions: Conditions) -> tuple[Tensor, ...]:
+        if conditions.tokens is None:
             return ()
-        mask = () if known.mask is None else (known.mask,)
-        return (*self._keys_and_values(known.tokens), *mask)
+        mask = () if conditions.mask is None else (conditions.mask,)
+        return (*self._keys_and_values(conditions.tokens), *mask)
 
     def _keys_and_values(self, condition: Tensor) -> tuple[Tensor, ...]:
         """Two tensors `[n, heads, length, width]`."""

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from stages.adapters.adapter_base import AdapterBase
-from stages.adapters.attachment import Attachment, Fused, attachment_of, is_attached
+from stages.adapters.attachment import Attachment, Fusion, attachment_of, is_attached
 from stages.adapters.guidance import Guidance
 from stages.adapters.hooks import hook, unhook
 from stages.adapters.scale_overrides import ScaleOverride, innermost_override
-from stages.adapters.wrappers import entrance_of, is_compiled, layers_of, runs_fused_projections
+from stages.adapters.wrappers import hookable_module, is_compiled, runs_fused_projections, wrappers_of
 from stages.errors import UserError
 
 
@@ -29,7 +29,7 @@ class DenoiserController:
     def __init__(self, adapter: AdapterBase, denoiser: nn.Module) -> None:
         self._adapter, self.denoiser = adapter, denoiser
         self.metadata, self.sees_negative = adapter.metadata, adapter.sees_negative
-        self.warn_outside, self.warn_once = adapter.warn_outside, adapter.warn_once
+        self.warn_outside_range, self.warn_once = adapter.warn_outside_range, adapter.warn_once
 
     @property
     def override(self) -> ScaleOverride | None:
@@ -39,8 +39,8 @@ class DenoiserController:
     @property
     def fused_scale(self) -> float | None:
         """The scale that was fused, which guides a call that names none."""
-        held = self._attachment.held
-        return None if held is None else held.guidance_scale
+        fusion = self._attachment.default_fusion
+        return None if fusion is None else fusion.guidance_scale
 
     @property
     def _attachment(self) -> Attachment:
@@ -51,22 +51,22 @@ class DenoiserController:
     @contextmanager
     def guiding(self, guidance: Guidance) -> Iterator[None]:
         """Within it, the denoiser guides itself so: by its own weights where they can hold the scale, else by hooks."""
-        with self._turn() as alone, self._adapter.in_force(guidance, anywhere=alone):
+        with self._locked() as alone, self._adapter.guided_by(guidance, all_threads=alone):
             try:
-                self.steer(guidance)
+                self.apply(guidance)
                 yield
             finally:
                 if is_attached(self.denoiser):
-                    self.rest()
+                    self.restore_idle()
 
-    def go_on(self, guidance: Guidance) -> None:
+    def set_guidance(self, guidance: Guidance) -> None:
         """Have hooks guide otherwise for what is left of a pipeline's call."""
         adapter = self._adapter
-        if adapter.anywhere.guidance is adapter.here.guidance:
-            adapter.anywhere.guidance = guidance
-        adapter.here.guidance = guidance
+        if adapter.shared_state.guidance is adapter.thread_state.guidance:
+            adapter.shared_state.guidance = guidance
+        adapter.thread_state.guidance = guidance
 
-    def steer(self, guidance: Guidance) -> None:
+    def apply(self, guidance: Guidance) -> None:
         """Fuse the scale of a guidance, or have hooks guide."""
         attachment, adapter = self._attachment, self._adapter
         reason = adapter.why_unfused(self.denoiser)
@@ -76,87 +76,89 @@ class DenoiserController:
         if reason is not None:
             if adapter.fusible:
                 adapter.warn_once(f"the guidance is not fused, so that a pass pays for it: {reason}")
-            self.put(None)
+            self.set_fusion(None)
             hook(adapter, self.denoiser)
             return
         scale = guidance.one_scale or 1.0
         wanted = (
-            attachment.held if attachment.held is not None and attachment.held.guidance_scale == scale else Fused(scale)
+            attachment.default_fusion
+            if attachment.default_fusion is not None and attachment.default_fusion.guidance_scale == scale
+            else Fusion(scale)
         )
-        if attachment.fused != wanted:
-            self.put(wanted)
+        if attachment.fusion != wanted:
+            self.set_fusion(wanted)
 
     @contextmanager
-    def taken_out(self) -> Iterator[None]:
+    def unfused(self) -> Iterator[None]:
         """Within it, the denoiser's weights are the base's own."""
-        with self._attachment.lock.alone():
-            if self._attachment.fused is not None:
-                self.put(None)
+        with self._attachment.lock.exclusive():
+            if self._attachment.fusion is not None:
+                self.set_fusion(None)
             try:
                 yield
             finally:
-                self.rest()
+                self.restore_idle()
 
     # Between the calls
 
-    def put(self, fused: Fused | None) -> None:
+    def set_fusion(self, fusion: Fusion | None) -> None:
         """Have the weights hold one scale, or their own values; hooks go where a scale comes, or both would guide."""
         attachment, adapter = self._attachment, self._adapter
-        if fused is not None:
+        if fusion is not None:
             unhook(adapter, self.denoiser)
-        if fused is not None and fused.guidance_scale != 1:
+        if fusion is not None and fusion.guidance_scale != 1:
             device = next(self.denoiser.parameters()).device
-            adapter.follow(device)
+            adapter.move_to(device)
             with torch.autocast(device.type, enabled=False):
-                attachment.put(self.denoiser, fused, adapter.lora_weights(fused.guidance_scale))
+                attachment.fuse(self.denoiser, fusion, adapter.lora_weights(fusion.guidance_scale))
             return
-        attachment.restore(fused)
-        if fused is None and adapter.is_on_denoiser:
+        attachment.restore(fusion)
+        if fusion is None and adapter.is_on_denoiser:
             hook(adapter, self.denoiser)
 
-    def hold(self, fused: Fused | None) -> None:
+    def set_default_fusion(self, fusion: Fusion | None) -> None:
         """Have the weights hold one scale, or their own values, whenever no call or context asks for another."""
-        with self._attachment.lock.alone():
-            self.put(fused)
-            self._attachment.held = fused
+        with self._attachment.lock.exclusive():
+            self.set_fusion(fusion)
+            self._attachment.default_fusion = fusion
 
-    def rest(self) -> None:
+    def restore_idle(self) -> None:
         """Have the denoiser hold what guides between pipelines' calls: the innermost context, or what was fused."""
         attachment, adapter = self._attachment, self._adapter
-        if attachment.handles and not self._goes_alone():
+        if attachment.handles and not self._needs_exclusive_lock():
             return
-        with attachment.lock.alone():
-            adapter.anywhere.guidance = attachment.resting
-            if attachment.resting is not None:
-                self.steer(attachment.resting)
+        with attachment.lock.exclusive():
+            adapter.shared_state.guidance = attachment.idle_guidance
+            if attachment.idle_guidance is not None:
+                self.apply(attachment.idle_guidance)
             elif attachment.contexts:
-                self.put(None)
+                self.set_fusion(None)
                 hook(adapter, self.denoiser)
-            elif attachment.fused != attachment.held or attachment.held is None:
-                self.put(attachment.held)
+            elif attachment.fusion != attachment.default_fusion or attachment.default_fusion is None:
+                self.set_fusion(attachment.default_fusion)
 
     # Turns
 
-    def _goes_alone(self) -> bool:
+    def _needs_exclusive_lock(self) -> bool:
         """Whether a call has to have the denoiser, or the adapter, for itself."""
         adapter, attachment = self._adapter, self._attachment
         moves = next(adapter.parameters()).device != next(self.denoiser.parameters()).device
-        fuses = adapter.fusible and (attachment.fused is not None or adapter.why_unfused(self.denoiser) is None)
-        return adapter.exclusive or moves or fuses or any(is_compiled(module) for module in adapter.outermost())
+        fuses = adapter.fusible and (attachment.fusion is not None or adapter.why_unfused(self.denoiser) is None)
+        return adapter.exclusive or moves or fuses or any(is_compiled(module) for module in adapter.wrapped_denoisers())
 
     @contextmanager
-    def _turn(self) -> Iterator[bool]:
+    def _locked(self) -> Iterator[bool]:
         """Within it, no other thread changes what this one's call needs; whether none has a call at all."""
         attachment = self._attachment
-        while not self._goes_alone():
-            with attachment.lock.together():
+        while not self._needs_exclusive_lock():
+            with attachment.lock.shared():
                 if attachment.handles:
                     yield False
                     return
-            with attachment.lock.alone():
-                self.put(None)
+            with attachment.lock.exclusive():
+                self.set_fusion(None)
                 hook(self._adapter, self.denoiser)
-        with attachment.lock.alone():
+        with attachment.lock.exclusive():
             yield True
 
     # Checks
@@ -172,7 +174,7 @@ class DenoiserController:
                 "unfuse_qkv_projections() first"
             )
 
-    def check_carried(self, outermost: nn.Module) -> None:
+    def check_attached(self, outermost: nn.Module) -> None:
         """
         Args:
             outermost: the denoiser as the pipeline that is about to run calls it.
@@ -187,14 +189,14 @@ class DenoiserController:
                 "detach it, and attach it anew"
             )
         self.check_layers()
-        self._come_by(outermost)
+        self._rehook(outermost)
 
-    def _come_by(self, outermost: nn.Module) -> None:
+    def _rehook(self, outermost: nn.Module) -> None:
         """Have the hooks see the calls of a denoiser that was wrapped since they were put there."""
         check_wrappers(outermost)
         attachment = self._attachment
-        if attachment.handles and attachment.entrance is not entrance_of(outermost):
-            with attachment.lock.alone():
+        if attachment.handles and attachment.hooked_module is not hookable_module(outermost):
+            with attachment.lock.exclusive():
                 attachment.unhook()
                 hook(self._adapter, self.denoiser)
 
@@ -207,7 +209,7 @@ def controllers_of(pipe: Any, adapters: Iterable[AdapterBase]) -> dict[str, Deno
     """
     controllers = {adapter.component_in(pipe): controller_in(pipe, adapter) for adapter in adapters}
     for component, controller in controllers.items():
-        controller.check_carried(getattr(pipe, component))
+        controller.check_attached(getattr(pipe, component))
     return controllers
 
 
@@ -221,7 +223,7 @@ def check_wrappers(module: nn.Module) -> None:
     Raises:
         UserError: what wraps a denoiser calls copies of it in threads of its own.
     """
-    for layer in layers_of(module):
+    for layer in wrappers_of(module):
         if isinstance(layer, nn.DataParallel) and len(layer.device_ids) > 1:
             raise UserError(
                 "DataParallel runs copies of the denoiser, which carry no adapter: use its `module` alone, or one process per GPU"

@@ -17,9 +17,9 @@ from stages.adapters.conditioning import LABEL, Conditions
 from stages.adapters.config import POOLED, TOKENS, AdapterConfig
 from stages.adapters.inputs import places_of
 from stages.adapters.metadata import AdapterMetadata
-from stages.adapters.site import Site, gated, of_rows
+from stages.adapters.site import Site, apply_gate, expand_to_rows
 from stages.adapters.sites import Shape, find_label_embedders
-from stages.adapters.spots import Seen
+from stages.adapters.spots import TrialFacts
 from stages.base.arguments import argument
 from stages.base.denoiser import flatten, unflatten
 from stages.errors import UserError
@@ -39,8 +39,8 @@ class EmbeddingSite(Site):
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.bias.bias)
 
-    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
-        vector = nn.functional.silu(self.inner(known.vector))
+    def prepare_step(self, conditions: Conditions) -> tuple[Tensor, ...]:
+        vector = nn.functional.silu(self.inner(conditions.vector))
         gain, shift = self.modulation(vector)[:, None].chunk(2, dim=-1)
         return 1 + gain, shift, self.bias(vector)[:, None]
 
@@ -69,7 +69,11 @@ class Embedding(GuidanceAdapter):
 
     @classmethod
     def find_sites(
-        cls, denoiser: nn.Module, config: AdapterConfig, metadata: AdapterMetadata, seen: dict[str, Seen] | None = None
+        cls,
+        denoiser: nn.Module,
+        config: AdapterConfig,
+        metadata: AdapterMetadata,
+        seen: dict[str, TrialFacts] | None = None,
     ) -> dict[str, Shape]:
         """The condition that is corrected, with its width."""
         if config.sites:
@@ -88,7 +92,7 @@ class Embedding(GuidanceAdapter):
             f"{type(denoiser).__name__}: no embeddings and no table of classes to correct: take another variant"
         )
 
-    def find_again(self, denoiser: nn.Module) -> dict[str, Shape]:
+    def find_same_sites(self, denoiser: nn.Module) -> dict[str, Shape]:
         return self.find_sites(denoiser, self.config, self.metadata)
 
     def site_hooks(self, denoiser: nn.Module) -> Iterator[RemovableHandle]:
@@ -123,7 +127,7 @@ class Embedding(GuidanceAdapter):
             raise UserError(f"the adapter was made for {name} of width {width}, and was given {tokens.shape[-1]}")
         assert self.prepared is not None
         (site,) = self.sites.values()
-        prepared = (of_rows(each[samples], len(tokens)) for each in self.prepared[0])
+        prepared = (expand_to_rows(each[samples], len(tokens)) for each in self.prepared[0])
         change = site(tokens.to(self.dtype).reshape(len(tokens), -1, width), *prepared).view(tokens.shape)
         gate = None if self.gate is None else self.gate[samples]
-        return tokens + gated(change, gate).to(tokens.dtype)
+        return tokens + apply_gate(change, gate).to(tokens.dtype)

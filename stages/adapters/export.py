@@ -47,7 +47,7 @@ def export(adapter: AdapterBase, path: Path, guidance_scale: float, format: str)
             written then.
     """
     weights, tensors, implementation = prepared(adapter, path, guidance_scale, format)
-    adapter.warn_outside(as_scales(guidance_scale))
+    adapter.warn_outside_range(as_scales(guidance_scale))
     file = path if format == KOHYA else path / (LORA_FILE if format == DIFFUSERS else WEIGHTS_FILE)
     fields = header(adapter.metadata, guidance_scale, implementation, fingerprint(adapter))
     content = with_header(tensors, fields | for_diffusers(adapter, weights, format))

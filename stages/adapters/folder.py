@@ -90,7 +90,7 @@ def load(
     Raises:
         UserError: there is no adapter of this version.
     """
-    with loading_errors(name_or_path), _at_hand(str(name_or_path), **source) as path:
+    with loading_errors(name_or_path), _local_folder(str(name_or_path), **source) as path:
         values = json.loads((path / CONFIG_FILE).read_bytes())
         version = values.pop("format_version")
         if version != FORMAT_VERSION:
@@ -103,7 +103,7 @@ def load(
 
 
 @contextmanager
-def _at_hand(name_or_path: str, **source: Any) -> Iterator[Path]:
+def _local_folder(name_or_path: str, **source: Any) -> Iterator[Path]:
     """A folder on disk that holds what is read of an adapter."""
     if Path(name_or_path).is_dir():
         yield Path(name_or_path)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from stages.adapters.config import AdapterConfig
 from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.offset import Offset
-from stages.adapters.site import of_rows
+from stages.adapters.site import expand_to_rows
 from stages.adapters.sites import Shape, layer_beneath
-from stages.adapters.trial_inputs import tree_map
+from stages.adapters.trial_inputs import map_tensors
 from stages.errors import UserError
 
 
@@ -60,9 +60,9 @@ class Full(Offset):
         super().before_forward(denoiser, given)
         if self.prepared is None:
             return None
-        if self.guidance is not None and self.guidance.known and self.guidance.mixed:
+        if self.guidance is not None and self.guidance.is_readable and self.guidance.mixed:
             prepared, self.prepared = self.prepared, None
-            own = tree_map(Tensor.clone, given)  # some denoisers change what they are given
+            own = map_tensors(Tensor.clone, given)  # some denoisers change what they are given
             self.unguided = denoiser.forward(**own)
             self.prepared = prepared
         self._swap(denoiser)
@@ -111,5 +111,5 @@ def mixed(guided: Tensor, output: Any, unguided: Any) -> Any:
         return type(output)(mixed(*entry) for entry in zip(each, output, unguided, strict=True))
     if not isinstance(output, Tensor):
         return output
-    rows = of_rows(guided, len(output)) if guided.ndim else guided
+    rows = expand_to_rows(guided, len(output)) if guided.ndim else guided
     return torch.where(rows.view(-1, *[1] * (output.ndim - 1)) if guided.ndim else rows, output, unguided)

@@ -12,8 +12,8 @@ from stages.adapters.sites import layer_beneath
 from stages.errors import UserError
 
 LowRank = dict[str, tuple[Tensor, Tensor]]  # of layers by name: A [rank, in, ...] and B [out, rank, ...]
-WHOLE = (torch.float32, torch.float16, torch.bfloat16)
-MARKED = 64  # elements of a weight, by which it is recognised
+FUSABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MARK_SIZE = 64  # elements of a weight, by which it is recognised
 ROUNDINGS = 8  # a LoRA that is fused and taken out again leaves some
 CHANGED = (
     "{name} was changed while the guidance was fused into it, as by `pipe.fuse_lora()`: undo that change first, or load the "
@@ -52,7 +52,7 @@ class FusedWeights:
         self.marks: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def put(self, change: LowRank, strength: float = 1.0) -> None:
+    def fuse(self, change: LowRank, strength: float = 1.0) -> None:
         """Have every layer hold `W + strength * B A`, added in float32 and rounded once."""
         for name, layer in self.layers.items():
             weight, (down, up) = layer.weight, change[name]
@@ -69,10 +69,10 @@ class FusedWeights:
             UserError: something else has changed a layer meanwhile.
         """
         self.check_unchanged()
-        self.put_back()
+        self.write_originals()
 
     @torch.no_grad()
-    def put_back(self) -> None:
+    def write_originals(self) -> None:
         """Have every layer hold what it held before, whatever it holds now."""
         for name, layer in self.layers.items():
             if not layer.weight.is_meta:
@@ -106,14 +106,14 @@ class FusedWeights:
 
 
 def start_of(weight: Tensor) -> Tensor:
-    return weight.detach().flatten()[:MARKED].to(torch.float32, copy=True)
+    return weight.detach().flatten()[:MARK_SIZE].to(torch.float32, copy=True)
 
 
 def why_not_fusable(denoiser: nn.Module, names: list[str]) -> str | None:
     """Why no change can be put into the weights of these layers; None where it can."""
     for name in names:
         weight = layer_beneath(denoiser.get_submodule(name)).weight
-        if type(weight.data) is not Tensor or weight.dtype not in WHOLE:
+        if type(weight.data) is not Tensor or weight.dtype not in FUSABLE_DTYPES:
             return f"{name} is quantised"
         if weight.is_meta:
             return f"{name} is offloaded on its own, as by sequential offloading"

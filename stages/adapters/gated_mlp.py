@@ -22,9 +22,9 @@ class GatedMLPSite(Site):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
+    def prepare_step(self, conditions: Conditions) -> tuple[Tensor, ...]:
         """The part of M and G that falls to c."""
-        inner, gate = self.of_condition(known.vector)[:, None].tensor_split([-1], dim=-1)
+        inner, gate = self.of_condition(conditions.vector)[:, None].tensor_split([-1], dim=-1)
         return inner, gate
 
     def forward(self, tokens: Tensor, *prepared: Tensor) -> Tensor:

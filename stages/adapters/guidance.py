@@ -61,7 +61,7 @@ class Guidance:
     Attributes:
         scales: `[steps, images]`, one row where all steps are alike; images 1 where all are alike.
         timesteps: `[steps]` as the denoiser is given them; None where all steps are alike.
-        known: whether the values may be looked at: those on a GPU are a batch in training, which must not wait for it.
+        is_readable: whether the values may be looked at: those on a GPU are a batch in training, which must not wait for it.
         negative: of the unconditional pass, `negative.NAME` `[n, ...]`, where the adapter sees it; the denoiser does not.
         bypass: no sample is guided at any step: the adapter is not even asked.
         mixed: a sample may be unguided beside others that are not.
@@ -78,10 +78,10 @@ class Guidance:
         self.scales, self.timesteps = scales, timesteps
         self._scales, self._timesteps = scales, timesteps
         self.negative = negative or {}
-        self.known = scales.device.type == "cpu"
-        self.bypass = self.known and bool((scales == 1).all())
-        self.mixed = not self.known or bool((scales == 1).any())
-        self.is_uniform = self.known and bool((scales == scales[:, :1]).all())
+        self.is_readable = scales.device.type == "cpu"
+        self.bypass = self.is_readable and bool((scales == 1).all())
+        self.mixed = not self.is_readable or bool((scales == 1).any())
+        self.is_uniform = self.is_readable and bool((scales == scales[:, :1]).all())
         alike = self.is_uniform and bool((scales == scales[0, 0]).all())
         self.one_scale = float(scales[0, 0]) if alike else None
 
@@ -121,21 +121,21 @@ def spread(scales: Tensor, n: int) -> Tensor:
     return scales.repeat_interleave(n // images, dim=1)
 
 
-class InForce:
+class ForwardState:
     """What is in force while a denoiser runs.
 
     Attributes:
         guidance: of its calls.
-        begun: whether a forward pass began.
+        began: whether a forward pass began.
         prepared: of every site, computed before that pass; None where the adapter stands aside.
         gate: `[n]`, which samples are guided; None where all are.
     """
 
     guidance: Guidance | None = None
-    begun: bool = False
+    began: bool = False
     prepared: Prepared | None = None
     gate: Tensor | None = None
 
 
-class InThread(InForce, threading.local):
+class ThreadState(ForwardState, threading.local):
     """What is in force in one thread, so that calls in several threads may share an adapter."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from stages.adapters.adapter_base import AdapterBase
-from stages.adapters.attachment import Context, Fused, attachment_of, is_attached
+from stages.adapters.attachment import Context, Fusion, attachment_of, is_attached
 from stages.adapters.denoiser_controller import DenoiserController
 from stages.adapters.guidance import Guidance, Scales, ScaleSchedule, as_scales
 from stages.adapters.scale_overrides import innermost_context, overriding
@@ -44,8 +44,8 @@ class Guiding(AdapterBase):
             raise UserError(f"guidance_scale={guidance_scale} cannot be fused: {reason}")
         controller = DenoiserController(self, denoiser)
         controller.check_layers()
-        self.warn_outside(scales)
-        controller.hold(Fused(float(scales), strength))
+        self.warn_outside_range(scales)
+        controller.set_default_fusion(Fusion(float(scales), strength))
         return self
 
     def unfuse(self) -> None:
@@ -55,7 +55,7 @@ class Guiding(AdapterBase):
             UserError: something else changed the weights meanwhile.
         """
         if self.denoiser is not None:
-            DenoiserController(self, self.denoiser).hold(None)
+            DenoiserController(self, self.denoiser).set_default_fusion(None)
 
     @contextmanager
     def guidance_scale(self, scale: Scales) -> Iterator[None]:
@@ -67,7 +67,7 @@ class Guiding(AdapterBase):
         guidance = Guidance(as_scales(scale)[None])
         if self.denoiser is not None:
             DenoiserController(self, self.denoiser).check_layers()
-        self.warn_outside(guidance.scales)
+        self.warn_outside_range(guidance.scales)
         context = Context(guidance, innermost_context(self))
         with overriding(self, context), self._between_calls(context):
             yield
@@ -89,11 +89,11 @@ class Guiding(AdapterBase):
     def _between_calls(self, context: Context) -> Iterator[None]:
         """Within it, calls of the denoiser that no pipeline makes are guided too. No turn is held: pipelines may be called."""
         denoiser = self.denoiser
-        if denoiser is None or not (self.pipelines or attachment_of(denoiser).held):
-            with self.in_force(context.guidance):
+        if denoiser is None or not (self.pipelines or attachment_of(denoiser).default_fusion):
+            with self.guided_by(context.guidance):
                 yield
             return
-        with self._in_context(denoiser, context), self.in_force(context.guidance, anywhere=False):
+        with self._in_context(denoiser, context), self.guided_by(context.guidance, all_threads=False):
             yield
 
     @contextmanager
@@ -101,10 +101,10 @@ class Guiding(AdapterBase):
         """Within it, a context is among those of a denoiser."""
         attachment, controller = attachment_of(denoiser), DenoiserController(self, denoiser)
         attachment.contexts.append(context)
-        controller.rest()
+        controller.restore_idle()
         try:
             yield
         finally:
             attachment.contexts.remove(context)
             if is_attached(denoiser) and attachment_of(denoiser) is attachment:  # else it was detached meanwhile
-                controller.rest()
+                controller.restore_idle()

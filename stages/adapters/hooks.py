@@ -1,4 +1,4 @@
-"""The hooks by which an adapter guides a denoiser, on the denoiser's entrance and at the adapter's sites."""
+"""The hooks by which an adapter guides a denoiser, on the denoiser's hooked_module and at the adapter's sites."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stages.adapters.adapter_base import AdapterBase
 from stages.adapters.attachment import attachment_of
-from stages.adapters.wrappers import entrance_of, is_compiled, unwrapped
+from stages.adapters.wrappers import hookable_module, is_compiled, unwrapped
 
 
 def hook(adapter: AdapterBase, denoiser: nn.Module) -> None:
@@ -21,9 +21,9 @@ def hook(adapter: AdapterBase, denoiser: nn.Module) -> None:
     if attachment.handles:
         return
     if adapter.pipelines:
-        adapter.take_precision(next(denoiser.parameters()).dtype)
-    attachment.entrance = next((entrance_of(module) for module in adapter.outermost()), denoiser)
-    for handle in _hooks(adapter, denoiser, attachment.entrance):
+        adapter.match_precision(next(denoiser.parameters()).dtype)
+    attachment.hooked_module = next((hookable_module(module) for module in adapter.wrapped_denoisers()), denoiser)
+    for handle in _hooks(adapter, denoiser, attachment.hooked_module):
         attachment.handles.append(handle)
     _forget_compiled(adapter)
 
@@ -36,14 +36,14 @@ def unhook(adapter: AdapterBase, denoiser: nn.Module) -> None:
 
 def _forget_compiled(adapter: AdapterBase) -> None:
     """Have what is compiled compiled again: it does not notice hooks that come later."""
-    if any(is_compiled(module) for module in adapter.outermost()):
+    if any(is_compiled(module) for module in adapter.wrapped_denoisers()):
         torch.compiler.reset()
 
 
-def _hooks(adapter: AdapterBase, denoiser: nn.Module, entrance: nn.Module) -> Iterator[RemovableHandle]:
+def _hooks(adapter: AdapterBase, denoiser: nn.Module, hooked_module: nn.Module) -> Iterator[RemovableHandle]:
     """Plain functions: a deep copy of the denoiser shares them, and each is compiled by itself."""
     names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
-    beneath = (lambda module: module) if entrance is denoiser else unwrapped
+    beneath = (lambda module: module) if hooked_module is denoiser else unwrapped
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -53,6 +53,6 @@ def _hooks(adapter: AdapterBase, denoiser: nn.Module, entrance: nn.Module) -> It
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return adapter.after_forward(beneath(module), output)
 
-    yield entrance.register_forward_pre_hook(before, with_kwargs=True)
-    yield entrance.register_forward_hook(after, with_kwargs=True, always_call=True)
+    yield hooked_module.register_forward_pre_hook(before, with_kwargs=True)
+    yield hooked_module.register_forward_hook(after, with_kwargs=True, always_call=True)
     yield from adapter.site_hooks(denoiser)

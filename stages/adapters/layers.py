@@ -21,8 +21,8 @@ from stages.adapters.sites import (
     width_in,
     width_out,
 )
-from stages.adapters.spots import Seen
-from stages.adapters.trial_forward import look
+from stages.adapters.spots import TrialFacts
+from stages.adapters.trial_forward import run_trial
 from stages.errors import UserError
 
 CONDITIONING, CONVOLUTION = "conditioning", "convolution"
@@ -30,7 +30,7 @@ KINDS = (CONDITIONING, ATTENTION, FEED_FORWARD, CONVOLUTION)
 FORWARDS = {kind.forward for kind in CONVOLUTIONS}
 
 
-def find_layers(denoiser: nn.Module, wanted: list[str], seen: dict[str, Seen] | None = None) -> dict[str, Shape]:
+def find_layers(denoiser: nn.Module, wanted: list[str], seen: dict[str, TrialFacts] | None = None) -> dict[str, Shape]:
     """Names of the layers that are wanted, in the order of the denoiser, each with its shape.
 
     Args:
@@ -64,7 +64,7 @@ def find_layers(denoiser: nn.Module, wanted: list[str], seen: dict[str, Seen] | 
     return {name: shape_of(layer) for name, layer in every.items() if name in chosen}
 
 
-def _matching(denoiser: nn.Module, wanted: str, every: dict[str, Any], seen: dict[str, Seen] | None) -> set[str]:
+def _matching(denoiser: nn.Module, wanted: str, every: dict[str, Any], seen: dict[str, TrialFacts] | None) -> set[str]:
     if wanted == CONDITIONING:
         if seen is None:
             raise UserError(f"adapter.sites: {CONDITIONING}: found by running the denoiser, and no inputs are known")
@@ -83,10 +83,10 @@ def _inside(denoiser: nn.Module, kind: str, every: Container[str]) -> set[str]:
         return set()
 
 
-def look_at_layers(denoiser: nn.Module, inputs: Inputs) -> dict[str, Seen]:
-    """What a trial forward shows of every layer that a LoRA can change; see `trial_forward.look`."""
+def run_trial_of_layers(denoiser: nn.Module, inputs: Inputs) -> dict[str, TrialFacts]:
+    """What a trial forward shows of every layer that a LoRA can change; see `trial_forward.run_trial`."""
     widths = {name: shape_of(layer) for name, layer in adaptable_layers(denoiser).items()}
-    return look(denoiser, widths, inputs, AdapterMetadata(conditions={}, scale_range=[1.0, 1.0]))
+    return run_trial(denoiser, widths, inputs, AdapterMetadata(conditions={}, scale_range=[1.0, 1.0]))
 
 
 def adaptable_layers(denoiser: nn.Module) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from stages.adapters.layers import adaptable_layers, find_layers, shape_of
 from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.site import Site
 from stages.adapters.sites import CONVOLUTIONS, Shape
-from stages.adapters.spots import Seen
+from stages.adapters.spots import TrialFacts
 
 
 class LoRASite(Site):
@@ -49,9 +49,9 @@ class LoRASite(Site):
         self.gain = nn.Linear(hidden_size, rank) if hidden_size else None
         self.is_convolution = bool(kernel)
 
-    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
-        gain = known.curves @ self.curves
-        return (gain if self.gain is None else gain * (1 + self.gain(known.vector)),)
+    def prepare_step(self, conditions: Conditions) -> tuple[Tensor, ...]:
+        gain = conditions.curves @ self.curves
+        return (gain if self.gain is None else gain * (1 + self.gain(conditions.vector)),)
 
     def forward(self, tokens: Tensor, *prepared: Tensor) -> Tensor:
         low, (gain,) = self.lora_A(tokens), prepared
@@ -93,7 +93,11 @@ class LoRA(GuidanceAdapter):
 
     @classmethod
     def find_sites(
-        cls, denoiser: nn.Module, config: AdapterConfig, metadata: AdapterMetadata, seen: dict[str, Seen] | None = None
+        cls,
+        denoiser: nn.Module,
+        config: AdapterConfig,
+        metadata: AdapterMetadata,
+        seen: dict[str, TrialFacts] | None = None,
     ) -> dict[str, Shape]:
         return find_layers(denoiser, list(config.sites or []), seen)
 
@@ -115,11 +119,13 @@ class LoRA(GuidanceAdapter):
         """
         device = next(self.parameters()).device
         scale = torch.tensor([float(guidance_scale)], device=device)
-        known = self.conditioning(self._asked(scale), torch.zeros(1, device=device), self.conditioning.embed({}))
+        conditions = self.conditioning(
+            self.scale_with_gain(scale), torch.zeros(1, device=device), self.conditioning.embed({})
+        )
         weights = {}
         for name, site in zip(self.shapes, self.sites.values(), strict=True):
             assert isinstance(site, LoRASite)
-            gain = known.curves @ site.curves.float()
+            gain = conditions.curves @ site.curves.float()
             down, up = site.lora_A.weight.float(), site.lora_B.weight.float()
             weights[name] = down, up * gain.view(1, -1, *[1] * (up.ndim - 2))
         return weights

@@ -19,8 +19,8 @@ class OffsetSite(Site):
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
-    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
-        return (self.outer(nn.functional.silu(self.inner(known.vector)))[:, None],)
+    def prepare_step(self, conditions: Conditions) -> tuple[Tensor, ...]:
+        return (self.outer(nn.functional.silu(self.inner(conditions.vector)))[:, None],)
 
     def forward(self, tokens: Tensor, *prepared: Tensor) -> Tensor:
         return prepared[0]

@@ -19,7 +19,7 @@ from stages.adapters.denoiser_controller import controller_in, controllers_of
 from stages.adapters.pipeline_call import PipelineCall
 from stages.errors import UserError
 
-ATTACHED = "_guidance_riders"  # of a pipeline's class
+ATTACHED = "_guidance_adapters"  # of a pipeline's class
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ def adapters_of(pipe: Any) -> AttachedAdapters:
     return getattr(type(pipe), ATTACHED, AttachedAdapters(type(pipe)))
 
 
-def begin_one_pass(pipe: Any, adapter: AdapterBase) -> None:
+def add_to_pipeline(pipe: Any, adapter: AdapterBase) -> None:
     """Have a pipeline's calls guided by an adapter, besides those that guide it already."""
     adapters = adapters_of(pipe)
     others = tuple(other for other in adapters.adapters if other is not adapter)  # a copy has its original's
     pipe.__class__ = guided_class(pipe, AttachedAdapters(adapters.stock, (*others, adapter)))
 
 
-def end_one_pass(pipe: Any, adapter: AdapterBase) -> None:
+def remove_from_pipeline(pipe: Any, adapter: AdapterBase) -> None:
     """Leave a pipeline to the other adapters, or as it was."""
     adapters = adapters_of(pipe)
     others = tuple(other for other in adapters.adapters if other is not adapter)
@@ -58,7 +58,7 @@ def guided_class(pipe: Any, adapters: AttachedAdapters) -> type[Any]:
     def save_pretrained(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
             for adapter in adapters.adapters:
-                stack.enter_context(controller_in(pipeline, adapter).taken_out())
+                stack.enter_context(controller_in(pipeline, adapter).unfused())
             return stock.save_pretrained(pipeline, *args, **kwargs)
 
     call.__signature__ = signature_of(pipe, stock)  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stages.adapters.adapter_call import AdapterCall
 from stages.adapters.call_arguments import CallArguments, guiders_of
-from stages.adapters.callbacks import watch
+from stages.adapters.callbacks import wrap_callbacks
 from stages.adapters.denoiser_controller import DenoiserController
 from stages.adapters.unconditional import unconditional_tokens
 from stages.base.denoiser import denoisers_of
@@ -47,7 +47,7 @@ class PipelineCall:
                 stack.enter_context(self._adapter_call(name).guiding()) for name in sorted(self.controllers)
             ]
             call.switch_off()
-            watch(call.arguments, self.pipe, adapter_calls, call.keyword)
+            wrap_callbacks(call.arguments, self.pipe, adapter_calls, call.keyword)
             stack.enter_context(without_guiders(self.pipe))
             return self.stock.__call__(*call.bound.args, **call.bound.kwargs)
 

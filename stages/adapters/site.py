@@ -18,11 +18,11 @@ class Site(nn.Module, ABC):
     What does not depend on the image is prepared apart: once per forward pass, not once per token.
     """
 
-    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
+    def prepare_step(self, conditions: Conditions) -> tuple[Tensor, ...]:
         """What depends on scale, timestep and whole conditions: tensors `[n, ...]`."""
         return ()
 
-    def prepare_tokens(self, known: Conditions) -> tuple[Tensor, ...]:
+    def prepare_tokens(self, conditions: Conditions) -> tuple[Tensor, ...]:
         """What depends on the conditions' tokens alone: tensors `[n, ...]`."""
         return ()
 
@@ -32,7 +32,7 @@ class Site(nn.Module, ABC):
 
         Args:
             tokens: `[n, length, width]`, what the site was given.
-            prepared: what `prepare_step` and `prepare_tokens` gave.
+            prepared: what `prepare_step` and `prepare_tokens` output_shapes.
         """
 
     def change(self, shape: Shape, tokens: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
@@ -47,21 +47,21 @@ class Site(nn.Module, ABC):
         return change.unflatten(1, sizes).movedim(-1, axis)
 
 
-def gated(change: Tensor, gate: Tensor | None, tiled: bool = False) -> Tensor:
+def apply_gate(change: Tensor, gate: Tensor | None, tiled: bool = False) -> Tensor:
     """The change `[rows, ...]` of those samples that are guided; gate `[n]`, None where all are."""
     if gate is None:
         return change
-    return change * of_rows(gate, len(change), tiled).view(-1, *[1] * (change.ndim - 1))
+    return change * expand_to_rows(gate, len(change), tiled).view(-1, *[1] * (change.ndim - 1))
 
 
-def added(output: Any, change: Tensor, which: int) -> Any:
+def add_to_output(output: Any, change: Tensor, which: int) -> Any:
     """A module's output, or of several that one, with a change."""
     if isinstance(output, (tuple, list)):
-        return type(output)(added(each, change, 0) if i == which else each for i, each in enumerate(output))
+        return type(output)(add_to_output(each, change, 0) if i == which else each for i, each in enumerate(output))
     return output + change.to(output.dtype)
 
 
-def of_rows(values: Tensor, rows: int, tiled: bool = False) -> Tensor:
+def expand_to_rows(values: Tensor, rows: int, tiled: bool = False) -> Tensor:
     """Values `[rows, ...]` from those of n samples: a layer may be given several rows for each, side by side or by turns.
 
     Raises:

@@ -30,7 +30,7 @@ def find_sites(denoiser: nn.Module, wanted: list[str], seen: Mapping[str, Any] |
             recipe's rule); `feed_forward`: its feed-forward network; or patterns, matched against the names of all attention and
             feed-forward modules. Of a block for two streams, image and text, it is the image's, which every family puts first.
             A kind that the denoiser has not is left out beside one that it has.
-        seen: what a trial forward showed of them (`spots.Seen`): sites that do not run, or that are not given each sample's
+        seen: what a trial forward showed of them (`spots.TrialFacts`): sites that do not run, or that are not given each sample's
             rows apart, are left out.
 
     Raises:
@@ -41,7 +41,7 @@ def find_sites(denoiser: nn.Module, wanted: list[str], seen: Mapping[str, Any] |
     every: dict[str, Shape] = {}
     by_kind: dict[str, set[str]] = {ATTENTION: set(), FEED_FORWARD: set()}
     for block in blocks_of(denoiser):
-        attentions, feeding = ({n: m for n, m in part.items() if is_fit(n, seen)} for part in block)
+        attentions, feeding = ({n: m for n, m in part.items() if is_usable(n, seen)} for part in block)
         every |= shapes_of(attentions, feeding)
         crossing = [name for name, module in attentions.items() if crosses(name, module, seen)]
         by_kind[ATTENTION] |= set([*crossing, *attentions][:1])
@@ -72,7 +72,7 @@ def shapes_of(attentions: dict[str, nn.Module], feeding: dict[str, nn.Module]) -
     return of_attention | {name: shape_of_feed_forward(module) for name, module in feeding.items()}
 
 
-def is_fit(name: str, seen: Mapping[str, Any] | None) -> bool:
+def is_usable(name: str, seen: Mapping[str, Any] | None) -> bool:
     return seen is None or (name in seen and seen[name].spot is not None)
 
 
@@ -82,7 +82,7 @@ def find_projections(denoiser: nn.Module, wanted: list[str]) -> dict[str, Shape]
     for name in find_sites(denoiser, wanted):
         site = denoiser.get_submodule(name)
         for path, layer in layers_inside(site).items():
-            if isinstance(layer, nn.Linear) and not ADDED & words_of(path):
+            if isinstance(layer, nn.Linear) and not ADDED & name_parts(path):
                 found[f"{name}.{path}"] = [layer.in_features, layer.out_features]
     return found
 
@@ -142,7 +142,7 @@ def crosses(name: str, module: nn.Module, seen: Mapping[str, Any] | None = None)
     declared = getattr(module, "is_cross_attention", None)
     if declared is not None:
         return bool(declared)
-    if any(ADDED & words_of(child) for child, _ in module.named_children()):
+    if any(ADDED & name_parts(child) for child, _ in module.named_children()):
         return False
     named = "cross" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
     return named or (seen is not None and seen[name].crosses)
@@ -162,13 +162,13 @@ def layers_inside(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def words_of(path: str) -> set[str]:
+def name_parts(path: str) -> set[str]:
     return set(re.split(r"[._]", path.lower()))
 
 
 def roles_of(name: str) -> str:
     """Which of query, key and value a projection of this name gives: `to_q`, `wq`, `img_attn_qkv`, `query_key_value`."""
-    return "".join(ROLES.get(word) or ROLES.get(word.removeprefix("w"), "") for word in words_of(name))
+    return "".join(ROLES.get(word) or ROLES.get(word.removeprefix("w"), "") for word in name_parts(name))
 
 
 def width_in(layer: Any) -> int:

@@ -30,11 +30,11 @@ class Spot:
     across: bool = False
 
 
-USUAL = Spot()
+DEFAULT_SPOT = Spot()
 
 
 @dataclass
-class Seen:
+class TrialFacts:
     """One module in a trial forward.
 
     Attributes:
@@ -49,11 +49,15 @@ class Seen:
 
     def spec(self) -> dict[str, Any]:
         """Of its spot what differs from the usual, for the adapter's folder."""
-        return {name: value for name, value in asdict(self.spot or USUAL).items() if value != getattr(USUAL, name)}
+        return {
+            name: value
+            for name, value in asdict(self.spot or DEFAULT_SPOT).items()
+            if value != getattr(DEFAULT_SPOT, name)
+        }
 
 
 @dataclass
-class Given:
+class TensorFacts:
     """A tensor that a module was given.
 
     Attributes:
@@ -70,13 +74,13 @@ class Given:
 class Call:
     """One call of a module: tensors by their place among the arguments, and the shapes of its outputs."""
 
-    given: dict[int, Given]
-    gave: list[tuple[int, ...]]
+    given: dict[int, TensorFacts]
+    output_shapes: list[tuple[int, ...]]
 
 
 def seen_of(
     module: nn.Module, widths: list[int], runs: list[list[Call]], samples: int, streams: dict[type[nn.Module], int]
-) -> Seen:
+) -> TrialFacts:
     """What is known of a module from its calls in one run without values, or in four.
 
     Args:
@@ -93,14 +97,14 @@ def seen_of(
     crosses = any(len({given.shape[1] for given in call.given.values() if len(given.shape) > 2}) > 1 for call in calls)
     sees_image = any(given.sees_image for call in calls for given in call.given.values())
     if len(arguments) != 1 or None in arguments:
-        return Seen(sees_image, crosses, None)
+        return TrialFacts(sees_image, crosses, None)
     (argument,) = arguments
     assert argument is not None
     orders = {order_of(runs, i, argument, samples) for i in range(len(calls))} - {EACH}
     outputs = {0} if is_a_layer else {output_of(call, argument, widths) for call in calls}
     if len(orders) > 1 or UNKNOWN in orders or len(outputs) > 1 or None in outputs:
-        return Seen(sees_image, crosses, None)
-    return Seen(sees_image, crosses, Spot(argument, next(iter(outputs)) or 0, TILED in orders, ACROSS in orders))
+        return TrialFacts(sees_image, crosses, None)
+    return TrialFacts(sees_image, crosses, Spot(argument, next(iter(outputs)) or 0, TILED in orders, ACROSS in orders))
 
 
 def note_stream(module: nn.Module, calls: list[Call], width: int, streams: dict[type[nn.Module], int]) -> None:
@@ -134,7 +138,7 @@ def output_of(call: Call, argument: int, widths: list[int]) -> int | None:
     assert axis is not None
     expected = list(tokens)
     expected[axis] = widths[1]
-    alike = [i for i, shape in enumerate(call.gave) if list(shape) == expected]
+    alike = [i for i, shape in enumerate(call.output_shapes) if list(shape) == expected]
     turn = fitting_in(call, widths[0]).index(argument)
     return alike[turn] if turn < len(alike) else next(iter(alike), None)
 

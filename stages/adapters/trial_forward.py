@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from stages.adapters.inputs import Inputs, places_of
 from stages.adapters.metadata import AdapterMetadata
-from stages.adapters.spots import Call, Given, Seen, parameters_of, seen_of
-from stages.adapters.trial_inputs import Maker, exchanged, to_meta, tree_map
+from stages.adapters.spots import Call, TensorFacts, TrialFacts, parameters_of, seen_of
+from stages.adapters.trial_inputs import InputMaker, map_tensors, swap_sample, to_meta
 from stages.base.arguments import Axis, argument
 from stages.base.denoiser import flatten, latent_name, unflatten
 from stages.base.loading import first_line
@@ -21,9 +21,9 @@ from stages.errors import UserError
 Calls = dict[str, list[Call]]
 
 
-def look(
+def run_trial(
     denoiser: nn.Module, widths: dict[str, list[int]], inputs: Inputs, metadata: AdapterMetadata
-) -> dict[str, Seen]:
+) -> dict[str, TrialFacts]:
     """What a trial forward shows of modules, of those that run.
 
     The denoiser runs on the meta device, with a gradient asked for the latent alone: what asks for none does not see the image.
@@ -89,12 +89,12 @@ def calls_on_meta(denoiser: nn.Module, widths: dict[str, list[int]], inputs: Inp
     with torch.device("meta"):
         copy = type(model).from_config(dict(model.config))
     copy.eval().requires_grad_(False)
-    given = tree_map(to_meta, unflatten(inputs))
+    given = map_tensors(to_meta, unflatten(inputs))
     latent = latent_name(denoiser)
     # No leaf, because some denoisers change their latent in place.
-    given[latent] = tree_map(lambda value: value.requires_grad_() * 1, given[latent])
+    given[latent] = map_tensors(lambda value: value.requires_grad_() * 1, given[latent])
     with torch.enable_grad():
-        return watched(copy, widths, given, lambda value: Given(tuple(value.shape), value.requires_grad))
+        return observe_calls(copy, widths, given, lambda value: TensorFacts(tuple(value.shape), value.requires_grad))
 
 
 @torch.no_grad()
@@ -109,17 +109,17 @@ def calls_by_values(
     """Four runs: as given, with other latents, with another first sample, and with another last one."""
     latent, like = latent_name(denoiser), next(denoiser.parameters())
     scale, offset = metadata.timestep_scale, metadata.timestep_offset
-    maker = Maker(like, metadata.timestep, lambda timestep: scale * timestep + offset)
-    one, other = maker.made(inputs), maker.changed(inputs)
+    maker = InputMaker(like, metadata.timestep, lambda timestep: scale * timestep + offset)
+    one, other = maker.make(inputs), maker.make_other(inputs)
     of_latent = {name: value for name, value in other.items() if name == latent or name.startswith(f"{latent}.[")}
-    variants = [one, one | of_latent, *(exchanged(one, other, i, places) for i in (0, samples - 1))]
+    variants = [one, one | of_latent, *(swap_sample(one, other, i, places) for i in (0, samples - 1))]
 
-    def describe_value(value: Tensor) -> Given:
-        return Given(tuple(value.shape), False, tuple(fingerprint_along(value, dim) for dim in (0, 1)))
+    def describe_value(value: Tensor) -> TensorFacts:
+        return TensorFacts(tuple(value.shape), False, tuple(fingerprint_along(value, dim) for dim in (0, 1)))
 
     half = like.dtype in (torch.float16, torch.bfloat16)
     with torch.autocast(like.device.type, like.dtype) if half else nullcontext():
-        return [watched(denoiser, widths, unflatten(given), describe_value) for given in variants]
+        return [observe_calls(denoiser, widths, unflatten(given), describe_value) for given in variants]
 
 
 def fingerprint_along(value: Tensor, dim: int) -> Tensor:
@@ -128,8 +128,11 @@ def fingerprint_along(value: Tensor, dim: int) -> Tensor:
     return torch.stack([parts.sum(1), parts.square().sum(1)], 1).nan_to_num()
 
 
-def watched(
-    model: nn.Module, widths: dict[str, list[int]], given: dict[str, Any], describe_value: Callable[[Tensor], Given]
+def observe_calls(
+    model: nn.Module,
+    widths: dict[str, list[int]],
+    given: dict[str, Any],
+    describe_value: Callable[[Tensor], TensorFacts],
 ) -> Calls:
     """The calls of modules in one forward pass."""
     calls: Calls = {}
@@ -140,7 +143,7 @@ def watched(
 
 @contextmanager
 def hooked(
-    model: nn.Module, widths: dict[str, list[int]], calls: Calls, describe_value: Callable[[Tensor], Given]
+    model: nn.Module, widths: dict[str, list[int]], calls: Calls, describe_value: Callable[[Tensor], TensorFacts]
 ) -> Iterator[None]:
     def watch(name: str, module: nn.Module) -> Any:
         names = parameters_of(module)
@@ -149,8 +152,8 @@ def hooked(
             bound = dict(enumerate(args)) | {names.index(key): v for key, v in kwargs.items() if key in names}
             given = {i: describe_value(v) for i, v in sorted(bound.items()) if is_tokens(v)}
             outputs = output if isinstance(output, (tuple, list)) else [output]
-            gave = [tuple(each.shape) if isinstance(each, Tensor) else () for each in outputs]
-            calls.setdefault(name, []).append(Call(given, gave))
+            output_shapes = [tuple(each.shape) if isinstance(each, Tensor) else () for each in outputs]
+            calls.setdefault(name, []).append(Call(given, output_shapes))
 
         return see
 

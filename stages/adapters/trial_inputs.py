@@ -16,12 +16,12 @@ from stages.base.arguments import Axis
 TIMESTEPS = (500.0, 300.0)  # of the scheduler, as they are made up, and where a sample is changed
 
 
-def tree_map(change: Callable[[Tensor], Any], value: Any) -> Any:
+def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
     """Arguments of any nesting, with their tensors changed."""
     if isinstance(value, dict):
-        return {name: tree_map(change, each) for name, each in value.items()}
+        return {name: map_tensors(change, each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(tree_map(change, each) for each in value)
+        return type(value)(map_tensors(change, each) for each in value)
     return change(value) if isinstance(value, Tensor) else value
 
 
@@ -30,7 +30,7 @@ def to_meta(value: Tensor) -> Tensor:
 
 
 @dataclass
-class Maker:
+class InputMaker:
     """Makes inputs up where only their shapes are known: beside a parameter of the denoiser, in its precision."""
 
     like: Tensor
@@ -38,14 +38,14 @@ class Maker:
     counted: Callable[[float], float]
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
-    def made(self, inputs: Inputs) -> Inputs:
-        return {name: tree_map(partial(self._made, name), value) for name, value in inputs.items()}
+    def make(self, inputs: Inputs) -> Inputs:
+        return {name: map_tensors(partial(self._make, name), value) for name, value in inputs.items()}
 
-    def changed(self, inputs: Inputs) -> Inputs:
+    def make_other(self, inputs: Inputs) -> Inputs:
         """Other values for every sample."""
-        return {name: tree_map(partial(self._changed, name), value) for name, value in inputs.items()}
+        return {name: map_tensors(partial(self._make_other, name), value) for name, value in inputs.items()}
 
-    def _made(self, name: str, value: Tensor) -> Tensor:
+    def _make(self, name: str, value: Tensor) -> Tensor:
         if not value.is_meta:
             plain = value.is_floating_point() and name != self.timestep
             return value.to(self.like.device, self.like.dtype if plain else value.dtype)
@@ -55,18 +55,18 @@ class Maker:
             return torch.full_like(value, float(is_mask(name, value)), device=self.like.device)
         return self._drawn(value)
 
-    def _changed(self, name: str, value: Tensor) -> Tensor:
+    def _make_other(self, name: str, value: Tensor) -> Tensor:
         if name == self.timestep:
             return torch.full_like(value, self.counted(TIMESTEPS[1]), device=self.like.device)
         if is_mask(name, value) or not value.is_floating_point():
-            return self._made(name, value)
+            return self._make(name, value)
         return self._drawn(value)
 
     def _drawn(self, value: Tensor) -> Tensor:
         return torch.randn(value.shape, generator=self.generator).to(self.like.device, self.like.dtype)
 
 
-def exchanged(one: Inputs, other: Inputs, sample: int, places: dict[str, Axis]) -> Inputs:
+def swap_sample(one: Inputs, other: Inputs, sample: int, places: dict[str, Axis]) -> Inputs:
     """Arguments, flat, with everything of one sample taken from others."""
     changed = dict(one)
     for name, place in places.items():

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 
-def layers_of(module: nn.Module) -> Iterator[nn.Module]:
+def wrappers_of(module: nn.Module) -> Iterator[nn.Module]:
     """A module, then what it wraps, down to the denoiser: beneath `torch.compile`, peft, data parallelism and engines."""
     while True:
         yield module
@@ -20,14 +20,14 @@ def layers_of(module: nn.Module) -> Iterator[nn.Module]:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The denoiser itself."""
-    *_, innermost = layers_of(module)
+    *_, innermost = wrappers_of(module)
     return innermost
 
 
-def entrance_of(module: nn.Module) -> nn.Module:
+def hookable_module(module: nn.Module) -> nn.Module:
     """The innermost module whose hooks see every call: peft calls the `forward` of what it wraps, which has no hooks run."""
     innermost = module
-    for layer in layers_of(module):
+    for layer in wrappers_of(module):
         if not _is_of_peft(innermost):
             innermost = layer
     return innermost
@@ -35,7 +35,7 @@ def entrance_of(module: nn.Module) -> nn.Module:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether any part of a module runs compiled."""
-    compiled = any(getattr(layer, "_orig_mod", None) is not None for layer in layers_of(module))
+    compiled = any(getattr(layer, "_orig_mod", None) is not None for layer in wrappers_of(module))
     return compiled or any(part._compiled_call_impl is not None for part in module.modules())
 
 
@@ -55,5 +55,5 @@ def _is_of_peft(module: nn.Module) -> bool:
 def runs_fused_projections(module: nn.Module) -> bool:
     """Whether an attention module runs query, key and value as one layer. The older ones go on saying so once they do not."""
     if isinstance(module, Attention):
-        return type(module.processor).__name__.startswith("Fused")
+        return type(module.processor).__name__.startswith("Fusion")
     return bool(getattr(module, "fused_projections", False))

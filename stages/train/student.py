@@ -245,7 +245,7 @@ class Student:
         if not guided:
             return self._forward(batch)
         negative = {name: value for name, value in batch.cond.items() if name.startswith(NEGATIVE)}
-        with self.adapter.in_force(Guidance(as_scales(batch.scale)[None], negative=negative)):
+        with self.adapter.guided_by(Guidance(as_scales(batch.scale)[None], negative=negative)):
             return self._forward(batch)
 
     def _predict_by_length(self, batch: Batch, guided: bool) -> Tensor:

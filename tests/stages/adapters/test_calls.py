@@ -266,7 +266,7 @@ def test_an_attach_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPa
         with pytest.raises(UserError, match="does not fit"):
             new_adapter(tiny_dit().transformer, variant).attach(pipe)
         assert type(pipe) is StableDiffusionPipeline
-        assert "_guidance_ride" not in vars(pipe.unet)
+        assert "_guidance_attachment" not in vars(pipe.unet)
 
 
 # Pipelines that guide otherwise

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.metadata import AdapterMetadata, Base
-from stages.adapters.site import of_rows
+from stages.adapters.site import expand_to_rows
 from stages.base.denoiser import fingerprint
 from stages.errors import UserError
 from tests.conftest import VARIANTS, small_adapter, tiny_dit
@@ -243,7 +243,7 @@ def test_an_unknown_variant_is_named() -> None:
 
 @pytest.mark.parametrize(("tiled", "rows"), [(False, [1.0, 1.0, 2.0, 2.0]), (True, [1.0, 2.0, 1.0, 2.0])])
 def test_a_layer_may_see_several_rows_of_each_sample(tiled: bool, rows: list[float]) -> None:
-    assert of_rows(torch.tensor([1.0, 2.0]), 4, tiled).tolist() == rows
-    assert of_rows(torch.tensor([[1.0], [2.0]]), 4, tiled).tolist() == [[row] for row in rows]
+    assert expand_to_rows(torch.tensor([1.0, 2.0]), 4, tiled).tolist() == rows
+    assert expand_to_rows(torch.tensor([[1.0], [2.0]]), 4, tiled).tolist() == [[row] for row in rows]
     with pytest.raises(UserError, match="given 3 rows for 2 samples"):
-        of_rows(torch.tensor([1.0, 2.0]), 3, tiled)
+        expand_to_rows(torch.tensor([1.0, 2.0]), 3, tiled)

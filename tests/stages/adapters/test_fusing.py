@@ -154,11 +154,11 @@ def test_strength_adds_the_change_so_many_times(pipe: Any, adapter: GuidanceAdap
 
 def test_one_copy_is_kept_where_it_is_asked_for(pipe: Any, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe, backup_device="cpu").fuse(3.0)
-    kept = vars(pipe.unet)["_guidance_ride"].weights.originals
+    kept = vars(pipe.unet)["_guidance_attachment"].weights.originals
     assert set(kept) == set(adapter.shapes)
     assert all(tensor.shape == pipe.unet.get_submodule(name).weight.shape for name, tensor in kept.items())
     adapter.unfuse()
-    assert vars(pipe.unet)["_guidance_ride"].weights is None
+    assert vars(pipe.unet)["_guidance_attachment"].weights is None
 
 
 def test_no_memory_for_the_copy_changes_nothing(

@@ -313,14 +313,14 @@ def test_who_goes_alone_waits_for_those_together_and_may_go_again() -> None:
     lock, order, together = ReadersWriterLock(), [], threading.Event()
 
     def first() -> None:
-        with lock.together(), lock.together():
+        with lock.shared(), lock.shared():
             together.set()
             threading.Event().wait(0.1)
             order.append("together")
 
     def second() -> None:
         together.wait(PATIENCE)
-        with lock.alone(), lock.alone(), lock.together():
+        with lock.exclusive(), lock.exclusive(), lock.shared():
             order.append("alone")
 
     at_once(first, second)

@@ -14,7 +14,7 @@ from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.conditioning import find_conditions
 from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.spots import Spot
-from stages.adapters.trial_forward import look
+from stages.adapters.trial_forward import run_trial
 from stages.errors import UserError
 
 WIDTH, FRAMES = 16, 3
@@ -201,7 +201,7 @@ def test_what_runs_and_what_sees_the_image_is_found_with_and_without_values(look
 def test_looking_leaves_no_hook_and_draws_no_random_number() -> None:
     denoiser, given = made_up(fold="frames"), inputs()
     state = torch.get_rng_state()
-    look(denoiser, GuidanceAdapter.get_class("lora").candidates(denoiser), given, metadata())
+    run_trial(denoiser, GuidanceAdapter.get_class("lora").candidates(denoiser), given, metadata())
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(module._forward_hooks for module in denoiser.modules())
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from stages.adapters import GuidanceAdapter
-from stages.adapters.wrappers import entrance_of, is_compiled, unwrapped
+from stages.adapters.wrappers import hookable_module, is_compiled, unwrapped
 from stages.errors import UserError
 from tests.stages.adapters.test_compositions import adapter_for, final, unlike
 from tests.support.families import build
@@ -104,9 +104,9 @@ def test_copies_that_run_in_threads_of_their_own_are_refused(pipe: Any) -> None:
 def test_what_is_compiled_is_told_apart(pipe: Any) -> None:
     assert not is_compiled(pipe.unet)
     assert is_compiled(compiled(pipe.unet))
-    assert entrance_of(compiled(pipe.unet)) is pipe.unet
+    assert hookable_module(compiled(pipe.unet)) is pipe.unet
     wrapped = in_peft(pipe.unet)
-    assert entrance_of(compiled(wrapped)) is wrapped
+    assert hookable_module(compiled(wrapped)) is wrapped
     pipe.unet.mid_block.compile(backend="eager")
     assert is_compiled(wrapped)
 
