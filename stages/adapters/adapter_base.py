@@ -1,4 +1,4 @@
-"""The base of every adapter: its state while it guides, what it is attached to, and what hooks and fusing need of a variant."""
+"""The base class of every adapter: its state, its attachment, and the interface that hooks and fusing use."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from stages.adapters.wrappers import unwrapped
 from stages.base.denoiser import denoiser_of
 from stages.errors import UserError
 
-NOT_COPIED = ("thread_state", "shared_state", "_denoiser", "_targets")  # what no copy of an adapter has of its original
+NOT_COPIED = ("thread_state", "shared_state", "_denoiser", "_targets")  # a copy starts without them
 
 
 class AdapterBase(nn.Module, ABC):
-    """What hooks, fusing and calls need of an adapter, whatever its variant.
+    """What hooks, fusing and calls need of an adapter of any variant.
 
     Attributes:
-        config: the variant and its sizes, complete.
-        shapes: the sites by name, with the widths of each.
-        metadata: what the adapter's folder tells: conditions, trained scale range, guidance gain, base.
-        fused: whether the last guided call of a pipeline ran the base's own modules alone.
-        fusible: whether the variant is a change of weights at one scale.
-        exclusive: whether it changes the base in a forward pass, so that one thread at a time can call it.
+        config: the variant and its sizes, with no field open.
+        shapes: the widths of each site, by name.
+        metadata: the rest of the adapter's folder: conditions, trained scale range, guidance gain, base.
+        fused: whether the last guided call of a pipeline ran with fused weights, without hooks.
+        fusible: whether the variant is a change of weights at a fixed scale.
+        exclusive: whether a forward pass changes the base, so that only one thread at a time can run it.
     """
 
     variant: ClassVar[str]
@@ -47,7 +47,7 @@ class AdapterBase(nn.Module, ABC):
         self.config, self.shapes, self.metadata = config, shapes, metadata
         self.fused: bool | None = None
         self.warned: set[str] = set()
-        self._full_precision: dict[str, Tensor] = {}  # the sites' weights, while they have a pipeline's precision
+        self._full_precision: dict[str, Tensor] = {}  # the sites' weights, while they run in a pipeline's precision
         self._start_detached()
 
     def _start_detached(self) -> None:
@@ -56,7 +56,7 @@ class AdapterBase(nn.Module, ABC):
         self._targets: list[weakref.ref[Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of an adapter, or one from another process, is attached to nothing."""
+        """Leave out the attachment: a copy, or an unpickled adapter, is not attached."""
         return {name: value for name, value in vars(self).items() if name not in NOT_COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -64,35 +64,36 @@ class AdapterBase(nn.Module, ABC):
         self._start_detached()
         self.restore_precision()
 
-    # What a variant brings
+    # The interface of a variant
 
     @property
     @abstractmethod
     def sees_negative(self) -> bool:
-        """Whether it knows the tokens of the unconditional pass."""
+        """Whether the adapter sees the tokens of the unconditional pass."""
 
     @abstractmethod
     def before_forward(self, denoiser: nn.Module, given: dict[str, Any]) -> dict[str, Any] | None:
-        """Prepare a forward pass with these arguments; the arguments to go on with, if they change."""
+        """Prepare a forward pass with these arguments; return changed arguments, or None."""
 
     @abstractmethod
     def after_forward(self, denoiser: nn.Module, output: Any) -> Any:
-        """End a forward pass; its output, if it changes."""
+        """End a forward pass; return a changed output, or None."""
 
     @abstractmethod
     def site_hooks(self, denoiser: nn.Module) -> Iterator[RemovableHandle]:
-        """Have each site add its part to its module's output."""
+        """Register the hook by which each site adds to its module's output."""
 
     @abstractmethod
     def lora_weights(self, guidance_scale: float) -> LowRank:
-        """The change of every site's weights at one scale, of a variant that is one."""
+        """Return the change of each site's weights at one scale; only for a fusible variant."""
 
     @abstractmethod
     def why_unfused(self, denoiser: nn.Module) -> str | None:
-        """Why this adapter runs by hooks on this denoiser; None where it can be fused."""
+        """Return why this adapter needs hooks on this denoiser; None if it can be fused."""
 
-    # What is in force. Compiled code does not know threads, so that its calls go alone; and autograd runs checkpointed blocks
-    # again in threads of its own, where no forward pass began. Both find what they need in `shared_state`.
+    # The state of a forward pass. Compiled code cannot read thread-local state, so its calls hold the exclusive lock.
+    # Autograd recomputes checkpointed blocks in threads of its own, where no forward pass began. Both read
+    # `shared_state`.
 
     @property
     def _state(self) -> ForwardState:
@@ -100,12 +101,12 @@ class AdapterBase(nn.Module, ABC):
 
     @property
     def guidance(self) -> Guidance | None:
-        """At which hooks guide."""
+        """The guidance that hooks apply; None: they do nothing."""
         return self.shared_state.guidance if torch.compiler.is_compiling() else self.thread_state.guidance
 
     @property
     def prepared(self) -> Prepared | None:
-        """Of the forward pass under way."""
+        """The current forward pass's."""
         return self._state.prepared
 
     @prepared.setter
@@ -116,7 +117,7 @@ class AdapterBase(nn.Module, ABC):
 
     @property
     def gate(self) -> Tensor | None:
-        """Of the forward pass under way."""
+        """The current forward pass's."""
         return self._state.gate
 
     @gate.setter
@@ -127,8 +128,12 @@ class AdapterBase(nn.Module, ABC):
 
     @contextmanager
     def guided_by(self, guidance: Guidance | None, all_threads: bool = True) -> Iterator[None]:
-        """Within it, hooks guide so in this thread; anywhere else too, where nobody else can be using the adapter."""
-        before, elsewhere = self.thread_state.guidance, self.shared_state.guidance
+        """Have hooks apply a guidance in this thread.
+
+        Args:
+            all_threads: also in other threads; only while no other thread can use the adapter.
+        """
+        before, shared_before = self.thread_state.guidance, self.shared_state.guidance
         self.thread_state.guidance = guidance
         if all_threads:
             self.shared_state.guidance = guidance
@@ -137,18 +142,18 @@ class AdapterBase(nn.Module, ABC):
         finally:
             self.thread_state.guidance = before
             if all_threads:
-                self.shared_state.guidance = elsewhere
+                self.shared_state.guidance = shared_before
 
-    # What it is attached to
+    # The attachment
 
     @property
     def denoiser(self) -> nn.Module | None:
-        """What the adapter is attached to."""
+        """The denoiser that the adapter is attached to, without wrappers."""
         return None if self._denoiser is None else self._denoiser()
 
     @property
     def targets(self) -> list[Any]:
-        """The denoisers and pipelines that were given to `attach`, and are still there."""
+        """The denoisers and pipelines that were passed to `attach` and still exist."""
         return [target for reference in self._targets if (target := reference()) is not None]
 
     @property
@@ -157,14 +162,14 @@ class AdapterBase(nn.Module, ABC):
 
     @property
     def is_on_denoiser(self) -> bool:
-        """Whether the adapter was attached to the denoiser itself, whose calls no pipeline sees."""
+        """Whether the adapter was attached to the denoiser itself, which is called without a pipeline."""
         return any(isinstance(target, nn.Module) for target in self.targets)
 
     def component_in(self, pipe: Any) -> str:
-        """What a pipeline calls the denoiser that this adapter was made for.
+        """Return the pipeline's name for the denoiser that this adapter was made for.
 
         Raises:
-            UserError: it has no such part.
+            UserError: the pipeline has no such component.
         """
         recorded = self.metadata.base.denoiser_subfolder
         if isinstance(getattr(pipe, recorded, None), nn.Module):
@@ -172,34 +177,35 @@ class AdapterBase(nn.Module, ABC):
         found, _ = denoiser_of(pipe)
         if recorded.rpartition("_")[2].isdigit():
             raise UserError(
-                f"{type(pipe).__name__} has no {recorded}, which the adapter was made for: attach the adapter of its {found}"
+                f"{type(pipe).__name__} has no {recorded}, which the adapter was made for: "
+                f"attach the adapter of its {found}"
             )
         return found
 
     def denoiser_in(self, pipe: Any) -> nn.Module:
-        """The denoiser of a pipeline that this adapter was made for, whatever wraps it."""
+        """Return the pipeline's denoiser that this adapter was made for, without wrappers."""
         return unwrapped(getattr(pipe, self.component_in(pipe)))
 
     def wrapped_denoisers(self) -> Iterator[nn.Module]:
-        """The denoiser as its callers know it, in whatever wraps it."""
+        """Yield the denoiser of each target as it is called, with its wrappers."""
         for target in self.targets:
             yield target if isinstance(target, nn.Module) else getattr(target, self.component_in(target))
 
-    # Where its own weights are, and in which precision
+    # Device and precision
 
     def move_to(self, device: torch.device) -> None:
         if next(self.parameters()).device != device:
             self.to(device)
 
     def match_precision(self, dtype: torch.dtype) -> None:
-        """Have the sites compute in a pipeline's precision."""
+        """Cast the sites to a pipeline's precision."""
         if dtype != next(self.sites.parameters()).dtype:
             self._full_precision = {name: value.clone() for name, value in self.sites.state_dict().items()}
             self.sites.to(dtype=dtype)
 
     @torch.no_grad()
     def restore_precision(self) -> None:
-        """Give the sites the precision back that they had before hooks took the pipeline's."""
+        """Undo `match_precision`."""
         if self._full_precision:
             self.sites.to(dtype=next(iter(self._full_precision.values())).dtype)
             self.sites.load_state_dict(self._full_precision)
@@ -208,7 +214,7 @@ class AdapterBase(nn.Module, ABC):
     # Warnings
 
     def warn_outside_range(self, scales: Tensor) -> None:
-        """Say where scales lie outside the range of the training."""
+        """Warn if a scale lies outside the trained range."""
         low, high = self.metadata.scale_range
         outside = scales[(scales != 1) & ((scales < low) | (scales > high))]
         if len(outside):
@@ -216,7 +222,7 @@ class AdapterBase(nn.Module, ABC):
             warn(f"guidance_scale {outside[0]:g} is outside {trained} this adapter was trained at")
 
     def warn_once(self, message: str, topic: str | None = None) -> None:
-        """Warn, but for the first time only: by its text, or by its topic."""
+        """Warn the first time only; a topic stands for all messages on it."""
         if (topic or message) not in self.warned:
             self.warned.add(topic or message)
             warn(message)

@@ -1,4 +1,4 @@
-"""How one adapter guides its denoiser through one call of a pipeline."""
+"""One adapter's guidance through one call of a pipeline."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from stages.errors import UserError
 
 
 class AdapterCall:
-    """How one adapter guides its denoiser through one call: at one scale, or from step to step.
+    """One adapter's guidance through one call: at one scale, or by step.
 
     Args:
-        scale: what the call asks for; what is open in this thread comes first.
-        attribute: in which the pipeline keeps the scale, for callbacks.
-        negative: tokens of the unconditional pass, where the adapter sees them.
+        scale: the scale of the call; an override that this thread has opened precedes it.
+        attribute: where the pipeline keeps its scale, for callbacks.
+        negative: tokens of the unconditional pass; empty if the adapter does not see them.
     """
 
     def __init__(
@@ -46,18 +46,18 @@ class AdapterCall:
             scales = as_scales(1.0 if self.schedule is not None else scale)[None]
             controller.warn_outside_range(scales)
         self.guidance = Guidance(scales, negative=negative)
-        self.awaits_timesteps = self.schedule is not None  # for the timesteps
+        self.awaits_timesteps = self.schedule is not None
 
     @contextmanager
     def guiding(self) -> Iterator[AdapterCall]:
-        """Within it, the denoiser is guided."""
+        """Guide the denoiser within the context."""
         with self.controller.guiding(self.guidance), ExitStack() as stack:
             if self.schedule is not None:
                 stack.enter_context(self._by_step())
             yield self
 
     def set_scale(self, scale: Scales) -> None:
-        """Guide from now on at another scale, as the pipeline counts it."""
+        """Guide at another scale from now on, in the pipeline's own counting."""
         scales = as_scales(scale, self.offset)[None]
         self.controller.warn_outside_range(scales)
         self.guidance = Guidance(scales, negative=self.guidance.negative)
@@ -65,7 +65,7 @@ class AdapterCall:
         self.controller.apply(self.guidance)
 
     def scale_at(self, timestep: Tensor | None) -> Any:
-        """The scale that the pipeline would name at a timestep of the scheduler: a number, or a tensor `[images]`."""
+        """Return the scale at a scheduler's timestep, in the pipeline's counting: a number, or `[images]`."""
         guidance = self.guidance
         if guidance.timesteps is not None:
             guidance = guidance.at_step(
@@ -74,37 +74,37 @@ class AdapterCall:
         return (guidance.scales[0] if guidance.one_scale is None else guidance.one_scale) - self.offset
 
     def _to_denoiser_timesteps(self, timesteps: Tensor) -> Tensor:
-        """The scheduler's timesteps as the denoiser is told them."""
+        """Convert the scheduler's timesteps to the denoiser's."""
         metadata = self.controller.metadata
         return timesteps * metadata.timestep_scale + metadata.timestep_offset
 
     @contextmanager
     def _by_step(self) -> Iterator[None]:
-        """Within it, the guidance follows the timesteps as soon as the pipeline has set them."""
+        """Look up the scale of each step, once the pipeline has set the timesteps."""
         scheduler, timestep = self.pipe.scheduler, self.controller.metadata.timestep
         thread = threading.get_ident()
 
         def after_set_timesteps(set_timesteps: Callable[..., None], owner: Any, *args: Any, **kwargs: Any) -> None:
             set_timesteps(*args, **kwargs)
-            # Each once: some schedulers ask the denoiser twice at one timestep.
+            # Second-order schedulers list a timestep twice.
             timesteps = torch.unique_consecutive(scheduler.timesteps.float().cpu())
             assert self.schedule is not None
             scales = scales_of_schedule(self.schedule, timesteps)
             self.controller.warn_outside_range(scales)
             self.guidance = Guidance(scales, self._to_denoiser_timesteps(timesteps), self.guidance.negative)
             self.controller.set_guidance(self.guidance)
-            if not self.guidance.is_uniform:  # else each step is fused as it comes
+            if not self.guidance.is_uniform:  # else `before_denoiser` fuses each step
                 self.controller.apply(self.guidance)
             self.awaits_timesteps = False
 
         @torch.compiler.disable
         def before_denoiser(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if threading.get_ident() != thread:  # a pass of another call, on the denoiser that both share
+            if threading.get_ident() != thread:  # another call, on the same denoiser
                 return
             if self.awaits_timesteps:
                 raise UserError(
-                    f"{type(self.pipe).__name__} runs before its scheduler has set the timesteps, which a schedule of scales goes "
-                    "by: name one guidance_scale for all steps"
+                    f"{type(self.pipe).__name__} runs before its scheduler has set the timesteps, which a schedule "
+                    "of scales needs: name one guidance_scale for all steps"
                 )
             guidance = self.guidance
             if guidance.timesteps is not None and guidance.is_uniform:

@@ -1,4 +1,4 @@
-"""How an adapter comes onto a denoiser or pipelines, and leaves them as they were."""
+"""Attaching an adapter to a denoiser or pipelines, and detaching it."""
 
 from __future__ import annotations
 
@@ -23,28 +23,30 @@ Self = TypeVar("Self", bound="Attachable")
 
 
 class Attachable(Guiding):
-    """What every variant does alike to be attached."""
+    """Attaching and detaching, the same for every variant."""
 
     @abstractmethod
     def check_fit(self, denoiser: nn.Module) -> None:
         """
         Raises:
-            UserError: the base has other sites.
+            UserError: the base has other sites than the adapter.
         """
 
     def attach(self: Self, target: Any, backup_device: str | torch.device | None = None) -> Self:
-        """Ride on a denoiser, or on a pipeline, whose `guidance_scale` then means this adapter in a single pass.
+        """Attach to a denoiser, or to a pipeline, whose `guidance_scale` then sets this adapter's scale.
 
-        Further pipelines with the same denoiser (image to image, inpainting, one per request of a server) can be attached too; of
-        a pipeline with two denoisers, the adapter of each. The adapter follows the latents to their device. Pipelines are held
-        weakly.
+        An attached pipeline runs one pass per step.
+
+        An adapter can be attached to further pipelines with the same denoiser (image to image, inpainting, one per
+        request of a server), and a pipeline with two denoisers takes one adapter for each. The adapter moves to the
+        latents' device. It holds pipelines by weak references.
 
         Args:
-            backup_device: where the base's own weights are kept while a scale is fused into them; by default beside them.
+            backup_device: where the base's own weights are kept while a scale is fused; by default on their own device.
 
         Raises:
-            UserError: it rides already, the base has other sites than the adapter was made for, or the pipeline guides in another
-                way than the one that was recorded. Nothing is attached then.
+            UserError: the adapter is attached already, the base has other sites than the adapter, or the pipeline
+                guides by another rule than the recorded one. Nothing is attached then.
         """
         is_denoiser = isinstance(target, nn.Module)
         denoiser = unwrapped(target) if is_denoiser else self.denoiser_in(target)
@@ -73,8 +75,8 @@ class Attachable(Guiding):
     ) -> None:
         if is_attached(denoiser):
             raise UserError(
-                f"this {type(denoiser).__name__} carries an adapter already (a copy carries the original's): detach that one "
-                "first, or load the pipeline anew"
+                f"this {type(denoiser).__name__} carries an adapter already (a copy carries the original's): "
+                "detach that one first, or load the pipeline again"
             )
         self.check_fit(denoiser)
         undo.callback(self._clear_attachment)
@@ -88,10 +90,10 @@ class Attachable(Guiding):
         self.restore_precision()
 
     def detach(self) -> None:
-        """Leave the base as it was, once the calls of other threads are over.
+        """Restore the base, once the calls of other threads are over.
 
         Raises:
-            UserError: something else changed weights that a scale is fused into.
+            UserError: other code has changed weights that a scale is fused into.
         """
         denoiser = self.denoiser
         for pipe in self.pipelines:

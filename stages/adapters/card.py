@@ -1,4 +1,4 @@
-"""The model card: what a person and a model hub need to know of an adapter, from what its folder tells."""
+"""The model card: Markdown for readers and a header for model hubs, made from an adapter's metadata."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CARD = """---
 # One-pass guidance for {base}
 
 An adapter that folds classifier-free guidance into one forward pass (adapter guidance distillation, arXiv 2503.07274).
-The base is frozen and stays as it is; the guidance scale is an input.
+The base stays frozen; the guidance scale is an input.
 
 ```python
 {loading}
@@ -35,12 +35,13 @@ MEASURED = """
 | --- | --- | --- | --- | --- | --- |
 {rows}
 
-Effective scale: of the two-pass guidance whose samples are nearest, between no guidance (1) and the highest of this table.
+Effective scale: the scale of two-pass guidance whose samples are nearest, from 1 (no guidance) to the highest in this
+table.
 """
 DIAL = """
 ## Strength of the file exported at guidance scale {scale}
 
-With another strength it guides as the scale of two-pass guidance beside it does, whose samples are the nearest.
+At another strength, samples are nearest to those of two-pass guidance at the scale shown.
 
 | strength | guidance scale |
 | --- | --- |
@@ -49,10 +50,10 @@ With another strength it guides as the scale of two-pass guidance beside it does
 
 
 def model_card(variant: str, parameters: int, metadata: AdapterMetadata) -> str:
-    """Markdown with the header that model hubs read.
+    """Return the card's text.
 
     Args:
-        parameters: how many the adapter has; metadata: what its folder tells.
+        parameters: the adapter's number of parameters.
     """
     low, high = metadata.scale_range
     facts = {
@@ -63,11 +64,12 @@ def model_card(variant: str, parameters: int, metadata: AdapterMetadata) -> str:
     }
     if metadata.guidance_gain > 1:
         facts["guidance gain"] = (
-            f"{metadata.guidance_gain:.3f} times the guidance is asked of it, up to that of {high:g}"
+            f"the adapter gets {metadata.guidance_gain:.3f} times the requested guidance, up to scale {high:g}"
         )
     if training := metadata.training:
         facts |= {
-            "trained on": f"{training['records']:,} records of {training['trajectories']:,} {training['kind']} trajectories",
+            "trained on": f"{training['records']:,} records of {training['trajectories']:,} {training['kind']} "
+            "trajectories",
             "steps": f"{training['steps']:,}",
             "validation loss": f"{training['validation_loss']:.5f} (the base without guidance: "
             f"{training['validation_loss_unguided']:.5f})",
@@ -84,26 +86,26 @@ def model_card(variant: str, parameters: int, metadata: AdapterMetadata) -> str:
 
 
 def teacher_of(metadata: AdapterMetadata) -> dict[str, str]:
-    """What was recorded: the pipeline, how it guided, its scheduler, and what its call was told."""
+    """Return rows on the recorded pipeline: its class, guidance, scheduler and call arguments."""
     teacher = metadata.teacher
     facts = {
         "teacher": metadata.base.pipeline_class,
-        "its guidance": as_code(metadata.guidance_rule),
-        "its guider": as_code(teacher.guider),
-        "its scheduler": teacher.scheduler_class,
-        "configured as": as_code(teacher.scheduler_config),
-        "its call was told": as_code(metadata.arguments),
+        "guidance rule": as_code(metadata.guidance_rule),
+        "guider": as_code(teacher.guider),
+        "scheduler": teacher.scheduler_class,
+        "scheduler configuration": as_code(teacher.scheduler_config),
+        "call arguments": as_code(metadata.arguments),
     }
     return {name: value for name, value in facts.items() if value}
 
 
 def as_code(values: dict[str, Any] | None) -> str:
-    """JSON that stands in a cell of a table; nothing of what is empty."""
+    """Return JSON for a table cell; nothing for an empty value."""
     return f"`{json.dumps(values, default=str)}`".replace("|", "\\|") if values else ""
 
 
 def loading(metadata: AdapterMetadata) -> str:
-    """Lines of Python that load what was recorded, as far as stock classes are it."""
+    """Return Python that loads the recorded pipeline from stock classes."""
     base, teacher = metadata.base, metadata.teacher
     kind = base.pipeline_class
     if teacher.guider or not hasattr(diffusers, str(kind)):
@@ -122,7 +124,7 @@ def loading(metadata: AdapterMetadata) -> str:
 
 
 def header(variant: str, metadata: AdapterMetadata, rows: list[dict[str, Any]]) -> str:
-    """YAML: what the base is, how it relates to it, what was measured."""
+    """Return the YAML header: the base, the relation to it, and measured results."""
     results = [
         EvalResult(
             task_type="image-generation",

@@ -1,4 +1,4 @@
-"""Has one denoiser guide itself by an adapter: by a scale in its own weights where they can hold it, else by hooks."""
+"""Guides one denoiser by an adapter: by fused weights where possible, else by hooks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from stages.errors import UserError
 
 
 class DenoiserController:
-    """One adapter and the denoiser that it is attached to: all that a pipeline's call needs of either.
+    """One adapter and the denoiser it is attached to: the interface that a pipeline's call uses.
 
     Attributes:
-        metadata: what the adapter's folder tells.
-        sees_negative: whether the adapter knows the tokens of the unconditional pass.
+        metadata: the adapter's.
+        sees_negative: whether the adapter sees the tokens of the unconditional pass.
     """
 
     def __init__(self, adapter: AdapterBase, denoiser: nn.Module) -> None:
@@ -33,12 +33,12 @@ class DenoiserController:
 
     @property
     def override(self) -> ScaleOverride | None:
-        """What is open for the adapter in this thread or task: it comes before a call's scale."""
+        """The innermost override that this thread or task has opened; it precedes a call's scale."""
         return innermost_override(self._adapter)
 
     @property
     def fused_scale(self) -> float | None:
-        """The scale that was fused, which guides a call that names none."""
+        """The scale set by `fuse`, for a call that names none."""
         fusion = self._attachment.default_fusion
         return None if fusion is None else fusion.guidance_scale
 
@@ -50,8 +50,8 @@ class DenoiserController:
 
     @contextmanager
     def guiding(self, guidance: Guidance) -> Iterator[None]:
-        """Within it, the denoiser guides itself so: by its own weights where they can hold the scale, else by hooks."""
-        with self._locked() as alone, self._adapter.guided_by(guidance, all_threads=alone):
+        """Guide the denoiser within the context: by fused weights where possible, else by hooks."""
+        with self._locked() as exclusive, self._adapter.guided_by(guidance, all_threads=exclusive):
             try:
                 self.apply(guidance)
                 yield
@@ -60,14 +60,14 @@ class DenoiserController:
                     self.restore_idle()
 
     def set_guidance(self, guidance: Guidance) -> None:
-        """Have hooks guide otherwise for what is left of a pipeline's call."""
+        """Have hooks apply another guidance for the rest of the call."""
         adapter = self._adapter
         if adapter.shared_state.guidance is adapter.thread_state.guidance:
             adapter.shared_state.guidance = guidance
         adapter.thread_state.guidance = guidance
 
     def apply(self, guidance: Guidance) -> None:
-        """Fuse the scale of a guidance, or have hooks guide."""
+        """Fuse the scale of a guidance, or add the hooks that apply it."""
         attachment, adapter = self._attachment, self._adapter
         reason = adapter.why_unfused(self.denoiser)
         if reason is None and guidance.one_scale is None:
@@ -75,22 +75,19 @@ class DenoiserController:
         adapter.fused = reason is None
         if reason is not None:
             if adapter.fusible:
-                adapter.warn_once(f"the guidance is not fused, so that a pass pays for it: {reason}")
+                adapter.warn_once(f"the guidance is not fused, so each pass costs more: {reason}")
             self.set_fusion(None)
             hook(adapter, self.denoiser)
             return
         scale = guidance.one_scale or 1.0
-        wanted = (
-            attachment.default_fusion
-            if attachment.default_fusion is not None and attachment.default_fusion.guidance_scale == scale
-            else Fusion(scale)
-        )
+        default = attachment.default_fusion
+        wanted = default if default is not None and default.guidance_scale == scale else Fusion(scale)
         if attachment.fusion != wanted:
             self.set_fusion(wanted)
 
     @contextmanager
     def unfused(self) -> Iterator[None]:
-        """Within it, the denoiser's weights are the base's own."""
+        """Restore the base's own weights within the context."""
         with self._attachment.lock.exclusive():
             if self._attachment.fusion is not None:
                 self.set_fusion(None)
@@ -102,7 +99,7 @@ class DenoiserController:
     # Between the calls
 
     def set_fusion(self, fusion: Fusion | None) -> None:
-        """Have the weights hold one scale, or their own values; hooks go where a scale comes, or both would guide."""
+        """Fuse one scale, or restore the base's weights. A fusion removes the hooks, or both would guide."""
         attachment, adapter = self._attachment, self._adapter
         if fusion is not None:
             unhook(adapter, self.denoiser)
@@ -117,13 +114,13 @@ class DenoiserController:
             hook(adapter, self.denoiser)
 
     def set_default_fusion(self, fusion: Fusion | None) -> None:
-        """Have the weights hold one scale, or their own values, whenever no call or context asks for another."""
+        """Set what is fused whenever no call or context requests another scale."""
         with self._attachment.lock.exclusive():
             self.set_fusion(fusion)
             self._attachment.default_fusion = fusion
 
     def restore_idle(self) -> None:
-        """Have the denoiser hold what guides between pipelines' calls: the innermost context, or what was fused."""
+        """Apply what guides between pipelines' calls: the innermost context, or the default fusion."""
         attachment, adapter = self._attachment, self._adapter
         if attachment.handles and not self._needs_exclusive_lock():
             return
@@ -137,10 +134,10 @@ class DenoiserController:
             elif attachment.fusion != attachment.default_fusion or attachment.default_fusion is None:
                 self.set_fusion(attachment.default_fusion)
 
-    # Turns
+    # The lock
 
     def _needs_exclusive_lock(self) -> bool:
-        """Whether a call has to have the denoiser, or the adapter, for itself."""
+        """Whether a call changes the denoiser or the adapter, or runs compiled code."""
         adapter, attachment = self._adapter, self._attachment
         moves = next(adapter.parameters()).device != next(self.denoiser.parameters()).device
         fuses = adapter.fusible and (attachment.fusion is not None or adapter.why_unfused(self.denoiser) is None)
@@ -148,7 +145,7 @@ class DenoiserController:
 
     @contextmanager
     def _locked(self) -> Iterator[bool]:
-        """Within it, no other thread changes what this one's call needs; whether none has a call at all."""
+        """Hold the lock that a call needs; yield whether it is exclusive."""
         attachment = self._attachment
         while not self._needs_exclusive_lock():
             with attachment.lock.shared():
@@ -166,33 +163,33 @@ class DenoiserController:
     def check_layers(self) -> None:
         """
         Raises:
-            UserError: the denoiser runs layers that the adapter does not know.
+            UserError: the denoiser runs fused projections, which are not among the adapter's sites.
         """
         if self._adapter.fusible and any(runs_fused_projections(module) for module in self.denoiser.modules()):
             raise UserError(
-                f"this {type(self.denoiser).__name__} runs query, key and value as one layer, which the adapter does not know: "
-                "unfuse_qkv_projections() first"
+                f"this {type(self.denoiser).__name__} runs query, key and value as one layer, which is not among the "
+                "adapter's sites: call unfuse_qkv_projections() first"
             )
 
     def check_attached(self, outermost: nn.Module) -> None:
         """
         Args:
-            outermost: the denoiser as the pipeline that is about to run calls it.
+            outermost: the denoiser with its wrappers, as the pipeline calls it.
 
         Raises:
-            UserError: the denoiser does not carry the adapter, or runs in a way it does not know.
+            UserError: the adapter is not attached to the denoiser, or cannot guide it as it runs.
         """
         kind = type(self.denoiser).__name__
         if not is_attached(self.denoiser):
             raise UserError(
-                f"this {kind} took the place of the one that the adapter was attached to, or the adapter was detached meanwhile: "
-                "detach it, and attach it anew"
+                f"the adapter is not attached to this {kind}: the pipeline's denoiser was replaced, or the adapter was "
+                "detached meanwhile: detach it, and attach it again"
             )
         self.check_layers()
         self._rehook(outermost)
 
     def _rehook(self, outermost: nn.Module) -> None:
-        """Have the hooks see the calls of a denoiser that was wrapped since they were put there."""
+        """Move the hooks if the denoiser was wrapped after they were added."""
         check_wrappers(outermost)
         attachment = self._attachment
         if attachment.handles and attachment.hooked_module is not hookable_module(outermost):
@@ -202,10 +199,10 @@ class DenoiserController:
 
 
 def controllers_of(pipe: Any, adapters: Iterable[AdapterBase]) -> dict[str, DenoiserController]:
-    """The controller of each denoiser of a pipeline that is about to run, by the component's name.
+    """Return the controller of each guided denoiser of a pipeline, by component name.
 
     Raises:
-        UserError: a denoiser does not carry its adapter, or runs in a way it does not know.
+        UserError: an adapter is not attached to its denoiser, or cannot guide it as it runs.
     """
     controllers = {adapter.component_in(pipe): controller_in(pipe, adapter) for adapter in adapters}
     for component, controller in controllers.items():
@@ -214,17 +211,18 @@ def controllers_of(pipe: Any, adapters: Iterable[AdapterBase]) -> dict[str, Deno
 
 
 def controller_in(pipe: Any, adapter: AdapterBase) -> DenoiserController:
-    """Of the denoiser of a pipeline that an adapter was made for."""
+    """Return the controller of the pipeline's denoiser that an adapter was made for."""
     return DenoiserController(adapter, adapter.denoiser_in(pipe))
 
 
 def check_wrappers(module: nn.Module) -> None:
     """
     Raises:
-        UserError: what wraps a denoiser calls copies of it in threads of its own.
+        UserError: a wrapper runs copies of the denoiser in threads of its own.
     """
     for layer in wrappers_of(module):
         if isinstance(layer, nn.DataParallel) and len(layer.device_ids) > 1:
             raise UserError(
-                "DataParallel runs copies of the denoiser, which carry no adapter: use its `module` alone, or one process per GPU"
+                "DataParallel runs copies of the denoiser, which carry no adapter: use its `module`, or one process "
+                "per GPU"
             )

@@ -1,7 +1,7 @@
-"""`embedding`: the condition's embedding is corrected before the first block; nothing sits inside the network.
+"""`embedding`: corrects the condition's embedding before the first block, with no site inside the network.
 
-DICE, arXiv 2502.03726, with the scale as a further input. Without the timestep among its conditions (the default) the correction
-is the same at every step.
+DICE, arXiv 2502.03726, with the scale as a further input. By default the timestep is not among its conditions, and the
+correction is the same at every step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stages.errors import UserError
 
 
 class EmbeddingSite(Site):
-    """`O silu(A x * (1 + g(c)) + s(c)) + b(c)`, with O and b zero at the start."""
+    """`O silu(A x * (1 + g(c)) + s(c)) + b(c)`, with O and b initialised to zero."""
 
     def __init__(self, width: int, hidden_size: int, rank: int) -> None:
         super().__init__()
@@ -50,10 +50,7 @@ class EmbeddingSite(Site):
 
 
 class Embedding(GuidanceAdapter):
-    """Corrects the prompt's token embeddings as they reach the denoiser; of a class, what its tables give, all alike.
-
-    Where there is neither, it corrects the pooled embedding.
-    """
+    """Corrects the prompt's token embeddings, or else all class embeddings, or else the pooled embedding."""
 
     variant = "embedding"
     default_sites = ()
@@ -75,9 +72,9 @@ class Embedding(GuidanceAdapter):
         metadata: AdapterMetadata,
         seen: dict[str, TrialFacts] | None = None,
     ) -> dict[str, Shape]:
-        """The condition that is corrected, with its width."""
+        """Return the condition to correct, with its width."""
         if config.sites:
-            raise UserError("adapter.sites: the variant embedding sits at no site: leave it out")
+            raise UserError("adapter.sites: the variant embedding has no sites: leave it out")
         by_kind = {
             spec["kind"]: {name: [spec["width"]] * 2} for name, spec in metadata.conditions.items() if "width" in spec
         }
@@ -88,9 +85,7 @@ class Embedding(GuidanceAdapter):
             return {LABEL: next(iter(tables.values()))}
         if POOLED in by_kind:
             return by_kind[POOLED]
-        raise UserError(
-            f"{type(denoiser).__name__}: no embeddings and no table of classes to correct: take another variant"
-        )
+        raise UserError(f"{type(denoiser).__name__}: no prompt or class embeddings to correct: use another variant")
 
     def find_same_sites(self, denoiser: nn.Module) -> dict[str, Shape]:
         return self.find_sites(denoiser, self.config, self.metadata)
@@ -117,11 +112,11 @@ class Embedding(GuidanceAdapter):
         else:
             tokens = inputs[name].movedim(place.dim, 0)
             changed = {name: self._corrected(tokens, slice(None)).movedim(0, place.dim)}
-        argument_changed = name.partition(".")[0]  # others may hold None, which is not among the inputs
+        argument_changed = name.partition(".")[0]  # other arguments may hold None, which `flatten` drops
         return given | {argument_changed: unflatten(inputs | changed)[argument_changed]}
 
     def _corrected(self, tokens: Tensor, samples: slice) -> Tensor:
-        """Embeddings `[rows, ..., width]` of some of the samples, with the change of those that are guided."""
+        """Add the change to embeddings `[rows, ..., width]` of the guided samples."""
         ((name, (width, _)),) = self.shapes.items()
         if tokens.shape[-1] != width:
             raise UserError(f"the adapter was made for {name} of width {width}, and was given {tokens.shape[-1]}")

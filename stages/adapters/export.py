@@ -1,4 +1,4 @@
-"""A `lora` adapter at one guidance scale, as files that other tools load without this project.
+"""Exports a `lora` adapter at one guidance scale to files that other tools load.
 
 `diffusers`: a folder for `pipe.load_lora_weights`. `peft`: a folder for `PeftModel.from_pretrained` and for servers.
 `kohya`: a file for ComfyUI and the trainers, for the denoisers in `naming.py`.
@@ -32,18 +32,18 @@ SUFFIX = ".safetensors"
 
 
 def export(adapter: AdapterBase, path: Path, guidance_scale: float, format: str) -> Path:
-    """Write the adapter at one scale, float32, each file whole or not at all.
+    """Write the adapter at one scale in float32, each file completely or not at all.
 
     Args:
-        path: of a folder, or for `kohya` of a file that ends in `.safetensors`.
-        guidance_scale: above 1; one outside the trained range warns.
+        path: a folder; for `kohya` a file that ends in `.safetensors`.
+        guidance_scale: above 1; outside the trained range it warns.
         format: `diffusers`, `peft` or `kohya`.
 
     Returns:
-        The file with the weights.
+        The path of the weights.
 
     Raises:
-        UserError: the adapter is no plain LoRA at one scale, or nothing loads the format into this base; nothing is
+        UserError: the adapter is not a LoRA at a fixed scale, or no tool loads the format into this base; nothing is
             written then.
     """
     weights, tensors, implementation = prepared(adapter, path, guidance_scale, format)
@@ -54,7 +54,7 @@ def export(adapter: AdapterBase, path: Path, guidance_scale: float, format: str)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output={path}: no folder can be made there: {error.strerror}") from error
+        raise UserError(f"output={path}: the folder cannot be created: {error.strerror}") from error
     with whole(file) as part:
         part.write_bytes(content)
     if format == PEFT:
@@ -66,7 +66,7 @@ def export(adapter: AdapterBase, path: Path, guidance_scale: float, format: str)
 def prepared(
     adapter: AdapterBase, path: Path, guidance_scale: float, format: str
 ) -> tuple[LowRank, dict[str, Tensor], str]:
-    """The change of every layer, the tensors of the file, and the code whose names they have.
+    """Return the change of every layer, the file's tensors, and the code whose layer names they use.
 
     Raises:
         UserError: as `export`.
@@ -79,15 +79,17 @@ def prepared(
 
 
 def weights_of(adapter: AdapterBase, guidance_scale: float, format: str) -> LowRank:
-    """A and B of every layer at one scale, on the CPU.
+    """Return A and B of every layer at one scale, on the CPU.
 
     Raises:
-        UserError: it is no plain LoRA at one scale, or there is no such format.
+        UserError: the adapter is not a LoRA at a fixed scale, or the format is unknown.
     """
     if format not in FORMATS:
         raise UserError(f"format={format}: one of {', '.join(FORMATS)}")
     if not adapter.fusible:
-        raise UserError(f"an adapter of the variant {adapter.variant} is no LoRA: train one with adapter.variant=lora")
+        raise UserError(
+            f"an adapter of the variant {adapter.variant} is not a LoRA: train one with adapter.variant=lora"
+        )
     if adapter.config.conditions:
         seen = ", ".join(adapter.config.conditions)
         raise UserError(
@@ -102,7 +104,7 @@ def weights_of(adapter: AdapterBase, guidance_scale: float, format: str) -> LowR
 def check_path(path: Path, format: str) -> None:
     """
     Raises:
-        UserError: the format is not written there.
+        UserError: the path does not suit the format, or holds an adapter.
     """
     if format == KOHYA:
         if path.suffix != SUFFIX or path.is_dir():
@@ -116,7 +118,7 @@ def check_path(path: Path, format: str) -> None:
 
 
 def named_for_format(adapter: AdapterBase, weights: LowRank, format: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file by the names that its readers know, and the code whose names they are."""
+    """Return the file's tensors by its readers' names, and the code that defines these names."""
     base = adapter.metadata.base
     if format == KOHYA:
         naming = naming_of(base.denoiser_class)
@@ -131,10 +133,11 @@ def named_for_format(adapter: AdapterBase, weights: LowRank, format: str) -> tup
 
 
 def lora_config(weights: LowRank) -> dict[str, Any]:
-    """What peft makes its `LoraConfig` of: alpha is the rank, so that the change is B A as it stands."""
+    """Return arguments of peft's `LoraConfig`: alpha equals the rank, so the change is B A unscaled."""
     ranks = {layer: len(down) for layer, (down, _) in weights.items()}
-    most = max(ranks.values())  # the one in front, because servers make room by it
-    others = {f"^{layer}": rank for layer, rank in ranks.items() if rank != most}  # ^: the whole name, no ending of one
+    most = max(ranks.values())  # as `r`, because servers allocate by it
+    # With ^ a pattern matches the whole name, not a suffix.
+    others = {f"^{layer}": rank for layer, rank in ranks.items() if rank != most}
     return {
         "r": most,
         "lora_alpha": most,
@@ -145,7 +148,7 @@ def lora_config(weights: LowRank) -> dict[str, Any]:
 
 
 def peft_config(adapter: AdapterBase, weights: LowRank) -> dict[str, Any]:
-    """The configuration in a folder of peft's."""
+    """Return the configuration of a peft folder."""
     base = adapter.metadata.base
     return {
         "peft_type": "LORA",
@@ -163,7 +166,7 @@ def peft_config(adapter: AdapterBase, weights: LowRank) -> dict[str, Any]:
 
 
 def for_diffusers(adapter: AdapterBase, weights: LowRank, format: str) -> dict[str, str]:
-    """What diffusers reads in the header: the ranks, which some of its releases guess wrongly where they differ."""
+    """Return diffusers' header field with the ranks, which some releases infer wrongly if they differ."""
     base = adapter.metadata.base
     if format == PEFT or (format == KOHYA and naming_of(base.denoiser_class).alpha):
         return {}
@@ -172,7 +175,7 @@ def for_diffusers(adapter: AdapterBase, weights: LowRank, format: str) -> dict[s
 
 
 def how_to_load(adapter: AdapterBase, file: Path, format: str) -> str:
-    """What loads an exported file, in a line."""
+    """Return a line that says what loads an exported file."""
     base = adapter.metadata.base
     part, folder = base.denoiser_subfolder, file.parent
     if format == KOHYA:
@@ -187,13 +190,13 @@ def how_to_load(adapter: AdapterBase, file: Path, format: str) -> str:
 def check_loader(base: Base) -> None:
     """
     Raises:
-        UserError: diffusers loads no LoRA into this base.
+        UserError: diffusers cannot load a LoRA into this base.
     """
     pipeline, denoiser = _of_diffusers(base.pipeline_class), _of_diffusers(base.denoiser_class)
     if not hasattr(pipeline, "load_lora_weights") and not hasattr(denoiser, "load_lora_adapter"):
         others = f"{PEFT} or {KOHYA}" if base.denoiser_class in NAMINGS else PEFT
         raise UserError(
-            f"format={DIFFUSERS}: diffusers loads no LoRA into a {base.denoiser_class}: take format={others}"
+            f"format={DIFFUSERS}: diffusers loads no LoRA into a {base.denoiser_class}: use format={others}"
         )
 
 

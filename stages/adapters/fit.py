@@ -1,4 +1,4 @@
-"""Whether an adapter fits a denoiser: the same sites, of the same widths, in as many blocks."""
+"""Checks that an adapter fits a denoiser: the same sites, widths and numbers of blocks."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def check_shapes(denoiser: nn.Module, shapes: dict[str, Shape], found: dict[str,
     """
     for name in [*shapes, *found]:
         if found.get(name) != shapes.get(name):
-            here, there = format_shape(shapes.get(name)), format_shape(found.get(name))
+            expected, actual = format_shape(shapes.get(name)), format_shape(found.get(name))
             raise UserError(
-                f"the adapter does not fit this {type(denoiser).__name__}: at {name} it was made for {here}, "
-                f"the base has {there}: {WAY_OUT}"
+                f"the adapter does not fit this {type(denoiser).__name__}: at {name} it was made for {expected}, "
+                f"the base has {actual}: {WAY_OUT}"
             )
 
 
 def check_blocks(denoiser: nn.Module, shapes: dict[str, Shape], blocks: dict[str, int]) -> None:
     """
     Args:
-        shapes: the adapter's sites; blocks: how many blocks each list of them had.
+        shapes: the adapter's sites; blocks: the number of blocks in each list of blocks.
 
     Raises:
         UserError: the denoiser has more blocks, or fewer.
@@ -45,7 +45,7 @@ def check_blocks(denoiser: nn.Module, shapes: dict[str, Shape], blocks: dict[str
 
 
 def format_shape(shape: Shape | None) -> str:
-    """A site's shape for a person."""
+    """Return a site's shape as text for a message."""
     if shape is None:
         return "no site"
     return f"width {shape[0]}" if shape[0] == shape[1] else f"widths {shape[0]} to {shape[1]}"

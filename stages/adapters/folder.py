@@ -1,4 +1,4 @@
-"""An adapter's folder: JSON and safetensors, here, in a bucket or on a model hub; nothing in it can run code."""
+"""An adapter's folder: JSON and safetensors, on disk, in a bucket or on a model hub; nothing in it can run code."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def loading_errors(name_or_path: str | Path) -> Iterator[None]:
-    """Whatever a file that is none of ours makes our code stumble over is told as what it is."""
+    """Turn loading errors into a `UserError`."""
     try:
         yield
     except (
@@ -85,26 +85,24 @@ def loading_errors(name_or_path: str | Path) -> Iterator[None]:
 def load(
     name_or_path: str | Path, **source: Any
 ) -> tuple[AdapterConfig, dict[str, Shape], AdapterMetadata, dict[str, Tensor]]:
-    """Configuration, sites, what else is told, and weights.
+    """Read configuration, sites, metadata and weights.
 
     Raises:
-        UserError: there is no adapter of this version.
+        UserError: it is not an adapter, or has another format version.
     """
     with loading_errors(name_or_path), _local_folder(str(name_or_path), **source) as path:
         values = json.loads((path / CONFIG_FILE).read_bytes())
         version = values.pop("format_version")
         if version != FORMAT_VERSION:
             way_out = "upgrade this project" if version > FORMAT_VERSION else "train it again"
-            raise UserError(
-                f"{name_or_path}: written in version {version} of the format, not {FORMAT_VERSION}: {way_out}"
-            )
+            raise UserError(f"{name_or_path}: has format version {version}, not {FORMAT_VERSION}: {way_out}")
         config, shapes = AdapterConfig(**values.pop("adapter")), values.pop("sites")
         return config, shapes, AdapterMetadata.from_json(values), load_file(path / WEIGHTS_FILE)
 
 
 @contextmanager
 def _local_folder(name_or_path: str, **source: Any) -> Iterator[Path]:
-    """A folder on disk that holds what is read of an adapter."""
+    """Yield a local folder with the adapter's configuration and weights."""
     if Path(name_or_path).is_dir():
         yield Path(name_or_path)
     elif name_or_path.startswith(SCHEMES):
@@ -120,18 +118,18 @@ def _from_bucket(address: str) -> bytes:
     try:
         return read_object(address)
     except (BaseError, OSError, ValueError) as error:
-        raise UserError(f"{address}: no file of an adapter that can be read: {first_line(error)}") from error
+        raise UserError(f"{address}: cannot be read as a file of an adapter: {first_line(error)}") from error
 
 
 def _from_hub(repo_id: str, **source: Any) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **source))
     except (OSError, ValueError) as error:
-        raise UserError(f"{repo_id}: neither a folder here nor an adapter on the hub: {first_line(error)}") from error
+        raise UserError(f"{repo_id}: neither a local folder nor an adapter on the hub: {first_line(error)}") from error
 
 
 def push(adapter: AdapterBase, repo_id: str, private: bool | None, token: str | None, commit_message: str) -> str:
-    """Upload weights, model card and configuration; the address of the commit."""
+    """Upload weights, model card and configuration; return the commit's address."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as temporary:

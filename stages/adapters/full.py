@@ -1,7 +1,6 @@
-"""`full`: every weight of the base is trained, with the scale as a further input; the baseline, for comparison only.
+"""`full`: trains every weight of the base, with the scale as a further input; a baseline for comparison.
 
-Guided distillation, arXiv 2210.03142. The base itself stays as it is: the trained weights take the place of its own for the time of a
-forward pass.
+Guided distillation, arXiv 2210.03142. The base itself does not change: a forward pass swaps the trained weights in.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from stages.errors import UserError
 
 
 class Full(Offset):
-    """Offsets tell the network the scale; at a scale of 1 it is the base that runs.
+    """Offsets give the network the scale; at a scale of 1 the base runs.
 
     Attributes:
         weights: the trained parameters by their names in the base, with `/` for the dots.
@@ -62,7 +61,7 @@ class Full(Offset):
             return None
         if self.guidance is not None and self.guidance.is_readable and self.guidance.mixed:
             prepared, self.prepared = self.prepared, None
-            own = map_tensors(Tensor.clone, given)  # some denoisers change what they are given
+            own = map_tensors(Tensor.clone, given)  # some denoisers change their arguments in place
             self.unguided = denoiser.forward(**own)
             self.prepared = prepared
         self._swap(denoiser)
@@ -89,7 +88,7 @@ class Full(Offset):
 
 
 def weights_of(denoiser: nn.Module) -> dict[str, nn.Parameter]:
-    """The base's own parameters by their names, whatever LoRA wraps their layers."""
+    """Return the base's own parameters by name, also beneath a loaded LoRA."""
     return {
         name.replace(".base_layer", ""): parameter
         for name, parameter in denoiser.named_parameters()
@@ -102,8 +101,8 @@ def shapes_of(denoiser: nn.Module) -> dict[str, Shape]:
 
 
 def mixed(guided: Tensor, output: Any, unguided: Any) -> Any:
-    """A denoiser's output, of any nesting, with the unguided samples put in the place of their own."""
-    if isinstance(output, dict):  # what diffusers' denoisers return by default is one too
+    """Take unguided samples of a nested output from the unguided one."""
+    if isinstance(output, dict):  # a diffusers output class is one too
         return type(output)(**{name: mixed(guided, value, unguided[name]) for name, value in output.items()})
     if isinstance(output, (tuple, list)):
         of_samples = len(output) == len(guided) and isinstance(output, list)

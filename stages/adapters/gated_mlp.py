@@ -1,4 +1,4 @@
-"""`gated_mlp`: a small network on a site's tokens beside scale, timestep and condition, its output gated per token."""
+"""`gated_mlp`: a small network on a site's tokens, scale, timestep and condition, with its output gated per token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stages.adapters.site import Site
 
 
 class GatedMLPSite(Site):
-    """`sigmoid(G [h, c]) * O silu(M [h, c])` with h = A x, and O zero at the start (the reference's gated branch)."""
+    """`sigmoid(G [h, c]) * O silu(M [h, c])` with h = A x, and O initialised to zero (the reference's gated branch)."""
 
     def __init__(self, width_in: int, width_out: int, hidden_size: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class GatedMLPSite(Site):
         nn.init.zeros_(self.up.bias)
 
     def prepare_step(self, conditions: Conditions) -> tuple[Tensor, ...]:
-        """The part of M and G that falls to c."""
+        """Return the contributions of c to M and G."""
         inner, gate = self.of_condition(conditions.vector)[:, None].tensor_split([-1], dim=-1)
         return inner, gate
 

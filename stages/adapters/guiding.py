@@ -1,4 +1,4 @@
-"""What a user says of an attached adapter's scale: fused for good, for a block of code, or by step."""
+"""Setting an adapter's scale: fused until further notice, for a block of code, or by step."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ Self = TypeVar("Self", bound="Guiding")
 
 
 class Guiding(AdapterBase):
-    """What every variant does alike while it guides."""
+    """The user's ways of setting the scale, the same for every variant."""
 
     def fuse(self: Self, guidance_scale: float, strength: float = 1.0) -> Self:
-        """Put one scale into the weights of the base that the adapter is attached to, as diffusers' `fuse_lora` does.
+        """Fuse one scale into the weights of the attached base, as diffusers' `fuse_lora` does.
 
-        A pass then runs the base's own modules alone. Another scale fuses anew. A pipeline's call at another `guidance_scale`
-        fuses that one for its time; one that names none has this one. It takes the memory of one copy of the adapted layers (see
-        `attach`).
+        A pass then runs the base's own modules only. Another scale replaces this one. A pipeline's call at another
+        `guidance_scale` fuses that scale for the duration of the call; a call that names none uses this one. Fusing
+        keeps one copy of the adapted layers in memory (see `attach`).
 
         Args:
-            strength: the change is added so many times, also in calls at this scale; a schedule adds each scale's once.
+            strength: multiplies the change, also in calls at this scale; other scales use strength 1.
 
         Raises:
-            UserError: the adapter, or the base as it is, cannot be fused.
+            UserError: the variant, or the base in its present state, cannot be fused.
         """
         denoiser = self.denoiser
         if denoiser is None:
             raise UserError("the adapter is not attached: attach it first")
         scales = as_scales(guidance_scale)
         if len(scales) != 1:
-            raise UserError(f"guidance_scale={guidance_scale}: one scale is fused for all images")
+            raise UserError(f"guidance_scale={guidance_scale}: give one scale, which is fused for all images")
         if reason := self.why_unfused(denoiser):
             raise UserError(f"guidance_scale={guidance_scale} cannot be fused: {reason}")
         controller = DenoiserController(self, denoiser)
@@ -52,17 +52,17 @@ class Guiding(AdapterBase):
         """Restore the base's own weights, bit for bit; the adapter stays attached.
 
         Raises:
-            UserError: something else changed the weights meanwhile.
+            UserError: other code has changed the weights meanwhile.
         """
         if self.denoiser is not None:
             DenoiserController(self, self.denoiser).set_default_fusion(None)
 
     @contextmanager
     def guidance_scale(self, scale: Scales) -> Iterator[None]:
-        """Within it, the denoiser guides itself: one scale for all images of a batch, or one per image.
+        """Guide at this scale within the context: one scale for all images of a batch, or one per image.
 
-        It comes before the scale of a pipeline's call, and before what was opened around it. Other threads do not see it. A scale
-        of 1 is an exact bypass, and so is one below, as in diffusers. A scale outside the trained range warns.
+        The scale takes precedence over a pipeline call's own and over enclosing contexts. Other threads are not
+        affected. A scale of 1 or below is an exact bypass, as in diffusers. A scale outside the trained range warns.
         """
         guidance = Guidance(as_scales(scale)[None])
         if self.denoiser is not None:
@@ -74,11 +74,13 @@ class Guiding(AdapterBase):
 
     @contextmanager
     def guidance_schedule(self, schedule: ScaleSchedule) -> Iterator[None]:
-        """Within it, attached pipelines guide by step: an interval, a ramp. It comes before what was opened around it.
+        """Guide attached pipelines by step within the context, e.g. on an interval.
+
+        The schedule takes precedence over enclosing contexts.
 
         Args:
-            schedule: one entry per step, each as `guidance_scale` takes it, or a function of the step and its timestep (as the
-                scheduler counts: from 1000 down) that gives one. A scale of 1 is no guidance at that step.
+            schedule: one entry per step, each as `guidance_scale` takes it, or a function of the step and the
+                scheduler's timestep (from 1000 down) that returns one. A scale of 1 is no guidance at that step.
         """
         if not self.pipelines:
             raise UserError("a schedule of scales needs a pipeline, which knows the steps: attach the adapter to one")
@@ -87,7 +89,7 @@ class Guiding(AdapterBase):
 
     @contextmanager
     def _between_calls(self, context: Context) -> Iterator[None]:
-        """Within it, calls of the denoiser that no pipeline makes are guided too. No turn is held: pipelines may be called."""
+        """Guide calls of the denoiser without a pipeline too. The lock is not held, so pipelines may be called."""
         denoiser = self.denoiser
         if denoiser is None or not (self.pipelines or attachment_of(denoiser).default_fusion):
             with self.guided_by(context.guidance):
@@ -98,7 +100,7 @@ class Guiding(AdapterBase):
 
     @contextmanager
     def _in_context(self, denoiser: nn.Module, context: Context) -> Iterator[None]:
-        """Within it, a context is among those of a denoiser."""
+        """Add a context to those of a denoiser."""
         attachment, controller = attachment_of(denoiser), DenoiserController(self, denoiser)
         attachment.contexts.append(context)
         controller.restore_idle()

@@ -1,7 +1,7 @@
-"""The header of an exported file: what it holds and what it was made from.
+"""The header of an exported file: its content and its origin.
 
 The fields are those of Stability AI's model metadata standard (github.com/Stability-AI/ModelSpec), which user
-interfaces show, and some of this project: `guidance.*`.
+interfaces show, and this project's own: `guidance.*`.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch import Tensor
 
 from stages.adapters.metadata import AdapterMetadata
 
-# As sd-scripts and musubi-tuner write them; where neither knows a base, the denoiser's class stands for it.
+# As sd-scripts and musubi-tuner write them; for other bases, the denoiser's class.
 ARCHITECTURES = {
     "SD3Transformer2DModel": "stable-diffusion-3",
     "ChromaTransformer2DModel": "chroma",
     "WanTransformer3DModel": "wan2.1",
     "QwenImageTransformer2DModel": "Qwen-Image",
 }
-UNET_ARCHITECTURES: dict[tuple[Any, Any], str] = {  # by the width of the text tokens and by what is predicted
+UNET_ARCHITECTURES: dict[tuple[Any, Any], str] = {  # by width of the text tokens and prediction type
     (768, "epsilon"): "stable-diffusion-v1",
     (1024, "epsilon"): "stable-diffusion-v2-512",
     (1024, "v_prediction"): "stable-diffusion-v2-768-v",
     (2048, "epsilon"): "stable-diffusion-xl-v1-base",
 }
-PREDICTIONS = {"v_prediction": "v"}  # what the standard calls them, where it is another name
+PREDICTIONS = {"v_prediction": "v"}  # the standard's names, where they differ
 
 
 def with_header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The bytes of a safetensors file, with the hash of its tensors in the header."""
+    """Return the bytes of a safetensors file with the hash of its tensors in the header."""
     plain = safetensors.torch.save(tensors)
     start = 8 + int.from_bytes(plain[:8], "little")
     digest = hashlib.sha256(memoryview(plain)[start:]).hexdigest()
@@ -41,11 +41,10 @@ def with_header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def header(metadata: AdapterMetadata, guidance_scale: float, implementation: str, fingerprint: str) -> dict[str, str]:
-    """What the file tells of itself, text by field.
+    """Return the header's fields.
 
     Args:
-        metadata: what the adapter's folder tells; fingerprint: of the adapter's weights.
-        implementation: the code whose names for the layers it has.
+        implementation: the code whose layer names the file uses; fingerprint: of the adapter's weights.
     """
     name, (low, high) = metadata.base.pretrained_model_name_or_path, metadata.scale_range
     fields = {
@@ -73,7 +72,7 @@ def header(metadata: AdapterMetadata, guidance_scale: float, implementation: str
 
 
 def architecture(metadata: AdapterMetadata) -> str:
-    """The base's architecture by the name that the trainers give it."""
+    """Return the trainers' name for the base's architecture."""
     kind, tokens = metadata.base.denoiser_class, metadata.conditions.get("encoder_hidden_states", {})
     seen = tokens.get("width"), metadata.prediction_type
     if kind == "UNet2DConditionModel":
@@ -82,6 +81,6 @@ def architecture(metadata: AdapterMetadata) -> str:
 
 
 def dial(metadata: AdapterMetadata, guidance_scale: float) -> str | None:
-    """The measured table of strengths and the scales that they come out at, as JSON; None where nobody measured it."""
+    """Return the measured effective scale of each strength as JSON; None if it was not measured."""
     table = metadata.dial.get(f"{guidance_scale:g}")
     return None if table is None else json.dumps(table)

@@ -1,4 +1,4 @@
-"""The hooks by which an adapter guides a denoiser, on the denoiser's hooked_module and at the adapter's sites."""
+"""The hooks by which an adapter guides a denoiser: around its forward pass, and at the adapter's sites."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.adapters.wrappers import hookable_module, is_compiled, unwrapped
 
 
 def hook(adapter: AdapterBase, denoiser: nn.Module) -> None:
-    """Add the hooks, unless they are there; the sites take a pipeline's precision."""
+    """Add the hooks, if there are none; cast the sites to a pipeline's precision."""
     attachment = attachment_of(denoiser)
     if attachment.handles:
         return
@@ -35,13 +35,13 @@ def unhook(adapter: AdapterBase, denoiser: nn.Module) -> None:
 
 
 def _forget_compiled(adapter: AdapterBase) -> None:
-    """Have what is compiled compiled again: it does not notice hooks that come later."""
+    """Drop compiled code, which does not notice hooks added or removed later."""
     if any(is_compiled(module) for module in adapter.wrapped_denoisers()):
         torch.compiler.reset()
 
 
 def _hooks(adapter: AdapterBase, denoiser: nn.Module, hooked_module: nn.Module) -> Iterator[RemovableHandle]:
-    """Plain functions: a deep copy of the denoiser shares them, and each is compiled by itself."""
+    """Register plain functions: a deep copy of the denoiser shares them, and each is compiled by itself."""
     names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
     beneath = (lambda module: module) if hooked_module is denoiser else unwrapped
 

@@ -1,4 +1,4 @@
-"""What an adapter reads of a denoiser's call: how many samples it has, their timesteps and conditions, sample first."""
+"""Reading a denoiser's call: its number of samples, and their timesteps and conditions, sample first."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Samples:
     """The samples of one call.
 
     Attributes:
-        count: how many there are; device: where.
-        timestep: `[n]`, as the denoiser is given them.
-        conditions: what belongs to the samples, `[n, ...]` by name; the latent is not among them.
-        ragged: whether tensors that come as a list, one for each sample, differ in length.
+        count: the number of samples; device: of the latent.
+        timestep: `[n]`, in the denoiser's own counting.
+        conditions: the other arguments that belong to samples, `[n, ...]` by name.
+        ragged: whether lists with one tensor for each sample hold tensors of different shapes.
     """
 
     count: int
@@ -38,9 +38,8 @@ def samples_of(flat: Inputs, latent: str, metadata: AdapterMetadata, wanted: boo
     """Read a call.
 
     Args:
-        flat: the denoiser's arguments; latent: what the denoiser calls it.
-        metadata: what the adapter's folder tells.
-        wanted: whether the conditions are.
+        flat: the denoiser's arguments; latent: the name of the latent among them.
+        wanted: whether to read the conditions.
     """
     places = places_of(flat, latent, metadata)
     value = argument(flat, latent, places[latent])
@@ -55,7 +54,7 @@ def samples_of(flat: Inputs, latent: str, metadata: AdapterMetadata, wanted: boo
 
 
 def of_each(timestep: Tensor, count: int, metadata: AdapterMetadata) -> Tensor:
-    """The timestep of each sample `[n]`; of tokens that have their own, the noisiest, because others are held."""
+    """Return each sample's timestep `[n]`; if tokens have their own, the noisiest, because others are held fixed."""
     if timestep.numel() == 1 or timestep.numel() % count:
         return timestep.flatten()[:1].expand(count)
     tokens = timestep.reshape(count, -1)
@@ -65,7 +64,7 @@ def of_each(timestep: Tensor, count: int, metadata: AdapterMetadata) -> Tensor:
 
 
 def places_of(flat: Inputs, latent: str, metadata: AdapterMetadata) -> dict[str, Axis]:
-    """Where each argument has its samples, as the folder tells, or else as shapes do."""
+    """Return where each argument has its samples, from the metadata, or else from shapes."""
     if axes := metadata.axes:
         return {name: Axis(**place) for name, place in axes.items()}
     listed = Axis(listed=True)
@@ -110,10 +109,10 @@ def _is_ragged(flat: Inputs, name: str, place: Axis) -> bool:
 
 
 def entries_of(flat: Inputs, name: str, sample: int) -> list[str]:
-    """Under which names a list has its entry for a sample."""
+    """Return the flat names of a list's entry for a sample."""
     return [key for key in (f"{name}.[{sample}]",) if key in flat]
 
 
 def is_mask(name: str, value: Tensor) -> bool:
-    """Whether a tensor may tell which tokens `[n, length]` count: of whole numbers by its shape, else by its name too."""
+    """Whether a tensor `[n, length]` may be a mask: integers and booleans by shape, floats also by name."""
     return value.ndim == 2 and (not value.is_floating_point() or "mask" in name)

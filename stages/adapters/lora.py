@@ -1,6 +1,7 @@
-"""`lora`: low-rank changes of linear and convolutional layers (LoRA, arXiv 2106.09685), each rank turned by the guidance scale.
+"""`lora`: low-rank changes of linear and convolutional layers (arXiv 2106.09685); the scale sets the gain of each rank.
 
-At one scale it is a plain LoRA, `W + B diag(g(w)) A`: it can be fused into the base's weights, and other tools load it.
+At a fixed scale it is a plain LoRA, `W + B diag(g(w)) A`: it can be fused into the base's weights, and other tools load
+it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from stages.adapters.spots import TrialFacts
 
 
 class LoRASite(Site):
-    """`B (A x * g)` at a layer, with B zero at the start; A has the layer's own kernel, B is a projection.
+    """`B (A x * g)` at a layer, with B initialised to zero; A has the layer's own kernel, B is a projection.
 
-    Each rank's gain g is a sum of the scale's curves, log w at the start; conditions turn it, where the adapter sees any.
+    The gain g of each rank is a sum of the scale's curves, initially log w; conditions modulate it, if the adapter sees
+    any.
 
     Args:
-        width_in, width_out: of the layer; rank: of the change; hidden_size: of the conditioning vector, 0 without conditions.
-        kernel: of a convolution, as `shape_of` tells it after the widths; none of a linear layer.
+        width_in, width_out: of the layer; rank: of the change; hidden_size: of the conditioning vector, 0 without
+            conditions.
+        kernel: for a convolution, what follows the widths in `shape_of`; empty for a linear layer.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class LoRASite(Site):
 
 
 def convolution_of(kernel: tuple[int, ...]) -> tuple[type[Any], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The kind of a convolution, its kernel, strides and paddings, from what `shape_of` tells after the widths."""
+    """Return a convolution's class, kernel, strides and paddings, from what follows the widths in `shape_of`."""
     if len(kernel) == 4:
         height, width, stride, padding = kernel
         kernel = (height, width, stride, stride, padding, padding)
@@ -108,7 +111,7 @@ class LoRA(GuidanceAdapter):
 
     @torch.no_grad()
     def lora_weights(self, guidance_scale: float) -> LowRank:
-        """A and B of every layer at one scale, the gates and the guidance gain within B: float32, in the layer's own shape.
+        """Return A and B of every layer at one scale in float32; B includes gains and guidance gain.
 
         Args:
             guidance_scale: above 1; at 1 there is no change.

@@ -1,4 +1,4 @@
-"""What an adapter's folder tells besides the variant and the sites: its base, its teacher, its training."""
+"""An adapter's metadata: its base, teacher and training, as JSON in its folder and as dataclasses in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The denoiser that an adapter was made for, and where it is found."""
+    """The denoiser that an adapter was made for, and where to load it from."""
 
     pretrained_model_name_or_path: str = ""
     revision: str | None = None
@@ -26,7 +26,7 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedTeacher:
-    """How the pipeline was set up whose guidance was recorded."""
+    """The set-up of the recorded pipeline."""
 
     scheduler_class: str | None = None
     scheduler_config: dict[str, Any] | None = None
@@ -35,22 +35,23 @@ class RecordedTeacher:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterMetadata:
-    """What an adapter's folder tells besides the variant and the sites.
+    """What an adapter's folder holds besides configuration, sites and weights.
 
     Attributes:
-        conditions: of the records, as `find_conditions` returns them; sampled: the classes, and how many prompts.
-        arguments: what the teacher's call was given besides; guidance_rule: how the teacher guided.
+        conditions: of the records, as `find_conditions` returns them; sampled: the recorded classes and number of
+            prompts.
+        arguments: further arguments of the teacher's call; guidance_rule: the teacher's rule with its settings.
         scale_range: lowest and highest trained scale.
-        timestep: the name of the denoiser's timestep, which is `timestep_scale * t + timestep_offset` of the scheduler's t.
-        axes: by argument of the denoiser, where its samples are; found by shape where there is none.
+        timestep: the name of the denoiser's timestep, `timestep_scale * t + timestep_offset` of the scheduler's t.
+        axes: where each argument of the denoiser has its samples; without it, shapes decide.
         no_guidance: arguments that switch the pipeline's own guidance off.
         scale_offset: added to the pipeline's scale for the scale w of `u + w (c - u)`.
-        unconditional: call, chunk and number of chunks of the unconditional pass; None where there is none.
-        blocks: of each list of blocks with sites, how many it had; spots: of a site, what differs from `Spot()`.
-        weights: of the variant `full`, the shape of each.
-        guidance_gain: how many times the guidance is asked of the variant.
-        training: what it was trained on, and its losses; evaluation: rows of the last one.
-        dial: by exported scale, the scale that each strength shows.
+        unconditional: call, chunk and number of chunks of the unconditional pass; None if unknown.
+        blocks: the number of blocks in each list with sites; spots: for each site, what differs from `Spot()`.
+        weights: shapes of the trained weights, for the variant `full`.
+        guidance_gain: factor on the requested guidance, `w - 1`.
+        training: counts, steps and losses; evaluation: rows of the last evaluation.
+        dial: by exported scale, the effective scale of each strength.
     """
 
     conditions: dict[str, dict[str, Any]]
@@ -95,7 +96,7 @@ OPTIONAL = ("weights", "spots", "training", "evaluation", "dial")
 
 
 def read(kind: type[T], values: dict[str, Any], prefix: str = "") -> T:
-    """A dataclass from JSON.
+    """Make a dataclass from JSON.
 
     Raises:
         ValueError: a key is missing, not known, or of another type.
@@ -107,12 +108,12 @@ def read(kind: type[T], values: dict[str, Any], prefix: str = "") -> T:
         if entry.name not in values and entry.name not in OPTIONAL:
             raise ValueError(f"{prefix}{entry.name} is missing")
         if entry.name in values and not is_of(values[entry.name], hints[entry.name]):
-            raise ValueError(f"{prefix}{entry.name}={values[entry.name]} is no {entry.type}")
+            raise ValueError(f"{prefix}{entry.name}={values[entry.name]} is not of type {entry.type}")
     return kind(**values)
 
 
 def is_of(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type, or an alternative of types; what is within a container is not looked at."""
+    """Whether a value is of a type or union; the contents of containers are not checked."""
     if isinstance(hint, UnionType):
         return any(is_of(value, each) for each in get_args(hint))
     if hint is float:

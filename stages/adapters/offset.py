@@ -1,4 +1,4 @@
-"""`offset`: a vector per site from scale, timestep and condition; blind to the image (the reference's "additive" kind)."""
+"""`offset`: adds a vector per site from scale, timestep and condition, for all tokens (the reference's "additive")."""
 
 from __future__ import annotations
 

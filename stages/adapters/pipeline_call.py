@@ -1,4 +1,4 @@
-"""One call of an attached pipeline: each adapter guides its denoiser, and the pipeline makes one pass without its own guidance."""
+"""One call of an attached pipeline: adapters guide the denoisers, and the pipeline runs one pass."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from stages.adapters.denoiser_controller import DenoiserController
 from stages.adapters.unconditional import unconditional_tokens
 from stages.base.denoiser import denoisers_of
 
-SOME_GUIDANCE = 2.0  # a scale at which every pipeline runs its unconditional pass
+SOME_GUIDANCE = 2.0  # every pipeline runs its unconditional pass at this scale
 
 
 class PipelineCall:
-    """What one call needs of the adapters on a pipeline: nothing of it is known to another call.
+    """One call of a pipeline with adapters; calls share no state.
 
     Args:
-        stock: the pipeline's own class; controllers: of the adapters, by the component that each guides.
+        stock: the pipeline's own class; controllers: of the guided denoisers, by component name.
     """
 
     def __init__(
@@ -34,15 +34,15 @@ class PipelineCall:
         self.call = CallArguments(pipe, inspect.signature(stock.__call__), controllers, args, kwargs)
 
     def run(self) -> Any:
-        """What the pipeline returns.
+        """Run the pipeline and return its result.
 
         Raises:
-            UserError: the call asks for what one pass cannot do.
+            UserError: one pass cannot do what the call requests.
         """
         call = self.call
         call.warn()
         with ExitStack() as stack:
-            # Always in the same order: two calls that wait for each other's denoiser would wait for ever.
+            # Always in the same order, so that two calls cannot deadlock on each other's denoiser.
             adapter_calls = [
                 stack.enter_context(self._adapter_call(name).guiding()) for name in sorted(self.controllers)
             ]
@@ -58,7 +58,7 @@ class PipelineCall:
         return AdapterCall(controller, self.pipe, component, scale, f"_{own}", self._negative(controller))
 
     def _negative(self, controller: DenoiserController) -> dict[str, Tensor]:
-        """What an adapter sees of the negative prompt, if it sees any."""
+        """Return the tokens of the negative prompt; nothing if the adapter does not see them."""
         if not controller.sees_negative:
             return {}
         call, place = self.call, controller.metadata.unconditional
@@ -78,7 +78,7 @@ class PipelineCall:
 
 @contextmanager
 def without_guiders(pipe: Any) -> Iterator[None]:
-    """Within it, the guiders of a pipeline are out of the way; other pipelines may share them."""
+    """Replace a pipeline's guiders by disabled copies: other pipelines may share the originals."""
     guiders = guiders_of(pipe)
     for name, guider in guiders.items():
         vars(pipe)[name] = copy.copy(guider)

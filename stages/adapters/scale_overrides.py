@@ -1,4 +1,4 @@
-"""Scales that a thread or task has opened around its calls: they come before the scale that a call names."""
+"""Scales that a thread or task opens around its calls, and that precede the scale of a call."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from stages.adapters.guidance import ScaleSchedule
 
 ScaleOverride = Context | ScaleSchedule
 
-# What is open in this thread or task, the innermost last, each with the adapter that it is asked of.
+# The open overrides of this thread or task with their adapters, innermost last.
 OPEN: ContextVar[tuple[tuple[Any, ScaleOverride], ...]] = ContextVar("open", default=())
 
 
 @contextmanager
 def overriding(adapter: Any, override: ScaleOverride) -> Iterator[None]:
-    """Within it, an override is the innermost of an adapter."""
+    """Open an override of an adapter's scale."""
     before = OPEN.get()
     OPEN.set((*before, (adapter, override)))
     try:
@@ -28,11 +28,11 @@ def overriding(adapter: Any, override: ScaleOverride) -> Iterator[None]:
 
 
 def innermost_override(adapter: Any) -> ScaleOverride | None:
-    """The innermost override of an adapter in this thread or task, if any is open."""
+    """Return the adapter's innermost override in this thread or task; None if there is none."""
     return next((override for opened_of, override in reversed(OPEN.get()) if opened_of is adapter), None)
 
 
 def innermost_context(adapter: Any) -> Context | None:
-    """The innermost of an adapter's overrides that is no schedule."""
+    """Return the adapter's innermost override that is not a schedule; None if there is none."""
     overrides = (override for opened_of, override in reversed(OPEN.get()) if opened_of is adapter)
     return next((override for override in overrides if isinstance(override, Context)), None)

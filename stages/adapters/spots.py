@@ -1,4 +1,4 @@
-"""Where an adapter finds the image's tokens at a module of a denoiser, judged by the module's calls in a trial forward."""
+"""Where the image's tokens are in a module's call, judged by the module's calls in a trial forward."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from stages.adapters.sites import is_layer, width_axis
 
 @dataclass(frozen=True)
 class Spot:
-    """Where an adapter finds the image's tokens at a site.
+    """Where the image's tokens are in the call of a site's module.
 
     Attributes:
-        argument: which of the module's arguments they are.
-        output: which of its outputs, where it gives several.
-        tiled: whether rows of the samples take turns, `[0, 1, 0, 1]`; else those of a sample lie side by side, `[0, 0, 1, 1]`.
-        across: whether the samples are in the second dimension, and in the first are the tokens.
+        argument: index of the argument; output: index of the output, if there are several.
+        tiled: whether the samples' rows alternate, `[0, 1, 0, 1]`; else they are adjacent, `[0, 0, 1, 1]`.
+        across: whether the second dimension holds the samples, and the first the tokens.
     """
 
     argument: int = 0
@@ -38,9 +37,9 @@ class TrialFacts:
     """One module in a trial forward.
 
     Attributes:
-        sees_image: whether what it is given depends on the latent.
-        crosses: whether it is given tokens of two kinds.
-        spot: None where the scales of a batch could not be told apart.
+        sees_image: whether an argument depends on the latent.
+        crosses: whether its arguments are tokens of two lengths.
+        spot: None if no layout assigns each row to one sample.
     """
 
     sees_image: bool
@@ -48,7 +47,7 @@ class TrialFacts:
     spot: Spot | None
 
     def spec(self) -> dict[str, Any]:
-        """Of its spot what differs from the usual, for the adapter's folder."""
+        """Return the spot's fields that differ from the default, for the adapter's folder."""
         return {
             name: value
             for name, value in asdict(self.spot or DEFAULT_SPOT).items()
@@ -58,11 +57,11 @@ class TrialFacts:
 
 @dataclass
 class TensorFacts:
-    """A tensor that a module was given.
+    """A tensor among a module's arguments.
 
     Attributes:
-        shape: its; sees_image: whether it depends on the latent.
-        fingerprints: of each row, and of each place in the second dimension, `[size, 2]`; none without values.
+        sees_image: whether it depends on the latent.
+        fingerprints: `[size, 2]` along the first and along the second dimension; none on the meta device.
     """
 
     shape: tuple[int, ...]
@@ -72,19 +71,19 @@ class TensorFacts:
 
 @dataclass
 class Call:
-    """One call of a module: tensors by their place among the arguments, and the shapes of its outputs."""
+    """One call of a module: its tensors by argument index, and the shapes of its outputs."""
 
     given: dict[int, TensorFacts]
     output_shapes: list[tuple[int, ...]]
 
 
-def seen_of(
+def judge_module(
     module: nn.Module, widths: list[int], runs: list[list[Call]], samples: int, streams: dict[type[nn.Module], int]
 ) -> TrialFacts:
-    """What is known of a module from its calls in one run without values, or in four.
+    """Judge a module by its calls in one run on the meta device, or in four runs with values.
 
     Args:
-        streams: which argument the image is, of the classes of modules that were seen before; the module's is added.
+        streams: index of the image's argument by class of module; the module's class is added.
     """
     calls, is_a_layer = runs[0], is_layer(module)
     if len(runs) > 1:
@@ -108,7 +107,7 @@ def seen_of(
 
 
 def note_stream(module: nn.Module, calls: list[Call], width: int, streams: dict[type[nn.Module], int]) -> None:
-    """Keep which argument the image is, where one alone sees it: after a few blocks of two streams both do."""
+    """Note the image's argument while only one depends on the latent: after a few two-stream blocks both do."""
     for call in calls:
         fitting = fitting_in(call, width)
         seeing = [place for place in fitting if call.given[place].sees_image]
@@ -117,7 +116,7 @@ def note_stream(module: nn.Module, calls: list[Call], width: int, streams: dict[
 
 
 def argument_of(call: Call, widths: list[int], is_a_layer: bool, stream: int | None) -> int | None:
-    """Which argument the tokens are, of those that come out again: the image's stream, else the first that sees the image."""
+    """Return the index of the tokens' argument: the image's stream, else the first that depends on the latent."""
     if is_a_layer:
         return next(iter(call.given), None)
     fitting = [place for place in fitting_in(call, widths[0]) if output_of(call, place, widths) is not None]
@@ -126,13 +125,13 @@ def argument_of(call: Call, widths: list[int], is_a_layer: bool, stream: int | N
 
 
 def fitting_in(call: Call, width: int) -> list[int]:
-    """The arguments that are tokens of a width."""
+    """Return the indices of arguments that are tokens of a width."""
     shapes = {place: given.shape for place, given in call.given.items()}
     return [place for place, shape in shapes.items() if len(shape) > 2 and width_axis(shape, width) is not None]
 
 
 def output_of(call: Call, argument: int, widths: list[int]) -> int | None:
-    """Which output the image's tokens are: one of as many tokens; of several such, the one in the argument's turn."""
+    """Return the index of the tokens' output: of several with their shape, the one at the argument's position."""
     tokens = call.given[argument].shape
     axis = width_axis(tokens, widths[0])
     assert axis is not None
@@ -147,7 +146,7 @@ EACH, SIDE_BY_SIDE, TILED, ACROSS, UNKNOWN = "each", "side by side", "tiled", "a
 
 
 def order_of(runs: list[list[Call]], call: int, argument: int, samples: int) -> str:
-    """How the samples lie in what a module is given: a row for each, several side by side or by turns, or otherwise."""
+    """Return how an argument holds the samples: a row for each, several adjacent or alternating rows, or otherwise."""
     shape = runs[0][call].given[argument].shape
     rows, count = torch.arange(shape[0]), max(shape[0] // samples, 1)
     if len(runs) == 1:
@@ -165,7 +164,7 @@ def order_of(runs: list[list[Call]], call: int, argument: int, samples: int) -> 
 
 
 def changes(runs: list[list[Call]], call: int, argument: int, dim: int = 0) -> Tensor:
-    """Which parts along a dimension of what a module is given differ between two runs; all where these differ in shape."""
+    """Return which parts of an argument along a dimension differ between two runs; all if the shapes differ."""
     one = runs[0][call].given[argument]
     other = runs[1][call].given.get(argument) if call < len(runs[1]) else None
     if other is None or other.shape != one.shape:
@@ -177,7 +176,7 @@ def changes(runs: list[list[Call]], call: int, argument: int, dim: int = 0) -> T
 
 
 def argument_in(module: nn.Module) -> Callable[[int, tuple[Any, ...], dict[str, Any]], Tensor]:
-    """Finds an argument of a module's call by its place, however it is given."""
+    """Return a function that finds a call's argument by index, whether positional or by keyword."""
     names = parameters_of(module)
 
     def find(place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -187,5 +186,5 @@ def argument_in(module: nn.Module) -> Callable[[int, tuple[Any, ...], dict[str, 
 
 
 def parameters_of(module: nn.Module) -> list[str]:
-    """The names of a module's arguments, in their order."""
+    """Return the names of a module's arguments, in order."""
     return list(inspect.signature(type(module).forward).parameters)[1:]

@@ -1,4 +1,4 @@
-"""A trial forward: runs a denoiser on made-up inputs and notes what its modules are given."""
+"""A trial forward: runs a denoiser on made-up inputs and records the calls of its modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stages.adapters.inputs import Inputs, places_of
 from stages.adapters.metadata import AdapterMetadata
-from stages.adapters.spots import Call, TensorFacts, TrialFacts, parameters_of, seen_of
+from stages.adapters.spots import Call, TensorFacts, TrialFacts, judge_module, parameters_of
 from stages.adapters.trial_inputs import InputMaker, map_tensors, swap_sample, to_meta
 from stages.base.arguments import Axis, argument
 from stages.base.denoiser import flatten, latent_name, unflatten
@@ -24,16 +24,16 @@ Calls = dict[str, list[Call]]
 def run_trial(
     denoiser: nn.Module, widths: dict[str, list[int]], inputs: Inputs, metadata: AdapterMetadata
 ) -> dict[str, TrialFacts]:
-    """What a trial forward shows of modules, of those that run.
+    """Run a trial forward and judge each module that runs.
 
-    The denoiser runs on the meta device, with a gradient asked for the latent alone: what asks for none does not see the image.
-    Where it does not run there, or where modules are given several rows for each sample, it runs itself, on small batches of which one
-    sample is changed at a time.
+    A copy runs on the meta device, and only the latent requires a gradient: tensors that require none do not depend on
+    the image. If that fails, or modules get several rows for each sample, the denoiser itself runs on small batches,
+    with one sample changed at a time.
 
     Args:
-        widths: of the modules by name, what they take and give.
-        inputs: arguments of one call for at least two samples; those on the meta device are made up.
-        metadata: what the adapter's folder tells: what the denoiser calls its timestep, and how it counts.
+        widths: input and output width of the modules, by name.
+        inputs: arguments of one call for at least two samples; values on the meta device are made up.
+        metadata: names and scales the denoiser's timestep, and says where each argument has its samples.
 
     Raises:
         UserError: the denoiser does not run.
@@ -47,32 +47,33 @@ def run_trial(
     is_real = not any(parameter.is_meta for parameter in denoiser.parameters())
     try:
         runs = [calls_on_meta(denoiser, widths, inputs)]
-        is_known = not any(folds(calls, samples) for calls in runs[0].values())
-    except Exception as error:  # whatever a denoiser's own code raises
+        is_decided = not any(folds(calls, samples) for calls in runs[0].values())
+    except Exception as error:  # a denoiser's code may raise anything
         if not is_real:
             raise does_not_run(denoiser, error) from error
-        is_known = False
-    if not is_known and is_real:
+        is_decided = False
+    if not is_decided and is_real:
         try:
             runs = calls_by_values(denoiser, widths, inputs, places, samples, metadata)
         except Exception as error:
             raise does_not_run(denoiser, error) from error
     streams: dict[type[nn.Module], int] = {}
     return {
-        name: seen_of(denoiser.get_submodule(name), widths[name], [run.get(name, []) for run in runs], samples, streams)
+        name: judge_module(
+            denoiser.get_submodule(name), widths[name], [run.get(name, []) for run in runs], samples, streams
+        )
         for name in runs[0]
     }
 
 
 def does_not_run(denoiser: nn.Module, error: Exception) -> UserError:
     return UserError(
-        f"adapter.sites: {type(denoiser).__name__} does not run in a trial, so that no layer can be looked at: "
-        f"{first_line(error)}"
+        f"adapter.sites: {type(denoiser).__name__} does not run in a trial, which shows its layers: {first_line(error)}"
     )
 
 
 def folds(calls: list[Call], samples: int) -> bool:
-    """Whether a module is given several rows for each sample, or the samples elsewhere: values tell more than shapes."""
+    """Whether shapes leave open where the samples are: several rows for each, or samples in the second dimension."""
     shapes = {given.shape for call in calls for given in call.given.values()}
     return any(
         shape[0] != samples and (shape[0] % samples == 0 or (len(shape) > 2 and shape[1] == samples))
@@ -84,7 +85,7 @@ def folds(calls: list[Call], samples: int) -> bool:
 
 
 def calls_on_meta(denoiser: nn.Module, widths: dict[str, list[int]], inputs: Inputs) -> Calls:
-    """A copy of the denoiser on the meta device; a gradient tells what sees the image."""
+    """Run a copy of the denoiser on the meta device; gradients show what depends on the image."""
     model: Any = denoiser
     with torch.device("meta"):
         copy = type(model).from_config(dict(model.config))
@@ -106,7 +107,7 @@ def calls_by_values(
     samples: int,
     metadata: AdapterMetadata,
 ) -> list[Calls]:
-    """Four runs: as given, with other latents, with another first sample, and with another last one."""
+    """Run four times: unchanged, with other latents, with another first sample, and with another last sample."""
     latent, like = latent_name(denoiser), next(denoiser.parameters())
     scale, offset = metadata.timestep_scale, metadata.timestep_offset
     maker = InputMaker(like, metadata.timestep, lambda timestep: scale * timestep + offset)
@@ -123,7 +124,7 @@ def calls_by_values(
 
 
 def fingerprint_along(value: Tensor, dim: int) -> Tensor:
-    """`[size, 2]` of each part of a tensor along a dimension."""
+    """Return sum and sum of squares `[size, 2]` of each part of a tensor along a dimension."""
     parts = value.detach().movedim(dim, 0).flatten(1).float()
     return torch.stack([parts.sum(1), parts.square().sum(1)], 1).nan_to_num()
 
@@ -134,7 +135,7 @@ def observe_calls(
     given: dict[str, Any],
     describe_value: Callable[[Tensor], TensorFacts],
 ) -> Calls:
-    """The calls of modules in one forward pass."""
+    """Return the calls of modules in one forward pass."""
     calls: Calls = {}
     with hooked(model, widths, calls, describe_value):
         model(**given)

@@ -1,4 +1,4 @@
-"""The inputs of a trial forward: made up where only their shapes are known, and with one sample changed."""
+"""The inputs of a trial forward: made up from shapes, and with one sample changed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from stages.adapters.inputs import Inputs, entries_of, is_mask
 from stages.base.arguments import Axis
 
-TIMESTEPS = (500.0, 300.0)  # of the scheduler, as they are made up, and where a sample is changed
+TIMESTEPS = (500.0, 300.0)  # of the scheduler: of unchanged and of changed samples
 
 
 def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
-    """Arguments of any nesting, with their tensors changed."""
+    """Apply a function to every tensor in nested arguments."""
     if isinstance(value, dict):
         return {name: map_tensors(change, each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -31,18 +31,22 @@ def to_meta(value: Tensor) -> Tensor:
 
 @dataclass
 class InputMaker:
-    """Makes inputs up where only their shapes are known: beside a parameter of the denoiser, in its precision."""
+    """Makes up inputs on the device and in the precision of a parameter of the denoiser.
+
+    Attributes:
+        timestep: the name of the denoiser's timestep; to_denoiser: converts the scheduler's timestep to the denoiser's.
+    """
 
     like: Tensor
     timestep: str
-    counted: Callable[[float], float]
+    to_denoiser: Callable[[float], float]
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def make(self, inputs: Inputs) -> Inputs:
         return {name: map_tensors(partial(self._make, name), value) for name, value in inputs.items()}
 
     def make_other(self, inputs: Inputs) -> Inputs:
-        """Other values for every sample."""
+        """Make other values for every sample."""
         return {name: map_tensors(partial(self._make_other, name), value) for name, value in inputs.items()}
 
     def _make(self, name: str, value: Tensor) -> Tensor:
@@ -50,24 +54,24 @@ class InputMaker:
             plain = value.is_floating_point() and name != self.timestep
             return value.to(self.like.device, self.like.dtype if plain else value.dtype)
         if name == self.timestep:
-            return torch.full_like(value, self.counted(TIMESTEPS[0]), device=self.like.device)
-        if is_mask(name, value) or not value.is_floating_point():  # of a class or a token, the first
+            return torch.full_like(value, self.to_denoiser(TIMESTEPS[0]), device=self.like.device)
+        if is_mask(name, value) or not value.is_floating_point():  # class or token 0
             return torch.full_like(value, float(is_mask(name, value)), device=self.like.device)
-        return self._drawn(value)
+        return self._draw(value)
 
     def _make_other(self, name: str, value: Tensor) -> Tensor:
         if name == self.timestep:
-            return torch.full_like(value, self.counted(TIMESTEPS[1]), device=self.like.device)
+            return torch.full_like(value, self.to_denoiser(TIMESTEPS[1]), device=self.like.device)
         if is_mask(name, value) or not value.is_floating_point():
             return self._make(name, value)
-        return self._drawn(value)
+        return self._draw(value)
 
-    def _drawn(self, value: Tensor) -> Tensor:
+    def _draw(self, value: Tensor) -> Tensor:
         return torch.randn(value.shape, generator=self.generator).to(self.like.device, self.like.dtype)
 
 
 def swap_sample(one: Inputs, other: Inputs, sample: int, places: dict[str, Axis]) -> Inputs:
-    """Arguments, flat, with everything of one sample taken from others."""
+    """Replace one sample of flat arguments by that of others."""
     changed = dict(one)
     for name, place in places.items():
         if place.listed:

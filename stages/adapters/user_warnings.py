@@ -1,4 +1,4 @@
-"""Warnings that name the line of the user's own code that they are about."""
+"""Warnings that point to the line of the user's code that caused them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 from stages.base import patching
 
-# Where an adapter's code and what it works in lie.
+# Frames of these folders are skipped: the adapter's code, and libraries that call it.
 SKIPPED_FOLDERS = tuple(
     str(Path(file).parent) for file in (__file__, patching.__file__, torch.__file__, diffusers.__file__)
 )
 
 
 def warn(message: str) -> None:
-    """Warn at the innermost frame that is neither of this package nor of what it works in."""
+    """Warn at the innermost frame outside the skipped folders."""
     depth, frame = 1, sys._getframe(1)
     while frame.f_back is not None and _is_skipped(frame.f_code.co_filename):
         depth, frame = depth + 1, frame.f_back

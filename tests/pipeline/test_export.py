@@ -52,7 +52,7 @@ def test_an_adapter_that_is_no_lora_is_refused(tmp_path: Path) -> None:
     )
     overrides = [f"adapter_dir={tmp_path / 'adapter'}", "guidance_scale=2", f"output={tmp_path / 'out'}"]
     with pytest.raises(
-        UserError, match="an adapter of the variant offset is no LoRA: train one with adapter.variant=lora"
+        UserError, match="an adapter of the variant offset is not a LoRA: train one with adapter.variant=lora"
     ):
         main(parse(ExportConfig, overrides))
     assert not (tmp_path / "out").exists()

@@ -162,7 +162,7 @@ def test_what_a_callback_changes_besides_is_said_not_to_count(pipe: Any, adapter
     def rescale(pipe: Any, kwargs: dict[str, Any]) -> None:
         pipe._guidance_rescale = 0.7
 
-    with pytest.warns(UserWarning, match="a callback set guidance_rescale to 0.7, which does not change the guidance"):
+    with pytest.warns(UserWarning, match="a callback set guidance_rescale to 0.7, which does not change an adapter's"):
         found = final(pipe, **after(1, rescale))
     assert torch.equal(found, final(pipe))
 

@@ -179,7 +179,7 @@ def test_each_denoiser_has_its_adapter_and_its_scale(wan: Any) -> None:
     torch.testing.assert_close(unlike[0], Run(WAN, wan, guidance_scale=3.0, guidance_scale_2=3.0).end)
     late.detach()
     assert said(lambda: Run(WAN, wan, guidance_scale=3.0)) == [
-        "transformer_2 carries no adapter, so that its steps run without guidance: attach the adapter made for it too"
+        "transformer_2 carries no adapter, so its steps run without guidance: attach the adapter made for it too"
     ]
     torch.testing.assert_close(Run(WAN, wan, guidance_scale=3.0).end, unlike[1])
     noisy.detach()
@@ -284,7 +284,7 @@ def test_a_pipeline_that_guides_in_another_way_is_refused(kind: Any, setting: st
     pipe = kind.from_pipe(build("stable_diffusion"))
     adapter = adapter_for(pipe.unet, metadata=STABLE_DIFFUSION)
     with pytest.raises(
-        UserError, match=f"{kind.__name__} guides by {setting} too, otherwise than the StableDiffusionP"
+        UserError, match=f"{kind.__name__} guides by {setting}, the StableDiffusionPipeline of the records does not"
     ):
         adapter.attach(pipe)
     assert type(pipe) is kind
@@ -297,7 +297,9 @@ def test_a_pipeline_that_lacks_what_was_recorded_is_refused() -> None:
         guidance_rule={"pipeline": "StableDiffusionPAGPipeline", "pag_scale": 3.0},
         no_guidance={"guidance_scale": 1.0, "pag_scale": 0.0},
     )
-    with pytest.raises(UserError, match="guides by pag_scale no more, otherwise than the StableDiffusionPAGPipeline"):
+    with pytest.raises(
+        UserError, match="does not guide by pag_scale, the StableDiffusionPAGPipeline of the records does"
+    ):
         adapter_for(pipe.unet, metadata=metadata).attach(pipe)
 
 
@@ -327,8 +329,8 @@ def test_a_setting_of_guidance_that_was_not_recorded_is_said_to_do_nothing() -> 
     adapter_for(pipe.unet, metadata=recorded).attach(pipe)
     options = {"prompt": PROMPTS, "num_inference_steps": 1, "output_type": "latent"}
     assert said(lambda: pipe(**options, guidance_rescale=0.7)) == [
-        "guidance_rescale=0.7 does not change the guidance of this adapter, which was recorded with guidance_rescale=0.5: "
-        "leave it out, or train an adapter on records made so"
+        "guidance_rescale=0.7 does not change the guidance of this adapter, which was recorded with "
+        "guidance_rescale=0.5: leave it out, or train an adapter on such records"
     ]
     assert not said(lambda: pipe(**options, guidance_rescale=0.5))
     assert not said(lambda: pipe(**options, guidance_scale=3.0, clip_skip=None))
@@ -354,8 +356,8 @@ def test_classes_beside_those_trained_on_are_said_to_be() -> None:
     adapter.attach(pipe)
     assert not said(lambda: pipe([0, 2], num_inference_steps=1, output_type="latent"))
     assert said(lambda: pipe([0, 7], num_inference_steps=1, output_type="latent")) == [
-        "class_labels=7 is none of the classes whose guidance this adapter was trained on (0, 1, 2): name one of these, or train "
-        "on records of it"
+        "class_labels=7 is not among the classes that this adapter was trained on (0, 1, 2): name one of these, "
+        "or train on records of it"
     ]
 
 

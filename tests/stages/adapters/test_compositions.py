@@ -280,7 +280,7 @@ def test_a_denoiser_quantised_by_torchao(pipe: Any, adapter: GuidanceAdapter) ->
     adapter.detach()
     quantization.quantize_(pipe.unet, quantization.Int8WeightOnlyConfig())
     adapter.attach(pipe)
-    with pytest.warns(UserWarning, match="the guidance is not fused, so that a pass pays for it: .* is quantised"):
+    with pytest.warns(UserWarning, match="the guidance is not fused, so each pass costs more: .* is quantised"):
         quantised = final(pipe)
     assert adapter.fused is False
     plain = final(pipe, 1.0)

@@ -232,7 +232,7 @@ def test_another_version_of_the_format_is_refused_with_the_way_out(tmp_path: Pat
     new_adapter(tiny_dit().transformer, "offset").save_pretrained(tmp_path)
     info = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(info | {"format_version": version}))
-    with pytest.raises(UserError, match=f"version {version} of the format, not 3: {way_out}"):
+    with pytest.raises(UserError, match=f"has format version {version}, not 3: {way_out}"):
         GuidanceAdapter.from_pretrained(tmp_path)
 
 
@@ -245,5 +245,5 @@ def test_an_unknown_variant_is_named() -> None:
 def test_a_layer_may_see_several_rows_of_each_sample(tiled: bool, rows: list[float]) -> None:
     assert expand_to_rows(torch.tensor([1.0, 2.0]), 4, tiled).tolist() == rows
     assert expand_to_rows(torch.tensor([[1.0], [2.0]]), 4, tiled).tolist() == [[row] for row in rows]
-    with pytest.raises(UserError, match="given 3 rows for 2 samples"):
+    with pytest.raises(UserError, match="gets 3 rows for 2 samples"):
         expand_to_rows(torch.tensor([1.0, 2.0]), 3, tiled)

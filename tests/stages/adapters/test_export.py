@@ -144,9 +144,10 @@ def test_a_process_without_this_project_loads_it(
     assert differences[family, format] < 1e-5
 
 
-# Where ComfyUI looks for the change of a layer of diffusers: the name of the layer that holds it, and from which row on, in
-# heights of the change. From `mmdit_to_diffusers`, `pixart_to_diffusers` and `flux_to_diffusers` of comfy/utils.py
-# (Comfy-Org/ComfyUI, 09708eae), and of Chroma's guidance layers from comfy/ldm/chroma/layers.py and comfy/ldm/flux/layers.py.
+# Where ComfyUI looks for the change of a layer of diffusers: the name of the layer that holds it, and from which row
+# on, in heights of the change. From `mmdit_to_diffusers`, `pixart_to_diffusers` and `flux_to_diffusers` of
+# comfy/utils.py (Comfy-Org/ComfyUI, 09708eae), and of Chroma's guidance layers from comfy/ldm/chroma/layers.py and
+# comfy/ldm/flux/layers.py.
 QKV = {"to_q": 0, "to_k": 1, "to_v": 2}
 COMFYUI: dict[str, dict[str, tuple[str, int]]] = {
     "stable_diffusion_3": {
@@ -313,7 +314,7 @@ def test_what_loads_it_is_told(exported: dict[str, Exported], family: str, forma
 def test_what_diffusers_loads_nowhere_is_refused(
     exported: dict[str, Exported], family: str, others: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=f"format=diffusers: diffusers loads no LoRA into a .*: take format={others}$"):
+    with pytest.raises(UserError, match=f"format=diffusers: diffusers loads no LoRA into a .*: use format={others}$"):
         exported[family].adapter.export_lora(tmp_path / "out", SCALE)
     assert not (tmp_path / "out").exists()
 
@@ -343,7 +344,7 @@ def adapter() -> LoRA:
             "out.safetensors",
             SCALE,
             "kohya",
-            "nobody has published names for the layers of a DiTTransformer2DModel: say",
+            "nobody has published names for the layers of a DiTTransformer2DModel: use",
         ),
         ("out", SCALE, "kohya", "format=kohya writes a file: name one that ends in .safetensors"),
         ("out.safetensors", SCALE, "peft", "format=peft writes a folder: name one"),
@@ -368,7 +369,7 @@ def test_an_adapter_that_sees_more_than_the_scale_is_refused(adapter: LoRA, tmp_
 def test_a_layer_without_a_published_name_is_refused(tmp_path: Path) -> None:
     adapter = new_adapter(build("wan"), sites=("proj_out",))
     adapter.shapes = {"controlnet.proj": adapter.shapes["proj_out"]}
-    with pytest.raises(UserError, match="controlnet.proj has no published name: say format=peft"):
+    with pytest.raises(UserError, match="controlnet.proj has no published name: use format=peft"):
         adapter.export_lora(tmp_path / "out.safetensors", SCALE, "kohya")
 
 

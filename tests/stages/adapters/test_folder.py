@@ -60,7 +60,7 @@ def test_the_card_tells_what_was_measured(adapter: GuidanceAdapter, tmp_path: Pa
     adapter.save_pretrained(tmp_path)
     _, header, text = (tmp_path / CARD_FILE).read_text().split("---\n", 2)
     assert "| one_pass | 2 | 1.90 | 20.4 | 0.900 | 25 |" in text
-    assert "| guidance gain | 1.250 times the guidance is asked of it, up to that of 6 |" in text
+    assert "| guidance gain | the adapter gets 1.250 times the requested guidance, up to scale 6 |" in text
     (result,) = yaml.safe_load(header)["model-index"][0]["results"]
     assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {
         "frechet_distance": 20.4,
@@ -96,8 +96,8 @@ def test_a_save_that_fails_leaves_the_older_adapter_whole(adapter: GuidanceAdapt
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scale_range": None}, r"scale_range=None is no list\[float\]"),
-        ({"timestep_scale": "fast"}, "timestep_scale=fast is no float"),
+        ({"scale_range": None}, r"scale_range=None is not of type list\[float\]"),
+        ({"timestep_scale": "fast"}, "timestep_scale=fast is not of type float"),
         ({"gain": 1.5}, "gain is not known"),
         ({"teacher": {"guider": None, "scheduler_class": None}}, "teacher.scheduler_config is missing"),
         ({"base": {}}, "base.pretrained_model_name_or_path is missing"),
@@ -137,7 +137,7 @@ def test_to_a_hub_and_back(adapter: GuidanceAdapter, tmp_path: Path, monkeypatch
         assert set(given.repos["someone/mine"]) == {CARD_FILE, CONFIG_FILE, WEIGHTS_FILE}
         assert given.commits == ["First"]
         again = GuidanceAdapter.from_pretrained("someone/mine", cache_dir=tmp_path)
-        with pytest.raises(UserError, match="someone/nothing: neither a folder here nor an adapter on the hub"):
+        with pytest.raises(UserError, match="someone/nothing: neither a local folder nor an adapter on the hub"):
             GuidanceAdapter.from_pretrained("someone/nothing", cache_dir=tmp_path)
     assert again.metadata == adapter.metadata
     for one, other in zip(adapter.state_dict().values(), again.state_dict().values(), strict=True):
@@ -147,7 +147,9 @@ def test_to_a_hub_and_back(adapter: GuidanceAdapter, tmp_path: Path, monkeypatch
 def test_it_is_read_from_a_bucket(adapter: GuidanceAdapter, tmp_path: Path, s3: FaultyS3) -> None:
     adapter.save_pretrained(tmp_path)
     s3.put(f"runs/offset/{CONFIG_FILE}", (tmp_path / CONFIG_FILE).read_bytes())
-    with pytest.raises(UserError, match=f"s3://bucket/runs/offset/{WEIGHTS_FILE}: no file of an adapter"):
+    with pytest.raises(
+        UserError, match=f"s3://bucket/runs/offset/{WEIGHTS_FILE}: cannot be read as a file of an adapter"
+    ):
         GuidanceAdapter.from_pretrained("s3://bucket/runs/offset")
     s3.put(f"runs/offset/{WEIGHTS_FILE}", (tmp_path / WEIGHTS_FILE).read_bytes())
     read = GuidanceAdapter.from_pretrained("s3://bucket/runs/offset/").state_dict()

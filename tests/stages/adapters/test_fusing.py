@@ -301,7 +301,7 @@ def test_what_cannot_be_fused_runs_by_hooks_and_says_so_once(
     adapter.attach(pipe)
     guided = final(pipe)
     change(pipe.unet)
-    with pytest.warns(UserWarning, match=f"the guidance is not fused, so that a pass pays for it: .*{reason}"):
+    with pytest.warns(UserWarning, match=f"the guidance is not fused, so each pass costs more: .*{reason}"):
         hooked = final(pipe)
     assert adapter.fused is False
     torch.testing.assert_close(hooked, guided, atol=0.5, rtol=5e-2)
@@ -531,10 +531,10 @@ def test_autocast_does_not_reach_the_weights(pipe: Any, adapter: GuidanceAdapter
 def test_several_scales_and_fused_projections_are_refused(pipe: Any, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe)
     expected = final(pipe, 3.0)
-    with pytest.raises(UserError, match=r"guidance_scale=\[2.0, 3.0\]: one scale is fused for all images"):
+    with pytest.raises(UserError, match=r"guidance_scale=\[2.0, 3.0\]: give one scale, which is fused for all images"):
         adapter.fuse([2.0, 3.0])  # type: ignore[arg-type]
     pipe.unet.fuse_qkv_projections()
-    with pytest.raises(UserError, match="runs query, key and value as one layer, .*: unfuse_qkv_projections"):
+    with pytest.raises(UserError, match="runs query, key and value as one layer, .*: call unfuse_qkv_projections"):
         final(pipe, 3.0)
     with pytest.raises(UserError, match="unfuse_qkv_projections"):
         adapter.fuse(3.0)

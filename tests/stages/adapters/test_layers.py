@@ -45,7 +45,7 @@ def given_to_layers(denoiser: nn.Module, inputs: dict[str, Any]) -> dict[str, li
 
 
 def blind_layers(denoiser: nn.Module, inputs: dict[str, Any]) -> set[str]:
-    """The linear layers that are given the same for another latent, and one row or several for each sample: by trying."""
+    """Linear layers whose inputs do not change with the latent and have whole rows per sample, found by trying."""
     rows, latent = len(inputs[latent_name(denoiser)]), latent_name(denoiser)
     one, other = (given_to_layers(denoiser, inputs | {latent: torch.randn_like(inputs[latent])}) for _ in range(2))
     return {

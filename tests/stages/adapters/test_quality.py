@@ -1,4 +1,4 @@
-"""Every variant, trained on the same shards of the digits' teacher, closes a part of the gap to guidance; at its start it closes none."""
+"""Every variant, trained on the same shards, closes a part of the gap to guidance; untrained it closes none."""
 
 from __future__ import annotations
 

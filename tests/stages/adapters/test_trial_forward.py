@@ -1,4 +1,4 @@
-"""A trial forward on made-up denoisers, each with what real ones have: frames in the batch, two streams, lists, odd layouts."""
+"""A trial forward on made-up denoisers with frames in the batch, two streams, lists and odd layouts."""
 
 from __future__ import annotations
 

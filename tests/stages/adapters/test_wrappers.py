@@ -159,7 +159,7 @@ def test_a_shallow_copy_of_a_pipeline_is_guided_too(pipe: Any) -> None:
     again = copy.copy(pipe)
     assert torch.equal(final(again), final(pipe))
     adapter.detach()
-    with pytest.raises(UserError, match="or the adapter was detached meanwhile: detach it, and attach it anew"):
+    with pytest.raises(UserError, match="or the adapter was detached meanwhile: detach it, and attach it again"):
         final(again)
     adapter.attach(again)
     assert unlike(final(again), final(again, 1.0))
