@@ -171,7 +171,7 @@ def train_over_ray(runs: list[TrainingRun], **resources: float) -> Generator[Out
 
 
 def settings_of(run: TrainingRun) -> dict[str, Any]:
-    return {"name": run.folder.name, "overrides": run.overrides}
+    return {"name": run.folder.name, "overrides": run.compared}
 
 
 def measured(run: TrainingRun) -> dict[str, Any]:

@@ -9,10 +9,13 @@ from tests.pipelines_zoo.refusals import REFUSALS
 
 HEAD = """# Pipelines
 
-Guided pipelines of diffusers 0.42, each built tiny with random weights and taken from end to end by `make test-all`
-(`tests/test_pipelines.py`): its records are what the untouched pipeline does; a student that predicts the records exactly
-ends where two passes end; one pass of an untrained adapter is no guidance, with one row for each sample in each step; an
-adapter is trained for two steps, gives the same fused as by hooks, and is exported.
+`make test-all` builds these guided pipelines of diffusers 0.42 tiny, with random weights, and takes each from end to
+end (`tests/test_pipelines.py`):
+
+- The records are what the untouched pipeline does.
+- A student that predicts the records exactly ends where two passes end.
+- One pass of an untrained adapter is no guidance, with one row for each sample in each step.
+- An adapter is trained for two steps, gives the same fused as with hooks, and is exported.
 
 """
 
@@ -22,8 +25,8 @@ def page() -> str:
     works = sorted(name for name in zoo if name not in REFUSALS)
     rows = [f"| `{name}` | works |" for name in works]
     rows += [f"| `{name}` | refused: {REFUSALS[name]} |" for name in sorted(REFUSALS)]
-    message = f"Of {len(zoo)}, {len(works)} work; the others are refused before a trajectory is made, in a line that says:\n\n"
-    return HEAD + message + "\n".join(["| pipeline | |", "| --- | --- |", *rows]) + "\n"
+    count = f"Of {len(zoo)}, {len(works)} work. Generation refuses the others before it makes a trajectory, in a line that says:"
+    return "\n".join([HEAD + count, "", "| pipeline | |", "| --- | --- |", *rows, ""])
 
 
 if __name__ == "__main__":

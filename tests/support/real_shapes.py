@@ -1,6 +1,7 @@
 """The real denoisers' shapes on the meta device: what an adapter and a record take there, without any weights.
 
-python -m tests.support.real_shapes    prints the README's tables of families and of the variants' sizes
+python -m tests.support.real_shapes families    prints the table of the families in stages/generate/README.md
+python -m tests.support.real_shapes variants    prints the table of the variants' sizes in stages/adapters/README.md
 """
 
 from __future__ import annotations
@@ -210,12 +211,12 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def table() -> str:
-    """The README's table of families."""
+    """Return the table of the families."""
     return markdown(HEAD, [row(shape) for shape in SHAPES])
 
 
 def sizes() -> str:
-    """The README's table of what every variant takes of three bases with its default settings."""
+    """Return the table of what each variant adds to three bases with its default settings."""
     shapes = [shape for shape in SHAPES if shape.config in ("dit_xl_2_256", "sd15", "sdxl")]
 
     def cells(variant: str) -> list[str]:
@@ -226,5 +227,9 @@ def sizes() -> str:
     return markdown(["variant", *(shape.title for shape in shapes)], [cells(variant) for variant in variants])
 
 
+TABLES = {"families": table, "variants": sizes}
+
 if __name__ == "__main__":
-    sys.stdout.write(f"{table()}\n\n{sizes()}\n")
+    if len(sys.argv) != 2 or sys.argv[1] not in TABLES:
+        sys.exit(f"usage: python -m tests.support.real_shapes {'|'.join(TABLES)}")
+    print(TABLES[sys.argv[1]]())

@@ -1,4 +1,4 @@
-"""The real denoisers' shapes, without their weights: what the README's table of families tells."""
+"""The real denoisers' shapes, without their weights: what the tables of the pages show."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def test_a_record_is_its_latent_and_its_target_in_half_precision() -> None:
     assert sizes["sdxl"] == 256 * 1024
 
 
-def test_the_readme_shows_these_tables() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert table() in readme
-    assert sizes() in readme
+STAGES = Path(__file__).parents[2] / "stages"
+
+
+def test_the_pages_show_these_tables() -> None:
+    assert table() in (STAGES / "generate" / "README.md").read_text()
+    assert sizes() in (STAGES / "adapters" / "README.md").read_text()

@@ -1,0 +1,138 @@
+"""The tables of the pages, from the results of `tests/benchmarks/results`.
+
+python -m tests.support.result_tables demo|text|default|variants|claims|scale|teachers
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stages.evaluate.report import cells_of
+from stages.study.report import VERDICTS, markdown
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+COLUMNS = (
+    "method",
+    "guidance_scale",
+    "frechet_distance",
+    "class_accuracy",
+    "stroke_accuracy",
+    "slant_accuracy",
+    "gap_closed",
+    "effective_scale",
+    "denoiser_evaluations",
+    "fused",
+    "time_relative_to_none",
+)
+EMBEDDED = Path(__file__).parents[2] / "stages" / "embedded"
+TEACHERS = ("mnist_dit", "mnist_dit_bold", "mnist_sd", "mnist_sd_bold_lora")
+MEASURES = {
+    "frechet_distance": ("Frechet distance", 1),
+    "class_accuracy": ("class accuracy", 3),
+    "stroke": ("stroke accuracy", 3),
+    "slant": ("slant accuracy", 3),
+}
+Row = dict[str, Any]
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def study_rows(evaluation: str) -> list[Row]:
+    return [row for row in read("claims/claims.json")["rows"] if row["evaluation"] == evaluation]
+
+
+def comparison(rows: list[Row]) -> str:
+    """Rows of an evaluation, some of their columns."""
+    return markdown(cells_of([{key: row[key] for key in COLUMNS if key in row} for row in rows]))
+
+
+def per_scale(rows: list[Row], key: str, decimals: int) -> str:
+    return " / ".join(f"{row[key]:.{decimals}f}" for row in sorted(rows, key=lambda row: row["guidance_scale"]))
+
+
+def variants() -> str:
+    """One row per variant, its values at each scale; without guidance and with two passes beside them."""
+    rows = study_rows("variants")
+    none, guided = ([row for row in rows if row["method"] == method] for method in ("none", "cfg"))
+    cells = [["variant", "parameters", "gap closed", "Frechet distance", "time"]]
+    for name, own in [("no guidance", none), ("guided, two passes", guided), *by_name(rows)]:
+        size = f"{own[0]['parameters']:,}, {own[0]['share']:.1%}" if own[0]["share"] else ""
+        time = statistics.median(row["time_relative_to_none"] for row in own)
+        gap, distance = per_scale(own, "gap_closed", 3), per_scale(own, "frechet_distance", 1)
+        cells.append([f"`{name}`" if size else name, size, gap, distance, f"{time:.2f}x"])
+    return markdown(cells)
+
+
+def by_name(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """The rows of each adapter, by the size of its gap closed."""
+    names = dict.fromkeys(row["name"] for row in rows if row["method"] == "one_pass")
+    own = [(name, [row for row in rows if row["name"] == name]) for name in names]
+    return sorted(own, key=lambda pair: statistics.fmean(row["gap_closed"] for row in pair[1]))
+
+
+def default() -> str:
+    """The means over the seeds of the default adapter beside CFG, by scale, with their largest deviation."""
+    rows = read("default/digits.json")["rows"]
+    cells = [["scale", "gap closed", "largest deviation", "Frechet distance", "of CFG"]]
+    for guided in (row for row in rows if row["method"] == "cfg"):
+        scale = guided["guidance_scale"]
+        own = [row for row in rows if row["method"] == "one_pass" and row["guidance_scale"] == scale]
+        gaps = [row["gap_closed"] for row in own]
+        mean = statistics.fmean(gaps)
+        distance = statistics.fmean(row["frechet_distance"] for row in own)
+        spread = max(abs(gap - mean) for gap in gaps)
+        theirs = guided["frechet_distance"]
+        cells.append([f"{scale:g}", f"{mean:.3f}", f"{spread:.4f}", f"{distance:.1f}", f"{theirs:.1f}"])
+    return markdown(cells)
+
+
+def claims() -> str:
+    """The claims of the study, in its words."""
+    judged = read("claims/claims.json")["claims"]
+    rows = [[VERDICTS[claim["holds"]], claim["text"], claim["goal"], claim["found"]] for claim in judged]
+    return markdown([["verdict", "claim", "goal", "found"], *rows])
+
+
+def scale() -> str:
+    """What the driver takes by the number of workers."""
+    cells = [["workers", "units", "share of the workers' time in units", "CPU time of the driver per unit"]]
+    for row in read("scale/scale.json")["workers"]:
+        milliseconds = f"{row['driver_cpu_milliseconds_per_unit']:.1f} ms"
+        cells.append([str(row["workers"]), f"{row['units']:,}", f"{row['efficiency']:.3f}", milliseconds])
+    return markdown(cells)
+
+
+def teachers() -> str:
+    """What guidance does for the teachers that ship, by scale: measured when they were trained."""
+    measured = {name: json.loads((EMBEDDED / name / "training.json").read_text())["guidance"] for name in TEACHERS}
+    scales = [f"{row['guidance_scale']:g}" for row in measured[TEACHERS[0]]]
+    cells = [["model", "measure by scale", *scales]]
+    for name, rows in measured.items():
+        for key, (title, decimals) in MEASURES.items():
+            if key in rows[0]:
+                cells.append([f"`{name}`", title, *(f"{row[key]:.{decimals}f}" for row in rows)])
+    return markdown(cells)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": lambda: comparison(read("mnist_dit/evaluation.json")["rows"]),
+    "text": lambda: comparison(study_rows("text")),
+    "default": default,
+    "variants": variants,
+    "claims": claims,
+    "scale": scale,
+    "teachers": teachers,
+}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in TABLES:
+        sys.exit(f"usage: python -m tests.support.result_tables {'|'.join(TABLES)}")
+    print(TABLES[sys.argv[1]]())
