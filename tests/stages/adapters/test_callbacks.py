@@ -1,4 +1,4 @@
-"""Callbacks that change guidance or prompts on the way: done, or said not to be."""
+"""Callbacks that change guidance or prompts during a call: applied, or warned about."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 
 def after(step: int, change: Callable[[Any, dict[str, Any]], None]) -> dict[str, Any]:
-    """A callback that changes something once a step is over."""
+    """Return a callback that makes a change after a given step."""
 
     def callback(pipe: Any, i: int, timestep: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         if i == step:

@@ -1,4 +1,4 @@
-"""What a call of an attached pipeline asks for is done, refused, or warned about."""
+"""What a call of an attached pipeline requests is done, refused, or warned about."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the guidance is not fused")
 
 
 class Run:
-    """One call of a specimen: its latents, and what its denoisers were given."""
+    """One call of a specimen: its latents, and its denoisers' inputs."""
 
     def __init__(self, name: str, pipe: Any, **arguments: Any) -> None:
         specimen = ZOO[name]
@@ -55,12 +55,12 @@ class Run:
         return self.latents[-1]
 
     def given(self, name: str) -> list[float]:
-        """What the denoiser was given by this name, at each call."""
+        """Return the denoiser's argument of this name in each call."""
         return [float(torch.as_tensor(call.inputs[name]).flatten()[0]) for calls in self.steps for call in calls]
 
     @property
     def rows(self) -> set[int]:
-        """Rows of every step."""
+        """Return the numbers of rows of all steps."""
         return {sum(len(call.prediction) for call in calls) for calls in self.steps}
 
 
@@ -68,7 +68,7 @@ ZOO = gather()
 
 
 def on(pipe: Any, component: str | None = None, **metadata: Any) -> GuidanceAdapter:
-    """An adapter that does something, on a component of a pipeline."""
+    """Create an adapter with random weights for a component of a pipeline."""
     name = component or next(iter(denoisers_of(pipe)))
     known = {"conditions": {}, "base": Base(denoiser_subfolder=name), "scale_range": [1.0, 9.0]} | metadata
     return adapter_for(denoisers_of(pipe)[name], "lora", metadata=AdapterMetadata(**known))
@@ -81,7 +81,7 @@ def said(call: Any) -> list[str]:
     return [str(w.message) for w in caught if issubclass(w.category, UserWarning) and w.filename == __file__]
 
 
-# What switches the pipeline's own guidance off
+# Switching the pipeline's own guidance off
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPAGPipeline", "StableDiffusionXLPAGPipeline"])
@@ -113,7 +113,7 @@ def test_guidance_that_is_off_at_zero_counts_from_there() -> None:
         torch.testing.assert_close(Run(name, pipe).end, at_three.end)
 
 
-# A scale that is embedded beside the adapter's
+# An embedded scale beside the adapter's
 
 
 @pytest.mark.parametrize("name", ["FluxPipeline (true CFG)", "HunyuanVideoPipeline"])
@@ -269,7 +269,7 @@ def test_an_attach_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPa
         assert "_guidance_attachment" not in vars(pipe.unet)
 
 
-# Pipelines that guide otherwise
+# Pipelines with another guidance rule
 
 STABLE_DIFFUSION = replace(
     METADATA, guidance_rule={"name": "ClassifierFreeGuidance", "pipeline": "StableDiffusionPipeline"}

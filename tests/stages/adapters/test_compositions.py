@@ -1,4 +1,4 @@
-"""An attached adapter beside everything else that people put into a pipeline."""
+"""An attached adapter together with other extensions of a pipeline."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ STEPS = 3
 def adapter_for(
     denoiser: Any, variant: str = "lora", std: float = 0.1, metadata: AdapterMetadata = METADATA
 ) -> GuidanceAdapter:
-    """An adapter that does something, as if it were trained; its folder tells this besides."""
+    """Create an adapter with random weights, as if it were trained."""
     torch.manual_seed(1)
     sites = ["attention", "feed_forward"] if variant == "lora" else None
     adapter = GuidanceAdapter.for_denoiser(AdapterConfig(variant, sites, hidden_size=16, rank=4), denoiser, metadata)
@@ -54,7 +54,7 @@ def adapter_for(
 
 
 def final(pipe: Any, scale: float = 3.0, **arguments: Any) -> Tensor:
-    """Final latents of both prompts, each from its own noise."""
+    """Return the final latents of both prompts, each from its own noise."""
     generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
     options = {"num_inference_steps": STEPS, "output_type": "pt"} | arguments
     with undecoded(pipe) as latents:
@@ -84,7 +84,7 @@ def picture() -> list[Image.Image]:
 
 @pytest.fixture
 def lora(pipe: Any, tmp_path: Path) -> Path:
-    """The folder of somebody's LoRA."""
+    """The folder of a user's LoRA."""
     torch.manual_seed(2)
     other = copy.deepcopy(pipe.unet)
     other.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.2"]))
@@ -148,7 +148,7 @@ def test_ip_adapter(pipe: Any, adapter: GuidanceAdapter, picture: list[Image.Ima
 
 
 def ip_adapter_weights(unet: Any) -> dict[str, Any]:
-    """What the file of an IP-Adapter for this UNet holds."""
+    """Return the contents of an IP-Adapter file for this UNet."""
     layers, i = {}, 1
     for name in unet.attn_processors:
         if name.endswith("attn2.processor"):
@@ -191,7 +191,7 @@ def test_image_to_image_and_inpainting_share_the_denoiser(
 
 @pytest.mark.parametrize("offload", [accelerate.cpu_offload_with_hook, accelerate.cpu_offload])
 def test_offloading(pipe: Any, adapter: GuidanceAdapter, offload: Any) -> None:
-    """As `enable_model_cpu_offload` and `enable_sequential_cpu_offload` do it, which both refuse to on a CPU."""
+    """Offload as `enable_model_cpu_offload` and `enable_sequential_cpu_offload` do, which both refuse a CPU."""
     adapter.attach(pipe)
     before = final(pipe)
     offload(pipe.unet, execution_device=torch.device("cpu"))

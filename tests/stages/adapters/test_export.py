@@ -1,4 +1,4 @@
-"""An adapter at one scale, as files that stock tools load: in a process that cannot import this project."""
+"""Exported files, loaded by stock tools in a process that cannot import this project."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KOHYA_BY_DIFFUSERS = ("stable_diffusion", "stable_diffusion_v", "stable_diffusio
 
 @dataclass
 class Exported:
-    """An adapter of a tiny pipeline in every format that there is for it, and what it gives where it is fused."""
+    """An adapter of a tiny pipeline in every format for it, and the images of the fused base."""
 
     adapter: LoRA
     files: dict[str, Path]
@@ -48,7 +48,7 @@ class Exported:
 
 
 def new_adapter(pipe: Any, sites: tuple[str, ...] = ("*",), ranks: tuple[int, int] = (3, 2), **metadata: Any) -> LoRA:
-    """At every linear layer and convolution, the two ranks in turn, as if it were trained."""
+    """Create a LoRA at every linear layer and convolution, with alternating ranks, as if it were trained."""
     subfolder, denoiser = denoiser_of(pipe)
     known = {
         "conditions": {"encoder_hidden_states": {"kind": "tokens", "width": WIDTH}},
@@ -78,7 +78,7 @@ def new_adapter(pipe: Any, sites: tuple[str, ...] = ("*",), ranks: tuple[int, in
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
-    """Every family."""
+    """Export an adapter of every family."""
     return {family: export_every_format(family, tmp_path_factory.mktemp(family)) for family in EVERY}
 
 
@@ -99,7 +99,7 @@ def export_every_format(family: str, folder: Path) -> Exported:
 
 
 def fused_images(pipe: Any, adapter: LoRA, arguments: dict[str, Any]) -> Tensor:
-    """What the base gives with the scale in its weights, which is not what it gives without."""
+    """Return the images of the fused base, which differ from the unfused one's."""
     bare = stock_tools.images(pipe, arguments)
     adapter.attach(denoiser_of(pipe)[1]).fuse(SCALE)
     fused = stock_tools.images(pipe, arguments)
@@ -121,7 +121,7 @@ LOADED = [
 
 @pytest.fixture(scope="module")
 def differences(exported: dict[str, Exported]) -> dict[tuple[str, str], float]:
-    """From the fused pipeline, of every export that diffusers or peft load, in a process without this project."""
+    """Return how far each export loaded by diffusers or peft is from the fused pipeline."""
     jobs = [
         exported[family].job | {"format": format, "file": str(exported[family].files[format])}
         for family, format in LOADED
@@ -144,8 +144,8 @@ def test_a_process_without_this_project_loads_it(
     assert differences[family, format] < 1e-5
 
 
-# Where ComfyUI looks for the change of a layer of diffusers: the name of the layer that holds it, and from which row
-# on, in heights of the change. From `mmdit_to_diffusers`, `pixart_to_diffusers` and `flux_to_diffusers` of
+# Where ComfyUI looks for the change of a diffusers layer: the name of the layer that holds it, and the first row, in
+# heights of the change. From `mmdit_to_diffusers`, `pixart_to_diffusers` and `flux_to_diffusers` of
 # comfy/utils.py (Comfy-Org/ComfyUI, 09708eae), and of Chroma's guidance layers from comfy/ldm/chroma/layers.py and
 # comfy/ldm/flux/layers.py.
 QKV = {"to_q": 0, "to_k": 1, "to_v": 2}
@@ -212,13 +212,13 @@ COMFYUI: dict[str, dict[str, tuple[str, int]]] = {
         "single_transformer_blocks.N.proj_out": ("single_blocks_N_linear2", 0),
     },
 }
-# Layers that give the shift first there, and the scale first here (`swap_scale_shift` in the same tables).
+# Layers that give the shift first in ComfyUI and the scale first in diffusers (`swap_scale_shift` in these tables).
 SHIFT_FIRST = ("norm_out.linear", "transformer_blocks.1.norm1_context.linear")
 HEIGHTS_OF_MLP = 4  # proj_mlp is four times as high as the three before it
 
 
 def as_comfyui_does(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The change of each layer in a file: `alpha / rank * up down`."""
+    """Return the change of each layer in a file: `alpha / rank * up down`."""
     names = {name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")}
     parts = {name: [tensors[f"{name}.{part}.weight"].flatten(1) for part in ("lora_up", "lora_down")] for name in names}
     assert len(tensors) == 3 * len(names)
@@ -250,7 +250,7 @@ def test_comfyui_finds_the_change_of_every_layer_under_the_name_that_it_knows(
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_v", "stable_diffusion_xl", "qwen_image"])
 def test_what_comfyui_knows_by_diffusers_own_name_keeps_it(exported: dict[str, Exported], family: str) -> None:
-    """`unet_to_diffusers` of comfy/utils.py, and comfy/ldm/qwen_image/model.py."""
+    """Names of `unet_to_diffusers` in comfy/utils.py, and of comfy/ldm/qwen_image/model.py."""
     by_original_name = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
     names = {by_original_name.get(layer, layer).replace(".", "_") for layer in exported[family].adapter.shapes}
     assert as_comfyui_does(load_file(exported[family].files["kohya"])).keys() == names

@@ -1,4 +1,4 @@
-"""One scale in the base's weights: what hooks do, at the base's own cost, and without a trace afterwards."""
+"""A fused scale: the result of hooks, at the base's own cost, and restored without a trace."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def everywhere(pipe: Any, inputs: dict[str, Any] | None = None) -> GuidanceAdapter:
-    """A LoRA at every linear and convolutional layer, as if it were trained."""
+    """Create a LoRA at every linear and convolutional layer, as if it were trained."""
     torch.manual_seed(1)
     config = AdapterConfig("lora", ["*"], hidden_size=16, rank=4)
     adapter = GuidanceAdapter.for_denoiser(config, denoiser_of(pipe)[1], METADATA, inputs)
@@ -41,7 +41,7 @@ def everywhere(pipe: Any, inputs: dict[str, Any] | None = None) -> GuidanceAdapt
 
 
 def hooks_of(denoiser: nn.Module) -> int:
-    """How many guide; those by which threads take turns are there in any case."""
+    """Count the hooks that guide, without those that acquire the lock."""
     every = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in denoiser.modules())
     return every - len(attachment_of(denoiser).guards)
 

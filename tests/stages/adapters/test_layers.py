@@ -15,7 +15,7 @@ from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, build
 
 
 def inputs_of(pipe: Any, **arguments: Any) -> dict[str, Any]:
-    """The denoiser's arguments in the first step of a pipeline's call without guidance, flat."""
+    """Return the denoiser's flat arguments in the first step of an unguided call."""
     denoiser, seen = denoiser_of(pipe)[1], []
 
     def look(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -30,7 +30,7 @@ def inputs_of(pipe: Any, **arguments: Any) -> dict[str, Any]:
 
 
 def given_to_layers(denoiser: nn.Module, inputs: dict[str, Any]) -> dict[str, list[Tensor]]:
-    """What each linear layer is given in one call of the denoiser."""
+    """Return each linear layer's inputs in one call of the denoiser."""
     given: dict[str, list[Tensor]] = {}
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: given.setdefault(name, []).append(args[0].clone()))
@@ -45,7 +45,7 @@ def given_to_layers(denoiser: nn.Module, inputs: dict[str, Any]) -> dict[str, li
 
 
 def blind_layers(denoiser: nn.Module, inputs: dict[str, Any]) -> set[str]:
-    """Linear layers whose inputs do not change with the latent and have whole rows per sample, found by trying."""
+    """Find by trying: linear layers whose inputs do not depend on the latent and have whole rows for each sample."""
     rows, latent = len(inputs[latent_name(denoiser)]), latent_name(denoiser)
     one, other = (given_to_layers(denoiser, inputs | {latent: torch.randn_like(inputs[latent])}) for _ in range(2))
     return {

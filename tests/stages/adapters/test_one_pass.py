@@ -21,7 +21,7 @@ STEPS = 4
 
 
 def final(pipe: DiTPipeline, scale: float | None = None, steps: int = STEPS) -> tuple[torch.Tensor, int]:
-    """Final latents, and denoiser evaluations."""
+    """Return the final latents, and the number of denoiser evaluations."""
     generators = [torch.Generator().manual_seed(i) for i in range(len(LABELS))]
     options = {} if scale is None else {"guidance_scale": scale}
     with undecoded(pipe) as latents, counted(pipe.transformer) as count:

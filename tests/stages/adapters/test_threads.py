@@ -1,4 +1,4 @@
-"""A denoiser that several threads call at once: what belongs to a call stays with it."""
+"""A denoiser called by several threads at once: each call keeps its own state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the guidance is not fused")
 
 
 def another(pipe: Any) -> Any:
-    """A pipeline on the same denoiser, as each request of a server has.
+    """Create a pipeline on the same denoiser, as for each request of a server.
 
     It has a tokenizer of its own: a fast tokenizer keeps how it pads and truncates on itself, and one thread would
     change it under another.
@@ -46,7 +46,7 @@ def final(pipe: Any, scale: float | None = None, **arguments: Any) -> Tensor:
 
 
 def at_once(*works: Callable[[], Any]) -> list[Any]:
-    """What each returns in a thread of its own."""
+    """Run each function in a thread of its own; return the results."""
     found: dict[int, Any] = {}
 
     def work(i: int) -> None:
@@ -136,7 +136,7 @@ def test_a_scale_that_is_held_is_not_a_context_of_another_thread(pipe: Any) -> N
 
 @pytest.mark.parametrize("variant", ["lora", "offset"])
 def test_a_task_that_is_handed_to_a_thread_takes_its_context_along(pipe: Any, variant: str) -> None:
-    """As `asyncio.to_thread` and web frameworks do it."""
+    """Run in a copied context, as `asyncio.to_thread` and web frameworks do."""
     adapter = adapter_for(pipe.unet, variant).attach(pipe)
     expected = final(pipe, 4.0)
     with adapter.guidance_scale(4.0):
@@ -258,7 +258,7 @@ def test_detached_meanwhile_it_waits_for_the_call_under_way(pipe: Any, variant: 
 
 
 def test_blocks_that_autograd_runs_again_in_its_own_thread_find_their_guidance(pipe: Any) -> None:
-    """As on a GPU, whose backward pass has a thread of its own."""
+    """Run in another thread, as the backward pass on a GPU does."""
     adapter = adapter_for(pipe.unet, "offset").attach(pipe.unet)
     pipe.unet.enable_gradient_checkpointing()
     pipe.unet.train()

@@ -21,7 +21,7 @@ WIDTH, FRAMES = 16, 3
 
 
 class MadeUpAttention(nn.Module):
-    """Joint attention over an image and a text, which come and go in the order that it is called with."""
+    """Joint attention over an image and a text, in the order of the arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class MadeUpAttention(nn.Module):
 
 
 class MadeUpMLP(nn.Module):
-    """Three layers in a row, of pictures by convolutions."""
+    """Three layers, convolutions for pictures."""
 
     def __init__(self, of_pictures: bool) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class MadeUpBlock(nn.Module):
 
 
 class MadeUp(ModelMixin, ConfigMixin):
-    """Takes latents `[n, length, 16]`, or a list of them, and texts; calls its timestep `t`."""
+    """Takes latents `[n, length, 16]`, or a list of them, and texts; its timestep is named `t`."""
 
     @register_to_config
     def __init__(self, text_first: bool = False, fold: str = "none", looks_at_values: bool = False) -> None:
@@ -116,7 +116,7 @@ def metadata() -> AdapterMetadata:
 
 
 def adapter_for(denoiser: MadeUp, given: dict[str, Any], variant: str) -> GuidanceAdapter:
-    """As if it were trained, at every site that the trial forward leaves."""
+    """Create an adapter at every site that the trial forward accepts."""
     sites = {"lora": ["*"], "embedding": None}.get(variant, ["attention", "feed_forward"])
     on_meta = {
         name: [v.to("meta") for v in value] if isinstance(value, list) else value.to("meta")

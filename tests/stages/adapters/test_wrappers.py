@@ -1,4 +1,4 @@
-"""What wraps, copies or carries a pipeline with an adapter: looked through, or refused in one line."""
+"""Wrappers and copies of a pipeline with an adapter: supported, or refused in one line."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_shallow_copy_of_a_pipeline_is_guided_too(pipe: Any) -> None:
     assert unlike(final(again), final(again, 1.0))
 
 
-# What is held
+# References
 
 
 @pytest.mark.parametrize("variant", ["lora", "offset"])
