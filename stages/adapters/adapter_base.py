@@ -106,7 +106,7 @@ class AdapterBase(nn.Module, ABC):
 
     @property
     def prepared(self) -> Prepared | None:
-        """The current forward pass's."""
+        """The current forward pass's tensors for each site; None if the adapter does nothing."""
         return self._state.prepared
 
     @prepared.setter
@@ -117,7 +117,7 @@ class AdapterBase(nn.Module, ABC):
 
     @property
     def gate(self) -> Tensor | None:
-        """The current forward pass's."""
+        """Which samples `[n]` of the current forward pass are guided; None if all are."""
         return self._state.gate
 
     @gate.setter

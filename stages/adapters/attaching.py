@@ -35,11 +35,9 @@ class Attachable(Guiding):
     def attach(self: Self, target: Any, backup_device: str | torch.device | None = None) -> Self:
         """Attach to a denoiser, or to a pipeline, whose `guidance_scale` then sets this adapter's scale.
 
-        An attached pipeline runs one pass per step.
-
-        An adapter can be attached to further pipelines with the same denoiser (image to image, inpainting, one per
-        request of a server), and a pipeline with two denoisers takes one adapter for each. The adapter moves to the
-        latents' device. It holds pipelines by weak references.
+        An attached pipeline runs one pass per step. An adapter can be attached to further pipelines with the same
+        denoiser (image to image, inpainting, one per request of a server), and a pipeline with two denoisers takes one
+        adapter for each. The adapter moves to the latents' device. It holds pipelines by weak references.
 
         Args:
             backup_device: where the base's own weights are kept while a scale is fused; by default on their own device.
