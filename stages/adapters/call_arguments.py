@@ -157,10 +157,10 @@ class CallArguments:
 
     def _warn_of_classes(self, controller: DenoiserController) -> None:
         trained = controller.metadata.sampled.get("class_labels", [])
-        asked = self.given.get("class_labels")
-        if not trained or asked is None:
+        labels = self.given.get("class_labels")
+        if not trained or labels is None:
             return
-        unseen = [label for label in torch.as_tensor(asked).flatten().tolist() if label not in trained]
+        unseen = [label for label in torch.as_tensor(labels).flatten().tolist() if label not in trained]
         if unseen:
             known = f"{', '.join(map(str, trained[:MAX_LISTED]))}{', ...' if len(trained) > MAX_LISTED else ''}"
             warn(

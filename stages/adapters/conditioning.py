@@ -1,4 +1,4 @@
-"""An adapter's conditioning on guidance scale, timestep and conditions, beside a site's tokens."""
+"""An adapter's conditioning on guidance scale, timestep and conditions, candidates a site's tokens."""
 
 from __future__ import annotations
 
@@ -267,12 +267,12 @@ def mask_of(name: str, inputs: dict[str, Any]) -> Tensor | None:
     If several masks fit, token embeddings of that length are matched to them in the order of the arguments.
     """
     shape, negative = inputs[name].shape[:2], name.startswith(NEGATIVE)
-    beside = {
+    candidates = {
         key: value for key, value in inputs.items()
         if isinstance(value, Tensor) and key.startswith(NEGATIVE) == negative and value.shape[:2] == shape
     }  # fmt: skip
-    masks = [value for key, value in beside.items() if is_mask(key, value)]
-    tokens = [key for key, value in beside.items() if value.ndim > 2 and value.is_floating_point()]
+    masks = [value for key, value in candidates.items() if is_mask(key, value)]
+    tokens = [key for key, value in candidates.items() if value.ndim > 2 and value.is_floating_point()]
     own = tokens.index(name) if len(tokens) == len(masks) else 0
     return masks[own] if masks else None
 

@@ -52,7 +52,7 @@ class Full(Offset):
         found = shapes_of(denoiser)
         for name, shape in self.metadata.weights.items():
             if found.get(name) != shape:
-                raise UserError(f"the adapter does not fit: {name} is {found.get(name, 'not there')}, not {shape}")
+                raise UserError(f"the adapter does not fit: {name} is {found.get(name, 'missing')}, not {shape}")
 
     def before_forward(self, denoiser: nn.Module, given: dict[str, Any]) -> dict[str, Any] | None:
         self.unguided = None

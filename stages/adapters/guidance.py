@@ -83,8 +83,8 @@ class Guidance:
         self.bypass = self.is_readable and bool((scales == 1).all())
         self.mixed = not self.is_readable or bool((scales == 1).any())
         self.is_uniform = self.is_readable and bool((scales == scales[:, :1]).all())
-        alike = self.is_uniform and bool((scales == scales[0, 0]).all())
-        self.one_scale = float(scales[0, 0]) if alike else None
+        is_constant = self.is_uniform and bool((scales == scales[0, 0]).all())
+        self.one_scale = float(scales[0, 0]) if is_constant else None
 
     def to(self, device: torch.device) -> None:
         """Move the tables for `row` and `at` to a device."""

@@ -116,8 +116,8 @@ def shape_of(layer: Any) -> Shape:
     shape = [width_in(layer), width_out(layer)]
     if isinstance(layer, nn.Linear):
         return shape
-    alike = len(layer.kernel_size) == 2 and len({*layer.stride}) == 1 and len({*layer.padding}) == 1
-    rest = (*layer.stride[:1], *layer.padding[:1]) if alike else (*layer.stride, *layer.padding)
+    is_regular = len(layer.kernel_size) == 2 and len({*layer.stride}) == 1 and len({*layer.padding}) == 1
+    rest = (*layer.stride[:1], *layer.padding[:1]) if is_regular else (*layer.stride, *layer.padding)
     return [*shape, *layer.kernel_size, *rest]
 
 

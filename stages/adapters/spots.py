@@ -137,9 +137,9 @@ def output_of(call: Call, argument: int, widths: list[int]) -> int | None:
     assert axis is not None
     expected = list(tokens)
     expected[axis] = widths[1]
-    alike = [i for i, shape in enumerate(call.output_shapes) if list(shape) == expected]
-    turn = fitting_in(call, widths[0]).index(argument)
-    return alike[turn] if turn < len(alike) else next(iter(alike), None)
+    fitting = [i for i, shape in enumerate(call.output_shapes) if list(shape) == expected]
+    position = fitting_in(call, widths[0]).index(argument)
+    return fitting[position] if position < len(fitting) else next(iter(fitting), None)
 
 
 EACH, SIDE_BY_SIDE, TILED, ACROSS, UNKNOWN = "each", "side by side", "tiled", "across", "unknown"
