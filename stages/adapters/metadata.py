@@ -88,8 +88,12 @@ class AdapterMetadata:
         Raises:
             ValueError: a key is missing, not known, or of another type.
         """
-        base, teacher = read(Base, values["base"], "base."), read(RecordedTeacher, values["teacher"], "teacher.")
-        return read(AdapterMetadata, values | {"base": base, "teacher": teacher})
+        nested = {"base": Base, "teacher": RecordedTeacher}
+        parts = {name: read(kind, values.get(name) or {}, f"{name}.") for name, kind in nested.items()}
+        metadata = read(AdapterMetadata, values | parts)
+        if len(metadata.scale_range) != 2:
+            raise ValueError(f"scale_range={metadata.scale_range} is not a lowest and a highest scale")
+        return metadata
 
 
 OPTIONAL = ("weights", "spots", "training", "evaluation", "dial")

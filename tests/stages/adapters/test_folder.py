@@ -97,9 +97,11 @@ def test_a_save_that_fails_leaves_the_older_adapter_whole(adapter: GuidanceAdapt
     ("changes", "message"),
     [
         ({"scale_range": None}, r"scale_range=None is not of type list\[float\]"),
+        ({"scale_range": [2.0]}, r"scale_range=\[2.0\] is not a lowest and a highest scale"),
         ({"timestep_scale": "fast"}, "timestep_scale=fast is not of type float"),
         ({"gain": 1.5}, "gain is not known"),
         ({"teacher": {"guider": None, "scheduler_class": None}}, "teacher.scheduler_config is missing"),
+        ({"base": None}, "base.pretrained_model_name_or_path is missing"),
         ({"base": {}}, "base.pretrained_model_name_or_path is missing"),
     ],
 )
