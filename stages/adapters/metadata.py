@@ -88,8 +88,8 @@ class AdapterMetadata:
         Raises:
             ValueError: a key is missing, not known, or of another type.
         """
-        nested = {"base": Base, "teacher": RecordedTeacher}
-        parts = {name: read(kind, values.get(name) or {}, f"{name}.") for name, kind in nested.items()}
+        nested: dict[str, type[Any]] = {"base": Base, "teacher": RecordedTeacher}
+        parts: dict[str, Any] = {name: read(kind, values.get(name) or {}, f"{name}.") for name, kind in nested.items()}
         metadata = read(AdapterMetadata, values | parts)
         if len(metadata.scale_range) != 2:
             raise ValueError(f"scale_range={metadata.scale_range} is not a lowest and a highest scale")

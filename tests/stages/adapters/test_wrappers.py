@@ -97,7 +97,9 @@ def test_a_pipeline_whose_denoiser_peft_wraps(pipe: Any, variant: str, when: str
 def test_copies_that_run_in_threads_of_their_own_are_refused(pipe: Any) -> None:
     wrapped = nn.DataParallel(pipe.unet)
     wrapped.device_ids = [0, 1]
-    with pytest.raises(UserError, match="DataParallel runs copies of the denoiser, .* use its `module` alone"):
+    with pytest.raises(
+        UserError, match="DataParallel runs copies of the denoiser, .* use its `module`, or one process per GPU"
+    ):
         adapter_for(pipe.unet).attach(wrapped)
 
 
