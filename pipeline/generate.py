@@ -20,7 +20,7 @@ def main(config: GenerateConfig) -> None:
 
     summary = driver.run(RayFleet(config))
     assert driver.info is not None
-    size = driver.info["counts"]["bytes"]
+    size = driver.info.published[-1].counts.bytes
     print(
         f"{root}: {summary['trajectories']} trajectories, {summary['records']} records, {summary['units_committed']} shards, "
         f"{size / 1e6:.0f} MB, made in {summary['seconds']:.0f} s ({summary['records_per_second']:.0f} records/s)"

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from stages.adapters import GuidanceAdapter
-from stages.base.arguments import Arguments
 from stages.base.denoiser import denoisers_of, predictions_of
 from stages.base.loading import load_pipeline
 from stages.base.sampling import Request, guider_of, sample, scale_keyword, undecoded
@@ -66,22 +65,14 @@ def config_of(specimen: Specimen, folder: Path, **changes: Any) -> GenerateConfi
 
 def load_whole(dataset: Dataset, specimen: Specimen) -> Any:
     """The untouched pipeline of a dataset's teacher."""
-    pipe: Any = load_pipeline(dataset.info["teacher"]["pretrained_model_name_or_path"])
+    pipe: Any = load_pipeline(dataset.info.teacher.pretrained_model_name_or_path)
     if getattr(getattr(specimen.build(), "vae", None), "use_tiling", False):
         pipe.vae.enable_tiling()
     return pipe
 
 
 def layout_of(dataset: Dataset) -> Layout:
-    info = dict(dataset.info["teacher"]["layout"])
-    return Layout(
-        **info
-        | {
-            "arguments": Arguments.of_facts(info["arguments"]),
-            "denoisers": tuple(info["denoisers"]),
-            "target_channels": tuple(info["target_channels"]),
-        }
-    )
+    return Layout(**vars(dataset.info.teacher.layout))
 
 
 class Run:
@@ -151,7 +142,7 @@ def test_a_pipeline_works(name: str, tmp_path: Path) -> None:
     specimen = ZOO[name]
     dataset = Dataset(generate(config_of(specimen, tmp_path)))
     check_records(dataset, specimen)
-    for denoiser in dataset.info["teacher"]["denoisers"]:
+    for denoiser in dataset.info.teacher.denoisers:
         check_training(dataset, specimen, denoiser, tmp_path / denoiser)
 
 

@@ -24,7 +24,8 @@ from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.sites import Shape
 from stages.base.loading import first_line
 from stages.errors import UserError
-from stages.storage.buckets import SCHEMES, read_object
+from stages.storage.bucket import SCHEMES, read_object
+from stages.storage.files import whole_file, write_json
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT_VERSION = 3
@@ -33,10 +34,9 @@ MAX_MESSAGE_LENGTH = 300
 
 def save(adapter: AdapterBase, path: Path) -> None:
     """Write weights, model card and configuration, each whole or not at all, the configuration last."""
-    path.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in adapter.state_dict().items()}
-    with whole(path / WEIGHTS_FILE) as part:
-        part.write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
+    with whole_file(path / WEIGHTS_FILE) as file:
+        file.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
     write_card(adapter, path)
 
 
@@ -45,21 +45,9 @@ def write_card(adapter: AdapterBase, path: Path) -> None:
     config = {"format_version": FORMAT_VERSION, "adapter": asdict(adapter.config), "sites": adapter.shapes}
     parameters = sum(parameter.numel() for parameter in adapter.parameters())
     card = model_card(adapter.variant, parameters, adapter.metadata)
-    with whole(path / CARD_FILE) as part:
-        part.write_text(card, encoding="utf-8")
-    with whole(path / CONFIG_FILE) as part:
-        part.write_text(json.dumps(config | adapter.metadata.to_json(), indent=2) + "\n")
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file beside the one that is meant, which takes its place once it is written."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path / CARD_FILE) as file:
+        file.write(card.encode())
+    write_json(path / CONFIG_FILE, config | adapter.metadata.to_json())
 
 
 @contextmanager

@@ -86,17 +86,6 @@ class Arguments:
         """As JSON."""
         return asdict(self) | {"steps": list(self.steps)}
 
-    @staticmethod
-    def of_facts(facts: dict[str, Any]) -> Arguments:
-        """The inverse of `facts`."""
-        return Arguments(
-            facts["latent"],
-            facts["timestep"],
-            {name: Axis(**axis) for name, axis in facts["axes"].items()},
-            facts["constants"],
-            tuple(facts["steps"]),
-        )
-
     @property
     def conditions(self) -> list[str]:
         """What belongs to the samples and stays the same from step to step."""

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 
 from stages.errors import UserError
-from stages.storage.buckets import read_object
+from stages.storage.bucket import read_object
 
 SMALL, ENLARGED = 64, 2
 PICTURES = ("image", "mask_image", "video")  # arguments of pipelines, and the conditions that are paths to them

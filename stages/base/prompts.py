@@ -23,7 +23,7 @@ from stages.base.loading import first_line, resolve
 from stages.base.pictures import PICTURES, PicturePath
 from stages.base.sampling import Condition, takes_class_labels
 from stages.errors import UserError
-from stages.storage.buckets import read_object
+from stages.storage.bucket import read_object
 
 Row = dict[str, Any]
 MOST = 2**63 - 1  # what the manifest's columns hold

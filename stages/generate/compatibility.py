@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -13,27 +15,26 @@ from stages.base.sampling import Condition
 from stages.errors import ChangedError, UserError
 from stages.generate.config import EXECUTION_KEYS, GenerateConfig
 from stages.generate.plan import Plan
-from stages.records.plans import PLACE_OF_TEACHER
+from stages.records.schema import ConditionsSpec, DatasetInfo, GuidanceSpec, PlanEntry, PublishedPlan
+from stages.records.teacher import PLACE_OF_TEACHER, TeacherFacts
 
 COUNTS = ("num_trajectories", "num_trajectories_per_condition")  # of which a dataset that is made may be asked for more
 CONDITIONS = ("prompts", "class_labels")  # judged by what they name
 
 
-def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
+def check_same_config(root: Any, entry: PlanEntry, plan: Plan) -> None:
     """Refuse another configuration than a plan's, but for one that asks for more once the plan was made to its end.
 
     Args:
         root: the dataset, by its address.
-        told_plan: as `dataset.json` tells it; plan: what is asked for now.
+        entry: of `dataset.json`; plan: what is asked for now.
 
     Raises:
         UserError: names the option that differs.
     """
-    known = dotted(defining(GenerateConfig()))  # an older version's dataset lacks the options that came later
-    old, new = known | dotted(told_plan["config"]), dotted(defining(plan.config))
-    made, entry_conditions = "manifest_sha256" in told_plan, told_plan["conditions"]
-    count = entry_conditions["count"]
-    goes_on = digest(plan.conditions[:count]) == entry_conditions["sha256"] and (made or count == len(plan.conditions))
+    old, new = dotted(entry.config), dotted(defining(plan.config))
+    made, count = isinstance(entry, PublishedPlan), entry.conditions.count
+    goes_on = digest(plan.conditions[:count]) == entry.conditions.sha256 and (made or count == len(plan.conditions))
     for key in sorted(old.keys() | new.keys()):
         if key in COUNTS and made and None not in (old[key], new[key]) and old[key] < new[key]:
             continue
@@ -53,7 +54,7 @@ def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
         )
 
 
-def check_still_same(root: Any, info: dict[str, Any] | None, plan: Plan, facts: dict[str, Any]) -> None:
+def check_still_same(root: Any, info: DatasetInfo | None, plan: Plan, facts: TeacherFacts) -> None:
     """Refuse to go on where `dataset.json` no longer tells of what a worker makes, because another run described something else.
 
     Args:
@@ -64,56 +65,49 @@ def check_still_same(root: Any, info: dict[str, Any] | None, plan: Plan, facts: 
     """
     if info is None:
         raise ChangedError(f"{root}: dataset.json is gone: put it back, or take another output_dir")
-    entry = info["plans"][-1]
+    entry = info.plans[-1]
     here = defining(plan.config)  # where it is, the driver has judged
-    config = entry["config"] | {
-        "teacher": entry["config"]["teacher"] | {PLACE_OF_TEACHER: here["teacher"][PLACE_OF_TEACHER]}
-    }
+    config = entry.config | {"teacher": entry.config["teacher"] | {PLACE_OF_TEACHER: here["teacher"][PLACE_OF_TEACHER]}}
     try:
-        check_same_config(root, entry | {"config": config}, plan)
+        check_same_config(root, replace(entry, config=config), plan)
     except UserError as error:
         raise ChangedError(str(error)) from error
-    if not is_all_of(info["plans"], plan):
+    if not is_all_of(info.plans, plan):
         raise ChangedError(f"{root}: has grown since this run began: give the command again")
-    for key, value in facts.items():
-        if key != PLACE_OF_TEACHER and info["teacher"].get(key) != value:
-            raise ChangedError(
-                f"{root}: was begun anew with another teacher: its {key} is {info['teacher'].get(key)}, not {value}"
-            )
+    for key, found, value in differences(info.teacher, facts):
+        raise ChangedError(f"{root}: was begun anew with another teacher: its {key} is {found}, not {value}")
 
 
-def is_all_of(plans: list[dict[str, Any]], plan: Plan) -> bool:
-    """Whether plans that `dataset.json` tells of are, together, what is asked for."""
-    planned = [sum(entry[key] for entry in plans) for key in ("units", "trajectories")]
-    return planned == [len(plan), plan.num_trajectories] and plans[-1]["conditions"].get("count") in (
-        None,
-        len(plan.conditions),
+def differences(described: TeacherFacts, loaded: TeacherFacts) -> Iterator[tuple[str, Any, Any]]:
+    """(fact, as described, as loaded) where two teachers differ; the place where they are found is none."""
+    for key, value in vars(loaded).items():
+        if key != PLACE_OF_TEACHER and (found := getattr(described, key)) != value:
+            yield key, found, value
+
+
+def is_all_of(plans: Sequence[PlanEntry], plan: Plan) -> bool:
+    """Whether plans of `dataset.json` are, together, what is asked for."""
+    planned = [sum(entry.units for entry in plans), sum(entry.trajectories for entry in plans)]
+    return planned == [len(plan), plan.num_trajectories] and plans[-1].conditions.count == len(plan.conditions)
+
+
+def describe_plan(plan: Plan, begun: Sequence[PlanEntry], rule: dict[str, Any]) -> PlanEntry:
+    """The entry in `dataset.json` of what a plan adds to those before it."""
+    return PlanEntry(
+        units=len(plan) - sum(entry.units for entry in begun),
+        trajectories=plan.num_trajectories - sum(entry.trajectories for entry in begun),
+        guidance=GuidanceSpec(rule, plan.scale_range),
+        conditions=describe_conditions(plan.conditions),
+        config=defining(plan.config),
     )
 
 
-def describe_plan(plan: Plan, begun: list[dict[str, Any]], rule: str) -> dict[str, Any]:
-    """What `dataset.json` tells of what a plan adds to those before it."""
-    return {
-        "units": len(plan) - sum(entry["units"] for entry in begun),
-        "trajectories": plan.num_trajectories - sum(entry["trajectories"] for entry in begun),
-        "guidance": {"rule": rule, "scale_range": plan.scale_range},
-        "conditions": describe_conditions(plan.conditions),
-        "config": defining(plan.config),
-    }
-
-
-def describe_conditions(conditions: list[Condition]) -> dict[str, Any]:
-    """What `dataset.json` tells of what was sampled: the classes, how many prompts, and what tells the list from any other."""
+def describe_conditions(conditions: list[Condition]) -> ConditionsSpec:
+    """The entry in `dataset.json` of what is sampled."""
     labels = sorted({condition["class_label"] for condition in conditions if "class_label" in condition})
     prompts = {condition["prompt"] for condition in conditions if "prompt" in condition}
     negative = {condition["negative_prompt"] for condition in conditions if "negative_prompt" in condition}
-    return {
-        "class_labels": labels,
-        "prompts": len(prompts),
-        "negative_prompts": len(negative),
-        "count": len(conditions),
-        "sha256": digest(conditions),
-    }
+    return ConditionsSpec(labels, len(prompts), len(negative), len(conditions), digest(conditions))
 
 
 def digest(conditions: list[Condition]) -> str:

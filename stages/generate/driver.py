@@ -6,14 +6,16 @@ import random
 import time
 import warnings
 from collections import Counter, deque
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from stages.base.loading import first_line
 from stages.base.pictures import check_pictures
 from stages.configuration.options import to_yaml
 from stages.errors import ChangedError, DamageError, StorageError, UserError
-from stages.generate.compatibility import check_same_config, describe_plan, is_all_of
+from stages.generate.compatibility import check_same_config, describe_plan, differences, is_all_of
 from stages.generate.conditions import makes_images_of_their_size
 from stages.generate.config import GenerateConfig
 from stages.generate.events import Event, Failed, Fleet, Loaded, Made
@@ -22,9 +24,12 @@ from stages.generate.preview import write_preview_grid
 from stages.generate.profile import Profile
 from stages.generate.progress_reporter import ProgressReporter
 from stages.records.commits import commit_name, committed_units, is_committed, read_commit, read_commits
+from stages.records.fields import read_fields
 from stages.records.manifest import column_mismatch
-from stages.records.plans import PLACE_OF_TEACHER, plan_digests, published, read_info
+from stages.records.plans import plan_digests, published, read_info
 from stages.records.publication import begin_plan, publish, withdraw
+from stages.records.schema import DatasetInfo, PlanEntry
+from stages.records.teacher import PLACE_OF_TEACHER, TeacherFacts
 from stages.storage.files import to_json
 from stages.storage.folder import open_folder
 
@@ -49,8 +54,8 @@ class Driver:
                 f"{self.root}: holds commits but no dataset.json to say of what: restore it, or take another output_dir"
             )
         if self.info is not None:
-            check_same_config(self.root, self.info["plans"][-1], self.plan)
-            if len(self.plan) == units_of(self.info["plans"]) and not is_all_of(self.info["plans"], self.plan):
+            check_same_config(self.root, self.info.plans[-1], self.plan)
+            if len(self.plan) == units_of(self.info.plans) and not is_all_of(self.info.plans, self.plan):
                 raise UserError(
                     f"{self.root}: more prompts or classes than it holds, for no more trajectories: raise their number"
                 )
@@ -71,25 +76,25 @@ class Driver:
         self.records_made = 0
         self.profile = Profile()
 
-    def _look(self) -> tuple[dict[str, Any] | None, set[int]]:
+    def _look(self) -> tuple[DatasetInfo | None, set[int]]:
         """What there is by now, in words and in units; without a plan that was described and never begun."""
         info, committed = read_info(self.root), set(committed_units(self.root))
         earlier = published(info)
         if info is not None and max(committed, default=-1) < units_of(earlier):
-            info = info | {"plans": earlier} if earlier else None
+            info = replace(info, plans=earlier) if earlier else None
         return info, committed
 
     @property
     def finished(self) -> bool:
         """Whether an earlier run left nothing to do."""
-        if self.todo or self.info is None or not self.info["complete"]:
+        if self.todo or self.info is None or not self.info.complete:
             return False
-        return self.described and published(self.info) == self.info["plans"]
+        return self.described and published(self.info) == self.info.plans
 
     @property
     def described(self) -> bool:
         """Whether `dataset.json` tells of all that is asked for."""
-        return self.info is not None and is_all_of(self.info["plans"], self.plan)
+        return self.info is not None and is_all_of(self.info.plans, self.plan)
 
     def run(self, fleet: Fleet) -> dict[str, Any]:
         """Make what is missing and publish; the content of `generation.json`. Then `info` tells of the whole dataset."""
@@ -121,10 +126,10 @@ class Driver:
                 f"{self.root}: was begun anew by another run with another configuration, and is that one's now: take another output_dir"
             )
         assert self.info is not None
-        grown = len(there["plans"]) > len(self.info["plans"])
+        grown = len(there.plans) > len(self.info.plans)
         self.info = there if grown else publish(self.root, there, read_commits(self.root))
 
-    def _begins(self, there: dict[str, Any] | None) -> bool:
+    def _begins(self, there: DatasetInfo | None) -> bool:
         """Whether a description begins with what this run described; another may have made more since."""
         if there is None or self.info is None:
             return False
@@ -179,7 +184,7 @@ class Driver:
         if self.records_made or (free := self.root.free()) is None:
             return
         with suppress(DamageError):
-            size = read_commit(self.root, commit_name(made.unit))["size"] / made.records
+            size = read_commit(self.root, commit_name(made.unit)).size / made.records
             self._warn_of_a_small_disk(size, free, made.records)
 
     def _warn_of_a_small_disk(self, size: float, free: int, made: int) -> None:
@@ -195,16 +200,16 @@ class Driver:
         self.refusals = 0
 
     def _see_facts(self, facts: dict[str, Any]) -> None:
-        facts = facts | {"pretrained_model_name_or_path": self.config.teacher.pretrained_model_name_or_path}
+        place = {PLACE_OF_TEACHER: self.config.teacher.pretrained_model_name_or_path}
+        teacher = read_fields(TeacherFacts, facts | place)
         if not self.begun:
             self._look_again()
-        info = self.info or {"complete": False, "teacher": facts, "plans": []}
-        for key, value in facts.items():
-            if key != PLACE_OF_TEACHER and info["teacher"][key] != value:
-                raise UserError(
-                    f"{self.root}: begun with another teacher: its {key} was {info['teacher'][key]}, not {value}: "
-                    "give the old teacher, or another output_dir"
-                )
+        info = self.info or DatasetInfo(complete=False, teacher=teacher)
+        for key, found, value in differences(info.teacher, teacher):
+            raise UserError(
+                f"{self.root}: begun with another teacher: its {key} was {found}, not {value}: give the old teacher, or "
+                "another output_dir"
+            )
         if not self.begun:
             self._begin(info)
 
@@ -212,20 +217,18 @@ class Driver:
         """What another driver described or made while the teacher was loaded."""
         info, committed = self._look()
         if info is not None:
-            check_same_config(self.root, info["plans"][-1], self.plan)
+            check_same_config(self.root, info.plans[-1], self.plan)
         if len(published(info)) > len(published(self.info)) and not is_all_of(published(info), self.plan):
             raise ChangedError(f"{self.root}: has grown since this run began: give the command again")
         self.info, self.committed = info, committed
         self.todo = deque(unit for unit in self.todo if unit not in committed)
 
-    def _begin(self, info: dict[str, Any]) -> None:
+    def _begin(self, info: DatasetInfo) -> None:
         """Describe what is to be made, unless an earlier run has, or another driver."""
-        if info["complete"] and self.todo and min(self.todo) < units_of(published(info)):
+        if info.complete and self.todo and min(self.todo) < units_of(published(info)):
             info = withdraw(self.root, info)
-        if units_of(info["plans"]) < len(self.plan):
-            info = begin_plan(
-                self.root, info, describe_plan(self.plan, info["plans"], info["teacher"]["guidance_rule"])
-            )
+        if units_of(info.plans) < len(self.plan):
+            info = begin_plan(self.root, info, describe_plan(self.plan, info.plans, info.teacher.guidance_rule))
         self.root.write("config.yaml", to_yaml(self.config).encode())
         self.info, self.begun = info, True
 
@@ -291,8 +294,8 @@ def check_recordable(plan: Plan) -> None:
             )
 
 
-def units_of(plans: list[dict[str, Any]]) -> int:
-    return sum(plan["units"] for plan in plans)
+def units_of(plans: Sequence[PlanEntry]) -> int:
+    return sum(plan.units for plan in plans)
 
 
 def reason_of(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from stages.base.arguments import LENGTH, Arguments, encoded, stacked
 from stages.base.denoiser import MASK, NEGATIVE, STEP, as_target, negative_tokens, part_of
 from stages.errors import UserError
 from stages.generate.watching import Call
+from stages.records.teacher import LayoutFacts
 
 
 @dataclass(frozen=True)
@@ -40,44 +41,8 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How one guided step of a pipeline is laid out.
-
-    Attributes:
-        arguments: of the denoiser's calls.
-        calls: denoiser calls per step; call: which of them is the conditional one.
-        chunks: parts of the batch in that call, one sample of each trajectory in every part; chunk: the conditional one.
-        masks: the denoiser's arguments that mask another one, `NAME_mask` beside NAME; what is not given masks nothing.
-        denoisers: the pipeline's names of them; of several, each runs for its timesteps.
-        timestep_scale, timestep_offset: the denoiser's timestep is the scheduler's times the one plus the other.
-        target_channels: of what the scheduler, and copies that the pipeline makes of it, receive of each prediction;
-            negative: of the last, not the first.
-        target_signs: -1 where it receives minus the prediction.
-        learned_variance: whether the denoiser predicts its variance beside them.
-        no_guidance: the call's arguments that switch the pipeline's guidance off.
-        scale_offset: `w` in `u + w (c - u)` less the number that the pipeline is given for it.
-        unconditional: call and chunk of the unconditional part, where there is one such part.
-        scale_per_sample: whether one call of the pipeline can hold samples of several scales.
-        one_sample: whether a call of the pipeline holds one sample only.
-    """
-
-    arguments: Arguments
-    calls: int
-    call: int
-    chunks: int
-    chunk: int
-    masks: tuple[str, ...]
-    denoisers: tuple[str, ...]
-    timestep_scale: float
-    timestep_offset: float
-    target_channels: tuple[int, ...]
-    target_signs: tuple[int, ...]
-    learned_variance: bool
-    no_guidance: dict[str, float]
-    scale_offset: float = 0.0
-    unconditional: tuple[int, int] | None = None
-    scale_per_sample: bool = False
-    one_sample: bool = False
+class Layout(LayoutFacts):
+    """How one guided step of a pipeline is laid out, and the parts of a step that a record needs."""
 
     def conditional(self, calls: list[Call], n: int) -> Pass:
         """The conditional pass of one step for n samples; a step that guidance leaves out has only this pass.

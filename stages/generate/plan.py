@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from stages.generate.call_arguments import check_arguments
 from stages.generate.conditions import pipeline_class_of, read_conditions
 from stages.generate.config import GenerateConfig
 from stages.generate.steps import count_steps
+from stages.records.schema import PlanEntry
 
 GOLDEN_RATIO = 0.6180339887498949
 
@@ -57,7 +57,7 @@ class Plan:
         UsageError: the configuration asks for something impossible.
     """
 
-    def __init__(self, config: GenerateConfig, earlier: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, config: GenerateConfig, earlier: Sequence[PlanEntry] = ()) -> None:
         check(config)
         self.steps_per_trajectory = count_steps(config.teacher, config.num_inference_steps)
         check_recorded_steps(config, self.steps_per_trajectory)
@@ -66,7 +66,7 @@ class Plan:
         self.lock = np.empty((0, 2), dtype=np.int64)
         self.bounds = np.zeros(1, dtype=np.int64)  # of the units, in the trajectories
         for plan in earlier:
-            self._add(plan["trajectories"], plan["conditions"].get("count"))
+            self._add(plan.trajectories, plan.conditions.count)
         asked = config.num_trajectories or len(self.conditions) * config.num_trajectories_per_condition
         self._add(asked - len(self.lock), None)
 

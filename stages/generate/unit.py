@@ -15,8 +15,10 @@ from stages.generate.preview import write_preview
 from stages.generate.profile import ENCODING, WRITING, Clock
 from stages.generate.teacher import Teacher
 from stages.records.commits import commit_unit
+from stages.records.fields import read_fields
 from stages.records.plans import plan_digests, published, read_info
 from stages.records.shard import encode
+from stages.records.teacher import TeacherFacts
 from stages.records.trajectory import Trajectory
 from stages.storage.folder import open_folder
 
@@ -73,14 +75,14 @@ class UnitWorker:
             for item in sampled.previews.items():
                 write_preview(self.root, *item)
             commit = commit_unit(self.root, index, samples, digest)
-        return sum(row["records"] for row in commit["samples"]), dict(clock)
+        return sum(row["records"] for row in commit.samples), dict(clock)
 
     def _digest_of_plan(self, unit: int) -> str:
         """Of the plan that a unit belongs to, once that is known to be what this worker goes by."""
         info = read_info(self.root)
         digests = [] if info is None else plan_digests(info)
         if digests != self.checked:
-            check_still_same(self.root, info, self.plan, self.facts)
+            check_still_same(self.root, info, self.plan, read_fields(TeacherFacts, self.facts))
             self.checked = digests
         return next(digest for end, digest in digests if unit < end)
 

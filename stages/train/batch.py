@@ -21,7 +21,7 @@ class Batch:
         latent, target: `[n, ...]`.
         timestep, scale: `[n]`.
         cond: `[n, ...]`, by the denoiser's argument names.
-        guidance_stats: `[n]` float32, what else a record tells of its guidance, by name; empty for datasets older than it.
+        guidance_stats: `[n]` float32, what else a record tells of its guidance, by name.
     """
 
     latent: Tensor

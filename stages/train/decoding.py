@@ -32,10 +32,10 @@ class Decoder:
     def __init__(
         self, name_or_path: str, dataset: Dataset, rows: list[Row], device: str, skip_damaged: bool = False
     ) -> None:
-        shape = dataset.info["tensors"]["latent"]["shape"]
+        shape = dataset.info.tensors["latent"].shape
         if len(shape) != 3:
             raise UserError(f"vae_name_or_path={name_or_path}: latents {shape} are not those of images: leave it out")
-        self.teacher = dataset.info["teacher"]
+        self.teacher = dataset.info.teacher
         self.noise = noise_levels(self.teacher)
         self.device = device
         self.vae = load_vae(name_or_path, shape[0]).to(device)
@@ -74,12 +74,12 @@ class Decoder:
     def denoised(self, predictions: Tensor) -> Tensor:
         """The clean latents `[n, c, h, w]` that predictions at the records' timesteps point to."""
         latents = self.batch.latent.float()
-        steps = (self.batch.timestep.float() / self.teacher["layout"]["timestep_scale"]).round().long()
+        steps = (self.batch.timestep.float() / self.teacher.layout.timestep_scale).round().long()
         steps = steps.clamp(0, len(self.noise) - 1)
-        if self.teacher["prediction_type"] is None:  # flow matching: the prediction is noise minus image
+        if self.teacher.prediction_type is None:  # flow matching: the prediction is noise minus image
             return latents - self.noise[steps].view(-1, 1, 1, 1) * predictions
-        known = {"clip_sample": False, "thresholding": False, "prediction_type": self.teacher["prediction_type"]}
-        scheduler: Any = DDIMScheduler.from_config(self.teacher["scheduler_config"], **known)
+        known = {"clip_sample": False, "thresholding": False, "prediction_type": self.teacher.prediction_type}
+        scheduler: Any = DDIMScheduler.from_config(self.teacher.scheduler_config, **known)
         scheduler.set_timesteps(len(self.noise))
         clean = [
             scheduler.step(prediction, int(step), latent).pred_original_sample

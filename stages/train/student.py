@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,8 @@ from stages.base.arguments import LENGTH, Arguments, Caller
 from stages.base.denoiser import NEGATIVE, STEP, as_target, fingerprint, predictions_of
 from stages.base.loading import denoiser_config, load_denoiser
 from stages.errors import UserError
+from stages.records.schema import TensorSpec
+from stages.records.teacher import LayoutFacts, TeacherFacts
 from stages.records.trajectory import CONDITION_PREFIX
 from stages.train.batch import Batch, of_one_length
 
@@ -27,11 +29,17 @@ if TYPE_CHECKING:  # without it a student can be made where there is no pyarrow
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def facts_of_teacher(dataset: Dataset, denoiser: str | None = None) -> dict[str, Any]:
-    """What `dataset.json` tells of the teacher, of its denoisers that of this name; by default the first."""
-    teacher = dataset.info["teacher"]
-    name = denoiser or teacher["denoiser_subfolder"]
-    return teacher | {"denoiser_subfolder": name} | teacher["denoisers"][name]
+def facts_of_teacher(dataset: Dataset, denoiser: str | None = None) -> TeacherFacts:
+    """The facts of the teacher, with the denoiser of this name as the first; by default the first."""
+    teacher = dataset.info.teacher
+    name = denoiser or teacher.denoiser_subfolder
+    chosen = teacher.denoisers[name]
+    return replace(
+        teacher,
+        denoiser_subfolder=name,
+        denoiser_class=chosen.denoiser_class,
+        denoiser_fingerprint=chosen.denoiser_fingerprint,
+    )
 
 
 def describe_base(
@@ -43,48 +51,51 @@ def describe_base(
         scale_range: what the run was restricted to.
         denoiser: which of the teacher's, by its name in the pipeline; by default the first.
     """
-    teacher, conditions = facts_of_teacher(dataset, denoiser), dataset.info["conditions"]
-    low, high = dataset.info["guidance"]["scale_range"]
+    teacher, conditions = facts_of_teacher(dataset, denoiser), dataset.plan.conditions
+    low, high = dataset.plan.guidance.scale_range
     least, most = scale_range or [low, high]
-    layout = teacher["layout"]
+    layout = teacher.layout
     return AdapterMetadata(
-        conditions=find_conditions(condition_tensors(dataset), max(conditions["class_labels"], default=0) + 1),
-        sampled=conditions,
-        arguments=teacher["arguments"],
+        conditions=find_conditions(
+            {name: asdict(spec) for name, spec in condition_tensors(dataset).items()},
+            max(conditions.class_labels, default=0) + 1,
+        ),
+        sampled=asdict(conditions),
+        arguments=teacher.arguments,
         scale_range=[max(low, least), min(high, most)],
-        guidance_rule=dataset.info["guidance"]["rule"],
-        prediction_type=teacher["prediction_type"],
-        timestep=layout["arguments"]["timestep"],
-        axes=layout["arguments"]["axes"],
-        timestep_scale=layout["timestep_scale"],
-        timestep_offset=layout["timestep_offset"],
-        no_guidance=layout["no_guidance"],
-        scale_offset=layout["scale_offset"],
+        guidance_rule=dataset.plan.guidance.rule,
+        prediction_type=teacher.prediction_type,
+        timestep=layout.arguments.timestep,
+        axes={name: asdict(axis) for name, axis in layout.arguments.axes.items()},
+        timestep_scale=layout.timestep_scale,
+        timestep_offset=layout.timestep_offset,
+        no_guidance=layout.no_guidance,
+        scale_offset=layout.scale_offset,
         unconditional=unconditional_place(layout),
-        base=Base(**{entry.name: teacher[entry.name] for entry in fields(Base)}),
+        base=Base(**{entry.name: getattr(teacher, entry.name) for entry in fields(Base)}),
         teacher=RecordedTeacher(
-            scheduler_class=teacher.get("scheduler_class"),
-            scheduler_config=teacher.get("scheduler_config"),
-            guider=dataset.info["plans"][0]["config"]["teacher"].get("guider"),
+            scheduler_class=teacher.scheduler_class,
+            scheduler_config=teacher.scheduler_config,
+            guider=dataset.info.plans[0].config["teacher"]["guider"],
         ),
         dataset_fingerprint=dataset.fingerprint,
     )
 
 
-def unconditional_place(layout: dict[str, Any]) -> dict[str, int] | None:
+def unconditional_place(layout: LayoutFacts) -> dict[str, int] | None:
     """Where a guided step of the pipeline has its unconditional part; None where that is not known."""
-    if layout.get("unconditional") is None:
+    if layout.unconditional is None:
         return None
-    call, chunk = layout["unconditional"]
-    return {"call": call, "chunk": chunk, "chunks": layout["chunks"]}
+    call, chunk = layout.unconditional
+    return {"call": call, "chunk": chunk, "chunks": layout.chunks}
 
 
 def example_inputs(dataset: Dataset) -> dict[str, Any]:
     """The denoiser's arguments for three records, flat, on the meta device."""
-    tensors, n, meta = dataset.info["tensors"], 3, torch.device("meta")
+    tensors, n, meta = dataset.info.tensors, 3, torch.device("meta")
 
-    def empty(spec: dict[str, Any]) -> Tensor:
-        return torch.empty(n, *spec["shape"], dtype=getattr(torch, spec["dtype"]), device=meta)
+    def empty(spec: TensorSpec) -> Tensor:
+        return torch.empty(n, *spec.shape, dtype=getattr(torch, spec.dtype), device=meta)
 
     cond = {k: empty(spec) for k, spec in condition_tensors(dataset).items() if not k.startswith(NEGATIVE)}
     cond |= {name: empty(spec) for name, spec in tensors.items() if name.startswith(STEP)}
@@ -93,14 +104,14 @@ def example_inputs(dataset: Dataset) -> dict[str, Any]:
 
 def arguments_of(dataset: Dataset) -> Arguments:
     """How the arguments of the teacher's denoiser are laid out."""
-    return Arguments.of_facts(dataset.info["teacher"]["layout"]["arguments"])
+    return dataset.info.teacher.layout.arguments
 
 
-def condition_tensors(dataset: Dataset) -> dict[str, dict[str, Any]]:
+def condition_tensors(dataset: Dataset) -> dict[str, TensorSpec]:
     """Dtype and shape of the conditional inputs that the records hold, by the denoiser's own names."""
     return {
         name.removeprefix(CONDITION_PREFIX): spec
-        for name, spec in dataset.info["tensors"].items()
+        for name, spec in dataset.info.tensors.items()
         if name.startswith(CONDITION_PREFIX)
     }
 
@@ -124,16 +135,16 @@ def load_base(
         UserError: another denoiser is found there, or other weights, than the teacher had.
     """
     teacher = facts_of_teacher(dataset, denoiser)
-    path = name_or_path or teacher["pretrained_model_name_or_path"]
-    source = {} if name_or_path else {key: teacher[key] for key in ("revision", "variant")}
-    place = path, teacher["denoiser_subfolder"], teacher["denoiser_class"]
+    path = name_or_path or teacher.pretrained_model_name_or_path
+    source: dict[str, Any] = {} if name_or_path else {"revision": teacher.revision, "variant": teacher.variant}
+    place = path, teacher.denoiser_subfolder, teacher.denoiser_class
     check_architecture(dataset, teacher, path, denoiser_config(*place, revision=source.get("revision")))
-    base = load_denoiser(*place, getattr(torch, teacher["torch_dtype"]), **source)
+    base = load_denoiser(*place, getattr(torch, teacher.torch_dtype), **source)
     found = fingerprint(base)
-    if found != teacher["denoiser_fingerprint"]:
+    if found != teacher.denoiser_fingerprint:
         raise UserError(
             f"{path}: not the weights that made {dataset.root}: fingerprint {found[:12]}, the dataset has "
-            f"{teacher['denoiser_fingerprint'][:12]}: name the teacher's own with pretrained_model_name_or_path=..."
+            f"{teacher.denoiser_fingerprint[:12]}: name the teacher's own with pretrained_model_name_or_path=..."
         )
     if mixed_precision != "no":
         cast(base, PRECISION[mixed_precision])
@@ -142,13 +153,13 @@ def load_base(
     return base.to(device)
 
 
-def check_architecture(dataset: Dataset, teacher: dict[str, Any], path: str, config: dict[str, Any]) -> None:
+def check_architecture(dataset: Dataset, teacher: TeacherFacts, path: str, config: dict[str, Any]) -> None:
     """What a denoiser's configuration tells, before its weights are loaded.
 
     Raises:
         UserError: it is another class, or takes latents of other channels, than the teacher's.
     """
-    expected, had = teacher["denoiser_class"], teacher["in_channels"]
+    expected, had = teacher.denoiser_class, teacher.denoisers[teacher.denoiser_subfolder].in_channels
     channels = config.get("in_channels")
     if config.get("_class_name", expected) != expected:
         raise UserError(f"{path}: a {config['_class_name']}, and {dataset.root} was made with a {expected}")
@@ -216,7 +227,7 @@ class Student:
         metadata, inputs = describe_base(dataset, scale_range, name), example_inputs(dataset)
         adapter = GuidanceAdapter.for_denoiser(config, denoiser, metadata, inputs)
         adapter.to(next(denoiser.parameters()).device)
-        channels = dataset.info["teacher"]["layout"]["target_channels"]
+        channels = list(dataset.info.teacher.layout.target_channels)
         return cls(denoiser, adapter, arguments_of(dataset), channels, mixed_precision)
 
     def compile(self) -> None:

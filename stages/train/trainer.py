@@ -25,8 +25,9 @@ from stages.progress import progress
 from stages.records.dataset import Dataset
 from stages.records.plans import snapshots
 from stages.storage.cache import ShardCache
-from stages.storage.files import check_folder, exclusive_lock, whole_file
+from stages.storage.files import check_folder, whole_file
 from stages.storage.folder import open_folder
+from stages.storage.locks import exclusive_lock
 from stages.train.batch import Batch
 from stages.train.bins import Range
 from stages.train.checkpoint import (
@@ -76,7 +77,7 @@ class Trainer:
         if state is not None:
             check_resumable(state, self.dataset, config)
         training, held_out = select(self.dataset, config)
-        objective = Objective(config.loss, self.dataset.info, self.device)
+        objective = Objective(config.loss, self.dataset.info.teacher, self.device)
         if self.processes.is_main_process:  # after all that can be refused without a folder
             check_folder(self.root)
 
@@ -244,8 +245,8 @@ class Trainer:
         # With one trained scale there is no other to ask for.
         gain = guidance_gain(validation_loss, self.unguided_loss) if low < high else 1.0
         measured = ("steps", "validation_loss", "validation_loss_unguided")
-        kind = {"kind": self.dataset.info["config"].get("trajectory", "guided")}
-        training = self.dataset.info["counts"] | kind | {key: summary[key] for key in measured}
+        kind = {"kind": self.dataset.plan.config["trajectory"]}
+        training = asdict(self.dataset.plan.counts) | kind | {key: summary[key] for key in measured}
         self.adapter.metadata = replace(self.adapter.metadata, guidance_gain=gain, training=training)
         if self.processes.is_main_process:
             with self.optimization.averaged():

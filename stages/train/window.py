@@ -85,9 +85,9 @@ def load(dataset: Dataset, rows: list[Row], skip_damaged: bool = False, memory: 
 
 def allocate_buffers(memory: Memory, dataset: Dataset, count: int) -> dict[str, Tensor]:
     """Of each tensor that the records have, the first `[count, ...]` in memory, which grows where it is too small."""
-    for name, spec in dataset.info["tensors"].items():
+    for name, spec in dataset.info.tensors.items():
         if is_per_record(name) and len(memory.get(name, ())) < count:
-            memory[name] = torch.empty(count, *spec["shape"], dtype=getattr(torch, spec["dtype"]))
+            memory[name] = torch.empty(count, *spec.shape, dtype=getattr(torch, spec.dtype))
     return {name: value[:count] for name, value in memory.items()}
 
 

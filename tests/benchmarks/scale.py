@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ from stages.generate.events import Event, Loaded, Made
 from stages.generate.fleet import RayFleet
 from stages.records.commits import commit_name
 from stages.records.dataset import Dataset
-from stages.storage.files import seal
-from tests.support.sleeping_worker import FACTS, SleepingWorker, made_up_commit, sleeping_config
+from stages.storage.sealing import seal
+from tests.support.sleeping_worker import FACTS, SleepingWorker, digest_of_plan, made_up_commit, sleeping_config
 
 TEACHER = Path("stages/embedded/mnist_dit")
 UNIT_SECONDS = 2.0
@@ -91,7 +92,7 @@ class MadeUpFleet:
     """Has made a unit as soon as it is told to. Commits are not synced: a million of them would take hours."""
 
     def __init__(self, root: Path, stops_at: int | None = None) -> None:
-        self.root, self.stops_at = root, stops_at
+        self.root, self.stops_at, self.digest = root, stops_at, ""
         self.events: list[Event] = [Loaded(FACTS)]
         (root / "commits").mkdir(parents=True, exist_ok=True)
 
@@ -101,7 +102,8 @@ class MadeUpFleet:
     def dispatch(self, unit: int, alone: bool) -> None:
         if unit == self.stops_at:
             raise StoppedError
-        (self.root / commit_name(unit)).write_bytes(seal(made_up_commit(unit)))
+        self.digest = self.digest or digest_of_plan(self.root, unit)
+        (self.root / commit_name(unit)).write_bytes(seal(asdict(made_up_commit(unit, self.digest))))
         self.events.append(Made(unit, 1, "one"))
 
     def poll(self, timeout: float) -> list[Event]:

@@ -31,15 +31,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as ItemDataset
 
-from stages.records.commits import commit_unit
 from stages.records.dataset import Dataset
-from stages.records.publication import publish
 from stages.records.shard import encode
 from stages.records.trajectory import Trajectory
-from stages.storage.folder import open_folder
 from stages.train.batch import Batch
 from stages.train.stream import RecordStream
 from stages.train.window import Memory, load
+from tests.support import made_up
 
 BATCH_SIZE, STEPS, TRAJECTORIES_PER_SHARD = 64, 20, 50
 RECORDS = [("16 KB", (4, 32, 32), 1), ("4 KB", (4, 16, 16), 4)]  # latent and target in fp16, their shape, times as many
@@ -58,16 +56,14 @@ def trajectory(index: int, shape: tuple[int, ...]) -> Trajectory:
     label = index % 1000
     return Trajectory(
         index, index, float(index), {"class_label": label}, latent, torch.arange(STEPS), target,
-        {"class_labels": torch.tensor(label)},
+        {"class_labels": torch.tensor(label)}, torch.ones(STEPS), torch.zeros(STEPS),
     )  # fmt: skip
 
 
 def write_dataset(root: Path, count: int, shape: tuple[int, ...]) -> Dataset:
     starts = range(0, count, TRAJECTORIES_PER_SHARD)
     units = [range(start, min(start + TRAJECTORIES_PER_SHARD, count)) for start in starts]
-    folder = open_folder(root)
-    commits = [commit_unit(folder, i, [encode(trajectory(j, shape)) for j in unit]) for i, unit in enumerate(units)]
-    publish(folder, {"plans": [{"units": len(units)}]}, commits)
+    made_up.write_dataset(root, [[encode(trajectory(j, shape)) for j in unit] for unit in units])
     return Dataset(root)
 
 
@@ -127,7 +123,7 @@ def fastest(batches: Iterator[Batch], records: int, times: int) -> dict[str, int
 
 
 def stream_speed(dataset: Dataset, shuffle_bytes: int, epochs: int) -> dict[str, int]:
-    batches, records = stream_batches(dataset, shuffle_bytes), dataset.info["counts"]["records"]
+    batches, records = stream_batches(dataset, shuffle_bytes), dataset.plan.counts.records
     first = speed(batches, records)["records_per_second"]
     return fastest(batches, records, epochs) | {"first_epoch": first}
 
@@ -169,7 +165,7 @@ def measured(root: Path, count: int, shape: tuple[int, ...], epochs: int) -> dic
     for info in streams.values():
         info["times_reference"] = round(info["records_per_second"] / reference["records_per_second"], 1)
     return {
-        "records": count * STEPS, "bytes": dataset.info["counts"]["bytes"], "stream_by_window": streams,
+        "records": count * STEPS, "bytes": dataset.plan.counts.bytes, "stream_by_window": streams,
         "reference": reference, "microseconds_by_part": parts(dataset),
     }  # fmt: skip
 

@@ -58,21 +58,21 @@ def test_the_dataset_is_whole_and_tells_what_was_found(dataset: Dataset) -> None
     found = verify(dataset.root)
     assert found["ok"]
     assert found["records"] == 6 * 4
-    layout = dataset.info["teacher"]["layout"]
-    assert layout["calls"] * layout["chunks"] == 2
-    assert dataset.info["guidance"]["rule"]["name"] == "ClassifierFreeGuidance"
-    assert dataset.info["conditions"]["prompts"] == 2
+    layout = dataset.info.teacher.layout
+    assert layout.calls * layout.chunks == 2
+    assert dataset.plan.guidance.rule["name"] == "ClassifierFreeGuidance"
+    assert dataset.plan.conditions.prompts == 2
     assert Path(dataset.root.where("preview.png")).stat().st_size > 100
 
 
 def test_untrained_the_student_is_the_unguided_teacher(dataset: Dataset) -> None:
     """At the first step the noise is the same, and so what the untouched pipeline predicts at scale 1 is known."""
-    teacher = dataset.info["teacher"]
-    pipe: Any = load_pipeline(teacher["pretrained_model_name_or_path"])
+    teacher = dataset.info.teacher
+    pipe: Any = load_pipeline(teacher.pretrained_model_name_or_path)
     row = next(row for row in dataset.manifest.to_pylist() if row["trajectory"] == 0)
     batch = load(dataset, [row]).take(torch.tensor([0])).to("cpu", torch.float32)
     seen: list[Call] = []
-    request = Request([{"prompt": row["prompt"]}], [row["seed"]], 4, teacher["arguments"])
+    request = Request([{"prompt": row["prompt"]}], [row["seed"]], 4, teacher.arguments)
     shifted = shifted_timesteps(pipe.scheduler, 0.5 * GOLDEN_RATIO)
     with shifted, undecoded(pipe), watched(pipe, lambda calls, received, _: seen.append(calls[0])):
         sample(pipe, request, 1.0)
@@ -116,14 +116,14 @@ def test_negative_prompts_are_seen_in_one_pass_as_they_were_recorded(dataset: Da
         dataset, small_adapter(conditions=["timestep", "negative_tokens"]), load_base(dataset)
     ).adapter
     adapter.detach()
-    teacher = dataset.info["teacher"]
-    pipe: Any = load_pipeline(teacher["pretrained_model_name_or_path"])
+    teacher = dataset.info.teacher
+    pipe: Any = load_pipeline(teacher.pretrained_model_name_or_path)
     seen: list[torch.Tensor] = []
     adapter.conditioning.conditions[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     rows = {row["prompt"]: row for row in dataset.manifest.to_pylist()}
     recorded = load(dataset, [rows[prompt] for prompt in PROMPTS]).take(torch.tensor([0, 4])).cond
     conditions = [{"prompt": p, "negative_prompt": n} for p, n in zip(PROMPTS, NEGATIVE_PROMPTS, strict=True)]
-    request = Request(conditions, [0, 1], 2, teacher["arguments"])
+    request = Request(conditions, [0, 1], 2, teacher.arguments)
     unguided, guided = (
         sample_setting(pipe, adapter, setting, request) for setting in (Setting(NONE, 1.0), Setting(ONE_PASS, 3.0))
     )

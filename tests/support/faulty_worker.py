@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from stages.generate.config import GenerateConfig
 from stages.generate.fleet import RayFleet, TeacherWorker
-from stages.storage.folder import DiskFolder
+from stages.storage.disk import DiskFolder
 from tests.support.faults_table import survived
 
 STOPPED_FILE = "stopped.json"

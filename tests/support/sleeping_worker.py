@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from stages.generate.config import GenerateConfig, TeacherConfig
-from stages.storage.files import create, seal
+from stages.records.plans import plan_digests, read_info
+from stages.records.schema import Commit
+from stages.storage.files import create
+from stages.storage.folder import open_folder
+from stages.storage.sealing import seal
+from tests.support.made_up import teacher_facts
 
-FACTS = {"guidance_rule": "none: it sleeps"}
+FACTS: dict[str, Any] = json.loads(json.dumps(asdict(teacher_facts(guidance_rule={"name": "none: it sleeps"}))))
 
 
 def sleeping_config(teacher: Path, output: Path, seconds: float, units: int, workers: int = 1) -> GenerateConfig:
@@ -27,7 +34,7 @@ def sleeping_config(teacher: Path, output: Path, seconds: float, units: int, wor
     )
 
 
-def made_up_commit(unit: int) -> dict[str, Any]:
+def made_up_commit(unit: int, plan: str) -> Commit:
     """A commit record of one sample, as `commit_unit` would leave it."""
     sample = {
         "key": f"{unit:09d}_0000", "offset": 1536, "size": 16384, "checksum": unit, "trajectory": unit, "records": 1,
@@ -36,11 +43,18 @@ def made_up_commit(unit: int) -> dict[str, Any]:
     }  # fmt: skip
     sha256 = hashlib.sha256(str(unit).encode()).hexdigest()
     shard = f"shards/{unit:05d}-{sha256[:8]}.tar"
-    return {"unit": unit, "shard": shard, "size": 20480, "sha256": sha256, "tensors": {}, "samples": [sample]}
+    return Commit(unit, plan, shard, 20480, sha256, {}, [sample])
+
+
+def digest_of_plan(root: Path, unit: int) -> str:
+    """Return the digest of a unit's plan, from `dataset.json`."""
+    info = read_info(open_folder(root))
+    assert info is not None
+    return next(digest for end, digest in plan_digests(info) if unit < end)
 
 
 class SleepingWorker:
-    """What a fleet asks of a worker. Its commits are real, written and synced as every other; there are no shards."""
+    """A worker without shards. Its commits are real: written and synced like any other."""
 
     def __init__(self, config: GenerateConfig) -> None:
         self.seconds, self.root = float(str(config.teacher.variant)), Path(config.output_dir)
@@ -55,7 +69,8 @@ class SleepingWorker:
         time.sleep(self.seconds)
 
     def commit(self, index: int) -> tuple[int, dict[str, float]]:
-        create(self.root / f"commits/{index:05d}.json", seal(made_up_commit(index)))
+        commit = made_up_commit(index, digest_of_plan(self.root, index))
+        create(self.root / f"commits/{index:05d}.json", seal(asdict(commit)))
         return 1, {"teacher": self.seconds}
 
 

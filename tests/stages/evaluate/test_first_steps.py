@@ -33,7 +33,7 @@ class Told:
 
 
 def placed(pipe: Any, request: Request) -> Any:
-    return Told(unconditional_place(find_layout(pipe, request).facts()))
+    return Told(unconditional_place(find_layout(pipe, request)))
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def test_a_commit_of_another_plan_is_never_published(tiny_teacher: Path, tmp_pat
         Driver(config).run(InProcessFleet(config))
     assert f"commits/0000{unit}.json" in {problem["shard"] for problem in verify(tmp_path)["problems"]}
     done = repair(survey(open_folder(tmp_path), deep=True), grace=0)
-    assert [each["shard"] for each in done] == [f"commits/0000{unit}.json", foreign["shard"]]
+    assert [each["shard"] for each in done] == [f"commits/0000{unit}.json", foreign.shard]
     Driver(config).run(InProcessFleet(config))
     assert verify(tmp_path)["ok"]
     assert_same_records(tmp_path, shared_dataset)
@@ -124,7 +124,7 @@ def test_what_has_grown_before_it_is_published_is_left(damaged: Path, tiny_teach
     driver = Driver(one)
     driver.run(Last(one))
     assert driver.info is not None
-    assert [plan["trajectories"] for plan in driver.info["plans"]] == [12, 3, 5]
+    assert [plan.trajectories for plan in driver.info.plans] == [12, 3, 5]
     assert verify(damaged)["trajectories"] == 20
 
 

@@ -1,4 +1,4 @@
-"""Every damage of tests/support/damages.py: found, named, never read in silence, and mended to the dataset that was there."""
+"""Every damage of tests/support/damages.py is found, named, never read in silence, and repaired."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ UNREADABLE = [name for name in SEALED if "tensor" in name or "header" in name or
 
 @pytest.fixture(autouse=True)
 def nothing_gets_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What unpickling makes it makes here, and what a shard's names lead to is looked for."""
+    """Run in a folder of its own, and fail if unpickling or a name in a shard made a file."""
     monkeypatch.chdir(tmp_path)
     outside = [Path("/tmp") / ESCAPED, *(folder / ESCAPED for folder in (tmp_path, *tmp_path.parents))]
     yield
@@ -65,7 +65,7 @@ def test_damage_is_found_and_named_in_a_line(damaged: Path, damage: Damage) -> N
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damage_is_never_read_in_silence(damaged: Path, shared_dataset: Path, damage: Damage) -> None:
-    """What can be read is what was written; the rest is refused, or left out by choice."""
+    """A reader returns the original samples, and refuses the others or leaves them out by choice."""
     known = records(shared_dataset)
     damage(damaged)
     for check_sizes in (True, False):

@@ -10,9 +10,11 @@ from diffusers import AutoencoderKL, DDIMScheduler
 
 from stages.errors import UserError
 from stages.records.dataset import Dataset
+from stages.records.schema import TensorSpec
 from stages.train.decoding import COLUMNS, Decoder, load_vae
 from stages.train.student import Student, load_base
 from tests.conftest import small_adapter
+from tests.support.made_up import teacher_facts
 
 
 @pytest.fixture
@@ -39,7 +41,6 @@ def test_the_true_prediction_points_to_the_clean_latent(decoder: Decoder, kind: 
     torch.manual_seed(0)
     clean, noise = torch.randn(COLUMNS, 4, 8, 8), torch.randn(COLUMNS, 4, 8, 8)
     steps = torch.arange(COLUMNS) * 100 + 100
-    info: dict[str, Any] = {"prediction_type": kind, "layout": {"timestep_scale": 1.0}}
     if kind is None:
         share = (steps / 1000).view(-1, 1, 1, 1)
         latent, prediction = (1 - share) * clean + share * noise, noise - clean
@@ -49,7 +50,7 @@ def test_the_true_prediction_points_to_the_clean_latent(decoder: Decoder, kind: 
         latent = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
         prediction = {"epsilon": noise, "v_prediction": velocity, "sample": clean}[kind]
-    decoder.teacher = {"scheduler_config": {}} | info
+    decoder.teacher = teacher_facts(prediction_type=kind, scheduler_config={})
     decoder.batch = replace(decoder.batch, latent=latent, timestep=steps)
     torch.testing.assert_close(decoder.denoised(prediction), clean, atol=1e-4, rtol=1e-4)
 
@@ -68,7 +69,7 @@ def test_what_has_no_vae_is_named(dataset: Dataset, tiny_teacher: Path, tmp_path
     ):
         with pytest.raises(UserError, match=f"{message} is none for latents of {channels} channels"):
             load_vae(str(path), channels)
-    dataset.info["tensors"]["latent"]["shape"] = [64, 16]
+    dataset.info.tensors["latent"] = TensorSpec("float16", [64, 16])
     with pytest.raises(UserError, match=r"latents \[64, 16\] are not those of images"):
         Decoder(str(tmp_path), dataset, [], "cpu")
 

@@ -12,15 +12,13 @@ import pytest
 import torch
 
 from stages.errors import UserError
-from stages.records.commits import commit_unit
 from stages.records.dataset import Dataset
-from stages.records.publication import publish
 from stages.records.shard import encode
-from stages.storage.folder import open_folder
 from stages.train.batch import Batch
 from stages.train.stream import RecordStream
 from stages.train.window import Window, load
 from tests.stages.records.test_trajectory import trajectory
+from tests.support.made_up import write_dataset
 
 
 def stream(dataset: Dataset, **changes: Any) -> RecordStream:
@@ -253,9 +251,8 @@ def test_a_dataset_of_nothing_but_damage_is_refused(damaged: Path, consumed: int
 
 def test_what_else_a_record_tells_comes_with_it(tmp_path: Path) -> None:
     one = replace(trajectory(), guidance_cosine=torch.arange(5.0) / 10, guidance_delta=torch.arange(5.0))
-    root = open_folder(tmp_path)
-    commits = [commit_unit(root, 0, map(encode, [one, replace(one, index=8, guidance_delta=torch.arange(5.0, 10))]))]
-    publish(root, {"plans": [{"units": 1}]}, commits)
+    other = replace(one, index=8, guidance_delta=torch.arange(5.0, 10))
+    write_dataset(tmp_path, [[encode(one), encode(other)]])
     for batch in islice(stream(Dataset(tmp_path), batch_size=3), 10):
         on_device = batch.to("cpu", torch.float16)
         assert {name: value.dtype for name, value in on_device.guidance_stats.items()} == dict.fromkeys(

@@ -50,7 +50,7 @@ def test_the_adapter_knows_its_base_and_range(dataset: Dataset) -> None:
     assert metadata.scale_range == [1.0, 6.0]
     assert metadata.conditions == {"class_labels": {"kind": "label", "classes": 10}}
     assert metadata.sampled["class_labels"] == list(range(10))
-    assert metadata.base.denoiser_fingerprint == dataset.info["teacher"]["denoiser_fingerprint"]
+    assert metadata.base.denoiser_fingerprint == dataset.info.teacher.denoiser_fingerprint
 
 
 def test_without_guidance_it_is_the_base_alone(dataset: Dataset) -> None:

@@ -48,11 +48,7 @@ def test_training_lowers_the_error_and_leaves_the_base_bit_for_bit(
     trainer = Trainer(config)
     before = fingerprint(trainer.student.denoiser)
     summary = trainer.run()
-    assert (
-        fingerprint(trainer.student.denoiser)
-        == before
-        == Dataset(shared_dataset).info["teacher"]["denoiser_fingerprint"]
-    )
+    assert fingerprint(trainer.student.denoiser) == before == Dataset(shared_dataset).info.teacher.denoiser_fingerprint
     assert summary["steps"] == 150
     assert summary["validation_loss"] < 0.97 * summary["validation_loss_unguided"]
     gain = (1 - summary["validation_loss"] / summary["validation_loss_unguided"]) ** -0.5
@@ -415,7 +411,7 @@ def test_what_does_not_fit_is_refused_before_the_base_is_loaded(
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     info = Dataset(shared_dataset).info
     newer = Path(shutil.copytree(shared_dataset, tmp_path / "newer"))
-    (newer / "dataset.json").write_text(json.dumps(info | {"schema_version": 99}))
+    (newer / "dataset.json").write_text(json.dumps(info.to_json() | {"schema_version": 99}))
     checkpoint = str(tiny_adapter / "checkpoints" / "step-00000008.pt")
     refused: list[tuple[Path, dict[str, Any], str]] = [
         (shared_dataset, {"pretrained_model_name_or_path": str(bases["channels"])}, r"takes latents of 16 channels, and .* was made with 4"),
