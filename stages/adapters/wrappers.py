@@ -55,5 +55,5 @@ def _is_of_peft(module: nn.Module) -> bool:
 def runs_fused_projections(module: nn.Module) -> bool:
     """Whether an attention module runs fused projections; `Attention` keeps its flag after unfusing."""
     if isinstance(module, Attention):
-        return type(module.processor).__name__.startswith("Fusion")
+        return type(module.processor).__name__.startswith("Fused")
     return bool(getattr(module, "fused_projections", False))

@@ -478,7 +478,7 @@ def test_a_small_lora_fused_meanwhile_is_noticed_in_half_precision(pipe: Any, tm
     pipe.load_lora_weights(tmp_path)
     adapter.fuse(3.0)
     pipe.fuse_lora()
-    with pytest.raises(UserError, match="undo that change first, or load the pipeline anew"):
+    with pytest.raises(UserError, match="undo that change first, or load the pipeline again"):
         adapter.unfuse()
     pipe.unfuse_lora()
     adapter.unfuse()
