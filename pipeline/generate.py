@@ -16,7 +16,7 @@ def main(config: GenerateConfig) -> None:
     if driver.finished:
         print(f"{root}: already finished, {len(driver.plan)} units; nothing to do")
         return
-    from stages.generate.fleet import RayFleet  # ray takes seconds to import: not before something is to be done
+    from stages.generate.fleet import RayFleet  # importing ray takes seconds: only if there is work
 
     summary = driver.run(RayFleet(config))
     assert driver.info is not None

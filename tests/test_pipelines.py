@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stages.adapters import GuidanceAdapter
 from stages.base.denoiser import denoisers_of, predictions_of
+from stages.base.hooks import Call, watch_steps
 from stages.base.loading import load_pipeline
 from stages.base.sampling import Request, guider_of, sample, scale_keyword, undecoded
 from stages.errors import UserError
@@ -22,8 +23,8 @@ from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.layout import Layout
 from stages.generate.plan import GOLDEN_RATIO
 from stages.generate.timesteps import shifted_timesteps
-from stages.generate.watching import Call, watched
 from stages.records.dataset import Dataset
+from stages.train.selection import SelectedSample
 from stages.train.student import Student, load_base
 from stages.train.trainer import Trainer
 from stages.train.window import load
@@ -97,7 +98,7 @@ class Run:
             if shifted:
                 stack.enter_context(shifted_timesteps(pipe.scheduler, SHIFT))
             streams = len(layout.target_channels)
-            stack.enter_context(watched(pipe, self._see, self.latents.append, streams))
+            stack.enter_context(watch_steps(pipe, self._see, self.latents.append, streams))
             sample(pipe, asked, number)
 
     def _see(self, calls: list[Call], received: list[Tensor], timestep: Any) -> None:
@@ -152,7 +153,7 @@ def check_records(dataset: Dataset, specimen: Specimen) -> None:
     rows = sorted(dataset.manifest.to_pylist(), key=lambda row: (row["trajectory"], row["key"]))
     for trajectory in (0, 1):
         own = [row for row in rows if row["trajectory"] == trajectory]
-        records = load(dataset, own)
+        records = load(dataset, [*map(SelectedSample, own)])
         targets = records.take(torch.arange(len(records))).target
         request = Request([specimen.conditions[trajectory]], [own[0]["seed"]], STEPS, dict(specimen.arguments))
         guided = Run(pipe, layout, request, own[0]["scale"] - layout.scale_offset, specimen.shifted)

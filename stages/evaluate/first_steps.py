@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from stages.base.denoiser import denoisers_of, latent_name
+from stages.base.hooks import SchedulerStep
 from stages.base.patching import patched
 from stages.errors import UserError
-from stages.evaluate.watching import SchedulerStep
 
 Forward = Callable[..., Any]
 
@@ -29,7 +29,7 @@ def guided_first(
 
     Args:
         place: call, chunk and number of chunks of a guided step's unconditional part, as an adapter's folder tells it.
-        steps: those made so far, as `stepped` lists them; n: images.
+        steps: those made so far, as `scheduler_steps` lists them; n: images.
 
     Raises:
         UserError: where the conditional part lies is not known in time.

@@ -142,7 +142,7 @@ class Dataset:
         if found := schema_mismatch(sample, self.info.tensors):
             raise self._damage(row["shard"], f"the tensors of {row['key']}", found)
         count = len(sample["timestep"])
-        if count < row["records"] if "chosen" in row else count != row["records"]:
+        if count != row["records"]:
             raise self._damage(row["shard"], f"{row['records']} records in {row['key']}", str(count))
         return sample
 

@@ -84,9 +84,14 @@ def _without_place(teacher: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in teacher.items() if key != PLACE_OF_TEACHER}
 
 
+def digest_of_unit(digests: list[tuple[int, str]], unit: int) -> str | None:
+    """Return the digest of the plan that a unit belongs to, from those of `plan_digests`; None beyond the last plan."""
+    return next((digest for end, digest in digests if unit < end), None)
+
+
 def matches_plan(commit: Commit, digests: list[tuple[int, str]]) -> bool:
     """Return whether the commit carries its plan's digest; a unit beyond all plans has no digest to compare with."""
-    digest = next((digest for end, digest in digests if commit.unit < end), None)
+    digest = digest_of_unit(digests, commit.unit)
     return digest is None or commit.plan == digest
 
 

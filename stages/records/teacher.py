@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from stages.base.arguments import Arguments
@@ -87,3 +88,9 @@ class TeacherFacts:
     guidance_rule: dict[str, Any]
     arguments: dict[str, Any]
     layout: LayoutFacts
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as they are read back from `dataset.json`: tuples and arrays become lists, unknown objects text."""
+        return json.loads(
+            json.dumps(asdict(self), default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
+        )

@@ -15,7 +15,7 @@ from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.train.batch import Batch
 from stages.train.objective import noise_levels
-from stages.train.selection import Row
+from stages.train.selection import SelectedSample
 from stages.train.student import Student
 from stages.train.window import load
 
@@ -30,7 +30,12 @@ class Decoder:
     """
 
     def __init__(
-        self, name_or_path: str, dataset: Dataset, rows: list[Row], device: str, skip_damaged: bool = False
+        self,
+        name_or_path: str,
+        dataset: Dataset,
+        samples: list[SelectedSample],
+        device: str,
+        skip_damaged: bool = False,
     ) -> None:
         shape = dataset.info.tensors["latent"].shape
         if len(shape) != 3:
@@ -39,7 +44,7 @@ class Decoder:
         self.noise = noise_levels(self.teacher)
         self.device = device
         self.vae = load_vae(name_or_path, shape[0]).to(device)
-        self.batch = from_noise_to_image(dataset, rows[:COLUMNS], skip_damaged)
+        self.batch = from_noise_to_image(dataset, samples[:COLUMNS], skip_damaged)
         self._try_out(name_or_path)
 
     @torch.no_grad()
@@ -113,9 +118,9 @@ def load_vae(name_or_path: str, channels: int) -> Any:
     raise UserError(f"vae_name_or_path={name_or_path}: no VAE could be loaded from it: {message}")
 
 
-def from_noise_to_image(dataset: Dataset, rows: list[Row], skip_damaged: bool = False) -> Batch:
+def from_noise_to_image(dataset: Dataset, samples: list[SelectedSample], skip_damaged: bool = False) -> Batch:
     """One intact record of each sample, later in its trajectory from sample to sample."""
-    window = load(dataset, rows, skip_damaged)
-    counts = torch.tensor([row["records"] for row in rows])
-    places = counts.cumsum(0) - counts + torch.arange(len(rows)) * counts // len(rows)
+    window = load(dataset, samples, skip_damaged)
+    counts = torch.tensor([sample.records for sample in samples])
+    places = counts.cumsum(0) - counts + torch.arange(len(samples)) * counts // len(samples)
     return window.take(places[window.intact[places]])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,29 @@ from stages.train.config import TrainConfig
 Row = dict[str, Any]  # of the manifest
 
 
-def select(dataset: Dataset, config: TrainConfig) -> tuple[list[Row], list[Row]]:
-    """(training, validation): the samples to read; where only some records of one are in `timestep_range`, `chosen` names them.
+@dataclass(frozen=True)
+class SelectedSample:
+    """A sample to read, or some of its records.
+
+    Attributes:
+        row: of the manifest.
+        chosen: the numbers of the records to use; None for all.
+    """
+
+    row: Row
+    chosen: Sequence[int] | None = None
+
+    @property
+    def records(self) -> int:
+        return self.row["records"] if self.chosen is None else len(self.chosen)
+
+    @property
+    def name(self) -> str:
+        return f"{self.row['shard']} {self.row['key']}"
+
+
+def select(dataset: Dataset, config: TrainConfig) -> tuple[list[SelectedSample], list[SelectedSample]]:
+    """(training, validation): the samples to read, and of each the records in `timestep_range`.
 
     The trajectories that are held out follow from the seed and the whole manifest, so that runs on parts of a dataset are
     judged by the same ones.
@@ -39,8 +61,8 @@ def select(dataset: Dataset, config: TrainConfig) -> tuple[list[Row], list[Row]]
             f"{dataset.root}: holds a single trajectory, and one is held out to validate with: generate more of them "
             "(num_trajectories)"
         )
-    for rows, purpose in zip(parts, ("train on", "validate with"), strict=True):
-        if not rows:
+    for samples, purpose in zip(parts, ("train on", "validate with"), strict=True):
+        if not samples:
             raise UserError(
                 f"{dataset.root}: nothing is left to {purpose}: change validation_share={config.validation_share:g}, or widen "
                 "scale_range, timestep_range, max_trajectories or filters"
@@ -94,10 +116,10 @@ def matching(table: pa.Table, config: TrainConfig) -> pa.Table:
         ) from error
 
 
-def trained_scales(rows: list[Row], config: TrainConfig) -> list[float] | None:
+def trained_scales(samples: list[SelectedSample], config: TrainConfig) -> list[float] | None:
     """The lowest and the highest scale that a run was restricted to; None where it trains on all that the dataset has."""
     if config.filters:
-        scales = [row["scale"] for row in rows]
+        scales = [sample.row["scale"] for sample in samples]
         return [min(scales), max(scales)]
     return config.scale_range
 
@@ -108,23 +130,23 @@ def interval(name: str, value: list[float]) -> tuple[float, float]:
     return value[0], value[1]
 
 
-def in_timestep_range(dataset: Dataset, table: pa.Table, config: TrainConfig) -> Iterator[Row]:
+def in_timestep_range(dataset: Dataset, table: pa.Table, config: TrainConfig) -> Iterator[SelectedSample]:
     """The samples with records at timesteps in `timestep_range`, as the denoiser is given them, both ends among them."""
     if config.timestep_range is None:
-        yield from table.to_pylist()
+        yield from map(SelectedSample, table.to_pylist())
         return
     low, high = interval("timestep_range", config.timestep_range)
     for row in table.to_pylist():
         if low <= row["timestep_min"] and row["timestep_max"] <= high:
-            yield row
+            yield SelectedSample(row)
         elif row["timestep_min"] <= high and low <= row["timestep_max"]:
             try:
                 timesteps = dataset.timesteps(row).tolist()
             except DamageError:
                 if config.on_damage == "stop":
                     raise
-                yield row  # whose damage is noticed, and told, when its records are read
+                yield SelectedSample(row)  # reading its records reports the damage
                 continue
             chosen = [i for i, timestep in enumerate(timesteps) if low <= timestep <= high]
             if chosen:
-                yield row | {"chosen": chosen, "records": len(chosen)}
+                yield SelectedSample(row, chosen)

@@ -35,6 +35,7 @@ from stages.records.dataset import Dataset
 from stages.records.shard import encode
 from stages.records.trajectory import Trajectory
 from stages.train.batch import Batch
+from stages.train.selection import SelectedSample
 from stages.train.stream import RecordStream
 from stages.train.window import Memory, load
 from tests.support import made_up
@@ -104,7 +105,9 @@ def reference_batches(folders: list[Path]) -> Iterator[Batch]:
 
 def stream_batches(dataset: Dataset, shuffle_bytes: int) -> Iterator[Batch]:
     """Epochs without end."""
-    return iter(RecordStream(dataset, dataset.manifest.to_pylist(), BATCH_SIZE, 0, shuffle_bytes))
+    return iter(
+        RecordStream(dataset, [*map(SelectedSample, dataset.manifest.to_pylist())], BATCH_SIZE, 0, shuffle_bytes)
+    )
 
 
 def speed(batches: Iterator[Batch], records: int) -> dict[str, int]:
@@ -149,8 +152,9 @@ def parts(dataset: Dataset) -> dict[str, float]:
         timed("crc32", lambda: zlib.crc32(read))  # noqa: B023
         timed("decode", lambda: safetensors.torch.load(read))  # noqa: B023
     memory: Memory = {}
-    load(dataset, rows, memory=memory)
-    window = timed("load", lambda: load(dataset, rows, memory=memory))
+    samples = [*map(SelectedSample, rows)]
+    load(dataset, samples, memory=memory)
+    window = timed("load", lambda: load(dataset, samples, memory=memory))
     order = torch.randperm(len(window)).split(BATCH_SIZE)
     timed("gather", lambda: [len(window.take(chosen)) for chosen in order])
     spent["place"] = spent.pop("load") - sum(spent[part] for part in ("read", "crc32", "decode"))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stages.base.arguments import Arguments, Axis
 from stages.records.commits import commit_unit
+from stages.records.fields import read_fields
 from stages.records.plans import plan_digests
 from stages.records.publication import publish
 from stages.records.schema import ConditionsSpec, DatasetInfo, GuidanceSpec, PlanEntry
 from stages.records.shard import Sample
-from stages.records.teacher import DenoiserFacts, LayoutFacts, TeacherFacts
+from stages.records.teacher import TeacherFacts
 from stages.storage.folder import open_folder
 
 PLAN = "0" * 64  # the digest of no plan
@@ -21,15 +22,7 @@ PLAN = "0" * 64  # the digest of no plan
 
 def teacher_facts(**changes: Any) -> TeacherFacts:
     """Make up a teacher that guides in one call of a denoiser on a doubled batch."""
-    layout = LayoutFacts(
-        Arguments("sample", "timestep", {"sample": Axis()}, {}), calls=1, call=0, chunks=2, chunk=1, masks=(),
-        denoisers=("unet",), timestep_scale=1.0, timestep_offset=0.0, target_channels=(4,), target_signs=(1,),
-        learned_variance=False, no_guidance={"guidance_scale": 1.0},
-    )  # fmt: skip
-    facts = TeacherFacts(
-        "teacher", None, None, "Pipeline", "UNet", "unet", "a", {"unet": DenoiserFacts("UNet", "a", 4)}, "float32",
-        "DDIMScheduler", {"num_train_timesteps": 1000}, "epsilon", {"name": "none"}, {}, layout,
-    )  # fmt: skip
+    facts = read_fields(TeacherFacts, json.loads(Path(__file__).with_name("teacher_facts.json").read_text()))
     return replace(facts, **changes)
 
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from stages.generate.config import GenerateConfig, TeacherConfig
-from stages.records.plans import plan_digests, read_info
-from stages.records.schema import Commit
+from stages.generate.planned import Unit
 from stages.storage.files import create
-from stages.storage.folder import open_folder
 from stages.storage.sealing import seal
-from tests.support.made_up import teacher_facts
 
-FACTS: dict[str, Any] = json.loads(json.dumps(asdict(teacher_facts(guidance_rule={"name": "none: it sleeps"}))))
+# The facts of a made-up teacher, as JSON: to build them as a dataclass takes torch.
+FACTS: dict[str, Any] = json.loads(Path(__file__).with_name("teacher_facts.json").read_text())
 
 
 def sleeping_config(teacher: Path, output: Path, seconds: float, units: int, workers: int = 1) -> GenerateConfig:
@@ -34,7 +31,7 @@ def sleeping_config(teacher: Path, output: Path, seconds: float, units: int, wor
     )
 
 
-def made_up_commit(unit: int, plan: str) -> Commit:
+def made_up_commit(unit: int, plan: str | None) -> dict[str, Any]:
     """A commit record of one sample, as `commit_unit` would leave it."""
     sample = {
         "key": f"{unit:09d}_0000", "offset": 1536, "size": 16384, "checksum": unit, "trajectory": unit, "records": 1,
@@ -43,14 +40,9 @@ def made_up_commit(unit: int, plan: str) -> Commit:
     }  # fmt: skip
     sha256 = hashlib.sha256(str(unit).encode()).hexdigest()
     shard = f"shards/{unit:05d}-{sha256[:8]}.tar"
-    return Commit(unit, plan, shard, 20480, sha256, {}, [sample])
-
-
-def digest_of_plan(root: Path, unit: int) -> str:
-    """Return the digest of a unit's plan, from `dataset.json`."""
-    info = read_info(open_folder(root))
-    assert info is not None
-    return next(digest for end, digest in plan_digests(info) if unit < end)
+    return {
+        "unit": unit, "plan": plan, "shard": shard, "size": 20480, "sha256": sha256, "tensors": {}, "samples": [sample],
+    }  # fmt: skip
 
 
 class SleepingWorker:
@@ -58,19 +50,20 @@ class SleepingWorker:
 
     def __init__(self, config: GenerateConfig) -> None:
         self.seconds, self.root = float(str(config.teacher.variant)), Path(config.output_dir)
+        self.plans: dict[int, str | None] = {}
 
     def place(self) -> tuple[str, str]:
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
-    def load(self) -> dict[str, Any]:
+    def load(self, example: dict[str, Any]) -> dict[str, Any]:
         return FACTS
 
-    def sample(self, index: int) -> None:
+    def sample(self, unit: Unit) -> None:
+        self.plans[unit.index] = unit.plan
         time.sleep(self.seconds)
 
     def commit(self, index: int) -> tuple[int, dict[str, float]]:
-        commit = made_up_commit(index, digest_of_plan(self.root, index))
-        create(self.root / f"commits/{index:05d}.json", seal(asdict(commit)))
+        create(self.root / f"commits/{index:05d}.json", seal(made_up_commit(index, self.plans.pop(index))))
         return 1, {"teacher": self.seconds}
 
 

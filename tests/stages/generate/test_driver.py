@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from stages.base.sampling import Condition
 from stages.errors import StorageError, UserError
 from stages.generate.config import GenerateConfig
 from stages.generate.driver import Driver
@@ -20,6 +21,7 @@ from stages.generate.teacher import Teacher
 from stages.records.commits import committed_units, read_commits
 from stages.records.dataset import Dataset
 from stages.records.plans import read_info, snapshots
+from stages.records.teacher import TeacherFacts
 from stages.records.verification import verify
 from stages.storage.disk import DiskFolder
 from stages.storage.folder import open_folder
@@ -55,10 +57,10 @@ class Faulty(InProcessFleet):
 
     def poll(self, timeout: float) -> list[Event]:
         if self.unit is not None:
-            if self.faults.get(self.unit, 0):
-                self.faults[self.unit] -= 1
+            if self.faults.get(self.unit.index, 0):
+                self.faults[self.unit.index] -= 1
                 failed, self.unit = self.unit, None
-                return [Failed(failed, RuntimeError("injected"))]
+                return [Failed(failed.index, RuntimeError("injected"))]
             if self.die_after == 0:
                 raise KeyboardInterrupt
             self.die_after = None if self.die_after is None else self.die_after - 1
@@ -125,7 +127,7 @@ def test_preemption_is_no_attempt(tiny_teacher: Path, tmp_path: Path) -> None:
             if self.unit is not None and self.left:
                 self.left -= 1
                 unit, self.unit = self.unit, None
-                return [Failed(unit, RuntimeError("node gone"), preempted=True)]
+                return [Failed(unit.index, RuntimeError("node gone"), preempted=True)]
             return super().poll(timeout)
 
     config = generate_config(tiny_teacher, tmp_path)
@@ -277,8 +279,8 @@ def test_a_teacher_that_gives_nan_is_named(tiny_teacher: Path, tmp_path: Path) -
     fleet = InProcessFleet(config)
     load = fleet.worker.load
 
-    def broken() -> dict[str, Any]:
-        facts = load()
+    def broken(example: Condition) -> dict[str, Any]:
+        facts = load(example)
         with torch.no_grad():
             fleet.worker.teacher.pipe.transformer.proj_out_2.bias.fill_(float("nan"))
         return facts
@@ -502,8 +504,8 @@ def test_a_teacher_told_of_in_tuples_and_arrays_is_known_again(tiny_teacher: Pat
         fleet = Faulty(config, {}, die_after=2 if attempt == 0 else None)
         facts = Teacher.facts
 
-        def facts(self: Teacher, facts: Any = facts) -> dict[str, Any]:
-            return facts(self) | {"scheduler_config": {"betas": np.linspace(0, 1, 3), "range": (0.5, 1.15)}}
+        def facts(self: Teacher, facts: Any = facts) -> TeacherFacts:
+            return replace(facts(self), scheduler_config={"betas": np.linspace(0, 1, 3), "range": (0.5, 1.15)})
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Teacher, "facts", facts)

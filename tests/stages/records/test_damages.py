@@ -19,6 +19,7 @@ from stages.records.repair import repair
 from stages.records.trajectory import decode
 from stages.records.verification import survey, verify
 from stages.storage.folder import open_folder
+from stages.train.selection import SelectedSample
 from stages.train.stream import RecordStream
 from tests.conftest import generate_config
 from tests.stages.generate.test_driver import assert_same_records, records
@@ -81,19 +82,20 @@ def test_damage_is_never_read_in_silence(damaged: Path, shared_dataset: Path, da
 @pytest.mark.parametrize("name", [*DAMAGES, *UNREADABLE])
 def test_a_stream_leaves_damage_out_or_names_it(damaged: Path, shared_dataset: Path, name: str) -> None:
     rows = Dataset(shared_dataset).manifest.to_pylist()
-    whole = RecordStream(Dataset(shared_dataset), rows, 1, 0, 1 << 30)
+    whole = RecordStream(Dataset(shared_dataset), [*map(SelectedSample, rows)], 1, 0, 1 << 30)
     known = {identity(batch)[0]: batch.latent for batch in islice(whole, 48)}
     ALL[name](damaged)
     try:
         dataset = Dataset(damaged, check_sizes=False)
     except UserError:
         return
-    stream = RecordStream(dataset, dataset.manifest.to_pylist(), 1, 0, 1 << 30, skip_damaged=True)
+    samples = [*map(SelectedSample, dataset.manifest.to_pylist())]
+    stream = RecordStream(dataset, samples, 1, 0, 1 << 30, skip_damaged=True)
     read = {identity(batch)[0]: batch.latent for batch in islice(stream, 48 - 12)}
     assert all(torch.equal(latent, known[key]) for key, latent in read.items())
     if stream.skipped:
         with pytest.raises(DamageError, match=next(iter(stream.skipped)).split()[0]):
-            list(islice(RecordStream(dataset, dataset.manifest.to_pylist(), 1, 0, 1 << 30), 48))
+            list(islice(RecordStream(dataset, samples, 1, 0, 1 << 30), 48))
     if name in UNREADABLE:
         assert sum(stream.skipped.values()) >= 1
 

@@ -122,7 +122,7 @@ def test_a_header_of_2_to_63_bytes_takes_no_memory(damaged: Path) -> None:
 def test_another_number_of_records_than_in_the_row_is_refused(dataset: Dataset) -> None:
     row = dataset.manifest.to_pylist()[0]
     with dataset.open(row["shard"]) as file:
-        assert len(dataset.read(file, row | {"chosen": [1], "records": 1})["timestep"]) == 4
+        assert len(dataset.read(file, row)["timestep"]) == 4
         for count in (1, 3, 5):
             with pytest.raises(UserError, match=f"expected {count} records in {row['key']}, found 4"):
                 dataset.read(file, row | {"records": count})

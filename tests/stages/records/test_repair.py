@@ -10,6 +10,8 @@ import pytest
 from stages.errors import UserError
 from stages.generate.driver import Driver
 from stages.generate.in_process import InProcessFleet
+from stages.generate.plan import Plan
+from stages.generate.unit import UnitWorker
 from stages.records.commits import commit_unit
 from stages.records.dataset import Dataset
 from stages.records.plans import snapshots
@@ -227,10 +229,10 @@ def test_a_repair_can_publish_what_generation_did_not(damaged: Path, tiny_teache
 
 
 def samples_of(config: Any, unit: int) -> list[Any]:
-    fleet = InProcessFleet(config)
-    fleet.poll(0)
-    fleet.worker.sample(unit)
-    return [encode(part) for part in fleet.worker.sampled[unit].trajectories]
+    plan, worker = Plan(config), UnitWorker(config)
+    worker.load(plan.conditions[0])
+    worker.sample(plan.unit(unit))
+    return [encode(part) for part in worker.sampled[unit].output.trajectories]
 
 
 def test_a_manifest_is_mended_while_a_plan_is_under_way(damaged: Path, tiny_teacher: Path) -> None:

@@ -12,6 +12,7 @@ from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.records.schema import TensorSpec
 from stages.train.decoding import COLUMNS, Decoder, load_vae
+from stages.train.selection import SelectedSample
 from stages.train.student import Student, load_base
 from tests.conftest import small_adapter
 from tests.support.made_up import teacher_facts
@@ -19,7 +20,7 @@ from tests.support.made_up import teacher_facts
 
 @pytest.fixture
 def decoder(dataset: Dataset, tiny_teacher: Path) -> Decoder:
-    return Decoder(str(tiny_teacher), dataset, dataset.manifest.to_pylist(), "cpu")
+    return Decoder(str(tiny_teacher), dataset, [*map(SelectedSample, dataset.manifest.to_pylist())], "cpu")
 
 
 def test_there_is_a_column_for_each_record_and_it_gets_less_noisy(decoder: Decoder, dataset: Dataset) -> None:
@@ -85,4 +86,4 @@ def test_a_vae_that_does_not_decode_the_records_is_refused_at_the_start(
         f"vae_name_or_path={tiny_teacher}: does not decode what is recorded: RuntimeError: of other sizes: leave it out"
     )
     with pytest.raises(UserError, match=message):
-        Decoder(str(tiny_teacher), dataset, dataset.manifest.to_pylist(), "cpu")
+        Decoder(str(tiny_teacher), dataset, [*map(SelectedSample, dataset.manifest.to_pylist())], "cpu")

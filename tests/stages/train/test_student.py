@@ -11,6 +11,7 @@ from stages.base.loading import load_pipeline
 from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.train.objective import squared_error
+from stages.train.selection import SelectedSample
 from stages.train.student import Student, cast, describe_base, load_base
 from stages.train.window import load
 
@@ -18,7 +19,7 @@ CONFIG = AdapterConfig(sites=["attention"], hidden_size=16, rank=4)
 
 
 def test_untrained_it_is_the_unguided_teacher_at_the_recorded_inputs(dataset: Dataset, tiny_teacher: Path) -> None:
-    window = load(dataset, dataset.manifest.to_pylist())
+    window = load(dataset, [*map(SelectedSample, dataset.manifest.to_pylist())])
     batch = window.take(torch.arange(len(window))).to("cpu", torch.float32)
     student = Student.create(dataset, CONFIG, load_base(dataset))
     teacher = load_pipeline(str(tiny_teacher)).transformer
@@ -54,7 +55,7 @@ def test_the_adapter_knows_its_base_and_range(dataset: Dataset) -> None:
 
 
 def test_without_guidance_it_is_the_base_alone(dataset: Dataset) -> None:
-    window = load(dataset, dataset.manifest.to_pylist())
+    window = load(dataset, [*map(SelectedSample, dataset.manifest.to_pylist())])
     batch = window.take(torch.arange(8)).to("cpu", torch.float32)
     student = Student.create(dataset, CONFIG, load_base(dataset))
     before = student.predict(batch)
@@ -94,7 +95,7 @@ def test_quantization_without_its_library_is_named(dataset: Dataset) -> None:
 
 def test_a_quantised_base_predicts_what_it_did(dataset: Dataset) -> None:
     pytest.importorskip("torchao")
-    window = load(dataset, dataset.manifest.to_pylist())
+    window = load(dataset, [*map(SelectedSample, dataset.manifest.to_pylist())])
     batch = window.take(torch.arange(8)).to("cpu", torch.float32)
     exact, quantised = (
         Student.create(dataset, CONFIG, load_base(dataset, quantization=kind)) for kind in ("none", "int8")

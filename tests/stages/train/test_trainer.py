@@ -132,12 +132,12 @@ def test_the_dataset_is_no_place_for_a_run(shared_dataset: Path) -> None:
 
 def test_damaged_validation_samples_are_counted_and_all_of_them_are_refused(damaged: Path, tmp_path: Path) -> None:
     options = {"on_damage": "skip", "validation_share": 0.2}
-    rows = select(Dataset(damaged), train_config(damaged, tmp_path, **options))[1]
-    damage(damaged, rows[0])
+    samples = select(Dataset(damaged), train_config(damaged, tmp_path, **options))[1]
+    damage(damaged, samples[0].row)
     summary = Trainer(train_config(damaged, tmp_path / "one", vae_name_or_path=None, **options)).run()
-    assert summary["samples_skipped"] == [f"{rows[0]['shard']} {rows[0]['key']}"]
-    for row in rows[1:]:
-        damage(damaged, row)
+    assert summary["samples_skipped"] == [samples[0].name]
+    for sample in samples[1:]:
+        damage(damaged, sample.row)
     with pytest.raises(UserError, match="every record to validate with is damaged"):
         Trainer(train_config(damaged, tmp_path / "all", **options)).run()
 
@@ -145,7 +145,7 @@ def test_damaged_validation_samples_are_counted_and_all_of_them_are_refused(dama
 def test_a_run_stopped_by_damage_goes_on_without_it(damaged: Path, tmp_path: Path) -> None:
     config = train_config(damaged, tmp_path, validation_share=0.1, resume_from_checkpoint="latest")
     Trainer(replace(config, max_train_steps=4)).run()
-    damage(damaged, select(Dataset(damaged), config)[0][0])
+    damage(damaged, select(Dataset(damaged), config)[0][0].row)
     with pytest.raises(UserError, match="training leaves it out with on_damage=skip"):
         Trainer(config).run()
     assert Trainer(replace(config, on_damage="skip")).run()["records_skipped"] == 4
