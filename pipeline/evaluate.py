@@ -11,6 +11,7 @@ adapter's model card: it rewrites README.md and adapter_config.json in adapter_d
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.command import run
@@ -65,9 +66,8 @@ def write_results_to_card(evaluation: Evaluation) -> Path | None:
     if not folder.is_dir():
         return None
     adapter = GuidanceAdapter.from_pretrained(folder)
-    adapter.metadata["evaluation"] = [
-        {key: value for key, value in row.items() if not isinstance(value, list)} for row in evaluation.rows
-    ]
+    rows = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in evaluation.rows]
+    adapter.metadata = replace(adapter.metadata, evaluation=rows)
     write_card(adapter, folder)
     return folder / CARD_FILE
 

@@ -9,7 +9,7 @@ file's metadata and into the adapter's model card: README.md and adapter_config.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -71,7 +71,8 @@ def with_dial(config: ExportConfig) -> GuidanceAdapter:
     )  # fmt: skip
     for row in dial:
         print(f"strength {row['strength']:g}: guidance scale {row['guidance_scale']:.2f}")
-    adapter.metadata["dial"] = adapter.metadata.get("dial", {}) | {f"{config.guidance_scale:g}": dial}
+    dials = adapter.metadata.dial | {f"{config.guidance_scale:g}": dial}
+    adapter.metadata = replace(adapter.metadata, dial=dials)
     folder = Path(config.adapter_dir)
     if folder.is_dir() and base is None:
         write_card(adapter, folder)

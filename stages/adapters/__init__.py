@@ -1,4 +1,4 @@
-"""The trained part: one file per variant, the contract they share, and how they ride on a frozen denoiser."""
+"""The adapters: one file per variant, their common contract, and how they attach to a frozen denoiser."""
 
 from stages.adapters.adapter import GuidanceAdapter
 from stages.adapters.config import AdapterConfig

@@ -1,70 +1,39 @@
-"""The contract of every variant: where it sits, what it sees, and what it adds in a forward pass."""
+"""The contract of every variant: its sites, its conditions, and what it adds in a forward pass."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from stages.adapters import folder
-from stages.adapters.attaching import Attachable
-from stages.adapters.conditioning import Conditioning, Conditions, ScaleAlone, choose_conditions
+from stages.adapters.conditioning import Conditioning, ScaleAlone, choose_conditions
 from stages.adapters.config import NEGATIVE_TOKENS, TIMESTEP, AdapterConfig
 from stages.adapters.export import export
+from stages.adapters.fit import check_blocks, check_shapes
+from stages.adapters.forward_pass import ForwardPass
 from stages.adapters.fusing import LowRank
-from stages.adapters.guidance import Prepared
-from stages.adapters.inputs import Inputs, samples_of
+from stages.adapters.inputs import Inputs
 from stages.adapters.layers import find_blocks
-from stages.adapters.sites import Shape, every_site, find_sites, layer_beneath, width_axis
-from stages.adapters.trial_forward import Seen, Spot, argument_in, look
-from stages.base.denoiser import flatten
+from stages.adapters.metadata import AdapterMetadata
+from stages.adapters.site import Site
+from stages.adapters.sites import Shape, every_site, find_sites
+from stages.adapters.spots import TrialFacts
+from stages.adapters.trial_forward import run_trial
 from stages.errors import UserError
 
 
-class Site(nn.Module, ABC):
-    """The adapter's part at one site.
+class GuidanceAdapter(ForwardPass):
+    """A small trained network with which one conditional pass of a frozen denoiser predicts the guided output.
 
-    What does not depend on the image is prepared apart: once per forward pass, not once per token.
+    It runs in forward hooks: no module or attention processor is replaced, and state-dict keys do not change. Its
+    output is initialised to zero, so an untrained adapter leaves the base's output bit for bit as it is. Adapter
+    guidance distillation: arXiv 2503.07274.
     """
 
-    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
-        """What depends on scale, timestep and whole conditions: tensors `[n, ...]`."""
-        return ()
-
-    def prepare_tokens(self, known: Conditions) -> tuple[Tensor, ...]:
-        """What depends on the conditions' tokens alone: tensors `[n, ...]`."""
-        return ()
-
-    @abstractmethod
-    def forward(self, tokens: Tensor, *prepared: Tensor) -> Tensor:
-        """What is added to the site's output, `[n, length, width]` or broadcastable to it, zero at the start.
-
-        Args:
-            tokens: `[n, length, width]`, what the site was given.
-            prepared: what `prepare_step` and `prepare_tokens` gave.
-        """
-
-
-class GuidanceAdapter(Attachable):
-    """A small trained part that makes one conditional pass of a frozen denoiser predict the guided output.
-
-    It rides on forward hooks: no module and no attention processor is replaced, state-dict keys stay as they are. Its
-    output is zero at the start, so that attached and untrained it changes nothing, bit for bit. Adapter guidance
-    distillation: arXiv 2503.07274.
-
-    Attributes:
-        config: the variant and its sizes, complete.
-        shapes: the sites by name, with the widths of each.
-        metadata: what the folder tells besides: conditions, trained scale range, guidance gain, base.
-    """
-
-    variant: ClassVar[str]
     default_sites: ClassVar[tuple[str, ...]] = ("attention",)
     default_conditions: ClassVar[tuple[str, ...]] = ("timestep", "pooled")
     default_rank: ClassVar[int] = 16
@@ -73,28 +42,26 @@ class GuidanceAdapter(Attachable):
     def __init_subclass__(cls) -> None:
         GuidanceAdapter.variants[cls.variant] = cls
 
-    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], metadata: dict[str, Any]) -> None:
-        super().__init__()
-        self.config, self.shapes, self.metadata = config, shapes, metadata
+    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], metadata: AdapterMetadata) -> None:
+        super().__init__(config, shapes, metadata)
         self.conditioning = self.new_conditioning()
         self.sites = nn.ModuleDict({name.replace(".", "/"): self.new_site(*shape) for name, shape in shapes.items()})
 
-    # What a variant is
+    # The variant
 
     @abstractmethod
     def new_site(self, *shape: int) -> Site:
-        """The part of this variant for a site of this shape."""
+        """Create the module for a site of this shape."""
 
     def new_conditioning(self) -> Conditioning | ScaleAlone:
-        """What it sees."""
+        """Create the embedding of what the variant sees."""
         wanted = list(self.config.conditions or [])
-        chosen = choose_conditions(self.metadata["conditions"], wanted)
-        scale, offset = self.metadata["timestep_scale"], self.metadata.get("timestep_offset", 0.0)
-        return Conditioning(self.config.hidden_size, chosen, scale, TIMESTEP in wanted, offset)
+        chosen, scale = choose_conditions(self.metadata.conditions, wanted), self.metadata.timestep_scale
+        return Conditioning(self.config.hidden_size, chosen, scale, TIMESTEP in wanted, self.metadata.timestep_offset)
 
     @property
     def sees_negative(self) -> bool:
-        """Whether it knows the tokens of the unconditional pass."""
+        """Whether the adapter sees the tokens of the unconditional pass."""
         return NEGATIVE_TOKENS in (self.config.conditions or [])
 
     @property
@@ -103,19 +70,27 @@ class GuidanceAdapter(Attachable):
 
     @classmethod
     def candidates(cls, denoiser: nn.Module) -> dict[str, Shape]:
-        """Every module of a denoiser that can be a site of this variant, with its widths: what a trial forward looks at."""
+        """Return every possible site of this variant in a denoiser, with its widths, for a trial forward."""
         return every_site(denoiser)
 
     @classmethod
     def find_sites(
-        cls, denoiser: nn.Module, config: AdapterConfig, metadata: dict[str, Any], seen: dict[str, Seen] | None = None
+        cls,
+        denoiser: nn.Module,
+        config: AdapterConfig,
+        metadata: AdapterMetadata,
+        seen: dict[str, TrialFacts] | None = None,
     ) -> dict[str, Shape]:
-        """The sites of this variant in a denoiser; `seen` of its candidates in a trial forward, if there was one."""
+        """Return the sites of this variant in a denoiser.
+
+        Args:
+            seen: what a trial forward showed of the candidates; None without a trial.
+        """
         return find_sites(denoiser, list(config.sites or []), seen)
 
     @classmethod
     def completed(cls, config: AdapterConfig) -> AdapterConfig:
-        """The configuration with this variant's defaults for what it leaves open."""
+        """Fill the configuration's open fields with this variant's defaults."""
         return replace(
             config,
             sites=list(cls.default_sites if config.sites is None else config.sites),
@@ -124,19 +99,19 @@ class GuidanceAdapter(Attachable):
         )
 
     @classmethod
-    def with_base_metadata(cls, metadata: dict[str, Any], denoiser: nn.Module) -> dict[str, Any]:
-        """What the folder tells besides, with what of the base this variant needs to know."""
+    def with_base_metadata(cls, metadata: AdapterMetadata, denoiser: nn.Module) -> AdapterMetadata:
+        """Add to the metadata what this variant needs to know of the base."""
         return metadata
 
     def init_from_base(self, denoiser: nn.Module) -> None:
-        """Take from the base what an untrained adapter begins with."""
+        """Initialise the adapter from the base's weights."""
 
     @staticmethod
     def get_class(variant: str) -> type[GuidanceAdapter]:
-        """The class of a variant.
+        """Return the class of a variant.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: no variant has that name.
         """
         if variant not in GuidanceAdapter.variants:
             raise UserError(f"adapter.variant={variant}: one of {', '.join(sorted(GuidanceAdapter.variants))}")
@@ -144,140 +119,44 @@ class GuidanceAdapter(Attachable):
 
     @staticmethod
     def for_denoiser(
-        config: AdapterConfig, denoiser: nn.Module, metadata: dict[str, Any], inputs: Inputs | None = None
+        config: AdapterConfig, denoiser: nn.Module, metadata: AdapterMetadata, inputs: Inputs | None = None
     ) -> GuidanceAdapter:
-        """A new adapter, untrained, for the sites that are found in a denoiser.
+        """Create an untrained adapter for the sites found in a denoiser.
 
         Args:
-            inputs: arguments of one call of the denoiser, flat, for a trial forward (`looking.look`) that shows what no name
-                tells. Their values do not matter, and they may be on the meta device.
+            inputs: arguments of one denoiser call, flat, for a trial forward (`trial_forward.run_trial`), which shows
+                what module names do not. Their values do not matter, and they may be on the meta device.
         """
         kind = GuidanceAdapter.get_class(config.variant)
         config, metadata = kind.completed(config), kind.with_base_metadata(metadata, denoiser)
         candidates = kind.candidates(denoiser)
-        seen = look(denoiser, candidates, inputs, metadata) if inputs is not None and candidates else None
+        seen = run_trial(denoiser, candidates, inputs, metadata) if inputs is not None and candidates else None
         shapes = kind.find_sites(denoiser, config, metadata, seen)
         spots = {} if seen is None else {name: spec for name in shapes if (spec := seen[name].spec())}
-        metadata = metadata | {"blocks": find_blocks(denoiser, shapes)} | ({"spots": spots} if spots else {})
-        adapter = kind(config, shapes, metadata)
+        adapter = kind(config, shapes, replace(metadata, blocks=find_blocks(denoiser, shapes), spots=spots))
         adapter.init_from_base(denoiser)
         return adapter
 
-    # Where it sits
+    # Its sites
 
     def check_fit(self, denoiser: nn.Module) -> None:
         """
         Raises:
-            UserError: the base has other sites.
+            UserError: the base has other sites than the adapter.
         """
-        found = self.find_again(denoiser)
-        for name in [*self.shapes, *found]:
-            if found.get(name) != self.shapes.get(name):
-                here, there = (format_shape(shapes.get(name)) for shapes in (self.shapes, found))
-                raise UserError(
-                    f"the adapter does not fit this {type(denoiser).__name__}: at {name} it was made for {here}, "
-                    f"the base has {there}: attach it to a base of the architecture it was trained on"
-                )
+        check_shapes(denoiser, self.shapes, self.find_same_sites(denoiser))
+        check_blocks(denoiser, self.shapes, self.metadata.blocks)
 
-        for name, count in find_blocks(denoiser, self.shapes).items():
-            if count != self.metadata.get("blocks", {}).get(name, count):
-                raise UserError(
-                    f"the adapter does not fit this {type(denoiser).__name__}: it was made for {self.metadata['blocks'][name]} "
-                    f"{name}, the base has {count}: attach it to a base of the architecture it was trained on"
-                )
-
-    def find_again(self, denoiser: nn.Module) -> dict[str, Shape]:
-        """The sites of this adapter in another denoiser: by name, because only a run shows which of the candidates are fit."""
+    def find_same_sites(self, denoiser: nn.Module) -> dict[str, Shape]:
+        """Find this adapter's sites in another denoiser by name: only a trial shows which candidates are usable."""
         candidates = self.candidates(denoiser)
         return {name: candidates[name] for name in self.shapes if name in candidates}
 
     def lora_weights(self, guidance_scale: float) -> LowRank:
-        raise UserError(f"adapter.variant={self.variant}: no change of weights: only `lora` is")
+        raise UserError(f"adapter.variant={self.variant}: only `lora` is a change of weights")
 
     def why_unfused(self, denoiser: nn.Module) -> str | None:
         return f"the variant {self.variant} computes beside the base's layers; `lora` changes their weights"
-
-    def site_hooks(self, denoiser: nn.Module) -> Iterator[RemovableHandle]:
-        """Have each site add its part to its module's output."""
-        for i, name in enumerate(self.shapes):
-            module = layer_beneath(denoiser.get_submodule(name))
-            yield module.register_forward_hook(self._add(i, name, module), with_kwargs=True)
-
-    def _add(self, i: int, name: str, module: nn.Module) -> Callable[..., Any]:
-        site, shape = self.sites[name.replace(".", "/")], self.shapes[name]
-        spot, tokens_in = Spot(**self.metadata.get("spots", {}).get(name, {})), argument_in(module)
-
-        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if self.prepared is None:
-                return None
-            tokens = tokens_in(spot.argument, args, kwargs)
-            tokens = tokens.transpose(0, 1) if spot.across else tokens
-            prepared = tuple(of_rows(each, len(tokens), spot.tiled) for each in self.prepared[i])
-            change = self.gated(self.change(site, shape, tokens.to(self.dtype), prepared), spot.tiled)
-            return added(output, change.transpose(0, 1) if spot.across else change, spot.output)
-
-        return add
-
-    def change(self, site: nn.Module, shape: Shape, tokens: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
-        """What a site adds, in the layout of the module's output; a site itself knows tokens `[n, length, width]` alone."""
-        axis = width_axis(tokens.shape, shape[0])
-        if tokens.ndim == 3 and axis == 2:
-            return site(tokens, *prepared)
-        assert axis is not None
-        within = [size for i, size in enumerate(tokens.shape) if i not in (0, axis)]
-        change = site(tokens.movedim(axis, -1).flatten(1, -2), *prepared)
-        sizes = within if change.shape[1] != 1 else [1] * len(within)
-        return change.unflatten(1, sizes).movedim(-1, axis)
-
-    def gated(self, change: Tensor, tiled: bool = False) -> Tensor:
-        """The change `[rows, ...]` of those samples that are guided."""
-        if self.gate is None:
-            return change
-        return change * of_rows(self.gate, len(change), tiled).view(-1, *[1] * (change.ndim - 1))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which the sites compute."""
-        return next((parameter.dtype for parameter in self.sites.parameters()), torch.float32)
-
-    # A forward pass
-
-    def before_forward(self, denoiser: nn.Module, given: dict[str, Any]) -> dict[str, Any] | None:
-        """Compute once per forward what does not depend on the image; the arguments to go on with, if they change."""
-        self.prepared = self.gate = None
-        guidance = self.guidance
-        if guidance is None or guidance.bypass:
-            return None
-        wanted = bool(self.config.conditions)
-        samples = samples_of(flatten(given), next(iter(given)), self.metadata, wanted)
-        if samples.ragged and guidance.known and not guidance.is_uniform:
-            raise UserError(
-                "guidance_scale: one for each image, and the images' prompts differ in length: give the images one by one"
-            )
-        self.follow(samples.device)
-        guidance.to(samples.device)
-        scale = guidance.at(guidance.row(samples.timestep), samples.count)
-        self.gate = scale != 1 if guidance.mixed else None
-        self.prepared = self._prepare(scale, samples.timestep, samples.conditions | guidance.negative)
-        return None
-
-    def after_forward(self, denoiser: nn.Module, output: Any) -> Any:
-        """Keep nothing, but in training: blocks that are checkpointed run again in the backward pass."""
-        if not torch.is_grad_enabled():
-            self.prepared = self.gate = None
-        return None
-
-    def _prepare(self, scale: Tensor, timestep: Tensor, inputs: dict[str, Any]) -> Prepared:
-        known = self.conditioning(self._asked(scale), timestep, self.conditioning.embed(inputs)).to(self.dtype)
-        return [(*site.prepare_step(known), *site.prepare_tokens(known)) for site in self._each_site()]
-
-    def _asked(self, scale: Tensor) -> Tensor:
-        """The scales that the variant is given for those wanted: more by the guidance gain, which leads none out of the training."""
-        gain, most = self.metadata.get("guidance_gain", 1.0), self.metadata["scale_range"][1]
-        return torch.minimum(scale + (gain - 1) * (scale - 1), scale.clamp(min=most))
-
-    def _each_site(self) -> list[Site]:
-        return [site for site in self.sites.values() if isinstance(site, Site)]
 
     # The folder
 
@@ -287,17 +166,18 @@ class GuidanceAdapter(Attachable):
 
     @staticmethod
     def from_pretrained(name_or_path: str | Path, **source: Any) -> GuidanceAdapter:
-        """The adapter of a folder, on disk or in a bucket (`s3://bucket/prefix`), or of a hub id; nothing in it can run code.
+        """Load an adapter from a folder, on disk or in a bucket (`s3://bucket/prefix`), or by its hub id.
+
+        Nothing in the folder can run code.
 
         Args:
-            source: `revision`, `token` and what else `huggingface_hub.snapshot_download` takes.
+            source: `revision`, `token` and other arguments of `huggingface_hub.snapshot_download`.
 
         Raises:
-            UserError: it is not an adapter, or of another version.
+            UserError: it is not an adapter, or has another format version.
         """
-        chosen, shapes, metadata, weights = folder.load(name_or_path, **source)
+        config, shapes, metadata, weights = folder.load(name_or_path, **source)
         with folder.loading_errors(name_or_path):
-            config = AdapterConfig(**chosen)
             adapter = GuidanceAdapter.get_class(config.variant)(config, shapes, metadata)
             adapter.load_state_dict(weights)
         return adapter.eval()
@@ -307,15 +187,15 @@ class GuidanceAdapter(Attachable):
 
         Args:
             save_directory: a folder; for `kohya` a file that ends in `.safetensors`.
-            guidance_scale: above 1; the trained range is where it was learnt.
-            format: `diffusers`, for `pipe.load_lora_weights`; `peft`, for `PeftModel.from_pretrained` and servers; `kohya`, for
-                ComfyUI and the trainers.
+            guidance_scale: above 1; outside the trained range it warns.
+            format: `diffusers`, for `pipe.load_lora_weights`; `peft`, for `PeftModel.from_pretrained` and servers;
+                `kohya`, for ComfyUI and the trainers.
 
         Returns:
-            The file with the weights.
+            The path of the weights.
 
         Raises:
-            UserError: the adapter is no `lora`, sees more than the scale, or nothing loads the format into its base.
+            UserError: the adapter is not a `lora`, sees more than the scale, or no tool loads the format into its base.
         """
         return export(self, Path(save_directory), guidance_scale, format)
 
@@ -326,36 +206,5 @@ class GuidanceAdapter(Attachable):
         token: str | None = None,
         commit_message: str = "Upload guidance adapter",
     ) -> str:
-        """Upload the adapter with its model card to a model hub; the address of the commit."""
+        """Upload the adapter with its model card to a model hub; return the commit's address."""
         return folder.push(self, repo_id, private, token, commit_message)
-
-
-def added(output: Any, change: Tensor, which: int) -> Any:
-    """A module's output, or of several that one, with a change."""
-    if isinstance(output, (tuple, list)):
-        return type(output)(added(each, change, 0) if i == which else each for i, each in enumerate(output))
-    return output + change.to(output.dtype)
-
-
-def of_rows(values: Tensor, rows: int, tiled: bool = False) -> Tensor:
-    """Values `[rows, ...]` from those of n samples: a layer may be given several rows for each, side by side or by turns.
-
-    Raises:
-        UserError: it is given rows that belong to no sample.
-    """
-    samples = len(values)
-    if rows == samples:
-        return values
-    if rows % samples:
-        raise UserError(
-            f"a layer is given {rows} rows for {samples} samples, so that guidance cannot tell them apart: give the samples one by one"
-        )
-    count = rows // samples
-    return values.repeat(count, *[1] * (values.ndim - 1)) if tiled else values.repeat_interleave(count, dim=0)
-
-
-def format_shape(shape: Shape | None) -> str:
-    """A site's shape for a person."""
-    if shape is None:
-        return "no site"
-    return f"width {shape[0]}" if shape[0] == shape[1] else f"widths {shape[0]} to {shape[1]}"

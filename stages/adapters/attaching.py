@@ -1,4 +1,4 @@
-"""How an adapter comes onto a denoiser or pipelines, and leaves them as they were."""
+"""Attaching an adapter to a denoiser or pipelines, and detaching it."""
 
 from __future__ import annotations
 
@@ -12,124 +12,92 @@ from torch import nn
 
 from stages.adapters.attachment import attachment_of, begin_attachment, end_attachment, is_attached
 from stages.adapters.call_arguments import check_pipeline
+from stages.adapters.denoiser_controller import check_wrappers
 from stages.adapters.guiding import Guiding
-from stages.adapters.one_pass import adapters_of, begin_one_pass, end_one_pass
-from stages.adapters.wrappers import entrance_of, layers_of, unwrapped
+from stages.adapters.hooks import hook
+from stages.adapters.one_pass import adapters_of, add_to_pipeline, remove_from_pipeline
+from stages.adapters.wrappers import unwrapped
 from stages.errors import UserError
 
 Self = TypeVar("Self", bound="Attachable")
 
 
 class Attachable(Guiding):
-    """What every variant does alike to be attached."""
+    """Attaching and detaching, the same for every variant."""
 
     @abstractmethod
     def check_fit(self, denoiser: nn.Module) -> None:
         """
         Raises:
-            UserError: the base has other sites.
+            UserError: the base has other sites than the adapter.
         """
 
     def attach(self: Self, target: Any, backup_device: str | torch.device | None = None) -> Self:
-        """Ride on a denoiser, or on a pipeline, whose `guidance_scale` then means this adapter in a single pass.
+        """Attach to a denoiser, or to a pipeline, whose `guidance_scale` then sets this adapter's scale.
 
-        Further pipelines with the same denoiser (image to image, inpainting, one per request of a server) can be attached too; of
-        a pipeline with two denoisers, the adapter of each. The adapter follows the latents to their device. Pipelines are held
-        weakly.
+        An attached pipeline runs one pass per step. An adapter can be attached to further pipelines with the same
+        denoiser (image to image, inpainting, one per request of a server), and a pipeline with two denoisers takes one
+        adapter for each. The adapter moves to the latents' device. It holds pipelines by weak references.
 
         Args:
-            backup_device: where the base's own weights are kept while a scale is fused into them; by default beside them.
+            backup_device: where the base's own weights are kept while a scale is fused; by default on their own device.
 
         Raises:
-            UserError: it rides already, the base has other sites than the adapter was made for, or the pipeline guides in another
-                way than the one that was recorded. Nothing is attached then.
+            UserError: the adapter is attached already, the base has other sites than the adapter, or the pipeline
+                guides by another rule than the recorded one. Nothing is attached then.
         """
         is_denoiser = isinstance(target, nn.Module)
         denoiser = unwrapped(target) if is_denoiser else self.denoiser_in(target)
         if self.denoiser is None:
-            self._forget()
+            self._clear_attachment()
         elif is_denoiser or self.denoiser is not denoiser or any(pipe is target for pipe in self.pipelines):
             raise UserError("this adapter is attached already: detach it first")
         if not is_denoiser:
-            check_pipeline(self, target, adapters_of(target).stock)
+            check_pipeline(self.metadata, target, adapters_of(target).stock)
         check_wrappers(target if is_denoiser else getattr(target, self.component_in(target)))
         with ExitStack() as undo:
             if self.denoiser is None:
-                self._begin(denoiser, backup_device, undo)
+                self._attach_to_denoiser(denoiser, backup_device, undo)
             self._targets.append(weakref.ref(target))
             undo.callback(self._targets.pop)
             if not is_denoiser:
-                begin_one_pass(target, self)
-                undo.callback(end_one_pass, target, self)
+                add_to_pipeline(target, self)
+                undo.callback(remove_from_pipeline, target, self)
             if is_denoiser or not self.fusible:
-                self.hook(denoiser)
+                hook(self, denoiser)
             undo.pop_all()
         return self
 
-    def _begin(self, denoiser: nn.Module, backup_device: str | torch.device | None, undo: ExitStack) -> None:
+    def _attach_to_denoiser(
+        self, denoiser: nn.Module, backup_device: str | torch.device | None, undo: ExitStack
+    ) -> None:
         if is_attached(denoiser):
             raise UserError(
-                f"this {type(denoiser).__name__} carries an adapter already (a copy carries the original's): detach that one "
-                "first, or load the pipeline anew"
+                f"this {type(denoiser).__name__} carries an adapter already (a copy carries the original's): "
+                "detach that one first, or load the pipeline again"
             )
         self.check_fit(denoiser)
-        undo.callback(self._forget)
+        undo.callback(self._clear_attachment)
         begin_attachment(denoiser, backup_device)
         undo.callback(end_attachment, denoiser)
         self._denoiser = weakref.ref(denoiser)
 
-    def _forget(self) -> None:
+    def _clear_attachment(self) -> None:
         self._targets.clear()
         self._denoiser = None
-        self._restore_precision()
+        self.restore_precision()
 
     def detach(self) -> None:
-        """Leave the base as it was, once the calls of other threads are over.
+        """Restore the base, once the calls of other threads are over.
 
         Raises:
-            UserError: something else changed weights that a scale is fused into.
+            UserError: other code has changed weights that a scale is fused into.
         """
         denoiser = self.denoiser
         for pipe in self.pipelines:
-            end_one_pass(pipe, self)
+            remove_from_pipeline(pipe, self)
         if denoiser is not None and is_attached(denoiser):
-            with attachment_of(denoiser).lock.alone():
-                self._forget()
+            with attachment_of(denoiser).lock.exclusive():
+                self._clear_attachment()
                 end_attachment(denoiser)
-        self._forget()
-
-    def check_carried(self, pipe: Any) -> None:
-        """
-        Raises:
-            UserError: the denoiser of a pipeline that is about to run does not carry this adapter, or runs in a way it does not know.
-        """
-        denoiser = self.denoiser_in(pipe)
-        kind = type(denoiser).__name__
-        if not is_attached(denoiser):
-            raise UserError(
-                f"this {kind} took the place of the one that the adapter was attached to, or the adapter was detached meanwhile: "
-                "detach it, and attach it anew"
-            )
-        self.check_layers(denoiser)
-        self._come_by(denoiser, getattr(pipe, self.component_in(pipe)))
-
-    def _come_by(self, denoiser: nn.Module, outermost: nn.Module) -> None:
-        """Have the hooks see the calls of a denoiser that was wrapped since they were put there."""
-        check_wrappers(outermost)
-        attachment = attachment_of(denoiser)
-        if attachment.handles and attachment.entrance is not entrance_of(outermost):
-            with attachment.lock.alone():
-                attachment.unhook()
-                self.hook(denoiser)
-
-
-def check_wrappers(module: nn.Module) -> None:
-    """
-    Raises:
-        UserError: what wraps a denoiser calls copies of it in threads of its own.
-    """
-    for layer in layers_of(module):
-        if isinstance(layer, nn.DataParallel) and len(layer.device_ids) > 1:
-            raise UserError(
-                "DataParallel runs copies of the denoiser, which carry no adapter: use its `module` alone, or one process per GPU"
-            )
+        self._clear_attachment()

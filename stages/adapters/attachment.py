@@ -1,4 +1,4 @@
-"""What an adapter has put on a denoiser: hooks on its modules, or one scale in its weights."""
+"""An adapter's attachment to a denoiser: hooks, fused weights, and the lock that calls share."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from stages.adapters.fusing import FusedWeights, LowRank
 from stages.adapters.guidance import Guidance
 from stages.errors import UserError
 
-ATTACHMENT = "_guidance_ride"  # among a denoiser's attributes
+ATTACHMENT = "_guidance_attachment"  # the denoiser's attribute that holds it
 
 
 @dataclass(frozen=True)
-class Fused:
-    """What weights hold: the change at one scale, so many times."""
+class Fusion:
+    """The scale that is fused into the weights; its change is multiplied by the strength."""
 
     guidance_scale: float
     strength: float = 1.0
@@ -32,117 +32,117 @@ class Fused:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """A scale that is in force between pipelines' calls, inside another one or none."""
+    """An open `guidance_scale` context, and the one around it."""
 
     guidance: Guidance
     outer: Context | None
 
 
 class ReadersWriterLock:
-    """Whose turn it is on a denoiser: who changes its weights goes alone, those who leave them as they are go together.
+    """A readers-writer lock on a denoiser: fused calls write its weights and run alone; hooked calls share it.
 
-    A thread that has its turn may take it once more, also alone within alone, or together within alone.
+    The lock is reentrant: a thread that holds it exclusively may acquire it again, shared or exclusively.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._alone: list[int] = []  # the thread that goes alone, as often as it does
-        self._together: Counter[int] = Counter()
+        self._condition = threading.Condition()
+        self._exclusive: list[int] = []  # the thread that holds it, once for each time
+        self._shared: Counter[int] = Counter()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        me = threading.get_ident()
-        with self._changed:
-            self._changed.wait_for(lambda: {*self._alone, *self._together} <= {me})
-            self._alone.append(me)
+    def exclusive(self) -> Iterator[None]:
+        thread = threading.get_ident()
+        with self._condition:
+            self._condition.wait_for(lambda: {*self._exclusive, *self._shared} <= {thread})
+            self._exclusive.append(thread)
         try:
             yield
         finally:
-            with self._changed:
-                self._alone.pop()
-                self._changed.notify_all()
+            with self._condition:
+                self._exclusive.pop()
+                self._condition.notify_all()
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        self.join()
+    def shared(self) -> Iterator[None]:
+        self.acquire_shared()
         try:
             yield
         finally:
-            self.leave()
+            self.release_shared()
 
-    def join(self) -> None:
-        """Begin to go together."""
-        me = threading.get_ident()
-        with self._changed:
-            self._changed.wait_for(lambda: {*self._alone} <= {me})
-            self._together[me] += 1
+    def acquire_shared(self) -> None:
+        """Acquire the lock beside other readers."""
+        thread = threading.get_ident()
+        with self._condition:
+            self._condition.wait_for(lambda: {*self._exclusive} <= {thread})
+            self._shared[thread] += 1
 
-    def leave(self) -> None:
-        """End what `join` began."""
-        with self._changed:
-            self._together[threading.get_ident()] -= 1
-            self._together += Counter()  # leaves out who does not go any more
-            self._changed.notify_all()
+    def release_shared(self) -> None:
+        """Undo one `acquire_shared` of this thread."""
+        with self._condition:
+            self._shared[threading.get_ident()] -= 1
+            self._shared += Counter()  # drops threads at zero
+            self._condition.notify_all()
 
 
 class Attachment:
-    """It lies on the denoiser itself, so that a deep copy of the denoiser has one of its own.
+    """The state that an adapter keeps on a denoiser, so that a deep copy of the denoiser has its own.
 
     Attributes:
-        guards: of the hooks by which calls that no adapter guides wait for those that change the weights.
-        handles: of the hooks that guide; entrance: the module whose call they see, a wrapper around the denoiser perhaps.
-        fused: what the weights hold; None where they are the base's own.
-        held: what they hold between calls, because somebody fused it.
-        contexts: open, in the order of opening, whatever thread opened them.
-        lock: of those that use the denoiser.
+        guards: handles of the hooks that acquire the lock for each call, guided or not.
+        handles: of the hooks that guide; hooked_module: the module that has them, the denoiser or a wrapper around it.
+        fusion: what is fused into the weights; None while they are the base's own.
+        default_fusion: what `fuse` has set for the time between calls.
+        contexts: the open contexts of all threads, in the order of opening.
+        lock: shared by all calls of the denoiser.
     """
 
     def __init__(self, backup_device: str | torch.device | None) -> None:
         self.backup_device = backup_device
         self.guards: list[RemovableHandle] = []
         self.handles: list[RemovableHandle] = []
-        self.entrance: nn.Module | None = None
-        self.fused: Fused | None = None
-        self.held: Fused | None = None
+        self.hooked_module: nn.Module | None = None
+        self.fusion: Fusion | None = None
+        self.default_fusion: Fusion | None = None
         self.contexts: list[Context] = []
         self.weights: FusedWeights | None = None
         self.lock = ReadersWriterLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
-        """A copy takes turns with its original, because the adapter that rides on both moves between their devices."""
+        """Share the original's lock, because the adapter of both moves between their devices."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        apart = {"contexts": [], "lock": self.lock}
-        own = {name: value for name, value in vars(self).items() if name not in apart}
-        vars(copied).update(copy.deepcopy(own, memo), **apart)
+        shared_with_original = {"contexts": [], "lock": self.lock}
+        own = {name: value for name, value in vars(self).items() if name not in shared_with_original}
+        vars(copied).update(copy.deepcopy(own, memo), **shared_with_original)
         return copied
 
     @property
-    def resting(self) -> Guidance | None:
-        """What guides between pipelines' calls; None where that differs from thread to thread, or nothing does."""
+    def idle_guidance(self) -> Guidance | None:
+        """The guidance between pipelines' calls; None if threads differ, or no context is open."""
         nested = all(inner.outer is outer for outer, inner in pairwise(self.contexts))
         return self.contexts[-1].guidance if self.contexts and nested else None
 
-    def put(self, denoiser: nn.Module, fused: Fused, change: LowRank) -> None:
-        """Fuse; interrupted, the base's own weights are back."""
+    def fuse(self, denoiser: nn.Module, fusion: Fusion, change: LowRank) -> None:
+        """Fuse a change; an interruption restores the base's own weights."""
         self.weights = self.weights or FusedWeights(denoiser, list(change), self.backup_device)
         self.weights.check_unchanged()
         try:
-            self.weights.put(change, fused.strength)
+            self.weights.fuse(change, fusion.strength)
         except BaseException:
-            self.weights.put_back()
-            self.weights = self.fused = None
+            self.weights.write_originals()
+            self.weights = self.fusion = None
             raise
-        self.fused = fused
+        self.fusion = fusion
 
-    def restore(self, held: Fused | None = None) -> None:
-        """The base's own weights, which is also what a scale of 1 holds."""
+    def restore(self, fusion: Fusion | None = None) -> None:
+        """Restore the base's own weights, which a fusion at scale 1 has too."""
         if self.weights is not None:
             self.weights.restore()
-        self.weights, self.fused = None, held
+        self.weights, self.fusion = None, fusion
 
     def unhook(self) -> bool:
-        """Whether there were hooks."""
+        """Remove the hooks; return whether there were any."""
         hooked = bool(self.handles)
         for handle in self.handles:
             handle.remove()
@@ -157,29 +157,30 @@ def begin_attachment(denoiser: nn.Module, backup_device: str | torch.device | No
 
 
 def wait_for_lock(denoiser: nn.Module, args: Any) -> None:
-    """Pipelines that carry no adapter may share a denoiser: none of their passes runs on weights that a scale is in."""
-    if not torch.compiler.is_compiling():  # compiled code knows no threads
-        attachment_of(denoiser).lock.join()
+    """Keep passes of pipelines without an adapter, which may share the denoiser, off fused weights."""
+    if not torch.compiler.is_compiling():  # compiled code cannot lock
+        attachment_of(denoiser).lock.acquire_shared()
 
 
 class ReleaseLock:
-    """The first of a ridden denoiser's hooks, so that it says why the denoiser cannot be pickled. Copies share it."""
+    """The first hook of an attached denoiser: pickling reaches it first and gets a reason. Copies share it."""
 
     def __call__(self, denoiser: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            attachment_of(denoiser).lock.leave()
+            attachment_of(denoiser).lock.release_shared()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReleaseLock:
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UserError(
-            "a denoiser that carries an adapter cannot be pickled: detach the adapter first, and attach it anew there"
+            "a denoiser that carries an adapter cannot be pickled: detach the adapter first, and attach it again after "
+            "loading"
         )
 
 
 def end_attachment(denoiser: nn.Module) -> None:
-    """Leave a denoiser as it was."""
+    """Restore a denoiser."""
     attachment = attachment_of(denoiser)
     attachment.unhook()
     for handle in attachment.guards:
@@ -189,7 +190,7 @@ def end_attachment(denoiser: nn.Module) -> None:
 
 
 def is_attached(denoiser: nn.Module) -> bool:
-    """Whether an adapter rides on it; a deep copy has a ride of its own."""
+    """Whether an adapter is attached; a deep copy has an attachment of its own."""
     return ATTACHMENT in vars(denoiser)
 
 

@@ -1,56 +1,54 @@
-"""Callbacks that change a pipeline's guidance on the way: the adapter's guidance changes with it, or a warning says that it does not."""
+"""Callbacks that change the guidance during a call: the adapter follows the scale; other changes get a warning."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from stages.adapters.adapter_call import AdapterCall
 from stages.adapters.call_arguments import guiders_of, is_setting
 from stages.adapters.user_warnings import warn
-
-if TYPE_CHECKING:
-    from stages.adapters.controller import AdapterCall
 
 CALLBACK, INPUTS = "callback", "callback_on_step_end_tensor_inputs"
 LATENTS = "latents"
 
 
-def watch(arguments: dict[str, Any], pipe: Any, adapter_calls: list[AdapterCall], keyword: str | None) -> None:
-    """Put a watched callback in the place of each among the arguments of a call.
+def wrap_callbacks(arguments: dict[str, Any], pipe: Any, adapter_calls: list[AdapterCall], keyword: str | None) -> None:
+    """Wrap each callback among the arguments of a call.
 
     Args:
-        keyword: by which the pipeline is told its scale; None where a guider knows it.
+        keyword: the name of the pipeline's scale; None if a guider holds it.
     """
     for name, value in list(arguments.items()):
         if name.startswith(CALLBACK) and callable(value):
-            if INPUTS in arguments and hasattr(
-                value, "tensor_inputs"
-            ):  # one of diffusers' own, which the pipeline asks
+            if INPUTS in arguments and hasattr(value, "tensor_inputs"):  # as pipelines do for diffusers' own callbacks
                 arguments[INPUTS] = value.tensor_inputs
-            arguments[name] = watched(value, pipe, adapter_calls, keyword)
+            arguments[name] = wrapped_callback(value, pipe, adapter_calls, keyword)
 
 
-def watched(
+def wrapped_callback(
     callback: Callable[..., Any], pipe: Any, adapter_calls: list[AdapterCall], keyword: str | None
 ) -> Callable[..., Any]:
-    """A callback that finds the adapter's scale in the pipeline, and whose changes of it are done by the adapter.
+    """Wrap a callback: it reads the adapter's scale in the pipeline, and the adapter applies its changes.
 
-    The pipeline goes on in one pass. Conditions that come back with fewer rows, as from a callback that takes the unconditional half
-    away, are left as they were; of such as come back doubled, the conditional half is taken.
+    The pipeline stays at one pass. Conditions that come back with fewer rows, as from a callback that drops the
+    unconditional half, stay as they were; of those that come back doubled, the conditional half is used.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         timestep = next((arg for arg in args if isinstance(arg, Tensor) and arg.ndim == 0), None)
         given = next((dict(arg) for arg in (*args, *kwargs.values()) if isinstance(arg, dict)), {})
         before = settings_of(pipe)
-        shown = Shown(show(pipe, adapter_calls, timestep), settings_of(pipe))
+        snapshot = Snapshot(expose_scales(pipe, adapter_calls, timestep), settings_of(pipe))
         try:
             returned = callback(*args, **kwargs)
-            follow(pipe, adapter_calls, shown, f"_{keyword}")
-            warn_of_changes(pipe, shown, {f"_{keyword}", *(adapter_call.attribute for adapter_call in adapter_calls)})
+            apply_changes(pipe, adapter_calls, snapshot, f"_{keyword}")
+            warn_of_changes(
+                pipe, snapshot, {f"_{keyword}", *(adapter_call.attribute for adapter_call in adapter_calls)}
+            )
         finally:
             vars(pipe).update(before)
             for guider in guiders_of(pipe).values():
@@ -60,20 +58,20 @@ def watched(
     return call
 
 
-class Shown(NamedTuple):
-    """What a callback finds: scales by course, and what the pipeline keeps of its guidance."""
+class Snapshot(NamedTuple):
+    """What a callback finds: the scale of each adapter's call, and the pipeline's guidance attributes."""
 
     scales: list[Any]
     settings: dict[str, Any]
 
 
 def settings_of(pipe: Any) -> dict[str, Any]:
-    """What a pipeline keeps of its call's guidance: `_guidance_scale` and others."""
+    """Return the attributes that hold a call's guidance: `_guidance_scale` and others."""
     return {name: value for name, value in vars(pipe).items() if name.startswith("_") and is_setting(name)}
 
 
-def show(pipe: Any, adapter_calls: list[AdapterCall], timestep: Tensor | None) -> list[Any]:
-    """Have a pipeline and its guiders name the adapters' scales as their own; those that are named, by course."""
+def expose_scales(pipe: Any, adapter_calls: list[AdapterCall], timestep: Tensor | None) -> list[Any]:
+    """Write the adapters' scales into the pipeline and its guiders; return one for each adapter's call."""
     scales = [adapter_call.scale_at(timestep) for adapter_call in adapter_calls]
     for adapter_call, scale in zip(adapter_calls, scales, strict=True):
         if adapter_call.attribute in vars(pipe):
@@ -84,40 +82,40 @@ def show(pipe: Any, adapter_calls: list[AdapterCall], timestep: Tensor | None) -
     return scales
 
 
-def follow(pipe: Any, adapter_calls: list[AdapterCall], shown: Shown, main: str) -> None:
-    """Have the adapters guide at the scales that a pipeline and its guiders name now, where they are others than were shown.
+def apply_changes(pipe: Any, adapter_calls: list[AdapterCall], snapshot: Snapshot, main: str) -> None:
+    """Apply the scales that a callback changed in the pipeline or its guiders.
 
     Args:
-        main: the attribute by which the pipeline decides whether it guides at all.
+        main: the attribute by which the pipeline decides whether it guides.
     """
     off, guiders = 1.0 - adapter_calls[0].offset, guiders_of(pipe).values()
     scale = vars(pipe).get(main)
-    cut = scale is not shown.settings.get(main) and is_off(scale, off)
-    cut = cut or not all(guider._enabled for guider in guiders)
-    for adapter_call, before in zip(adapter_calls, shown.scales, strict=True):
+    is_cut = scale is not snapshot.settings.get(main) and is_off(scale, off)
+    is_cut = is_cut or not all(guider._enabled for guider in guiders)
+    for adapter_call, before in zip(adapter_calls, snapshot.scales, strict=True):
         named = [vars(pipe).get(adapter_call.attribute, before), *(guider.guidance_scale for guider in guiders)]
         changed = [now for now in named if now is not before]
-        if cut or changed:
-            adapter_call.change(off if cut else changed[0])
+        if is_cut or changed:
+            adapter_call.set_scale(off if is_cut else changed[0])
 
 
 def is_off(scale: Any, off: float) -> bool:
     return scale is None or bool((torch.as_tensor(scale) <= off).all())
 
 
-def warn_of_changes(pipe: Any, shown: Shown, scales: set[str]) -> None:
-    """Say what else of the guidance a callback changed: one pass does not know it."""
+def warn_of_changes(pipe: Any, snapshot: Snapshot, scales: set[str]) -> None:
+    """Warn of other guidance attributes that a callback changed: they have no effect in one pass."""
     for name, value in settings_of(pipe).items():
-        before = shown.settings.get(name)
+        before = snapshot.settings.get(name)
         if name not in scales and value is not before and value != before:
             warn(
-                f"a callback set {name.removeprefix('_')} to {value}, which does not change the guidance of an adapter: "
+                f"a callback set {name.removeprefix('_')} to {value}, which does not change an adapter's guidance: "
                 "change guidance_scale, or detach the adapter for such calls"
             )
 
 
 def same_rows(returned: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What a callback returned, its conditions with as many rows as the pipeline's single pass has."""
+    """Return a callback's result with as many rows of each condition as a single pass has."""
     if rows(returned.get(LATENTS)) != rows(given.get(LATENTS)):
         return returned
     fitted = dict(returned)

@@ -1,15 +1,14 @@
-"""The model card: what a person and a model hub need to know of an adapter, from what its folder tells."""
+"""The model card: Markdown for readers and a header for model hubs, made from an adapter's metadata."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 from huggingface_hub import EvalResult, ModelCardData
 
-if TYPE_CHECKING:
-    from stages.adapters.adapter import GuidanceAdapter
+from stages.adapters.metadata import AdapterMetadata
 
 CARD = """---
 {header}
@@ -18,7 +17,7 @@ CARD = """---
 # One-pass guidance for {base}
 
 An adapter that folds classifier-free guidance into one forward pass (adapter guidance distillation, arXiv 2503.07274).
-The base is frozen and stays as it is; the guidance scale is an input.
+The base stays frozen; the guidance scale is an input.
 
 ```python
 {loading}
@@ -36,12 +35,13 @@ MEASURED = """
 | --- | --- | --- | --- | --- | --- |
 {rows}
 
-Effective scale: of the two-pass guidance whose samples are nearest, between no guidance (1) and the highest of this table.
+Effective scale: the scale of two-pass guidance whose samples are nearest, from 1 (no guidance) to the highest in this
+table.
 """
 DIAL = """
 ## Strength of the file exported at guidance scale {scale}
 
-With another strength it guides as the scale of two-pass guidance beside it does, whose samples are the nearest.
+At another strength, samples are nearest to those of two-pass guidance at the scale shown.
 
 | strength | guidance scale |
 | --- | --- |
@@ -49,79 +49,82 @@ With another strength it guides as the scale of two-pass guidance beside it does
 """
 
 
-def model_card(adapter: GuidanceAdapter) -> str:
-    """Markdown with the header that model hubs read."""
-    metadata, parameters = adapter.metadata, sum(parameter.numel() for parameter in adapter.parameters())
-    low, high = metadata["scale_range"]
+def model_card(variant: str, parameters: int, metadata: AdapterMetadata) -> str:
+    """Return the card's text.
+
+    Args:
+        parameters: the adapter's number of parameters.
+    """
+    low, high = metadata.scale_range
     facts = {
         **teacher_of(metadata),
-        "variant": adapter.variant,
+        "variant": variant,
         "trained scales": f"{low:g} to {high:g}",
         "parameters": f"{parameters:,}",
     }
-    if metadata.get("guidance_gain", 1) > 1:
+    if metadata.guidance_gain > 1:
         facts["guidance gain"] = (
-            f"{metadata['guidance_gain']:.3f} times the guidance is asked of it, up to that of {high:g}"
+            f"the adapter gets {metadata.guidance_gain:.3f} times the requested guidance, up to scale {high:g}"
         )
-    if "training" in metadata:
-        training = metadata["training"]
+    if training := metadata.training:
         facts |= {
-            "trained on": f"{training['records']:,} records of {training['trajectories']:,} {training.get('kind', 'guided')} trajectories",
+            "trained on": f"{training['records']:,} records of {training['trajectories']:,} {training['kind']} "
+            "trajectories",
             "steps": f"{training['steps']:,}",
             "validation loss": f"{training['validation_loss']:.5f} (the base without guidance: "
             f"{training['validation_loss_unguided']:.5f})",
         }
-    rows = metadata.get("evaluation", [])
+    rows = metadata.evaluation
     card = CARD.format(
-        header=header(adapter, rows),
-        base=metadata["base"]["pretrained_model_name_or_path"],
+        header=header(variant, metadata, rows),
+        base=metadata.base.pretrained_model_name_or_path,
         loading=loading(metadata),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
     )
     card += MEASURED.format(rows="\n".join(map(measured, rows))) if rows else ""
-    return card + "".join(DIAL.format(scale=scale, rows=dial(rows)) for scale, rows in metadata.get("dial", {}).items())
+    return card + "".join(DIAL.format(scale=scale, rows=dial(rows)) for scale, rows in metadata.dial.items())
 
 
-def teacher_of(metadata: dict[str, Any]) -> dict[str, str]:
-    """What was recorded: the pipeline, how it guided, its scheduler, and what its call was told."""
-    base, teacher, rule = metadata["base"], metadata.get("teacher", {}), metadata.get("guidance_rule")
+def teacher_of(metadata: AdapterMetadata) -> dict[str, str]:
+    """Return rows on the recorded pipeline: its class, guidance, scheduler and call arguments."""
+    teacher = metadata.teacher
     facts = {
-        "teacher": base.get("pipeline_class"),
-        "its guidance": as_code(rule) if isinstance(rule, dict) else rule,
-        "its guider": as_code(teacher.get("guider")),
-        "its scheduler": teacher.get("scheduler_class"),
-        "configured as": as_code(teacher.get("scheduler_config")),
-        "its call was told": as_code(metadata.get("arguments")),
+        "teacher": metadata.base.pipeline_class,
+        "guidance rule": as_code(metadata.guidance_rule),
+        "guider": as_code(teacher.guider),
+        "scheduler": teacher.scheduler_class,
+        "scheduler configuration": as_code(teacher.scheduler_config),
+        "call arguments": as_code(metadata.arguments),
     }
     return {name: value for name, value in facts.items() if value}
 
 
 def as_code(values: dict[str, Any] | None) -> str:
-    """JSON that stands in a cell of a table; nothing of what is empty."""
+    """Return JSON for a table cell; nothing for an empty value."""
     return f"`{json.dumps(values, default=str)}`".replace("|", "\\|") if values else ""
 
 
-def loading(metadata: dict[str, Any]) -> str:
-    """Lines of Python that load what was recorded, as far as stock classes are it."""
-    base, teacher = metadata["base"], metadata.get("teacher", {})
-    kind = base.get("pipeline_class")
-    if teacher.get("guider") or not hasattr(diffusers, str(kind)):
+def loading(metadata: AdapterMetadata) -> str:
+    """Return Python that loads the recorded pipeline from stock classes."""
+    base, teacher = metadata.base, metadata.teacher
+    kind = base.pipeline_class
+    if teacher.guider or not hasattr(diffusers, str(kind)):
         kind = "DiffusionPipeline"
-    scheduler = teacher.get("scheduler_class")
-    source = "".join(f", {key}={base[key]!r}" for key in ("revision", "variant") if base.get(key))
+    scheduler = teacher.scheduler_class
+    source = "".join(f", {key}={value!r}" for key in ("revision", "variant") if (value := getattr(base, key)))
     lines = [
         f"from diffusers import {', '.join(filter(None, (scheduler, kind)))}",
         "from stages.adapters import GuidanceAdapter",
         "",
-        f'pipe = {kind}.from_pretrained("{base["pretrained_model_name_or_path"]}"{source})',
+        f'pipe = {kind}.from_pretrained("{base.pretrained_model_name_or_path}"{source})',
     ]
     if scheduler:
         lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)")
     return "\n".join(lines)
 
 
-def header(adapter: GuidanceAdapter, rows: list[dict[str, Any]]) -> str:
-    """YAML: what the base is, how it relates to it, what was measured."""
+def header(variant: str, metadata: AdapterMetadata, rows: list[dict[str, Any]]) -> str:
+    """Return the YAML header: the base, the relation to it, and measured results."""
     results = [
         EvalResult(
             task_type="image-generation",
@@ -136,11 +139,11 @@ def header(adapter: GuidanceAdapter, rows: list[dict[str, Any]]) -> str:
         for metric in ("frechet_distance", "gap_closed")
     ]
     data = ModelCardData(
-        base_model=adapter.metadata["base"]["pretrained_model_name_or_path"],
+        base_model=metadata.base.pretrained_model_name_or_path,
         base_model_relation="adapter",
         library_name="diffusers",
-        tags=["guidance-distillation", "classifier-free-guidance", adapter.variant],
-        model_name=f"one-pass guidance, {adapter.variant}",
+        tags=["guidance-distillation", "classifier-free-guidance", variant],
+        model_name=f"one-pass guidance, {variant}",
         eval_results=results or None,
     )
     return data.to_yaml()

@@ -1,4 +1,4 @@
-"""What an adapter knows of a forward pass besides the tokens: guidance scale, timestep and conditions."""
+"""An adapter's conditioning on guidance scale, timestep and conditions, candidates a site's tokens."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from stages.errors import UserError
 
 FREQUENCIES = 64
 LABEL, MEAN = "label", "mean"
-SMALLEST_EMBEDDING = 16  # what is narrower is no embedding: image sizes, crops
-FEWEST_TOKENS = 5  # what is shorter is rather no prompt: coordinates along three axes, one token for a length
+SMALLEST_EMBEDDING = 16  # narrower tensors are image sizes or crops
+FEWEST_TOKENS = 5  # shorter tensors are hardly prompts: coordinates on three axes, a token for a length
 
 
 class ScaleEmbedding(nn.Module):
-    """Guidance scales `[n]` to vectors `[n, hidden]`, through Fourier features of log w.
+    """Embeds guidance scales `[n]` as vectors `[n, hidden]`, through Fourier features of log w.
 
-    The random frequencies (arXiv 2006.10739) are a buffer that is saved with the weights; log w itself is among the
-    features, so that the embedding goes on smoothly beyond the scales of the training.
+    The random frequencies (arXiv 2006.10739) are a buffer that is saved with the weights. The features include log w
+    itself, so the embedding extrapolates smoothly beyond the trained scales.
     """
 
     frequencies: Tensor
@@ -42,22 +42,23 @@ class ScaleEmbedding(nn.Module):
 
 
 def scale_curves(guidance_scale: Tensor) -> Tensor:
-    """`w - 1`, `log w` and `1 - 1/w` `[n, 3]` of scales w `[n]`: 0 at 1, where nothing is to be changed, and smooth beyond."""
+    """Return `w - 1`, `log w` and `1 - 1/w` `[n, 3]` of scales w `[n]`: all are 0 at 1, and smooth beyond."""
     w = guidance_scale.float()
     return torch.stack([w - 1, w.log(), 1 - 1 / w], 1)
 
 
 def find_conditions(tensors: dict[str, dict[str, Any]], num_classes: int) -> dict[str, dict[str, Any]]:
-    """What of a record an adapter can be conditioned on, found by dtype and shape.
+    """Find what an adapter can be conditioned on in a record, by dtype and shape.
 
     Args:
         tensors: dtype and shape of the conditional inputs by the denoiser's own names.
-        num_classes: how many rows a table of classes needs; with one there is nothing to tell apart.
+        num_classes: rows of a class embedding; with one class there is nothing to distinguish.
 
     Returns:
         By name, a class (`{"class_labels": {"kind": "label", "classes": 10}}`), the widest pooled embedding, and the
-        widest token embeddings, positive and negative, each with its kind and width. Few tokens, and several embeddings of each,
-        `[length, several, width]` or `[several, length, width]`, serve where there is nothing else.
+        widest token embeddings, positive and negative, each with its kind and width. Short sequences and several
+        embeddings per token, `[length, several, width]` or `[several, length, width]`, are used only if there is
+        nothing else.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, spec in tensors.items():
@@ -77,12 +78,12 @@ def find_conditions(tensors: dict[str, dict[str, Any]], num_classes: int) -> dic
 
 
 def choose_conditions(found: dict[str, dict[str, Any]], wanted: list[str]) -> dict[str, dict[str, Any]]:
-    """The conditions that an adapter sees, of those that `find_conditions` found.
+    """Choose the requested conditions among those that `find_conditions` found.
 
     `pooled` is a class if there is one, else a pooled embedding, else the mean of the tokens.
 
     Raises:
-        UserError: what is wanted has an unknown name, or the records hold no negative tokens.
+        UserError: a requested condition is unknown, or the records hold no negative tokens.
     """
     if unknown := set(wanted) - {TIMESTEP, POOLED, TOKENS, NEGATIVE_TOKENS}:
         known = f"{TIMESTEP}, {POOLED}, {TOKENS}, {NEGATIVE_TOKENS}"
@@ -91,7 +92,8 @@ def choose_conditions(found: dict[str, dict[str, Any]], wanted: list[str]) -> di
     chosen = [by_kind[kind] for kind in (TOKENS, NEGATIVE_TOKENS) if kind in wanted and kind in by_kind]
     if NEGATIVE_TOKENS in wanted and NEGATIVE_TOKENS not in by_kind:
         raise UserError(
-            "adapter.conditions: negative_tokens: the records hold none: generate from prompts with a column negative_prompt"
+            "adapter.conditions: negative_tokens: the records hold none: generate from prompts with a column "
+            "negative_prompt"
         )
     if POOLED in wanted:
         whole = by_kind.get(LABEL) or by_kind.get(POOLED)
@@ -103,7 +105,7 @@ def choose_conditions(found: dict[str, dict[str, Any]], wanted: list[str]) -> di
 
 
 class ConditionEmbedding(nn.Module):
-    """One condition of a forward pass: a class by a table, an embedding by a projection."""
+    """Embeds one condition: a class by a table, an embedding by a projection."""
 
     def __init__(self, metadata: dict[str, Any], hidden_size: int) -> None:
         super().__init__()
@@ -114,11 +116,11 @@ class ConditionEmbedding(nn.Module):
             self.project = nn.Sequential(nn.LayerNorm(metadata["width"]), nn.Linear(metadata["width"], hidden_size))
 
     def forward(self, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """A vector `[n, hidden]` for the whole condition, and of tokens one for each `[n, length, hidden]`.
+        """Return a vector `[n, hidden]` for the condition; for tokens also one for each, `[n, length, hidden]`.
 
         Args:
             value: `[n]` classes, `[n, width]` pooled or `[n, length, width]` token embeddings.
-            mask: `[n, length]`, which tokens count; all where there is none.
+            mask: `[n, length]`, which tokens count; None if all do.
         """
         if self.kind == LABEL:
             return self.project(value), None
@@ -132,7 +134,7 @@ class ConditionEmbedding(nn.Module):
 
 
 def mean_of_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """`[n, width]` from `[n, length, width]`."""
+    """Return the masked mean `[n, width]` of tokens `[n, length, width]`."""
     if mask is None:
         return tokens.mean(1)
     weights = mask[..., None].to(tokens.dtype)
@@ -141,13 +143,13 @@ def mean_of_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass
 class Conditions:
-    """What is known of a forward pass, the same for every site.
+    """The conditions of a forward pass, the same for every site.
 
     Attributes:
-        curves: `[n, 3]`, as `scale_curves` gives them.
-        vector: `[n, hidden]`, all of it in one.
-        parts: `[n, k, hidden]`, the scale, the timestep and each condition as a token of its own.
-        tokens: `[n, length, hidden]` of the conditions that are tokens; mask: `[n, length]`, which of them count.
+        curves: `[n, 3]`, of `scale_curves`.
+        vector: `[n, hidden]`, all conditions in one vector.
+        parts: `[n, k, hidden]`, one token each for scale, timestep and every condition.
+        tokens: `[n, length, hidden]`, of token conditions; mask: `[n, length]`, which of them count.
     """
 
     curves: Tensor
@@ -163,7 +165,7 @@ class Conditions:
 
 @dataclass
 class EmbeddedConditions:
-    """The conditions of a forward pass, embedded: `[n, c, hidden]` for the whole of each, and their tokens."""
+    """Embedded conditions: one vector for each `[n, c, hidden]`, and their tokens and mask."""
 
     wholes: Tensor
     tokens: Tensor | None
@@ -171,13 +173,13 @@ class EmbeddedConditions:
 
 
 class Conditioning(nn.Module):
-    """Embeddings of scale, timestep and conditions: computed once per forward, used at every site.
+    """Embeds scale, timestep and conditions once per forward pass, for every site.
 
     Args:
         hidden_size: width of the vectors.
-        conditions: by the denoiser's argument names, as `choose_conditions` tells them.
-        timestep_scale, timestep_offset: the denoiser's timestep is `scale * t + offset`, t the scheduler's, which counts to 1000.
-        sees_timestep: whether the timestep is among what is known.
+        conditions: of `choose_conditions`, by the denoiser's argument names.
+        timestep_scale, timestep_offset: the denoiser's timestep is `scale * t + offset` of the scheduler's t.
+        sees_timestep: whether the adapter sees the timestep.
     """
 
     def __init__(
@@ -197,10 +199,10 @@ class Conditioning(nn.Module):
         self.conditions = nn.ModuleList(ConditionEmbedding(metadata, hidden_size) for metadata in conditions.values())
 
     def embed(self, inputs: dict[str, Any]) -> EmbeddedConditions:
-        """What does not depend on the step, from the denoiser's arguments, flat.
+        """Embed the conditions, which do not depend on the step, from the denoiser's flat arguments.
 
         Raises:
-            UserError: a condition that the adapter was trained with is not among them.
+            UserError: a trained condition is missing.
         """
         wholes, tokens, masks = [], [], []
         for name, embedding in zip(self.names, self.conditions, strict=True):
@@ -223,7 +225,7 @@ class Conditioning(nn.Module):
     def forward(self, guidance_scale: Tensor, timestep: Tensor, embedded: EmbeddedConditions) -> Conditions:
         """
         Args:
-            guidance_scale, timestep: `[n]`, the timestep as the denoiser is given it.
+            guidance_scale, timestep: `[n]`, the timestep in the denoiser's counting.
             embedded: the conditions of n samples.
         """
         parts = [self.scale(guidance_scale)]
@@ -238,7 +240,7 @@ class Conditioning(nn.Module):
 
 
 class ScaleAlone(nn.Module):
-    """Knows the scale by its curves, and nothing else; it has no parameters."""
+    """Represents the scale by its curves only; it has no parameters."""
 
     def embed(self, inputs: dict[str, Any]) -> EmbeddedConditions:
         return EmbeddedConditions(torch.zeros(1, 0, 0), None, None)
@@ -249,7 +251,7 @@ class ScaleAlone(nn.Module):
 
 
 def joined(masks: list[Tensor | None], tokens: list[Tensor]) -> Tensor | None:
-    """One mask over several lists of tokens; None where every token counts."""
+    """Concatenate the masks of several token conditions; None if every token counts."""
     if all(mask is None for mask in masks):
         return None
     whole = [
@@ -260,23 +262,23 @@ def joined(masks: list[Tensor | None], tokens: list[Tensor]) -> Tensor | None:
 
 
 def mask_of(name: str, inputs: dict[str, Any]) -> Tensor | None:
-    """The mask `[n, length]` beside token embeddings `[n, length, ...]`, whatever the denoiser calls it.
+    """Find the mask `[n, length]` of token embeddings `[n, length, ...]` by its shape.
 
-    It is told by its shape. Of several that fit, each embeddings of the length have their own, in the order of the arguments.
+    If several masks fit, token embeddings of that length are matched to them in the order of the arguments.
     """
     shape, negative = inputs[name].shape[:2], name.startswith(NEGATIVE)
-    beside = {
+    candidates = {
         key: value for key, value in inputs.items()
         if isinstance(value, Tensor) and key.startswith(NEGATIVE) == negative and value.shape[:2] == shape
     }  # fmt: skip
-    masks = [value for key, value in beside.items() if is_mask(key, value)]
-    tokens = [key for key, value in beside.items() if value.ndim > 2 and value.is_floating_point()]
+    masks = [value for key, value in candidates.items() if is_mask(key, value)]
+    tokens = [key for key, value in candidates.items() if value.ndim > 2 and value.is_floating_point()]
     own = tokens.index(name) if len(tokens) == len(masks) else 0
     return masks[own] if masks else None
 
 
 def as_tokens(value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Embeddings `[n, length, kinds, width]` as `[n, length * kinds, width]`, and their mask."""
+    """Reshape embeddings `[n, length, kinds, width]` to `[n, length * kinds, width]`, with their mask."""
     if value.ndim == 3:
         return value, mask
     kinds = value.shape[2:-1].numel()

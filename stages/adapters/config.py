@@ -1,4 +1,4 @@
-"""What an adapter can be told: the variant, where it sits, what it sees, how large it is."""
+"""An adapter's options: variant, sites, conditions and sizes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class AdapterConfig:
     )
     conditions: list[str] | None = option(
         None,
-        "what it sees besides the scale: timestep, pooled (a class, pooled text, or else the mean of the tokens), tokens, "
-        "negative_tokens; by default the variant's own",
+        "what it sees besides the scale: timestep, pooled (a class, pooled text, or else the mean of the tokens), "
+        "tokens, negative_tokens; by default the variant's own",
     )
     hidden_size: int = option(128, "width of the conditioning vector", at_least=1)
     rank: int | None = option(None, "rank of a low-rank branch; by default the variant's own", at_least=1)

@@ -1,7 +1,7 @@
-"""`embedding`: the condition's embedding is corrected before the first block; nothing sits inside the network.
+"""`embedding`: corrects the condition's embedding before the first block, with no site inside the network.
 
-DICE, arXiv 2502.03726, with the scale as a further input. Without the timestep among its conditions (the default) the correction
-is the same at every step.
+DICE, arXiv 2502.03726, with the scale as a further input. By default the timestep is not among its conditions, and the
+correction is the same at every step.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stages.adapters.adapter import GuidanceAdapter, Site, of_rows
+from stages.adapters.adapter import GuidanceAdapter
 from stages.adapters.conditioning import LABEL, Conditions
 from stages.adapters.config import POOLED, TOKENS, AdapterConfig
 from stages.adapters.inputs import places_of
+from stages.adapters.metadata import AdapterMetadata
+from stages.adapters.site import Site, apply_gate, expand_to_rows
 from stages.adapters.sites import Shape, find_label_embedders
-from stages.adapters.trial_forward import Seen
+from stages.adapters.spots import TrialFacts
 from stages.base.arguments import argument
 from stages.base.denoiser import flatten, unflatten
 from stages.errors import UserError
 
 
 class EmbeddingSite(Site):
-    """`O silu(A x * (1 + g(c)) + s(c)) + b(c)`, with O and b zero at the start."""
+    """`O silu(A x * (1 + g(c)) + s(c)) + b(c)`, with O and b initialised to zero."""
 
     def __init__(self, width: int, hidden_size: int, rank: int) -> None:
         super().__init__()
@@ -37,8 +39,8 @@ class EmbeddingSite(Site):
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.bias.bias)
 
-    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
-        vector = nn.functional.silu(self.inner(known.vector))
+    def prepare_step(self, conditions: Conditions) -> tuple[Tensor, ...]:
+        vector = nn.functional.silu(self.inner(conditions.vector))
         gain, shift = self.modulation(vector)[:, None].chunk(2, dim=-1)
         return 1 + gain, shift, self.bias(vector)[:, None]
 
@@ -48,10 +50,7 @@ class EmbeddingSite(Site):
 
 
 class Embedding(GuidanceAdapter):
-    """Corrects the prompt's token embeddings as they reach the denoiser; of a class, what its tables give, all alike.
-
-    Where there is neither, it corrects the pooled embedding.
-    """
+    """Corrects the prompt's token embeddings, or else all class embeddings, or else the pooled embedding."""
 
     variant = "embedding"
     default_sites = ()
@@ -67,15 +66,17 @@ class Embedding(GuidanceAdapter):
 
     @classmethod
     def find_sites(
-        cls, denoiser: nn.Module, config: AdapterConfig, metadata: dict[str, Any], seen: dict[str, Seen] | None = None
+        cls,
+        denoiser: nn.Module,
+        config: AdapterConfig,
+        metadata: AdapterMetadata,
+        seen: dict[str, TrialFacts] | None = None,
     ) -> dict[str, Shape]:
-        """The condition that is corrected, with its width."""
+        """Return the condition to correct, with its width."""
         if config.sites:
-            raise UserError("adapter.sites: the variant embedding sits at no site: leave it out")
+            raise UserError("adapter.sites: the variant embedding has no sites: leave it out")
         by_kind = {
-            spec["kind"]: {name: [spec["width"]] * 2}
-            for name, spec in metadata["conditions"].items()
-            if "width" in spec
+            spec["kind"]: {name: [spec["width"]] * 2} for name, spec in metadata.conditions.items() if "width" in spec
         }
         tables = find_label_embedders(denoiser)
         if TOKENS in by_kind:
@@ -84,11 +85,9 @@ class Embedding(GuidanceAdapter):
             return {LABEL: next(iter(tables.values()))}
         if POOLED in by_kind:
             return by_kind[POOLED]
-        raise UserError(
-            f"{type(denoiser).__name__}: no embeddings and no table of classes to correct: take another variant"
-        )
+        raise UserError(f"{type(denoiser).__name__}: no prompt or class embeddings to correct: use another variant")
 
-    def find_again(self, denoiser: nn.Module) -> dict[str, Shape]:
+    def find_same_sites(self, denoiser: nn.Module) -> dict[str, Shape]:
         return self.find_sites(denoiser, self.config, self.metadata)
 
     def site_hooks(self, denoiser: nn.Module) -> Iterator[RemovableHandle]:
@@ -113,19 +112,17 @@ class Embedding(GuidanceAdapter):
         else:
             tokens = inputs[name].movedim(place.dim, 0)
             changed = {name: self._corrected(tokens, slice(None)).movedim(0, place.dim)}
-        argument_changed = name.partition(".")[0]  # others may hold None, which is not among the inputs
+        argument_changed = name.partition(".")[0]  # other arguments may hold None, which `flatten` drops
         return given | {argument_changed: unflatten(inputs | changed)[argument_changed]}
 
     def _corrected(self, tokens: Tensor, samples: slice) -> Tensor:
-        """Embeddings `[rows, ..., width]` of some of the samples, with the change of those that are guided."""
+        """Add the change to embeddings `[rows, ..., width]` of the guided samples."""
         ((name, (width, _)),) = self.shapes.items()
         if tokens.shape[-1] != width:
             raise UserError(f"the adapter was made for {name} of width {width}, and was given {tokens.shape[-1]}")
         assert self.prepared is not None
         (site,) = self.sites.values()
-        prepared = (of_rows(each[samples], len(tokens)) for each in self.prepared[0])
+        prepared = (expand_to_rows(each[samples], len(tokens)) for each in self.prepared[0])
         change = site(tokens.to(self.dtype).reshape(len(tokens), -1, width), *prepared).view(tokens.shape)
-        if self.gate is not None:
-            gate = of_rows(self.gate[samples], len(tokens)).view(-1, *[1] * (tokens.ndim - 1))
-            change = change * gate
-        return tokens + change.to(tokens.dtype)
+        gate = None if self.gate is None else self.gate[samples]
+        return tokens + apply_gate(change, gate).to(tokens.dtype)

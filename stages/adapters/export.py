@@ -1,4 +1,4 @@
-"""A `lora` adapter at one guidance scale, as files that other tools load without this project.
+"""Exports a `lora` adapter at one guidance scale to files that other tools load.
 
 `diffusers`: a folder for `pipe.load_lora_weights`. `peft`: a folder for `PeftModel.from_pretrained` and for servers.
 `kohya`: a file for ComfyUI and the trainers, for the denoisers in `naming.py`.
@@ -9,22 +9,22 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from torch import Tensor
 
+from stages.adapters.adapter_base import AdapterBase
 from stages.adapters.folder import CONFIG_FILE, WEIGHTS_FILE
 from stages.adapters.fusing import LowRank
 from stages.adapters.guidance import as_scales
 from stages.adapters.header import header, with_header
+from stages.adapters.metadata import Base
 from stages.adapters.naming import NAMINGS, naming_of
+from stages.base.denoiser import fingerprint
 from stages.errors import UserError
 from stages.storage.files import whole_file, write_json
-
-if TYPE_CHECKING:
-    from stages.adapters.adapter import GuidanceAdapter
 
 DIFFUSERS, PEFT, KOHYA = "diffusers", "peft", "kohya"
 FORMATS = (DIFFUSERS, PEFT, KOHYA)
@@ -32,30 +32,30 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # where `load_lora_weights` look
 SUFFIX = ".safetensors"
 
 
-def export(adapter: GuidanceAdapter, path: Path, guidance_scale: float, format: str) -> Path:
-    """Write the adapter at one scale, float32, each file whole or not at all.
+def export(adapter: AdapterBase, path: Path, guidance_scale: float, format: str) -> Path:
+    """Write the adapter at one scale in float32, each file completely or not at all.
 
     Args:
-        path: of a folder, or for `kohya` of a file that ends in `.safetensors`.
-        guidance_scale: above 1; one outside the trained range warns.
+        path: a folder; for `kohya` a file that ends in `.safetensors`.
+        guidance_scale: above 1; outside the trained range it warns.
         format: `diffusers`, `peft` or `kohya`.
 
     Returns:
-        The file with the weights.
+        The path of the weights.
 
     Raises:
-        UserError: the adapter is no plain LoRA at one scale, or nothing loads the format into this base; nothing is
+        UserError: the adapter is not a LoRA at a fixed scale, or no tool loads the format into this base; nothing is
             written then.
     """
     weights, tensors, implementation = prepared(adapter, path, guidance_scale, format)
-    adapter.warn_outside(as_scales(guidance_scale))
+    adapter.warn_outside_range(as_scales(guidance_scale))
     file = path if format == KOHYA else path / (LORA_FILE if format == DIFFUSERS else WEIGHTS_FILE)
-    header_fields = header(adapter, guidance_scale, implementation) | for_diffusers(adapter, weights, format)
-    content = with_header(tensors, header_fields)
+    fields = header(adapter.metadata, guidance_scale, implementation, fingerprint(adapter))
+    content = with_header(tensors, fields | for_diffusers(adapter, weights, format))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output={path}: no folder can be made there: {error.strerror}") from error
+        raise UserError(f"output={path}: the folder cannot be created: {error.strerror}") from error
     with whole_file(file) as opened:
         opened.write(content)
     if format == PEFT:
@@ -64,9 +64,9 @@ def export(adapter: GuidanceAdapter, path: Path, guidance_scale: float, format: 
 
 
 def prepared(
-    adapter: GuidanceAdapter, path: Path, guidance_scale: float, format: str
+    adapter: AdapterBase, path: Path, guidance_scale: float, format: str
 ) -> tuple[LowRank, dict[str, Tensor], str]:
-    """The change of every layer, the tensors of the file, and the code whose names they have.
+    """Return the change of every layer, the file's tensors, and the code whose layer names they use.
 
     Raises:
         UserError: as `export`.
@@ -74,20 +74,22 @@ def prepared(
     weights = weights_of(adapter, guidance_scale, format)
     check_path(path, format)
     if format == DIFFUSERS:
-        check_loader(adapter.metadata["base"])
+        check_loader(adapter.metadata.base)
     return weights, *named_for_format(adapter, weights, format)
 
 
-def weights_of(adapter: GuidanceAdapter, guidance_scale: float, format: str) -> LowRank:
-    """A and B of every layer at one scale, on the CPU.
+def weights_of(adapter: AdapterBase, guidance_scale: float, format: str) -> LowRank:
+    """Return A and B of every layer at one scale, on the CPU.
 
     Raises:
-        UserError: it is no plain LoRA at one scale, or there is no such format.
+        UserError: the adapter is not a LoRA at a fixed scale, or the format is unknown.
     """
     if format not in FORMATS:
         raise UserError(f"format={format}: one of {', '.join(FORMATS)}")
     if not adapter.fusible:
-        raise UserError(f"an adapter of the variant {adapter.variant} is no LoRA: train one with adapter.variant=lora")
+        raise UserError(
+            f"an adapter of the variant {adapter.variant} is not a LoRA: train one with adapter.variant=lora"
+        )
     if adapter.config.conditions:
         seen = ", ".join(adapter.config.conditions)
         raise UserError(
@@ -102,7 +104,7 @@ def weights_of(adapter: GuidanceAdapter, guidance_scale: float, format: str) -> 
 def check_path(path: Path, format: str) -> None:
     """
     Raises:
-        UserError: the format is not written there.
+        UserError: the path does not suit the format, or holds an adapter.
     """
     if format == KOHYA:
         if path.suffix != SUFFIX or path.is_dir():
@@ -115,13 +117,13 @@ def check_path(path: Path, format: str) -> None:
         raise UserError(f"output={path}: holds an adapter of this project: name another folder")
 
 
-def named_for_format(adapter: GuidanceAdapter, weights: LowRank, format: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file by the names that its readers know, and the code whose names they are."""
-    base = adapter.metadata["base"]
+def named_for_format(adapter: AdapterBase, weights: LowRank, format: str) -> tuple[dict[str, Tensor], str]:
+    """Return the file's tensors by its readers' names, and the code that defines these names."""
+    base = adapter.metadata.base
     if format == KOHYA:
-        naming = naming_of(base["denoiser_class"])
+        naming = naming_of(base.denoiser_class)
         return naming.renamed(weights), naming.implementation
-    prefix = base["denoiser_subfolder"] if format == DIFFUSERS else "base_model.model"
+    prefix = base.denoiser_subfolder if format == DIFFUSERS else "base_model.model"
     tensors = {
         f"{prefix}.{layer}.lora_{part}.weight": tensor
         for layer, change in weights.items()
@@ -131,10 +133,11 @@ def named_for_format(adapter: GuidanceAdapter, weights: LowRank, format: str) ->
 
 
 def lora_config(weights: LowRank) -> dict[str, Any]:
-    """What peft makes its `LoraConfig` of: alpha is the rank, so that the change is B A as it stands."""
+    """Return arguments of peft's `LoraConfig`: alpha equals the rank, so the change is B A unscaled."""
     ranks = {layer: len(down) for layer, (down, _) in weights.items()}
-    most = max(ranks.values())  # the one in front, because servers make room by it
-    others = {f"^{layer}": rank for layer, rank in ranks.items() if rank != most}  # ^: the whole name, no ending of one
+    most = max(ranks.values())  # as `r`, because servers allocate by it
+    # With ^ a pattern matches the whole name, not a suffix.
+    others = {f"^{layer}": rank for layer, rank in ranks.items() if rank != most}
     return {
         "r": most,
         "lora_alpha": most,
@@ -144,15 +147,15 @@ def lora_config(weights: LowRank) -> dict[str, Any]:
     }
 
 
-def peft_config(adapter: GuidanceAdapter, weights: LowRank) -> dict[str, Any]:
-    """The configuration in a folder of peft's."""
-    base = adapter.metadata["base"]
+def peft_config(adapter: AdapterBase, weights: LowRank) -> dict[str, Any]:
+    """Return the configuration of a peft folder."""
+    base = adapter.metadata.base
     return {
         "peft_type": "LORA",
         "task_type": None,
         "inference_mode": True,
-        "base_model_name_or_path": base["pretrained_model_name_or_path"],
-        "revision": base.get("revision"),
+        "base_model_name_or_path": base.pretrained_model_name_or_path,
+        "revision": base.revision,
         **lora_config(weights),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -162,38 +165,38 @@ def peft_config(adapter: GuidanceAdapter, weights: LowRank) -> dict[str, Any]:
     }
 
 
-def for_diffusers(adapter: GuidanceAdapter, weights: LowRank, format: str) -> dict[str, str]:
-    """What diffusers reads in the header: the ranks, which some of its releases guess wrongly where they differ."""
-    base = adapter.metadata["base"]
-    if format == PEFT or (format == KOHYA and naming_of(base["denoiser_class"]).alpha):
+def for_diffusers(adapter: AdapterBase, weights: LowRank, format: str) -> dict[str, str]:
+    """Return diffusers' header field with the ranks, which some releases infer wrongly if they differ."""
+    base = adapter.metadata.base
+    if format == PEFT or (format == KOHYA and naming_of(base.denoiser_class).alpha):
         return {}
-    config = {f"{base['denoiser_subfolder']}.{key}": value for key, value in lora_config(weights).items()}
+    config = {f"{base.denoiser_subfolder}.{key}": value for key, value in lora_config(weights).items()}
     return {LORA_ADAPTER_METADATA_KEY: json.dumps(config)}
 
 
-def how_to_load(adapter: GuidanceAdapter, file: Path, format: str) -> str:
-    """What loads an exported file, in a line."""
-    base = adapter.metadata["base"]
-    part, folder = base["denoiser_subfolder"], file.parent
+def how_to_load(adapter: AdapterBase, file: Path, format: str) -> str:
+    """Return a line that says what loads an exported file."""
+    base = adapter.metadata.base
+    part, folder = base.denoiser_subfolder, file.parent
     if format == KOHYA:
-        return f"loaded by {naming_of(base['denoiser_class']).readers}"
+        return f"loaded by {naming_of(base.denoiser_class).readers}"
     if format == PEFT:
         return f'loaded by PeftModel.from_pretrained(pipe.{part}, "{folder}")'
-    if hasattr(_of_diffusers(base.get("pipeline_class")), "load_lora_weights"):
+    if hasattr(_of_diffusers(base.pipeline_class), "load_lora_weights"):
         return f'loaded by pipe.load_lora_weights("{folder}")'
     return f'loaded by pipe.{part}.load_lora_adapter("{folder}", prefix="{part}", weight_name="{LORA_FILE}")'
 
 
-def check_loader(base: dict[str, Any]) -> None:
+def check_loader(base: Base) -> None:
     """
     Raises:
-        UserError: diffusers loads no LoRA into this base.
+        UserError: diffusers cannot load a LoRA into this base.
     """
-    pipeline, denoiser = _of_diffusers(base.get("pipeline_class")), _of_diffusers(base["denoiser_class"])
+    pipeline, denoiser = _of_diffusers(base.pipeline_class), _of_diffusers(base.denoiser_class)
     if not hasattr(pipeline, "load_lora_weights") and not hasattr(denoiser, "load_lora_adapter"):
-        others = f"{PEFT} or {KOHYA}" if base["denoiser_class"] in NAMINGS else PEFT
+        others = f"{PEFT} or {KOHYA}" if base.denoiser_class in NAMINGS else PEFT
         raise UserError(
-            f"format={DIFFUSERS}: diffusers loads no LoRA into a {base['denoiser_class']}: take format={others}"
+            f"format={DIFFUSERS}: diffusers loads no LoRA into a {base.denoiser_class}: use format={others}"
         )
 
 

@@ -1,4 +1,4 @@
-"""An adapter's folder: JSON and safetensors, here, in a bucket or on a model hub; nothing in it can run code."""
+"""An adapter's folder: JSON and safetensors, on disk, in a bucket or on a model hub; nothing in it can run code."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 import safetensors.torch
 from huggingface_hub import HfApi, snapshot_download
 from obstore.exceptions import BaseError
 from safetensors.torch import load_file
+from torch import Tensor
 
+from stages.adapters.adapter_base import AdapterBase
 from stages.adapters.card import model_card
+from stages.adapters.config import AdapterConfig
+from stages.adapters.metadata import AdapterMetadata
+from stages.adapters.sites import Shape
 from stages.base.loading import first_line
 from stages.errors import UserError
 from stages.storage.bucket import SCHEMES, read_object
 from stages.storage.files import whole_file, write_json
-
-if TYPE_CHECKING:
-    from stages.adapters.adapter import GuidanceAdapter
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT_VERSION = 3
 MAX_MESSAGE_LENGTH = 300
 
 
-def save(adapter: GuidanceAdapter, path: Path) -> None:
+def save(adapter: AdapterBase, path: Path) -> None:
     """Write weights, model card and configuration, each whole or not at all, the configuration last."""
     weights = {name: value.detach().cpu().contiguous() for name, value in adapter.state_dict().items()}
     with whole_file(path / WEIGHTS_FILE) as file:
@@ -38,17 +40,19 @@ def save(adapter: GuidanceAdapter, path: Path) -> None:
     write_card(adapter, path)
 
 
-def write_card(adapter: GuidanceAdapter, path: Path) -> None:
+def write_card(adapter: AdapterBase, path: Path) -> None:
     """Write model card and configuration."""
     config = {"format_version": FORMAT_VERSION, "adapter": asdict(adapter.config), "sites": adapter.shapes}
+    parameters = sum(parameter.numel() for parameter in adapter.parameters())
+    card = model_card(adapter.variant, parameters, adapter.metadata)
     with whole_file(path / CARD_FILE) as file:
-        file.write(model_card(adapter).encode())
-    write_json(path / CONFIG_FILE, config | adapter.metadata)
+        file.write(card.encode())
+    write_json(path / CONFIG_FILE, config | adapter.metadata.to_json())
 
 
 @contextmanager
 def loading_errors(name_or_path: str | Path) -> Iterator[None]:
-    """Whatever a file that is none of ours makes our code stumble over is told as what it is."""
+    """Turn loading errors into a `UserError`."""
     try:
         yield
     except (
@@ -68,26 +72,25 @@ def loading_errors(name_or_path: str | Path) -> Iterator[None]:
 
 def load(
     name_or_path: str | Path, **source: Any
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Configuration, sites, what else is told, and weights.
+) -> tuple[AdapterConfig, dict[str, Shape], AdapterMetadata, dict[str, Tensor]]:
+    """Read configuration, sites, metadata and weights.
 
     Raises:
-        UserError: there is no adapter of this version.
+        UserError: it is not an adapter, or has another format version.
     """
-    with loading_errors(name_or_path), _at_hand(str(name_or_path), **source) as path:
-        metadata = json.loads((path / CONFIG_FILE).read_bytes())
-        version = metadata.pop("format_version")
+    with loading_errors(name_or_path), _local_folder(str(name_or_path), **source) as path:
+        values = json.loads((path / CONFIG_FILE).read_bytes())
+        version = values.pop("format_version")
         if version != FORMAT_VERSION:
             way_out = "upgrade this project" if version > FORMAT_VERSION else "train it again"
-            raise UserError(
-                f"{name_or_path}: written in version {version} of the format, not {FORMAT_VERSION}: {way_out}"
-            )
-        return metadata.pop("adapter"), metadata.pop("sites"), metadata, load_file(path / WEIGHTS_FILE)
+            raise UserError(f"{name_or_path}: has format version {version}, not {FORMAT_VERSION}: {way_out}")
+        config, shapes = AdapterConfig(**values.pop("adapter")), values.pop("sites")
+        return config, shapes, AdapterMetadata.from_json(values), load_file(path / WEIGHTS_FILE)
 
 
 @contextmanager
-def _at_hand(name_or_path: str, **source: Any) -> Iterator[Path]:
-    """A folder on disk that holds what is read of an adapter."""
+def _local_folder(name_or_path: str, **source: Any) -> Iterator[Path]:
+    """Yield a local folder with the adapter's configuration and weights."""
     if Path(name_or_path).is_dir():
         yield Path(name_or_path)
     elif name_or_path.startswith(SCHEMES):
@@ -103,18 +106,18 @@ def _from_bucket(address: str) -> bytes:
     try:
         return read_object(address)
     except (BaseError, OSError, ValueError) as error:
-        raise UserError(f"{address}: no file of an adapter that can be read: {first_line(error)}") from error
+        raise UserError(f"{address}: cannot be read as a file of an adapter: {first_line(error)}") from error
 
 
 def _from_hub(repo_id: str, **source: Any) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **source))
     except (OSError, ValueError) as error:
-        raise UserError(f"{repo_id}: neither a folder here nor an adapter on the hub: {first_line(error)}") from error
+        raise UserError(f"{repo_id}: neither a local folder nor an adapter on the hub: {first_line(error)}") from error
 
 
-def push(adapter: GuidanceAdapter, repo_id: str, private: bool | None, token: str | None, commit_message: str) -> str:
-    """Upload weights, model card and configuration; the address of the commit."""
+def push(adapter: AdapterBase, repo_id: str, private: bool | None, token: str | None, commit_message: str) -> str:
+    """Upload weights, model card and configuration; return the commit's address."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,26 +1,27 @@
-"""`full`: every weight of the base is trained, with the scale as a further input; the baseline, for comparison only.
+"""`full`: trains every weight of the base, with the scale as a further input; a baseline for comparison.
 
-Guided distillation, arXiv 2210.03142. The base itself stays as it is: the trained weights take the place of its own for the time of a
-forward pass.
+Guided distillation, arXiv 2210.03142. The base itself does not change: a forward pass swaps the trained weights in.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stages.adapters.adapter import of_rows
 from stages.adapters.config import AdapterConfig
+from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.offset import Offset
+from stages.adapters.site import expand_to_rows
 from stages.adapters.sites import Shape, layer_beneath
-from stages.adapters.trial_forward import tree_map
+from stages.adapters.trial_inputs import map_tensors
 from stages.errors import UserError
 
 
 class Full(Offset):
-    """Offsets tell the network the scale; at a scale of 1 it is the base that runs.
+    """Offsets give the network the scale; at a scale of 1 the base runs.
 
     Attributes:
         weights: the trained parameters by their names in the base, with `/` for the dots.
@@ -29,17 +30,17 @@ class Full(Offset):
     variant = "full"
     exclusive = True
 
-    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], metadata: dict[str, Any]) -> None:
+    def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], metadata: AdapterMetadata) -> None:
         super().__init__(config, shapes, metadata)
         self._base: list[tuple[dict[str, Any], str, nn.Parameter]] = []
         self.unguided: Any = None
         self.weights = nn.ParameterDict(
-            {name.replace(".", "/"): torch.empty(shape) for name, shape in metadata["weights"].items()}
+            {name.replace(".", "/"): torch.empty(shape) for name, shape in metadata.weights.items()}
         )
 
     @classmethod
-    def with_base_metadata(cls, metadata: dict[str, Any], denoiser: nn.Module) -> dict[str, Any]:
-        return metadata | {"weights": shapes_of(denoiser)}
+    def with_base_metadata(cls, metadata: AdapterMetadata, denoiser: nn.Module) -> AdapterMetadata:
+        return replace(metadata, weights=shapes_of(denoiser))
 
     @torch.no_grad()
     def init_from_base(self, denoiser: nn.Module) -> None:
@@ -49,18 +50,18 @@ class Full(Offset):
     def check_fit(self, denoiser: nn.Module) -> None:
         super().check_fit(denoiser)
         found = shapes_of(denoiser)
-        for name, shape in self.metadata["weights"].items():
+        for name, shape in self.metadata.weights.items():
             if found.get(name) != shape:
-                raise UserError(f"the adapter does not fit: {name} is {found.get(name, 'not there')}, not {shape}")
+                raise UserError(f"the adapter does not fit: {name} is {found.get(name, 'missing')}, not {shape}")
 
     def before_forward(self, denoiser: nn.Module, given: dict[str, Any]) -> dict[str, Any] | None:
         self.unguided = None
         super().before_forward(denoiser, given)
         if self.prepared is None:
             return None
-        if self.guidance is not None and self.guidance.known and self.guidance.mixed:
+        if self.guidance is not None and self.guidance.is_readable and self.guidance.mixed:
             prepared, self.prepared = self.prepared, None
-            own = tree_map(Tensor.clone, given)  # some denoisers change what they are given
+            own = map_tensors(Tensor.clone, given)  # some denoisers change their arguments in place
             self.unguided = denoiser.forward(**own)
             self.prepared = prepared
         self._swap(denoiser)
@@ -87,7 +88,7 @@ class Full(Offset):
 
 
 def weights_of(denoiser: nn.Module) -> dict[str, nn.Parameter]:
-    """The base's own parameters by their names, whatever LoRA wraps their layers."""
+    """Return the base's own parameters by name, also beneath a loaded LoRA."""
     return {
         name.replace(".base_layer", ""): parameter
         for name, parameter in denoiser.named_parameters()
@@ -100,8 +101,8 @@ def shapes_of(denoiser: nn.Module) -> dict[str, Shape]:
 
 
 def mixed(guided: Tensor, output: Any, unguided: Any) -> Any:
-    """A denoiser's output, of any nesting, with the unguided samples put in the place of their own."""
-    if isinstance(output, dict):  # what diffusers' denoisers return by default is one too
+    """Take unguided samples of a nested output from the unguided one."""
+    if isinstance(output, dict):  # a diffusers output class is one too
         return type(output)(**{name: mixed(guided, value, unguided[name]) for name, value in output.items()})
     if isinstance(output, (tuple, list)):
         of_samples = len(output) == len(guided) and isinstance(output, list)
@@ -109,5 +110,5 @@ def mixed(guided: Tensor, output: Any, unguided: Any) -> Any:
         return type(output)(mixed(*entry) for entry in zip(each, output, unguided, strict=True))
     if not isinstance(output, Tensor):
         return output
-    rows = of_rows(guided, len(output)) if guided.ndim else guided
+    rows = expand_to_rows(guided, len(output)) if guided.ndim else guided
     return torch.where(rows.view(-1, *[1] * (output.ndim - 1)) if guided.ndim else rows, output, unguided)

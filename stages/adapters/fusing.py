@@ -1,4 +1,4 @@
-"""One scale of an adapter in the base's own weights, `W + s B A`: a pass then runs the base's own modules, and nothing else."""
+"""Fusing one scale into the base's weights, `W + s B A`: a pass then runs the base's own modules only."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor, nn
 from stages.adapters.sites import layer_beneath
 from stages.errors import UserError
 
-LowRank = dict[str, tuple[Tensor, Tensor]]  # of layers by name: A [rank, in, ...] and B [out, rank, ...]
-WHOLE = (torch.float32, torch.float16, torch.bfloat16)
-MARKED = 64  # elements of a weight, by which it is recognised
-ROUNDINGS = 8  # a LoRA that is fused and taken out again leaves some
+LowRank = dict[str, tuple[Tensor, Tensor]]  # by layer: A [rank, in, ...] and B [out, rank, ...]
+FUSABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MARK_SIZE = 64  # leading elements of a weight that show whether it changed
+ROUNDINGS = 8  # fusing and unfusing a LoRA leaves a few
 CHANGED = (
-    "{name} was changed while the guidance was fused into it, as by `pipe.fuse_lora()`: undo that change first, or load the "
-    "pipeline anew"
+    "{name} was changed while the guidance was fused into it, as by `pipe.fuse_lora()`: undo that change first, "
+    "or load the pipeline again"
 )
 
 
 class FusedWeights:
-    """Layers of a base whose weights hold a change, and what they held before.
+    """Layers of a base with a fused change, and a copy of their original weights.
 
-    The weights are changed in place, so that compiled code, other parts of a pipeline and modules that move between devices go
-    on using them. One copy of the layers is kept, from which each change is made anew and the base restored bit for bit.
+    Weights change in place, so compiled code, other pipelines and offloading keep using the same tensors. Each change
+    starts from the copy, which also restores the base bit for bit.
 
     Args:
-        denoiser: whose layers they are; names: of the layers.
-        device: where the copy is kept; by default beside each layer.
+        names: of the layers in the denoiser.
+        device: where the copy is kept; by default on each layer's device.
 
     Raises:
         UserError: there is no memory for the copy.
@@ -46,14 +46,14 @@ class FusedWeights:
             }
         except torch.OutOfMemoryError as error:
             raise UserError(
-                "no memory left to keep the base's own weights while a scale is fused: detach the adapter, and keep them elsewhere: "
-                'adapter.attach(pipe, backup_device="cpu")'
+                "no memory left to keep the base's own weights while a scale is fused: detach the adapter, and keep "
+                'them on another device: adapter.attach(pipe, backup_device="cpu")'
             ) from error
         self.marks: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def put(self, change: LowRank, strength: float = 1.0) -> None:
-        """Have every layer hold `W + strength * B A`, added in float32 and rounded once."""
+    def fuse(self, change: LowRank, strength: float = 1.0) -> None:
+        """Set every layer's weight to `W + strength * B A`, added in float32 and rounded once."""
         for name, layer in self.layers.items():
             weight, (down, up) = layer.weight, change[name]
             delta = (up.flatten(1) @ down.flatten(1)).to(weight.device)
@@ -63,30 +63,30 @@ class FusedWeights:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Have every layer hold what it held before, bit for bit.
+        """Restore every layer bit for bit.
 
         Raises:
-            UserError: something else has changed a layer meanwhile.
+            UserError: other code has changed a layer meanwhile.
         """
         self.check_unchanged()
-        self.put_back()
+        self.write_originals()
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Have every layer hold what it held before, whatever it holds now."""
+    def write_originals(self) -> None:
+        """Restore every layer without a check."""
         for name, layer in self.layers.items():
             if not layer.weight.is_meta:
                 layer.weight.copy_(self.originals[name])
             self.marks.pop(name, None)
 
     def _merged(self, name: str) -> tuple[str, ...]:
-        """The user's LoRAs that peft has added to a layer's weight."""
+        """Return the user's LoRAs that peft has merged into a layer's weight."""
         return tuple(getattr(self.denoiser.get_submodule(name), "merged_adapters", ()))
 
     def check_unchanged(self) -> None:
         """
         Raises:
-            UserError: a layer does not hold what was put there: restoring it would undo somebody else's change.
+            UserError: a weight is not as it was fused: restoring it would undo another change.
         """
         for name in self.marks:
             if self._merged(name) != self.merged[name]:
@@ -106,14 +106,14 @@ class FusedWeights:
 
 
 def start_of(weight: Tensor) -> Tensor:
-    return weight.detach().flatten()[:MARKED].to(torch.float32, copy=True)
+    return weight.detach().flatten()[:MARK_SIZE].to(torch.float32, copy=True)
 
 
 def why_not_fusable(denoiser: nn.Module, names: list[str]) -> str | None:
-    """Why no change can be put into the weights of these layers; None where it can."""
+    """Return why a change cannot be fused into these layers; None if it can."""
     for name in names:
         weight = layer_beneath(denoiser.get_submodule(name)).weight
-        if type(weight.data) is not Tensor or weight.dtype not in WHOLE:
+        if type(weight.data) is not Tensor or weight.dtype not in FUSABLE_DTYPES:
             return f"{name} is quantised"
         if weight.is_meta:
             return f"{name} is offloaded on its own, as by sequential offloading"
@@ -123,7 +123,7 @@ def why_not_fusable(denoiser: nn.Module, names: list[str]) -> str | None:
 
 
 def offloads_in_groups(module: nn.Module) -> bool:
-    """Whether diffusers moves or casts the weights of a module by hooks of its own, which may bring back older ones."""
+    """Whether diffusers' hooks move or cast a module's weights, and may bring back old values."""
     registry = getattr(module, "_diffusers_hook", None)
     return isinstance(registry, HookRegistry) and any(
         registry.get_hook(name) is not None

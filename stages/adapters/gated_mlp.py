@@ -1,15 +1,16 @@
-"""`gated_mlp`: a small network on a site's tokens beside scale, timestep and condition, its output gated per token."""
+"""`gated_mlp`: a small network on a site's tokens, scale, timestep and condition, with its output gated per token."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from stages.adapters.adapter import GuidanceAdapter, Site
+from stages.adapters.adapter import GuidanceAdapter
 from stages.adapters.conditioning import Conditions
+from stages.adapters.site import Site
 
 
 class GatedMLPSite(Site):
-    """`sigmoid(G [h, c]) * O silu(M [h, c])` with h = A x, and O zero at the start (the reference's gated branch)."""
+    """`sigmoid(G [h, c]) * O silu(M [h, c])` with h = A x, and O initialised to zero (the reference's gated branch)."""
 
     def __init__(self, width_in: int, width_out: int, hidden_size: int) -> None:
         super().__init__()
@@ -21,9 +22,9 @@ class GatedMLPSite(Site):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
-        """The part of M and G that falls to c."""
-        inner, gate = self.of_condition(known.vector)[:, None].tensor_split([-1], dim=-1)
+    def prepare_step(self, conditions: Conditions) -> tuple[Tensor, ...]:
+        """Return the contributions of c to M and G."""
+        inner, gate = self.of_condition(conditions.vector)[:, None].tensor_split([-1], dim=-1)
         return inner, gate
 
     def forward(self, tokens: Tensor, *prepared: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What an adapter reads of a denoiser's call: how many samples it has, their timesteps and conditions, sample first."""
+"""Reading a denoiser's call: its number of samples, and their timesteps and conditions, sample first."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.adapters.metadata import AdapterMetadata
 from stages.base.arguments import Axis, argument, stacked
 from stages.base.denoiser import MASK
 
@@ -20,10 +21,10 @@ class Samples:
     """The samples of one call.
 
     Attributes:
-        count: how many there are; device: where.
-        timestep: `[n]`, as the denoiser is given them.
-        conditions: what belongs to the samples, `[n, ...]` by name; the latent is not among them.
-        ragged: whether tensors that come as a list, one for each sample, differ in length.
+        count: the number of samples; device: of the latent.
+        timestep: `[n]`, in the denoiser's own counting.
+        conditions: the other arguments that belong to samples, `[n, ...]` by name.
+        ragged: whether lists with one tensor for each sample hold tensors of different shapes.
     """
 
     count: int
@@ -33,43 +34,38 @@ class Samples:
     ragged: bool
 
 
-def samples_of(flat: Inputs, latent: str, metadata: dict[str, Any], wanted: bool = True) -> Samples:
+def samples_of(flat: Inputs, latent: str, metadata: AdapterMetadata, wanted: bool = True) -> Samples:
     """Read a call.
 
     Args:
-        flat: the denoiser's arguments; latent: what the denoiser calls it.
-        metadata: what the adapter's folder tells.
-        wanted: whether the conditions are.
+        flat: the denoiser's arguments; latent: the name of the latent among them.
+        wanted: whether to read the conditions.
     """
     places = places_of(flat, latent, metadata)
     value = argument(flat, latent, places[latent])
     count = places[latent].of_samples(value)
     device = (value[0] if places[latent].listed else value).device
-    timestep = of_each(torch.as_tensor(flat[timestep_name(metadata)], device=device), count, metadata)
-    others = {name: place for name, place in places.items() if name not in (latent, timestep_name(metadata))}
+    timestep = of_each(torch.as_tensor(flat[metadata.timestep], device=device), count, metadata)
+    others = {name: place for name, place in places.items() if name not in (latent, metadata.timestep)}
     conditions = dict(_conditions(flat, others, count)) if wanted else {}
     return Samples(
         count, device, timestep, conditions, any(_is_ragged(flat, name, place) for name, place in places.items())
     )
 
 
-def timestep_name(metadata: dict[str, Any]) -> str:
-    return str(metadata.get("timestep", "timestep"))
-
-
-def of_each(timestep: Tensor, count: int, metadata: dict[str, Any]) -> Tensor:
-    """The timestep of each sample `[n]`; of tokens that have their own, the noisiest, because others are held."""
+def of_each(timestep: Tensor, count: int, metadata: AdapterMetadata) -> Tensor:
+    """Return each sample's timestep `[n]`; if tokens have their own, the noisiest, because others are held fixed."""
     if timestep.numel() == 1 or timestep.numel() % count:
         return timestep.flatten()[:1].expand(count)
     tokens = timestep.reshape(count, -1)
     if tokens.shape[1] == 1:
         return tokens[:, 0]
-    return tokens.amax(1) if metadata.get("timestep_scale", 1.0) > 0 else tokens.amin(1)
+    return tokens.amax(1) if metadata.timestep_scale > 0 else tokens.amin(1)
 
 
-def places_of(flat: Inputs, latent: str, metadata: dict[str, Any]) -> dict[str, Axis]:
-    """Where each argument has its samples, as the folder tells, or else as shapes do."""
-    if axes := metadata.get("axes"):
+def places_of(flat: Inputs, latent: str, metadata: AdapterMetadata) -> dict[str, Axis]:
+    """Return where each argument has its samples, from the metadata, or else from shapes."""
+    if axes := metadata.axes:
         return {name: Axis(**place) for name, place in axes.items()}
     listed = Axis(listed=True)
     first = Axis() if latent in flat else listed
@@ -113,10 +109,10 @@ def _is_ragged(flat: Inputs, name: str, place: Axis) -> bool:
 
 
 def entries_of(flat: Inputs, name: str, sample: int) -> list[str]:
-    """Under which names a list has its entry for a sample."""
+    """Return the flat names of a list's entry for a sample."""
     return [key for key in (f"{name}.[{sample}]",) if key in flat]
 
 
 def is_mask(name: str, value: Tensor) -> bool:
-    """Whether a tensor may tell which tokens `[n, length]` count: of whole numbers by its shape, else by its name too."""
+    """Whether a tensor `[n, length]` may be a mask: integers and booleans by shape, floats also by name."""
     return value.ndim == 2 and (not value.is_floating_point() or "mask" in name)

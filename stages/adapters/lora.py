@@ -1,6 +1,7 @@
-"""`lora`: low-rank changes of linear and convolutional layers (LoRA, arXiv 2106.09685), each rank turned by the guidance scale.
+"""`lora`: low-rank changes of linear and convolutional layers (arXiv 2106.09685); the scale sets the gain of each rank.
 
-At one scale it is a plain LoRA, `W + B diag(g(w)) A`: it can be fused into the base's weights, and other tools load it.
+At a fixed scale it is a plain LoRA, `W + B diag(g(w)) A`: it can be fused into the base's weights, and other tools load
+it.
 """
 
 from __future__ import annotations
@@ -10,23 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.adapters.adapter import GuidanceAdapter, Site
+from stages.adapters.adapter import GuidanceAdapter
 from stages.adapters.conditioning import Conditioning, Conditions, ScaleAlone
 from stages.adapters.config import AdapterConfig
 from stages.adapters.fusing import LowRank, why_not_fusable
 from stages.adapters.layers import adaptable_layers, find_layers, shape_of
+from stages.adapters.metadata import AdapterMetadata
+from stages.adapters.site import Site
 from stages.adapters.sites import CONVOLUTIONS, Shape
-from stages.adapters.trial_forward import Seen
+from stages.adapters.spots import TrialFacts
 
 
 class LoRASite(Site):
-    """`B (A x * g)` at a layer, with B zero at the start; A has the layer's own kernel, B is a projection.
+    """`B (A x * g)` at a layer, with B initialised to zero; A has the layer's own kernel, B is a projection.
 
-    Each rank's gain g is a sum of the scale's curves, log w at the start; conditions turn it, where the adapter sees any.
+    The gain g of each rank is a sum of the scale's curves, initially log w; conditions modulate it, if the adapter sees
+    any.
 
     Args:
-        width_in, width_out: of the layer; rank: of the change; hidden_size: of the conditioning vector, 0 without conditions.
-        kernel: of a convolution, as `shape_of` tells it after the widths; none of a linear layer.
+        width_in, width_out: of the layer; rank: of the change; hidden_size: of the conditioning vector, 0 without
+            conditions.
+        kernel: for a convolution, what follows the widths in `shape_of`; empty for a linear layer.
     """
 
     def __init__(
@@ -47,9 +52,9 @@ class LoRASite(Site):
         self.gain = nn.Linear(hidden_size, rank) if hidden_size else None
         self.is_convolution = bool(kernel)
 
-    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
-        gain = known.curves @ self.curves
-        return (gain if self.gain is None else gain * (1 + self.gain(known.vector)),)
+    def prepare_step(self, conditions: Conditions) -> tuple[Tensor, ...]:
+        gain = conditions.curves @ self.curves
+        return (gain if self.gain is None else gain * (1 + self.gain(conditions.vector)),)
 
     def forward(self, tokens: Tensor, *prepared: Tensor) -> Tensor:
         low, (gain,) = self.lora_A(tokens), prepared
@@ -58,9 +63,12 @@ class LoRASite(Site):
         shape[0], shape[channels] = gain.shape
         return self.lora_B(low * gain.view(shape))
 
+    def change(self, shape: Shape, tokens: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
+        return self(tokens, *prepared)
+
 
 def convolution_of(kernel: tuple[int, ...]) -> tuple[type[Any], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The kind of a convolution, its kernel, strides and paddings, from what `shape_of` tells after the widths."""
+    """Return a convolution's class, kernel, strides and paddings, from what follows the widths in `shape_of`."""
     if len(kernel) == 4:
         height, width, stride, padding = kernel
         kernel = (height, width, stride, stride, padding, padding)
@@ -88,12 +96,13 @@ class LoRA(GuidanceAdapter):
 
     @classmethod
     def find_sites(
-        cls, denoiser: nn.Module, config: AdapterConfig, metadata: dict[str, Any], seen: dict[str, Seen] | None = None
+        cls,
+        denoiser: nn.Module,
+        config: AdapterConfig,
+        metadata: AdapterMetadata,
+        seen: dict[str, TrialFacts] | None = None,
     ) -> dict[str, Shape]:
         return find_layers(denoiser, list(config.sites or []), seen)
-
-    def change(self, site: nn.Module, shape: Shape, tokens: Tensor, prepared: tuple[Tensor, ...]) -> Tensor:
-        return site(tokens, *prepared)
 
     def why_unfused(self, denoiser: nn.Module) -> str | None:
         if self.config.conditions:
@@ -102,7 +111,7 @@ class LoRA(GuidanceAdapter):
 
     @torch.no_grad()
     def lora_weights(self, guidance_scale: float) -> LowRank:
-        """A and B of every layer at one scale, the gates and the guidance gain within B: float32, in the layer's own shape.
+        """Return A and B of every layer at one scale in float32; B includes gains and guidance gain.
 
         Args:
             guidance_scale: above 1; at 1 there is no change.
@@ -113,11 +122,13 @@ class LoRA(GuidanceAdapter):
         """
         device = next(self.parameters()).device
         scale = torch.tensor([float(guidance_scale)], device=device)
-        known = self.conditioning(self._asked(scale), torch.zeros(1, device=device), self.conditioning.embed({}))
+        conditions = self.conditioning(
+            self.scale_with_gain(scale), torch.zeros(1, device=device), self.conditioning.embed({})
+        )
         weights = {}
         for name, site in zip(self.shapes, self.sites.values(), strict=True):
             assert isinstance(site, LoRASite)
-            gain = known.curves @ site.curves.float()
+            gain = conditions.curves @ site.curves.float()
             down, up = site.lora_A.weight.float(), site.lora_B.weight.float()
             weights[name] = down, up * gain.view(1, -1, *[1] * (up.ndim - 2))
         return weights

@@ -1,4 +1,4 @@
-"""The names by which other tools know a denoiser's layers, where these are not diffusers': a table for each naming.
+"""Other tools' names for a denoiser's layers: one table for each naming.
 
 ComfyUI (`model_lora_keys_unet` in comfy/lora.py) takes a layer of any model by the name that it has in the model's
 original code: `lora_unet_` and that name with underscores, or `diffusion_model.` and that name. For a UNet it takes
@@ -28,13 +28,13 @@ class Naming:
     """One naming of the layers of a class of denoisers.
 
     Attributes:
-        layers: a layer's name there, and here; `{}` stands for a number. Several names here are layers whose outputs
-            are stacked there, in this order.
-        wider: how many times as wide as the others in its stack a layer is.
-        swapped: layers there that give shift and scale where they give scale and shift here.
-        implementation: the code that has these names; readers: what loads such a file.
-        prefix, separator: before a layer's name, and between its parts.
-        down, up: what A and B are called; alpha: whether a file tells by what a change is multiplied: alpha / rank.
+        layers: diffusers' names by published name; `{}` stands for a number. Several diffusers layers are stacked in
+            one published layer, in this order.
+        wider: the width of a stacked layer as a multiple of the others'.
+        swapped: published layers that give shift and scale where diffusers' give scale and shift.
+        implementation: the code that defines these names; readers: the tools that load such a file.
+        prefix, separator: before a published name, and between its parts.
+        down, up: the names of A and B; alpha: whether the file holds alpha, which multiplies a change by alpha / rank.
     """
 
     layers: dict[str, tuple[str, ...]]
@@ -49,15 +49,15 @@ class Naming:
     alpha: bool = True
 
     def renamed(self, weights: LowRank) -> dict[str, Tensor]:
-        """The tensors of a file in this naming, from A and B by layer.
+        """Return a file's tensors in this naming, from A and B by layer.
 
         Raises:
-            UserError: there is no name for a layer.
+            UserError: a layer has no published name.
         """
         stacks: dict[tuple[str, str], LowRank] = {}
         for layer, change in weights.items():
-            pattern, here, numbers = self._find(layer)
-            stacks.setdefault((pattern, pattern.format(*numbers)), {})[here] = change
+            pattern, name, numbers = self._find(layer)
+            stacks.setdefault((pattern, pattern.format(*numbers)), {})[name] = change
         changes = {name: self._stacked(pattern, parts) for (pattern, name), parts in stacks.items()}
         alpha = Counter(len(down) for down, _ in changes.values()).most_common(1)[0][0]
         tensors: dict[str, Tensor] = {}
@@ -69,35 +69,35 @@ class Naming:
         return tensors
 
     def _find(self, layer: str) -> tuple[str, str, tuple[str, ...]]:
-        """Its pattern there, its pattern here, and its numbers."""
-        for there, those in self.layers.items():
-            for here in those:
-                if match := re.fullmatch(re.escape(here).replace(r"\{\}", r"(\d+)"), layer):
-                    return there, here, match.groups()
-        raise UserError(f"format=kohya: {layer} has no published name: say format=peft")
+        """Return a layer's published pattern, its diffusers pattern, and its numbers."""
+        for published, names in self.layers.items():
+            for name in names:
+                if match := re.fullmatch(re.escape(name).replace(r"\{\}", r"(\d+)"), layer):
+                    return published, name, match.groups()
+        raise UserError(f"format=kohya: {layer} has no published name: use format=peft")
 
-    def _stacked(self, there: str, changes: LowRank) -> tuple[Tensor, Tensor]:
-        """One change for layers whose outputs are stacked there: As below each other, Bs on the diagonal; exact."""
-        those = self.layers[there]
-        if len(those) == 1:
-            down, up = changes[those[0]]
-            # Only of two parts: what gives gates too has one order everywhere.
-            swaps = there in self.swapped and len(up) == 2 * down.shape[1]
+    def _stacked(self, published: str, changes: LowRank) -> tuple[Tensor, Tensor]:
+        """Stack the changes of several layers exactly: the As below each other, the Bs on the diagonal."""
+        names = self.layers[published]
+        if len(names) == 1:
+            down, up = changes[names[0]]
+            # Only layers with two outputs: those with gates too have the same order everywhere.
+            swaps = published in self.swapped and len(up) == 2 * down.shape[1]
             return down, torch.cat(up.chunk(2)[::-1]) if swaps else up
-        width = next(len(up) // self.wider.get(here, 1) for here, (_, up) in changes.items())
-        none = {here: torch.zeros(width * self.wider.get(here, 1), 0) for here in those}
-        ups = [changes[here][1] if here in changes else none[here] for here in those]
-        return torch.cat([changes[here][0] for here in those if here in changes]), torch.block_diag(*ups)
+        width = next(len(up) // self.wider.get(name, 1) for name, (_, up) in changes.items())
+        none = {name: torch.zeros(width * self.wider.get(name, 1), 0) for name in names}
+        ups = [changes[name][1] if name in changes else none[name] for name in names]
+        return torch.cat([changes[name][0] for name in names if name in changes]), torch.block_diag(*ups)
 
 
 def same(*names: str) -> dict[str, tuple[str, ...]]:
-    """Layers that are called alike there and here."""
+    """Map layers with the same name in both."""
     return {name: (name,) for name in names}
 
 
-def renames(there: str, here: str, parts: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """Layers of a part of the denoiser; several names here are separated by spaces."""
-    return {there + t: tuple(here + h for h in those.split()) for t, those in parts.items()}
+def renames(published: str, prefix: str, parts: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """Map the layers of a part of the denoiser; spaces separate several diffusers names."""
+    return {published + part: tuple(prefix + name for name in names.split()) for part, names in parts.items()}
 
 
 UNET_BLOCKS = ("down_blocks.{}", "mid_block", "up_blocks.{}")
@@ -114,7 +114,7 @@ UNET_PARTS = (
 UNET = Naming(
     same("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
     | same(*(f"{block}.{part}" for block in UNET_BLOCKS for part in UNET_PARTS))
-    # By the original name, because diffusers misreads its own.
+    # By the original name, because diffusers misreads its own names here.
     | {"label_emb.0.0": ("add_embedding.linear_1",), "label_emb.0.2": ("add_embedding.linear_2",)},
     implementation="diffusers",
     readers="ComfyUI, sd-scripts (which leaves out the embeddings of timestep and size, conv_in and conv_out), "
@@ -262,10 +262,10 @@ NAMINGS = {
 def naming_of(denoiser_class: str) -> Naming:
     """
     Raises:
-        UserError: nobody has published one.
+        UserError: no naming is published for the class.
     """
     if denoiser_class not in NAMINGS:
         raise UserError(
-            f"format=kohya: nobody has published names for the layers of a {denoiser_class}: say format=peft"
+            f"format=kohya: nobody has published names for the layers of a {denoiser_class}: use format=peft"
         )
     return NAMINGS[denoiser_class]

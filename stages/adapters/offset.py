@@ -1,11 +1,12 @@
-"""`offset`: a vector per site from scale, timestep and condition; blind to the image (the reference's "additive" kind)."""
+"""`offset`: adds a vector per site from scale, timestep and condition, for all tokens (the reference's "additive")."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from stages.adapters.adapter import GuidanceAdapter, Site
+from stages.adapters.adapter import GuidanceAdapter
 from stages.adapters.conditioning import Conditions
+from stages.adapters.site import Site
 
 
 class OffsetSite(Site):
@@ -18,8 +19,8 @@ class OffsetSite(Site):
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
-    def prepare_step(self, known: Conditions) -> tuple[Tensor, ...]:
-        return (self.outer(nn.functional.silu(self.inner(known.vector)))[:, None],)
+    def prepare_step(self, conditions: Conditions) -> tuple[Tensor, ...]:
+        return (self.outer(nn.functional.silu(self.inner(conditions.vector)))[:, None],)
 
     def forward(self, tokens: Tensor, *prepared: Tensor) -> Tensor:
         return prepared[0]

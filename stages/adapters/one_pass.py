@@ -1,7 +1,7 @@
-"""One pass inside a stock pipeline: its `guidance_scale` goes to the adapter, and it runs without its own guidance.
+"""One pass in a stock pipeline: the adapter gets its `guidance_scale`, and its own guidance is switched off.
 
-A subclass of the same name takes the place of a pipeline's class, because Python looks `__call__` up there. Components,
-configuration and saving stay the pipeline's own.
+A subclass of the same name replaces the pipeline's class, where Python looks `__call__` up. Components, configuration
+and saving stay the pipeline's own.
 """
 
 from __future__ import annotations
@@ -11,39 +11,38 @@ import functools
 import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from stages.adapters.adapter_base import AdapterBase
 from stages.adapters.call_arguments import SCALE, keyword_of
-from stages.adapters.controller import Controller
+from stages.adapters.denoiser_controller import controller_in, controllers_of
+from stages.adapters.pipeline_call import PipelineCall
 from stages.errors import UserError
 
-if TYPE_CHECKING:
-    from stages.adapters.attaching import Attachable
-
-ATTACHED = "_guidance_riders"  # of a pipeline's class
+ATTACHED = "_guidance_adapters"  # the attribute of a pipeline's class that holds them
 
 
 @dataclass(frozen=True)
 class AttachedAdapters:
-    """The adapters on a pipeline, one for each denoiser that has one, and the class that the pipeline has without them."""
+    """The adapters on a pipeline, at most one for each denoiser, and the pipeline's stock class."""
 
     stock: type[Any]
-    adapters: tuple[Attachable, ...] = ()
+    adapters: tuple[AdapterBase, ...] = ()
 
 
 def adapters_of(pipe: Any) -> AttachedAdapters:
     return getattr(type(pipe), ATTACHED, AttachedAdapters(type(pipe)))
 
 
-def begin_one_pass(pipe: Any, adapter: Attachable) -> None:
-    """Have a pipeline's calls guided by an adapter, besides those that guide it already."""
+def add_to_pipeline(pipe: Any, adapter: AdapterBase) -> None:
+    """Add an adapter to those that guide a pipeline's calls."""
     adapters = adapters_of(pipe)
-    others = tuple(other for other in adapters.adapters if other is not adapter)  # a copy has its original's
+    others = tuple(other for other in adapters.adapters if other is not adapter)  # a copied pipeline has it already
     pipe.__class__ = guided_class(pipe, AttachedAdapters(adapters.stock, (*others, adapter)))
 
 
-def end_one_pass(pipe: Any, adapter: Attachable) -> None:
-    """Leave a pipeline to the other adapters, or as it was."""
+def remove_from_pipeline(pipe: Any, adapter: AdapterBase) -> None:
+    """Remove an adapter; the last one restores the stock class."""
     adapters = adapters_of(pipe)
     others = tuple(other for other in adapters.adapters if other is not adapter)
     pipe.__class__ = guided_class(pipe, AttachedAdapters(adapters.stock, others)) if others else adapters.stock
@@ -53,13 +52,13 @@ def guided_class(pipe: Any, adapters: AttachedAdapters) -> type[Any]:
     stock = adapters.stock
 
     def call(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
-        return Controller(stock, adapters.adapters, pipeline, args, kwargs).run()
+        return PipelineCall(stock, controllers_of(pipeline, adapters.adapters), pipeline, args, kwargs).run()
 
     @functools.wraps(stock.save_pretrained)
     def save_pretrained(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
             for adapter in adapters.adapters:
-                stack.enter_context(adapter.taken_out(adapter.denoiser_in(pipeline)))
+                stack.enter_context(controller_in(pipeline, adapter).unfused())
             return stock.save_pretrained(pipeline, *args, **kwargs)
 
     call.__signature__ = signature_of(pipe, stock)  # type: ignore[attr-defined]
@@ -77,7 +76,7 @@ def guided_class(pipe: Any, adapters: AttachedAdapters) -> type[Any]:
 
 
 def signature_of(pipe: Any, stock: type[Any]) -> inspect.Signature:
-    """That of the stock call, with `guidance_scale` where the pipeline's guider alone knows the scale."""
+    """Return the stock call's signature, with `guidance_scale` added if only a guider holds the scale."""
     signature = inspect.signature(stock.__call__)
     if keyword_of(pipe, signature) is not None:
         return signature
@@ -101,6 +100,6 @@ def deep_copy(pipe: Any, memo: dict[int, Any]) -> Any:
 
 def refuse_to_pickle(pipe: Any, protocol: Any) -> Any:
     raise UserError(
-        f"a {type(pipe).__name__} with an adapter attached cannot be pickled: detach the adapter first, and attach it anew where the "
-        "pipeline is loaded"
+        f"a {type(pipe).__name__} with an adapter attached cannot be pickled: detach the adapter first, and attach it "
+        "again after loading"
     )

@@ -1,4 +1,4 @@
-"""Sites: the modules of a denoiser whose output an adapter adds to. One rule finds them in every family."""
+"""Sites: the modules whose output an adapter adds to. One structural rule finds them in every family."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from torch import nn
 from stages.errors import UserError
 
 ATTENTION, FEED_FORWARD = "attention", "feed_forward"
-# What the words of a projection's name say that it gives: query, key, value.
+# Which of query, key and value a word in a projection's name stands for.
 ROLES = {"q": "q", "k": "k", "v": "v", "kv": "kv", "qkv": "qkv", "query": "q", "key": "k", "value": "v"}
 ADDED = {"add", "added", "ip"}  # words in the names of projections of a second stream
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-Shape = list[int]  # of a site: the widths of its input and of its output
+Shape = list[int]  # of a site: the widths of its input and output
 
 
 def find_sites(denoiser: nn.Module, wanted: list[str], seen: Mapping[str, Any] | None = None) -> dict[str, Shape]:
-    """Names of the sites that are wanted, in the order of the denoiser, each with the widths of its input and output.
+    """Find the requested sites, in the order of the denoiser, each with the widths of its input and output.
 
     Args:
-        wanted: `attention`: of each block its cross-attention where it has one, else its self-attention (the reference
-            recipe's rule); `feed_forward`: its feed-forward network; or patterns, matched against the names of all attention and
-            feed-forward modules. Of a block for two streams, image and text, it is the image's, which every family puts first.
-            A kind that the denoiser has not is left out beside one that it has.
-        seen: what a trial forward showed of them (`looking.Seen`): sites that do not run, or that are not given each sample's
-            rows apart, are left out.
+        wanted: `attention`: each block's cross-attention, or its self-attention if it has none (the reference recipe's
+            rule); `feed_forward`: its feed-forward network; or patterns, matched against the names of all attention and
+            feed-forward modules. In a block with an image and a text stream it is the image's, which comes first in
+            every family. A kind that the denoiser lacks is left out beside one that it has.
+        seen: what a trial forward showed of the modules: those that do not run, or whose rows cannot be assigned to
+            samples, are left out.
 
     Raises:
-        UserError: a pattern that is wanted matches nothing, or none of the kinds does.
+        UserError: a pattern matches nothing, or the denoiser has none of the kinds.
     """
     if not wanted:
         raise UserError(f"adapter.sites: empty: name {ATTENTION}, {FEED_FORWARD} or both")
     every: dict[str, Shape] = {}
     by_kind: dict[str, set[str]] = {ATTENTION: set(), FEED_FORWARD: set()}
     for block in blocks_of(denoiser):
-        attentions, feeding = ({n: m for n, m in part.items() if is_fit(n, seen)} for part in block)
+        attentions, feeding = ({n: m for n, m in part.items() if is_usable(n, seen)} for part in block)
         every |= shapes_of(attentions, feeding)
         crossing = [name for name, module in attentions.items() if crosses(name, module, seen)]
         by_kind[ATTENTION] |= set([*crossing, *attentions][:1])
@@ -55,15 +55,15 @@ def find_sites(denoiser: nn.Module, wanted: list[str], seen: Mapping[str, Any] |
         if not matching[pattern] and not (some and pattern in by_kind):
             example = f", e.g. {next(iter(every))}" if every else ""
             raise UserError(
-                f"adapter.sites: {pattern}: no site in {type(denoiser).__name__}: name {ATTENTION}, {FEED_FORWARD} or a "
-                f"pattern of its {len(every)} attention and feed-forward modules{example}"
+                f"adapter.sites: {pattern}: no site in {type(denoiser).__name__}: name {ATTENTION}, {FEED_FORWARD} or "
+                f"a pattern of its {len(every)} attention and feed-forward modules{example}"
             )
     chosen = set().union(*matching.values())
     return {name: shape for name, shape in every.items() if name in chosen}
 
 
 def every_site(denoiser: nn.Module) -> dict[str, Shape]:
-    """All attention and feed-forward modules of a denoiser."""
+    """Find all attention and feed-forward modules of a denoiser."""
     return {name: shape for block in blocks_of(denoiser) for name, shape in shapes_of(*block).items()}
 
 
@@ -72,23 +72,23 @@ def shapes_of(attentions: dict[str, nn.Module], feeding: dict[str, nn.Module]) -
     return of_attention | {name: shape_of_feed_forward(module) for name, module in feeding.items()}
 
 
-def is_fit(name: str, seen: Mapping[str, Any] | None) -> bool:
+def is_usable(name: str, seen: Mapping[str, Any] | None) -> bool:
     return seen is None or (name in seen and seen[name].spot is not None)
 
 
 def find_projections(denoiser: nn.Module, wanted: list[str]) -> dict[str, Shape]:
-    """The linear layers inside the sites that are wanted, each with its shape: where a LoRA sits."""
+    """Find the linear layers inside the requested sites, each with its shape."""
     found: dict[str, Shape] = {}
     for name in find_sites(denoiser, wanted):
         site = denoiser.get_submodule(name)
         for path, layer in layers_inside(site).items():
-            if isinstance(layer, nn.Linear) and not ADDED & words_of(path):
+            if isinstance(layer, nn.Linear) and not ADDED & name_parts(path):
                 found[f"{name}.{path}"] = [layer.in_features, layer.out_features]
     return found
 
 
 def find_label_embedders(denoiser: nn.Module) -> dict[str, Shape]:
-    """The tables of classes inside a denoiser, each with its width."""
+    """Find a denoiser's class embeddings, each with its width."""
     return {
         name: [module.embedding_table.embedding_dim] * 2
         for name, module in denoiser.named_modules()
@@ -97,17 +97,17 @@ def find_label_embedders(denoiser: nn.Module) -> dict[str, Shape]:
 
 
 def layer_beneath(module: nn.Module) -> Any:
-    """The base's own layer where a LoRA that the user loaded wraps it: that one stays when the LoRA goes."""
+    """Return the base's own layer beneath a LoRA that the user loaded: it stays when the LoRA is unloaded."""
     return getattr(module, "base_layer", module)
 
 
-# What is what, by structure
+# Recognising modules by structure
 
 
 def blocks_of(denoiser: nn.Module) -> Iterator[tuple[dict[str, nn.Module], dict[str, nn.Module]]]:
-    """The attention modules and the feed-forward networks of each block of a denoiser, by name.
+    """Yield the attention modules and the feed-forward networks of each block of a denoiser, by name.
 
-    A block is a module with attention among its children; a list of attention modules is as many blocks.
+    A block is a module with attention among its children; each entry of a list of attention modules is a block.
     """
     for block_name, block in denoiser.named_modules():
         prefix = f"{block_name}." if block_name else ""
@@ -123,13 +123,13 @@ def blocks_of(denoiser: nn.Module) -> Iterator[tuple[dict[str, nn.Module], dict[
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module has projections to query, key and value among its children, each its own or several in one layer."""
+    """Whether a module has projections to query, key and value among its children, separate or fused."""
     given = {role for name, child in module.named_children() if is_layer(child) for role in roles_of(name)}
     return given == set("qkv")
 
 
 def is_feed_forward(module: nn.Module) -> bool:
-    """Whether a module leads from a width through two layers or more back to that width, without attention or a table."""
+    """Whether a module maps a width through two or more layers back to it, without attention or an embedding."""
     layers = list(layers_inside(module).values())
     if len(layers) < 2 or any(is_attention(part) or isinstance(part, nn.Embedding) for part in module.modules()):
         return False
@@ -138,11 +138,11 @@ def is_feed_forward(module: nn.Module) -> bool:
 
 
 def crosses(name: str, module: nn.Module, seen: Mapping[str, Any] | None = None) -> bool:
-    """Whether keys and values come from elsewhere; joint attention has projections of its own for what is added."""
+    """Whether keys and values come from other tokens; joint attention, with added projections, does not count."""
     declared = getattr(module, "is_cross_attention", None)
     if declared is not None:
         return bool(declared)
-    if any(ADDED & words_of(child) for child, _ in module.named_children()):
+    if any(ADDED & name_parts(child) for child, _ in module.named_children()):
         return False
     named = "cross" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
     return named or (seen is not None and seen[name].crosses)
@@ -153,7 +153,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def layers_inside(module: nn.Module) -> dict[str, Any]:
-    """Linear and convolutional layers by the path in a module, without those of LoRAs and of attention processors."""
+    """Return linear and convolutional layers by path, without those of LoRAs and attention processors."""
     inside = {path: layer_beneath(part) for path, part in module.named_modules() if ".lora_" not in f".{path}"}
     return {
         path: part
@@ -162,13 +162,13 @@ def layers_inside(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def words_of(path: str) -> set[str]:
+def name_parts(path: str) -> set[str]:
     return set(re.split(r"[._]", path.lower()))
 
 
 def roles_of(name: str) -> str:
-    """Which of query, key and value a projection of this name gives: `to_q`, `wq`, `img_attn_qkv`, `query_key_value`."""
-    return "".join(ROLES.get(word) or ROLES.get(word.removeprefix("w"), "") for word in words_of(name))
+    """Return which of query, key and value a projection gives: `to_q`, `wq`, `img_attn_qkv`, `query_key_value`."""
+    return "".join(ROLES.get(word) or ROLES.get(word.removeprefix("w"), "") for word in name_parts(name))
 
 
 def width_in(layer: Any) -> int:
@@ -180,7 +180,7 @@ def width_out(layer: Any) -> int:
 
 
 def shape_of_attention(module: nn.Module) -> Shape:
-    """What it gives is as wide as what it is given, unless it tells otherwise: it stands beside a residual connection."""
+    """Output and input are equally wide, because of the residual connection, unless `out_dim` says otherwise."""
     children = {name: layer_beneath(child) for name, child in module.named_children() if is_layer(child)}
     width = width_in(next(layer for name, layer in children.items() if "q" in roles_of(name)))
     return [width, getattr(module, "out_dim", width)]
@@ -191,9 +191,9 @@ def shape_of_feed_forward(module: nn.Module) -> Shape:
 
 
 def width_axis(shape: Sequence[int], width: int) -> int | None:
-    """Which axis of tokens `[n, ..., width]` or `[n, width, ...]` is as wide; None where neither is.
+    """Return the width's axis in tokens `[n, ..., width]` or `[n, width, ...]`; None if neither fits.
 
-    Of two that are, it is the channels of a picture `[n, width, height, width]`, and else the last.
+    If both fit, it is the channels of a picture `[n, channels, height, width]`, else the last axis.
     """
     last, first = shape[-1] == width, shape[1] == width
     if last and first:

@@ -1,4 +1,4 @@
-"""What a pipeline would give its denoiser for the negative prompt, found without running the denoiser."""
+"""The inputs of a pipeline's unconditional pass, found without running the denoiser."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from stages.errors import UserError
 
 
 class StoppedError(Exception):
-    """The pipeline got as far as it was wanted to."""
+    """Stops a pipeline at its unconditional pass."""
 
 
 class GuidedStep:
-    """A guided step under way, whichever denoiser it calls.
+    """The first step of a guided call.
 
     Attributes:
-        calls_left: before the unconditional one; inputs: of that one, flat.
+        calls_left: denoiser calls before the unconditional one; inputs: of the unconditional call, flat.
     """
 
     def __init__(self, calls_left: int) -> None:
@@ -32,7 +32,7 @@ class GuidedStep:
 
 
 class StandIn:
-    """In a denoiser's place during a guided step: answers with zeros until the unconditional call, and keeps that one."""
+    """Replaces a denoiser during a guided step: returns zeros until the unconditional call, and keeps its inputs."""
 
     def __init__(self, denoiser: Any, step: GuidedStep) -> None:
         self.denoiser, self.step = denoiser, step
@@ -52,13 +52,14 @@ class StandIn:
 def unconditional_tokens(
     pipe: Any, names: Sequence[str], call: Callable[[], Any], place: dict[str, int], generators: Any
 ) -> dict[str, Tensor]:
-    """Token embeddings and masks of a guided call's unconditional pass, named `negative.NAME`, each `[n, ...]`.
+    """Return token embeddings and masks of a guided call's unconditional pass, named `negative.NAME`, each `[n, ...]`.
 
-    The pipeline prepares the call as it always does, so that prompts are encoded by its own rules, and is stopped at its first step.
+    The pipeline prepares the call and encodes its prompts by its own rules, and is stopped at its first step.
 
     Args:
-        names: of its denoisers; call: a guided call of the pipeline; place: its call, chunk and number of chunks (`dataset.json`'s layout).
-        generators: those of the call, one, several or none: they come back as they were.
+        names: of the pipeline's denoisers; call: makes a guided call of the pipeline.
+        place: call, chunk and number of chunks of the unconditional pass (`dataset.json`'s layout).
+        generators: those of the call, one, several or none; their states are restored.
 
     Raises:
         UserError: the call makes no unconditional pass.
@@ -74,7 +75,8 @@ def unconditional_tokens(
     rows = len(step.inputs[latent]) if step.inputs else 0
     if not rows:
         raise UserError(
-            f"{type(pipe).__name__} makes no unconditional pass in this call, and the adapter sees its tokens: give a negative_prompt"
+            f"{type(pipe).__name__} makes no unconditional pass in this call, whose tokens the adapter needs: give a "
+            "negative_prompt"
         )
     size = rows // place["chunks"]
     return negative_tokens(step.inputs, latent, slice(place["chunk"] * size, (place["chunk"] + 1) * size))
@@ -82,7 +84,7 @@ def unconditional_tokens(
 
 @contextmanager
 def replaced(pipe: Any, name: str, stand_in: StandIn) -> Iterator[None]:
-    """Within it, a pipeline has another part; its configuration does not hear of it, nor does its user's progress bar."""
+    """Replace a pipeline's component, without a change of its configuration, and hide its progress bar."""
     before, bar = vars(pipe)[name], getattr(pipe, "_progress_bar_config", {})
     vars(pipe)[name] = stand_in
     pipe.set_progress_bar_config(**bar | {"disable": True})
@@ -95,7 +97,7 @@ def replaced(pipe: Any, name: str, stand_in: StandIn) -> Iterator[None]:
 
 @contextmanager
 def restored(generators: Any) -> Iterator[None]:
-    """Afterwards the random generators, torch's own among them, are as they were."""
+    """Restore the states of the random generators, and of torch's own, afterwards."""
     given = generators if isinstance(generators, list) else [generators]
     states = [(generator, generator.get_state()) for generator in given if generator is not None]
     with torch.random.fork_rng(range(torch.cuda.device_count())):

@@ -1,4 +1,4 @@
-"""Warnings that name the line of the user's own code that they are about."""
+"""Warnings that point to the line of the user's code that caused them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from pathlib import Path
 import diffusers
 import torch
 
-# Where an adapter's code and what it works in lie.
-BETWEEN = tuple(str(Path(file).parent) for file in (__file__, torch.__file__, diffusers.__file__))
+from stages.base import patching
+
+# Frames of these folders are skipped: the adapter's code, and libraries that call it.
+SKIPPED_FOLDERS = tuple(
+    str(Path(file).parent) for file in (__file__, patching.__file__, torch.__file__, diffusers.__file__)
+)
 
 
 def warn(message: str) -> None:
-    """Warn at the innermost frame that is neither of this package nor of what it works in."""
+    """Warn at the innermost frame outside the skipped folders."""
     depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and _is_between(frame.f_code.co_filename):
+    while frame.f_back is not None and _is_skipped(frame.f_code.co_filename):
         depth, frame = depth + 1, frame.f_back
     warnings.warn(message, stacklevel=depth + 1)
 
 
-def _is_between(filename: str) -> bool:
-    return filename.startswith(BETWEEN) or filename == contextlib.__file__
+def _is_skipped(filename: str) -> bool:
+    return filename.startswith(SKIPPED_FOLDERS) or filename == contextlib.__file__

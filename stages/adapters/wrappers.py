@@ -1,4 +1,4 @@
-"""What other libraries put around a denoiser or make of its layers, and the denoiser beneath."""
+"""Wrappers that other libraries put around a denoiser, and changes that they make to its layers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 
-def layers_of(module: nn.Module) -> Iterator[nn.Module]:
-    """A module, then what it wraps, down to the denoiser: beneath `torch.compile`, peft, data parallelism and engines."""
+def wrappers_of(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and each module it wraps: by `torch.compile`, peft, data parallelism or an engine."""
     while True:
         yield module
         if (inner := _inside(module)) is None:
@@ -19,23 +19,23 @@ def layers_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The denoiser itself."""
-    *_, innermost = layers_of(module)
+    """Return the denoiser without wrappers."""
+    *_, innermost = wrappers_of(module)
     return innermost
 
 
-def entrance_of(module: nn.Module) -> nn.Module:
-    """The innermost module whose hooks see every call: peft calls the `forward` of what it wraps, which has no hooks run."""
+def hookable_module(module: nn.Module) -> nn.Module:
+    """Return the innermost module whose hooks run in every call: peft calls `forward` directly, which runs no hooks."""
     innermost = module
-    for layer in layers_of(module):
+    for layer in wrappers_of(module):
         if not _is_of_peft(innermost):
             innermost = layer
     return innermost
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether any part of a module runs compiled."""
-    compiled = any(getattr(layer, "_orig_mod", None) is not None for layer in layers_of(module))
+    """Whether any part of a module is compiled."""
+    compiled = any(getattr(layer, "_orig_mod", None) is not None for layer in wrappers_of(module))
     return compiled or any(part._compiled_call_impl is not None for part in module.modules())
 
 
@@ -53,7 +53,7 @@ def _is_of_peft(module: nn.Module) -> bool:
 
 
 def runs_fused_projections(module: nn.Module) -> bool:
-    """Whether an attention module runs query, key and value as one layer. The older ones go on saying so once they do not."""
+    """Whether an attention module runs fused projections; `Attention` keeps its flag after unfusing."""
     if isinstance(module, Attention):
         return type(module.processor).__name__.startswith("Fused")
     return bool(getattr(module, "fused_projections", False))

@@ -16,6 +16,7 @@ from diffusers import ModularPipeline
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
+from stages.adapters.metadata import AdapterMetadata
 from stages.base.denoiser import denoiser_of, denoisers_of
 from stages.base.hooks import SchedulerStep, count_evaluations, scheduler_steps
 from stages.base.loading import diffusers_class, first_line, load_pipeline, new_guider, resolve
@@ -99,32 +100,33 @@ def load_pair(
     return pipe, fit_to_pipeline(adapter, pipe)
 
 
-def load_recorded(metadata: dict[str, Any], name_or_path: str | None, device: str) -> Any:
+def load_recorded(metadata: AdapterMetadata, name_or_path: str | None, device: str) -> Any:
     """Load the teacher that an adapter's metadata describes: its pipeline class, scheduler and guider.
 
     Args:
         metadata: of an adapter.
         name_or_path: another base in place of the teacher's; its scheduler keeps its own configuration.
     """
-    base, teacher = metadata["base"], metadata["teacher"]
-    source = {} if name_or_path else {key: base[key] for key in ("revision", "variant")}
-    kind = "ModularPipeline" if teacher["guider"] else base["pipeline_class"]
-    if not hasattr(diffusers, kind):
+    base, teacher = metadata.base, metadata.teacher
+    source: dict[str, Any] = {} if name_or_path else {"revision": base.revision, "variant": base.variant}
+    kind = "ModularPipeline" if teacher.guider else base.pipeline_class
+    if not hasattr(diffusers, str(kind)):
         warnings.warn(
             f"diffusers {diffusers.__version__} has no {kind}, which made the records: using the base's own class",
             stacklevel=2,
         )
         kind = None
     pipe: Any = load_pipeline(
-        name_or_path or base["pretrained_model_name_or_path"], device=device, pipeline_class=kind, **source
+        name_or_path or base.pretrained_model_name_or_path, device=device, pipeline_class=kind, **source
     )
-    if teacher["guider"]:
-        pipe.update_components(guider=new_guider(dict(teacher["guider"])))
-    scheduler = diffusers_class(teacher["scheduler_class"], "the scheduler of the records")
-    own = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-    config = own if name_or_path else teacher["scheduler_config"]
-    if type(pipe.scheduler) is not scheduler or json.dumps(own, default=str) != json.dumps(config, default=str):
-        pipe.scheduler = scheduler.from_config(config)
+    if teacher.guider:
+        pipe.update_components(guider=new_guider(dict(teacher.guider)))
+    if teacher.scheduler_class is not None:
+        scheduler = diffusers_class(teacher.scheduler_class, "the scheduler of the records")
+        own = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+        config = own if name_or_path else teacher.scheduler_config
+        if type(pipe.scheduler) is not scheduler or json.dumps(own, default=str) != json.dumps(config, default=str):
+            pipe.scheduler = scheduler.from_config(config)
     return pipe
 
 
@@ -152,7 +154,7 @@ def arguments_of(pipe: Any, adapter: GuidanceAdapter) -> dict[str, Any]:
     """The further arguments of the adapter's teacher that this pipeline takes, too."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     has_guider = guider_of(pipe) is not None  # a modular pipeline takes every argument of its blocks
-    return {name: value for name, value in adapter.metadata["arguments"].items() if name in parameters or has_guider}
+    return {name: value for name, value in adapter.metadata.arguments.items() if name in parameters or has_guider}
 
 
 def conditions_of(
@@ -186,7 +188,7 @@ def conditions_of(
         return rows
     if prompts or given:
         raise UserError(f"{next(iter(given), 'prompts')}: {kind.__name__} takes classes: say class_labels=...")
-    trained = list(adapter.metadata["sampled"]["class_labels"])
+    trained = list(adapter.metadata.sampled["class_labels"])
     labels = trained if class_labels is None else list(class_labels)
     if not labels or not set(labels) <= set(trained):
         known = f"{trained[0]} to {trained[-1]}" if len(trained) == trained[-1] - trained[0] + 1 else str(trained)
@@ -211,13 +213,13 @@ def sample_setting(pipe: Any, adapter: GuidanceAdapter, setting: Setting, reques
     return Samples(latents[0], count[0], seconds, steps, adapter.fused if setting.method == ONE_PASS else None)
 
 
-def with_guidance(pipe: Any, metadata: dict[str, Any], setting: Setting, request: Request) -> tuple[Request, float]:
+def with_guidance(pipe: Any, metadata: AdapterMetadata, setting: Setting, request: Request) -> tuple[Request, float]:
     """The request and the scale to pass to the pipeline; for no guidance, with all arguments that switch it off."""
-    offset = metadata["scale_offset"]
+    offset = metadata.scale_offset
     guides_itself = setting.method != ONE_PASS or not isinstance(pipe, ModularPipeline)
     if setting.method != NONE and guides_itself:
         return request, setting.guidance_scale - offset
-    off = dict(metadata["no_guidance"])
+    off = dict(metadata.no_guidance)
     parameters = inspect.signature(type(pipe).__call__).parameters
     scale = off.pop(scale_keyword(pipe), 1.0 - offset) if guider_of(pipe) is None else 1.0 - offset
     return replace(request, arguments=request.arguments | {k: v for k, v in off.items() if k in parameters}), scale
@@ -237,7 +239,7 @@ def guiding(
         finally:
             adapter.detach()
     elif setting.method in FIRST_PERCENT:
-        place = adapter.metadata["unconditional"]
+        place = adapter.metadata.unconditional
         with guided_first(pipe, place, FIRST_PERCENT[setting.method], steps, n):
             yield
     else:

@@ -173,14 +173,14 @@ def adapter_info(name: str, folder: str, parameters_of_denoiser: int) -> dict[st
     config = Path(folder) / "config.yaml"
     trained = yaml.safe_load(config.read_bytes()) if config.is_file() else {}
     return {
-        "base": adapter.metadata["base"]["pretrained_model_name_or_path"],
+        "base": adapter.metadata.base.pretrained_model_name_or_path,
         "adapter": name,
         "variant": adapter.variant,
         "seed": trained.get("seed"),
         "parameters": parameters,
         "share": parameters / parameters_of_denoiser,
         "adapter_fingerprint": fingerprint(adapter),
-        "guidance_gain": adapter.metadata.get("guidance_gain", 1.0),
+        "guidance_gain": adapter.metadata.guidance_gain,
     }
 
 

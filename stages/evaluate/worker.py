@@ -130,13 +130,11 @@ class Worker:
         """Check that all adapters were trained for the same base and teacher, because they share the base's samples."""
         for name, adapter in self.adapters.items():
             checks = {
-                "base": adapter.metadata["base"]["denoiser_fingerprint"]
-                == self.first.metadata["base"]["denoiser_fingerprint"]
+                "base": adapter.metadata.base.denoiser_fingerprint == self.first.metadata.base.denoiser_fingerprint
                 or self.config.pretrained_model_name_or_path is not None,
                 "teacher": self._teacher_of(adapter) == self._teacher_of(self.first),
                 "teacher.call": arguments_of(self.pipe, adapter) == self.arguments,
-                "classes": adapter.metadata["sampled"]["class_labels"]
-                == self.first.metadata["sampled"]["class_labels"],
+                "classes": adapter.metadata.sampled["class_labels"] == self.first.metadata.sampled["class_labels"],
             }
             if differing := [name for name, equal in checks.items() if not equal]:
                 raise UserError(
@@ -146,7 +144,7 @@ class Worker:
 
     @staticmethod
     def _teacher_of(adapter: GuidanceAdapter) -> list[Any]:
-        return [adapter.metadata["base"]["pipeline_class"], adapter.metadata["teacher"]]
+        return [adapter.metadata.base.pipeline_class, adapter.metadata.teacher]
 
     def _facts(self) -> Facts:
         components = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
@@ -155,7 +153,7 @@ class Worker:
             "layout": LAYOUT,
             "config": {key: getattr(self.config, key) for key in parted},
             "settings": [(s.method, s.guidance_scale, s.adapter) for s in self.settings],
-            "adapters": {name: [fingerprint(a), a.metadata.get("guidance_gain")] for name, a in self.adapters.items()},
+            "adapters": {name: [fingerprint(a), a.metadata.guidance_gain] for name, a in self.adapters.items()},
             "base": {name: fingerprint(part) for name, part in components.items()},
             "pipeline": [type(self.pipe).__name__, self.arguments],
             "scheduler": [type(self.pipe.scheduler).__name__, dict(self.pipe.scheduler.config)],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
+from stages.adapters.metadata import AdapterMetadata
 from stages.base.arguments import Caller
 from stages.base.denoiser import as_target, denoisers_of, predictions_of
 from stages.base.loading import first_line
@@ -38,15 +39,14 @@ def check_trial(pipe: Any, layout: Layout, seen: Pass) -> None:
     predicted, expected = as_target(predictions_of(output), layout.target_channels), _copied(seen.prediction)
     if predicted.shape != expected.shape or float((predicted - expected).norm()) > ALIKE * float(expected.norm()):
         raise _refused(pipe, "its denoiser does not predict the same from records: it sees more than its arguments")
-    metadata = {
-        "conditions": {},
-        "arguments": {},
-        "scale_range": [1.0, 2.0],
-        "timestep": layout.arguments.timestep,
-        "timestep_scale": layout.timestep_scale,
-        "timestep_offset": layout.timestep_offset,
-        "axes": layout.arguments.facts()["axes"],
-    }
+    metadata = AdapterMetadata(
+        conditions={},
+        scale_range=[1.0, 2.0],
+        timestep=layout.arguments.timestep,
+        timestep_scale=layout.timestep_scale,
+        timestep_offset=layout.timestep_offset,
+        axes=layout.arguments.facts()["axes"],
+    )
     GuidanceAdapter.for_denoiser(AdapterConfig(), denoiser, metadata, caller.flat(*batch))
 
 

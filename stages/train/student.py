@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.conditioning import find_conditions
 from stages.adapters.guidance import Guidance, as_scales
+from stages.adapters.metadata import AdapterMetadata, Base, RecordedTeacher
 from stages.base.arguments import LENGTH, Arguments, Caller
 from stages.base.denoiser import NEGATIVE, STEP, as_target, fingerprint, predictions_of
 from stages.base.loading import denoiser_config, load_denoiser
@@ -26,15 +27,6 @@ if TYPE_CHECKING:  # a student needs no pyarrow
     from stages.records.dataset import Dataset
 
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
-BASE_KEYS = (
-    "pretrained_model_name_or_path",
-    "revision",
-    "variant",
-    "pipeline_class",
-    "denoiser_class",
-    "denoiser_subfolder",
-    "denoiser_fingerprint",
-)
 
 
 def facts_of_teacher(dataset: Dataset, denoiser: str | None = None) -> TeacherFacts:
@@ -52,7 +44,7 @@ def facts_of_teacher(dataset: Dataset, denoiser: str | None = None) -> TeacherFa
 
 def describe_base(
     dataset: Dataset, scale_range: list[float] | None = None, denoiser: str | None = None
-) -> dict[str, Any]:
+) -> AdapterMetadata:
     """The metadata that an adapter's folder keeps: conditions, trained range, identity of the base.
 
     Args:
@@ -63,31 +55,31 @@ def describe_base(
     low, high = dataset.plan.guidance.scale_range
     least, most = scale_range or [low, high]
     layout = teacher.layout
-    return {
-        "conditions": find_conditions(
+    return AdapterMetadata(
+        conditions=find_conditions(
             {name: asdict(spec) for name, spec in condition_tensors(dataset).items()},
             max(conditions.class_labels, default=0) + 1,
         ),
-        "sampled": asdict(conditions),
-        "arguments": teacher.arguments,
-        "scale_range": [max(low, least), min(high, most)],
-        "guidance_rule": dataset.plan.guidance.rule,
-        "prediction_type": teacher.prediction_type,
-        "timestep": layout.arguments.timestep,
-        "axes": {name: asdict(axis) for name, axis in layout.arguments.axes.items()},
-        "timestep_scale": layout.timestep_scale,
-        "timestep_offset": layout.timestep_offset,
-        "no_guidance": layout.no_guidance,
-        "scale_offset": layout.scale_offset,
-        "unconditional": unconditional_place(layout),
-        "base": {key: getattr(teacher, key) for key in BASE_KEYS},
-        "teacher": {
-            "scheduler_class": teacher.scheduler_class,
-            "scheduler_config": teacher.scheduler_config,
-            "guider": dataset.info.plans[0].config["teacher"]["guider"],
-        },
-        "dataset_fingerprint": dataset.fingerprint,
-    }
+        sampled=asdict(conditions),
+        arguments=teacher.arguments,
+        scale_range=[max(low, least), min(high, most)],
+        guidance_rule=dataset.plan.guidance.rule,
+        prediction_type=teacher.prediction_type,
+        timestep=layout.arguments.timestep,
+        axes={name: asdict(axis) for name, axis in layout.arguments.axes.items()},
+        timestep_scale=layout.timestep_scale,
+        timestep_offset=layout.timestep_offset,
+        no_guidance=layout.no_guidance,
+        scale_offset=layout.scale_offset,
+        unconditional=unconditional_place(layout),
+        base=Base(**{entry.name: getattr(teacher, entry.name) for entry in fields(Base)}),
+        teacher=RecordedTeacher(
+            scheduler_class=teacher.scheduler_class,
+            scheduler_config=teacher.scheduler_config,
+            guider=dataset.info.plans[0].config["teacher"]["guider"],
+        ),
+        dataset_fingerprint=dataset.fingerprint,
+    )
 
 
 def unconditional_place(layout: LayoutFacts) -> dict[str, int] | None:
@@ -264,7 +256,7 @@ class Student:
         if not guided:
             return self._forward(batch)
         negative = {name: value for name, value in batch.cond.items() if name.startswith(NEGATIVE)}
-        with self.adapter.in_force(Guidance(as_scales(batch.scale)[None], negative=negative)):
+        with self.adapter.guided_by(Guidance(as_scales(batch.scale)[None], negative=negative)):
             return self._forward(batch)
 
     def _predict_by_length(self, batch: Batch, guided: bool) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Trainer:
             rank=self.processes.process_index, world_size=self.processes.num_processes, skip_damaged=skipping,
             pin=self.device.startswith("cuda"),
         )  # fmt: skip
-        ranges = ranges_of(self.dataset, self.adapter.metadata["scale_range"])
+        ranges = ranges_of(self.dataset, self.adapter.metadata.scale_range)
         self.validation = Validation(self.dataset, held_out, config.train_batch_size, *ranges, self.device, skipping)
         self.meter = Meter(*ranges, self.device)
         self.decoder = None
@@ -242,14 +242,13 @@ class Trainer:
             "samples_skipped": sorted(skipped),
             "peak_memory_bytes": peak_memory(self.device),
         }
-        low, high = self.adapter.metadata["scale_range"]
-        if low < high:  # a single trained scale leaves no room for a gain
-            self.adapter.metadata["guidance_gain"] = guidance_gain(validation_loss, self.unguided_loss)
+        low, high = self.adapter.metadata.scale_range
+        # A single trained scale leaves no room for a gain.
+        gain = guidance_gain(validation_loss, self.unguided_loss) if low < high else 1.0
         measured = ("steps", "validation_loss", "validation_loss_unguided")
         kind = {"kind": self.dataset.plan.config["trajectory"]}
-        self.adapter.metadata["training"] = (
-            asdict(self.dataset.plan.counts) | kind | {key: summary[key] for key in measured}
-        )
+        training = asdict(self.dataset.plan.counts) | kind | {key: summary[key] for key in measured}
+        self.adapter.metadata = replace(self.adapter.metadata, guidance_gain=gain, training=training)
         if self.processes.is_main_process:
             with self.optimization.averaged():
                 self.adapter.save_pretrained(self.root)

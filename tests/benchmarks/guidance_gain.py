@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.evaluate import evaluate
@@ -19,7 +20,8 @@ from stages.evaluate.config import EvaluateConfig
 
 def main(name_or_path: str, overrides: list[str]) -> None:
     adapter = GuidanceAdapter.from_pretrained(name_or_path)
-    gain = adapter.metadata.pop("guidance_gain", 1.0)
+    gain = adapter.metadata.guidance_gain
+    adapter.metadata = replace(adapter.metadata, guidance_gain=1.0)
     with tempfile.TemporaryDirectory() as folder:
         without = Path(folder) / "without"
         adapter.save_pretrained(without)

@@ -24,7 +24,7 @@ from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.base.denoiser import uncompiled, unflatten
 from tests.benchmarks.measuring import device_name, ratios, spread, take_turns, timed
 from tests.benchmarks.tiny_shapes import shape_named
-from tests.support.real_shapes import Shape, about_of, inputs_of, parameters
+from tests.support.real_shapes import Shape, inputs_of, metadata_of, parameters
 
 SCALES = (2.0, 5.0)
 PASSES = 4  # of one measurement, as a sampler has them: queued one behind the other
@@ -45,7 +45,7 @@ def new_denoiser(shape: Shape) -> nn.Module:
 def new_adapter(variant: str, shape: Shape, denoiser: nn.Module) -> GuidanceAdapter:
     """As if it were trained: no weight is zero, because kernels are faster on zeros."""
     like, inputs = next(denoiser.parameters()), inputs_of(shape, denoiser, 1)
-    adapter = GuidanceAdapter.for_denoiser(AdapterConfig(variant), denoiser, about_of(shape), inputs)
+    adapter = GuidanceAdapter.for_denoiser(AdapterConfig(variant), denoiser, metadata_of(shape), inputs)
     for parameter in adapter.sites.parameters():
         nn.init.normal_(parameter, std=1e-3)
     adapter.sites.to(like.dtype)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ def test_the_same_weights_are_measured_with_their_gain_and_without(
     tiny_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = GuidanceAdapter.from_pretrained(tiny_adapter)
-    adapter.metadata["guidance_gain"] = 1.5
+    adapter.metadata = replace(adapter.metadata, guidance_gain=1.5)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.05)  # so that it does something
     adapter.save_pretrained(tmp_path / "adapter")

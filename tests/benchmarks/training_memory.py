@@ -36,7 +36,7 @@ from stages.train.objective import squared_error
 from stages.train.optimization import Optimization
 from stages.train.student import PRECISION, Student, quantize
 from tests.benchmarks.tiny_shapes import shape_named
-from tests.support.real_shapes import Shape, about_of, arguments_of, conditions_of, inputs_of
+from tests.support.real_shapes import Shape, arguments_of, conditions_of, inputs_of, metadata_of
 
 GB = 10**9
 GOALS = {("sdxl", "lora"): {"none": 12 * GB, "int8": 8 * GB}}
@@ -65,7 +65,7 @@ class Training:
         if setup.quantization == "int8":
             quantize(denoiser)
         inputs = inputs_of(setup.shape, denoiser, 1)
-        adapter = GuidanceAdapter.for_denoiser(AdapterConfig(setup.variant), denoiser, about_of(setup.shape), inputs)
+        adapter = GuidanceAdapter.for_denoiser(AdapterConfig(setup.variant), denoiser, metadata_of(setup.shape), inputs)
         if device != "cpu":  # a fake module cannot be moved
             adapter.to(device)
         self.student = Student(

@@ -52,7 +52,7 @@ def test_an_adapter_that_is_no_lora_is_refused(tmp_path: Path) -> None:
     )
     overrides = [f"adapter_dir={tmp_path / 'adapter'}", "guidance_scale=2", f"output={tmp_path / 'out'}"]
     with pytest.raises(
-        UserError, match="an adapter of the variant offset is no LoRA: train one with adapter.variant=lora"
+        UserError, match="an adapter of the variant offset is not a LoRA: train one with adapter.variant=lora"
     ):
         main(parse(ExportConfig, overrides))
     assert not (tmp_path / "out").exists()
@@ -68,5 +68,5 @@ def test_a_dial_is_measured_into_the_file_and_the_card(
     with safetensors.safe_open(tmp_path / "lora" / "adapter_model.safetensors", "pt") as file:
         dial = json.loads(file.metadata()["guidance.dial"])
     assert found == [f"strength {row['strength']:g}: guidance scale {row['guidance_scale']:.2f}" for row in dial]
-    assert GuidanceAdapter.from_pretrained(folder).metadata["dial"] == {"2.5": dial}
+    assert GuidanceAdapter.from_pretrained(folder).metadata.dial == {"2.5": dial}
     assert "## Strength of the file exported at guidance scale 2.5" in (folder / "README.md").read_text()

@@ -92,23 +92,23 @@ def test_an_adapter_is_trained_and_samples_in_one_pass(dataset: Dataset, tmp_pat
     summary = Trainer(config).run()
     assert summary["loss"] > 0
     pipe, adapter = load_pair(config.output_dir, None, "cpu")
-    request = Request(conditions_of(pipe, adapter, None, PROMPTS), [0, 1], 3, adapter.metadata["arguments"])
+    request = Request(conditions_of(pipe, adapter, None, PROMPTS), [0, 1], 3, adapter.metadata.arguments)
     guided, one_pass = (sample_setting(pipe, adapter, Setting(method, 3.0), request) for method in (CFG, ONE_PASS))
     assert (guided.denoiser_evaluations, one_pass.denoiser_evaluations) == (2 * 3 * 2, 3 * 2)
     assert one_pass.latents.shape == guided.latents.shape
     adapter.attach(pipe)
     with undecoded(pipe) as latents:
-        arguments = CALL_DEFAULTS.get(type(pipe).__name__, {}) | adapter.metadata["arguments"]
+        arguments = CALL_DEFAULTS.get(type(pipe).__name__, {}) | adapter.metadata.arguments
         pipe(PROMPTS[0], guidance_scale=3.0, num_inference_steps=2, output_type="pt", **arguments)
     assert len(latents) == 1
 
 
 def test_the_adapter_found_its_conditions_in_the_records(dataset: Dataset) -> None:
     student = Student.create(dataset, ADAPTER, load_base(dataset))
-    kinds = {info["kind"]: name for name, info in student.adapter.metadata["conditions"].items()}
+    kinds = {info["kind"]: name for name, info in student.adapter.metadata.conditions.items()}
     assert kinds["tokens"] == "encoder_hidden_states"
     assert kinds.get("pooled") in {None, "added_cond_kwargs.text_embeds", "pooled_projections"}
-    assert json.dumps(student.adapter.metadata)
+    assert json.dumps(student.adapter.metadata.to_json())
 
 
 def test_negative_prompts_are_seen_in_one_pass_as_they_were_recorded(dataset: Dataset) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.conditioning import find_conditions
+from stages.adapters.metadata import AdapterMetadata
 from stages.base.arguments import Arguments, Axis, decoded, encoded
 from stages.base.denoiser import MASK, latent_name
 
@@ -138,11 +139,10 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def about_of(shape: Shape) -> dict[str, Any]:
+def metadata_of(shape: Shape) -> AdapterMetadata:
     """What an adapter is told of records of this shape."""
     tensors = {name: {"dtype": "float16" if sizes else "int64", "shape": sizes} for name, sizes in shape.cond.items()}
-    conditions = find_conditions(tensors, 1000)
-    return {"conditions": conditions, "timestep_scale": 1.0, "scale_range": [1.0, 6.0], "arguments": {}}
+    return AdapterMetadata(conditions=find_conditions(tensors, 1000), scale_range=[1.0, 6.0])
 
 
 def conditions_of(shape: Shape, n: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -177,7 +177,7 @@ def adapter_for(shape: Shape, config: AdapterConfig) -> GuidanceAdapter:
     """An adapter for the real denoiser, on the meta device too."""
     denoiser = on_meta(shape.config)
     with torch.device("meta"):
-        return GuidanceAdapter.for_denoiser(config, denoiser, about_of(shape), inputs_of(shape, denoiser, 3))
+        return GuidanceAdapter.for_denoiser(config, denoiser, metadata_of(shape), inputs_of(shape, denoiser, 3))
 
 
 def row(shape: Shape) -> list[str]:

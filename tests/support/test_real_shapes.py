@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages.adapters import AdapterConfig
-from stages.adapters.layers import CONDITIONING, find_layers, look_at_layers
+from stages.adapters.layers import CONDITIONING, find_layers, run_trial_of_layers
 from stages.adapters.sites import find_sites
 from tests.support.real_shapes import SHAPES, Shape, adapter_for, inputs_of, on_meta, parameters, sizes, table
 
@@ -34,7 +34,7 @@ def test_every_block_has_its_site(shape: Shape) -> None:
 def test_the_layers_that_do_not_see_the_image_are_found(shape: Shape) -> None:
     denoiser = on_meta(shape.config)
     assert (
-        len(find_layers(denoiser, [CONDITIONING], look_at_layers(denoiser, inputs_of(shape, denoiser, 3))))
+        len(find_layers(denoiser, [CONDITIONING], run_trial_of_layers(denoiser, inputs_of(shape, denoiser, 3))))
         == CONDITIONING_LAYERS[shape.config]
     )
 

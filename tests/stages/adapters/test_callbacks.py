@@ -1,4 +1,4 @@
-"""Callbacks that change guidance or prompts on the way: done, or said not to be."""
+"""Callbacks that change guidance or prompts during a call: applied, or warned about."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback, SDX
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
+from stages.adapters.metadata import AdapterMetadata, Base
 from tests.pipelines_zoo.gathered import gather
 from tests.stages.adapters.test_compositions import adapter_for
 from tests.support.families import PROMPTS, build
@@ -41,7 +42,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 
 def after(step: int, change: Callable[[Any, dict[str, Any]], None]) -> dict[str, Any]:
-    """A callback that changes something once a step is over."""
+    """Return a callback that makes a change after a given step."""
 
     def callback(pipe: Any, i: int, timestep: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         if i == step:
@@ -161,7 +162,7 @@ def test_what_a_callback_changes_besides_is_said_not_to_count(pipe: Any, adapter
     def rescale(pipe: Any, kwargs: dict[str, Any]) -> None:
         pipe._guidance_rescale = 0.7
 
-    with pytest.warns(UserWarning, match="a callback set guidance_rescale to 0.7, which does not change the guidance"):
+    with pytest.warns(UserWarning, match="a callback set guidance_rescale to 0.7, which does not change an adapter's"):
         found = final(pipe, **after(1, rescale))
     assert torch.equal(found, final(pipe))
 
@@ -180,7 +181,7 @@ def test_a_callback_that_fails_leaves_the_pipeline_as_it_was(pipe: Any, adapter:
 def test_a_callback_turns_a_guider_or_cuts_it_off() -> None:
     specimen = gather()["MotifVideoPipeline"]
     pipe = specimen.build()
-    metadata = {"conditions": {}, "base": {"denoiser_subfolder": "transformer"}, "scale_range": [1.0, 9.0]}
+    metadata = AdapterMetadata(conditions={}, base=Base(denoiser_subfolder="transformer"), scale_range=[1.0, 9.0])
     adapter = adapter_for(pipe.transformer, metadata=metadata).attach(pipe)
 
     def run(**arguments: Any) -> Tensor:

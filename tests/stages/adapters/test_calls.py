@@ -1,9 +1,10 @@
-"""What a call of an attached pipeline asks for is done, refused, or warned about."""
+"""What a call of an attached pipeline requests is done, refused, or warned about."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,12 +19,13 @@ from diffusers import (
 from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
+from stages.adapters.metadata import AdapterMetadata, Base
 from stages.base.denoiser import denoisers_of
 from stages.base.hooks import Call, watch_steps
 from stages.errors import UserError
 from tests.conftest import tiny_dit
 from tests.pipelines_zoo.gathered import gather
-from tests.stages.adapters.test_compositions import adapter_for
+from tests.stages.adapters.test_compositions import METADATA, adapter_for
 from tests.stages.adapters.test_contract import new_adapter
 from tests.support.families import PROMPTS, build
 
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the guidance is not fused")
 
 
 class Run:
-    """One call of a specimen: its latents, and what its denoisers were given."""
+    """One call of a specimen: its latents, and its denoisers' inputs."""
 
     def __init__(self, name: str, pipe: Any, **arguments: Any) -> None:
         specimen = ZOO[name]
@@ -53,12 +55,12 @@ class Run:
         return self.latents[-1]
 
     def given(self, name: str) -> list[float]:
-        """What the denoiser was given by this name, at each call."""
+        """Return the denoiser's argument of this name in each call."""
         return [float(torch.as_tensor(call.inputs[name]).flatten()[0]) for calls in self.steps for call in calls]
 
     @property
     def rows(self) -> set[int]:
-        """Rows of every step."""
+        """Return the numbers of rows of all steps."""
         return {sum(len(call.prediction) for call in calls) for calls in self.steps}
 
 
@@ -66,10 +68,10 @@ ZOO = gather()
 
 
 def on(pipe: Any, component: str | None = None, **metadata: Any) -> GuidanceAdapter:
-    """An adapter that does something, on a component of a pipeline."""
+    """Create an adapter with random weights for a component of a pipeline."""
     name = component or next(iter(denoisers_of(pipe)))
-    known = {"conditions": {}, "base": {"denoiser_subfolder": name}, "scale_range": [1.0, 9.0]} | metadata
-    return adapter_for(denoisers_of(pipe)[name], "lora", metadata=known)
+    known = {"conditions": {}, "base": Base(denoiser_subfolder=name), "scale_range": [1.0, 9.0]} | metadata
+    return adapter_for(denoisers_of(pipe)[name], "lora", metadata=AdapterMetadata(**known))
 
 
 def said(call: Any) -> list[str]:
@@ -79,7 +81,7 @@ def said(call: Any) -> list[str]:
     return [str(w.message) for w in caught if issubclass(w.category, UserWarning) and w.filename == __file__]
 
 
-# What switches the pipeline's own guidance off
+# Switching the pipeline's own guidance off
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPAGPipeline", "StableDiffusionXLPAGPipeline"])
@@ -111,7 +113,7 @@ def test_guidance_that_is_off_at_zero_counts_from_there() -> None:
         torch.testing.assert_close(Run(name, pipe).end, at_three.end)
 
 
-# A scale that is embedded beside the adapter's
+# An embedded scale beside the adapter's
 
 
 @pytest.mark.parametrize("name", ["FluxPipeline (true CFG)", "HunyuanVideoPipeline"])
@@ -136,7 +138,7 @@ def test_the_embedded_scale_is_the_recorded_one_unless_both_are_named(name: str)
     assert torch.equal(*ends)
     both = call(pipe, arguments | {"true_cfg_scale": 4.0, "guidance_scale": 5.0}, ZOO[name].conditions[0]["prompt"])
     assert both.given("guidance") == pytest.approx([embedded * 5.0] * STEPS)
-    adapter.metadata["arguments"] = {}
+    adapter.metadata = replace(adapter.metadata, arguments={})
     unrecorded = call(pipe, arguments | {"guidance_scale": 4.0}, ZOO[name].conditions[0]["prompt"])
     assert unrecorded.given("guidance") == pytest.approx([embedded * default] * STEPS)
 
@@ -177,7 +179,7 @@ def test_each_denoiser_has_its_adapter_and_its_scale(wan: Any) -> None:
     torch.testing.assert_close(unlike[0], Run(WAN, wan, guidance_scale=3.0, guidance_scale_2=3.0).end)
     late.detach()
     assert said(lambda: Run(WAN, wan, guidance_scale=3.0)) == [
-        "transformer_2 carries no adapter, so that its steps run without guidance: attach the adapter made for it too"
+        "transformer_2 carries no adapter, so its steps run without guidance: attach the adapter made for it too"
     ]
     torch.testing.assert_close(Run(WAN, wan, guidance_scale=3.0).end, unlike[1])
     noisy.detach()
@@ -212,7 +214,7 @@ def test_a_callback_cuts_the_guidance_of_both(wan: Any) -> None:
 def test_an_adapter_of_the_second_denoiser_needs_a_pipeline_that_has_one() -> None:
     pipe = build("wan")
     with pytest.raises(UserError, match="WanPipeline has no transformer_2, which the adapter was made for"):
-        on(pipe, base={"denoiser_subfolder": "transformer_2"}).attach(pipe)
+        on(pipe, base=Base(denoiser_subfolder="transformer_2")).attach(pipe)
 
 
 # Guiders
@@ -264,12 +266,14 @@ def test_an_attach_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPa
         with pytest.raises(UserError, match="does not fit"):
             new_adapter(tiny_dit().transformer, variant).attach(pipe)
         assert type(pipe) is StableDiffusionPipeline
-        assert "_guidance_ride" not in vars(pipe.unet)
+        assert "_guidance_attachment" not in vars(pipe.unet)
 
 
-# Pipelines that guide otherwise
+# Pipelines with another guidance rule
 
-STABLE_DIFFUSION = {"guidance_rule": {"name": "ClassifierFreeGuidance", "pipeline": "StableDiffusionPipeline"}}
+STABLE_DIFFUSION = replace(
+    METADATA, guidance_rule={"name": "ClassifierFreeGuidance", "pipeline": "StableDiffusionPipeline"}
+)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +284,7 @@ def test_a_pipeline_that_guides_in_another_way_is_refused(kind: Any, setting: st
     pipe = kind.from_pipe(build("stable_diffusion"))
     adapter = adapter_for(pipe.unet, metadata=STABLE_DIFFUSION)
     with pytest.raises(
-        UserError, match=f"{kind.__name__} guides by {setting} too, otherwise than the StableDiffusionP"
+        UserError, match=f"{kind.__name__} guides by {setting}, the StableDiffusionPipeline of the records does not"
     ):
         adapter.attach(pipe)
     assert type(pipe) is kind
@@ -288,18 +292,21 @@ def test_a_pipeline_that_guides_in_another_way_is_refused(kind: Any, setting: st
 
 def test_a_pipeline_that_lacks_what_was_recorded_is_refused() -> None:
     pipe = build("stable_diffusion")
-    metadata = {
-        "guidance_rule": {"pipeline": "StableDiffusionPAGPipeline", "pag_scale": 3.0},
-        "no_guidance": {"guidance_scale": 1.0, "pag_scale": 0.0},
-    }
-    with pytest.raises(UserError, match="guides by pag_scale no more, otherwise than the StableDiffusionPAGPipeline"):
+    metadata = replace(
+        METADATA,
+        guidance_rule={"pipeline": "StableDiffusionPAGPipeline", "pag_scale": 3.0},
+        no_guidance={"guidance_scale": 1.0, "pag_scale": 0.0},
+    )
+    with pytest.raises(
+        UserError, match="does not guide by pag_scale, the StableDiffusionPAGPipeline of the records does"
+    ):
         adapter_for(pipe.unet, metadata=metadata).attach(pipe)
 
 
 def test_a_scale_that_means_something_else_is_refused() -> None:
     pipe = ZOO["FluxPipeline (true CFG)"].build()
     filling = FluxFillPipeline(**{name: part for name, part in pipe.components.items() if name in FILLING})
-    adapter = on(pipe, base={"denoiser_subfolder": "transformer", "pipeline_class": "FluxPipeline"})
+    adapter = on(pipe, base=Base(denoiser_subfolder="transformer", pipeline_class="FluxPipeline"))
     with pytest.raises(UserError, match="FluxFillPipeline guides by guidance_scale, .* by true_cfg_scale"):
         adapter.attach(filling)
 
@@ -318,12 +325,12 @@ def test_a_pipeline_that_guides_alike_is_taken() -> None:
 
 def test_a_setting_of_guidance_that_was_not_recorded_is_said_to_do_nothing() -> None:
     pipe = build("stable_diffusion")
-    recorded = {"guidance_rule": {"pipeline": "StableDiffusionPipeline", "guidance_rescale": 0.5}}
+    recorded = replace(METADATA, guidance_rule={"pipeline": "StableDiffusionPipeline", "guidance_rescale": 0.5})
     adapter_for(pipe.unet, metadata=recorded).attach(pipe)
     options = {"prompt": PROMPTS, "num_inference_steps": 1, "output_type": "latent"}
     assert said(lambda: pipe(**options, guidance_rescale=0.7)) == [
-        "guidance_rescale=0.7 does not change the guidance of this adapter, which was recorded with guidance_rescale=0.5: "
-        "leave it out, or train an adapter on records made so"
+        "guidance_rescale=0.7 does not change the guidance of this adapter, which was recorded with "
+        "guidance_rescale=0.5: leave it out, or train an adapter on such records"
     ]
     assert not said(lambda: pipe(**options, guidance_rescale=0.5))
     assert not said(lambda: pipe(**options, guidance_scale=3.0, clip_skip=None))
@@ -345,12 +352,12 @@ def test_whatever_is_negative_is_said_to_do_nothing(given: dict[str, Any]) -> No
 def test_classes_beside_those_trained_on_are_said_to_be() -> None:
     pipe = tiny_dit()
     adapter = new_adapter(pipe.transformer, "lora")
-    adapter.metadata = adapter.metadata | {"sampled": {"class_labels": [0, 1, 2]}}
+    adapter.metadata = replace(adapter.metadata, sampled={"class_labels": [0, 1, 2]})
     adapter.attach(pipe)
     assert not said(lambda: pipe([0, 2], num_inference_steps=1, output_type="latent"))
     assert said(lambda: pipe([0, 7], num_inference_steps=1, output_type="latent")) == [
-        "class_labels=7 is none of the classes whose guidance this adapter was trained on (0, 1, 2): name one of these, or train "
-        "on records of it"
+        "class_labels=7 is not among the classes that this adapter was trained on (0, 1, 2): name one of these, "
+        "or train on records of it"
     ]
 
 

@@ -1,9 +1,10 @@
-"""An attached adapter beside everything else that people put into a pipeline."""
+"""An attached adapter together with other extensions of a pipeline."""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +27,34 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
+from stages.adapters.metadata import AdapterMetadata, Base
 from stages.base.hooks import count_evaluations
 from stages.base.sampling import undecoded
 from tests.conftest import VARIANTS, mostly_long
 from tests.support.families import NO_CHECKER, PROMPTS, WIDTH, build, enliven
 
-ABOUT = {
-    "conditions": {"encoder_hidden_states": {"kind": "tokens", "width": WIDTH}},
-    "timestep_scale": 1.0,
-    "scale_range": [1.0, 8.0],
-    "arguments": {},
-    "base": {"denoiser_subfolder": "unet"},
-}
+METADATA = AdapterMetadata(
+    conditions={"encoder_hidden_states": {"kind": "tokens", "width": WIDTH}},
+    scale_range=[1.0, 8.0],
+    base=Base(denoiser_subfolder="unet"),
+)
 STEPS = 3
 
 
 def adapter_for(
-    denoiser: Any, variant: str = "lora", std: float = 0.1, metadata: dict[str, Any] | None = None
+    denoiser: Any, variant: str = "lora", std: float = 0.1, metadata: AdapterMetadata = METADATA
 ) -> GuidanceAdapter:
-    """An adapter that does something, as if it were trained; its folder tells this besides."""
+    """Create an adapter with random weights, as if it were trained."""
     torch.manual_seed(1)
     sites = ["attention", "feed_forward"] if variant == "lora" else None
-    adapter = GuidanceAdapter.for_denoiser(
-        AdapterConfig(variant, sites, hidden_size=16, rank=4), denoiser, ABOUT | (metadata or {})
-    )
+    adapter = GuidanceAdapter.for_denoiser(AdapterConfig(variant, sites, hidden_size=16, rank=4), denoiser, metadata)
     for parameter in adapter.sites.parameters():
         torch.nn.init.normal_(parameter, std=std)
     return adapter
 
 
 def final(pipe: Any, scale: float = 3.0, **arguments: Any) -> Tensor:
-    """Final latents of both prompts, each from its own noise."""
+    """Return the final latents of both prompts, each from its own noise."""
     generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
     options = {"num_inference_steps": STEPS, "output_type": "pt"} | arguments
     with undecoded(pipe) as latents:
@@ -86,7 +84,7 @@ def picture() -> list[Image.Image]:
 
 @pytest.fixture
 def lora(pipe: Any, tmp_path: Path) -> Path:
-    """The folder of somebody's LoRA."""
+    """The folder of a user's LoRA."""
     torch.manual_seed(2)
     other = copy.deepcopy(pipe.unet)
     other.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.2"]))
@@ -150,7 +148,7 @@ def test_ip_adapter(pipe: Any, adapter: GuidanceAdapter, picture: list[Image.Ima
 
 
 def ip_adapter_weights(unet: Any) -> dict[str, Any]:
-    """What the file of an IP-Adapter for this UNet holds."""
+    """Return the contents of an IP-Adapter file for this UNet."""
     layers, i = {}, 1
     for name in unet.attn_processors:
         if name.endswith("attn2.processor"):
@@ -193,7 +191,7 @@ def test_image_to_image_and_inpainting_share_the_denoiser(
 
 @pytest.mark.parametrize("offload", [accelerate.cpu_offload_with_hook, accelerate.cpu_offload])
 def test_offloading(pipe: Any, adapter: GuidanceAdapter, offload: Any) -> None:
-    """As `enable_model_cpu_offload` and `enable_sequential_cpu_offload` do it, which both refuse to on a CPU."""
+    """Offload as `enable_model_cpu_offload` and `enable_sequential_cpu_offload` do, which both refuse a CPU."""
     adapter.attach(pipe)
     before = final(pipe)
     offload(pipe.unet, execution_device=torch.device("cpu"))
@@ -245,7 +243,7 @@ def test_a_negative_prompt_that_it_was_not_trained_for_warns_once(pipe: Any, ada
 
 
 def test_the_negative_prompt_it_was_trained_with_does_not_warn(pipe: Any, adapter: GuidanceAdapter) -> None:
-    adapter.metadata |= {"arguments": {"negative_prompt": "blurry"}}
+    adapter.metadata = replace(adapter.metadata, arguments={"negative_prompt": "blurry"})
     adapter.attach(pipe)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -282,7 +280,7 @@ def test_a_denoiser_quantised_by_torchao(pipe: Any, adapter: GuidanceAdapter) ->
     adapter.detach()
     quantization.quantize_(pipe.unet, quantization.Int8WeightOnlyConfig())
     adapter.attach(pipe)
-    with pytest.warns(UserWarning, match="the guidance is not fused, so that a pass pays for it: .* is quantised"):
+    with pytest.warns(UserWarning, match="the guidance is not fused, so each pass costs more: .* is quantised"):
         quantised = final(pipe)
     assert adapter.fused is False
     plain = final(pipe, 1.0)

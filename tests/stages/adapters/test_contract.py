@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,26 @@ import torch
 from torch import Tensor
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
-from stages.adapters.adapter import of_rows
+from stages.adapters.metadata import AdapterMetadata, Base
+from stages.adapters.site import expand_to_rows
 from stages.base.denoiser import fingerprint
 from stages.errors import UserError
 from tests.conftest import VARIANTS, small_adapter, tiny_dit
 
-ABOUT = {
-    "conditions": {"class_labels": {"kind": "label", "classes": 10}},
-    "timestep_scale": 1.0,
-    "scale_range": [1.0, 6.0],
-    "guidance_gain": 1.25,
-    "prediction_type": "epsilon",
-    "arguments": {},
-    "base": {"pretrained_model_name_or_path": "tiny"},
-}
+METADATA = AdapterMetadata(
+    conditions={"class_labels": {"kind": "label", "classes": 10}},
+    scale_range=[1.0, 6.0],
+    guidance_gain=1.25,
+    prediction_type="epsilon",
+    base=Base(pretrained_model_name_or_path="tiny"),
+)
 LATENT, TIMESTEP, LABELS = torch.randn(4, 4, 8, 8), torch.tensor([900, 500, 100, 3]), torch.tensor([0, 3, 9, 9])
 SCALES = [1.0, 2.0, 3.5, 6.0]
 
 
 def new_adapter(denoiser: Any, variant: str, trained: bool = True) -> GuidanceAdapter:
     torch.manual_seed(1)
-    adapter = GuidanceAdapter.for_denoiser(small_adapter(variant), denoiser, ABOUT)
+    adapter = GuidanceAdapter.for_denoiser(small_adapter(variant), denoiser, METADATA)
     if trained:
         for parameter in adapter.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -112,10 +112,10 @@ def test_a_gain_asks_it_for_more_but_not_beyond_its_training(variant: str) -> No
     denoiser = tiny_dit().transformer
     adapter = new_adapter(denoiser, variant).attach(denoiser)
     wanted, asked = [1.0, 1.5, 5.0, 7.0], [1.0, 1.75, 6.0, 7.0]
-    adapter.metadata = adapter.metadata | {"guidance_gain": 1.0}
+    adapter.metadata = replace(adapter.metadata, guidance_gain=1.0)
     with adapter.guidance_scale(asked):
         expected = predict(denoiser)
-    adapter.metadata = adapter.metadata | {"guidance_gain": 1.5}
+    adapter.metadata = replace(adapter.metadata, guidance_gain=1.5)
     with adapter.guidance_scale(wanted):
         assert torch.equal(predict(denoiser), expected)
 
@@ -232,18 +232,18 @@ def test_another_version_of_the_format_is_refused_with_the_way_out(tmp_path: Pat
     new_adapter(tiny_dit().transformer, "offset").save_pretrained(tmp_path)
     info = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(info | {"format_version": version}))
-    with pytest.raises(UserError, match=f"version {version} of the format, not 3: {way_out}"):
+    with pytest.raises(UserError, match=f"has format version {version}, not 3: {way_out}"):
         GuidanceAdapter.from_pretrained(tmp_path)
 
 
 def test_an_unknown_variant_is_named() -> None:
     with pytest.raises(UserError, match=r"adapter.variant=magic: one of cross_attention, embedding, full"):
-        GuidanceAdapter.for_denoiser(AdapterConfig("magic"), tiny_dit().transformer, ABOUT)
+        GuidanceAdapter.for_denoiser(AdapterConfig("magic"), tiny_dit().transformer, METADATA)
 
 
 @pytest.mark.parametrize(("tiled", "rows"), [(False, [1.0, 1.0, 2.0, 2.0]), (True, [1.0, 2.0, 1.0, 2.0])])
 def test_a_layer_may_see_several_rows_of_each_sample(tiled: bool, rows: list[float]) -> None:
-    assert of_rows(torch.tensor([1.0, 2.0]), 4, tiled).tolist() == rows
-    assert of_rows(torch.tensor([[1.0], [2.0]]), 4, tiled).tolist() == [[row] for row in rows]
-    with pytest.raises(UserError, match="given 3 rows for 2 samples"):
-        of_rows(torch.tensor([1.0, 2.0]), 3, tiled)
+    assert expand_to_rows(torch.tensor([1.0, 2.0]), 4, tiled).tolist() == rows
+    assert expand_to_rows(torch.tensor([[1.0], [2.0]]), 4, tiled).tolist() == [[row] for row in rows]
+    with pytest.raises(UserError, match="gets 3 rows for 2 samples"):
+        expand_to_rows(torch.tensor([1.0, 2.0]), 3, tiled)

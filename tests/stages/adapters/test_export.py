@@ -1,4 +1,4 @@
-"""An adapter at one scale, as files that stock tools load: in a process that cannot import this project."""
+"""Exported files, loaded by stock tools in a process that cannot import this project."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from stages.adapters import AdapterConfig, GuidanceAdapter, LoRA
 from stages.adapters.export import FORMATS, how_to_load
 from stages.adapters.lora import LoRASite
+from stages.adapters.metadata import AdapterMetadata, Base
 from stages.base.denoiser import denoiser_of, fingerprint
 from stages.base.sampling import CALL_DEFAULTS
 from stages.errors import StorageError, UserError
@@ -39,7 +40,7 @@ KOHYA_BY_DIFFUSERS = ("stable_diffusion", "stable_diffusion_v", "stable_diffusio
 
 @dataclass
 class Exported:
-    """An adapter of a tiny pipeline in every format that there is for it, and what it gives where it is fused."""
+    """An adapter of a tiny pipeline in every format for it, and the images of the fused base."""
 
     adapter: LoRA
     files: dict[str, Path]
@@ -47,25 +48,23 @@ class Exported:
 
 
 def new_adapter(pipe: Any, sites: tuple[str, ...] = ("*",), ranks: tuple[int, int] = (3, 2), **metadata: Any) -> LoRA:
-    """At every linear layer and convolution, the two ranks in turn, as if it were trained."""
+    """Create a LoRA at every linear layer and convolution, with alternating ranks, as if it were trained."""
     subfolder, denoiser = denoiser_of(pipe)
-    metadata = {
+    known = {
         "conditions": {"encoder_hidden_states": {"kind": "tokens", "width": WIDTH}},
-        "timestep_scale": 1.0,
         "scale_range": [1.0, 8.0],
-        "arguments": {},
         "prediction_type": "epsilon",
-        "base": {
-            "pretrained_model_name_or_path": "someone/base",
-            "pipeline_class": type(pipe).__name__,
-            "denoiser_class": type(denoiser).__name__,
-            "denoiser_subfolder": subfolder,
-            "denoiser_fingerprint": "f" * 64,
-        },
-    } | metadata
+        "base": Base(
+            pretrained_model_name_or_path="someone/base",
+            pipeline_class=type(pipe).__name__,
+            denoiser_class=type(denoiser).__name__,
+            denoiser_subfolder=subfolder,
+            denoiser_fingerprint="f" * 64,
+        ),
+    }
     torch.manual_seed(1)
     config = AdapterConfig("lora", sites=list(sites), hidden_size=HIDDEN_SIZE, rank=ranks[0])
-    adapter = GuidanceAdapter.for_denoiser(config, denoiser, metadata)
+    adapter = GuidanceAdapter.for_denoiser(config, denoiser, AdapterMetadata(**known | metadata))
     assert isinstance(adapter, LoRA)
     for name in list(adapter.shapes)[::2]:
         width_in, width_out, *kernel = adapter.shapes[name]
@@ -79,7 +78,7 @@ def new_adapter(pipe: Any, sites: tuple[str, ...] = ("*",), ranks: tuple[int, in
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
-    """Every family."""
+    """Export an adapter of every family."""
     return {family: export_every_format(family, tmp_path_factory.mktemp(family)) for family in EVERY}
 
 
@@ -100,7 +99,7 @@ def export_every_format(family: str, folder: Path) -> Exported:
 
 
 def fused_images(pipe: Any, adapter: LoRA, arguments: dict[str, Any]) -> Tensor:
-    """What the base gives with the scale in its weights, which is not what it gives without."""
+    """Return the images of the fused base, which differ from the unfused one's."""
     bare = stock_tools.images(pipe, arguments)
     adapter.attach(denoiser_of(pipe)[1]).fuse(SCALE)
     fused = stock_tools.images(pipe, arguments)
@@ -122,7 +121,7 @@ LOADED = [
 
 @pytest.fixture(scope="module")
 def differences(exported: dict[str, Exported]) -> dict[tuple[str, str], float]:
-    """From the fused pipeline, of every export that diffusers or peft load, in a process without this project."""
+    """Return how far each export loaded by diffusers or peft is from the fused pipeline."""
     jobs = [
         exported[family].job | {"format": format, "file": str(exported[family].files[format])}
         for family, format in LOADED
@@ -145,9 +144,10 @@ def test_a_process_without_this_project_loads_it(
     assert differences[family, format] < 1e-5
 
 
-# Where ComfyUI looks for the change of a layer of diffusers: the name of the layer that holds it, and from which row on, in
-# heights of the change. From `mmdit_to_diffusers`, `pixart_to_diffusers` and `flux_to_diffusers` of comfy/utils.py
-# (Comfy-Org/ComfyUI, 09708eae), and of Chroma's guidance layers from comfy/ldm/chroma/layers.py and comfy/ldm/flux/layers.py.
+# Where ComfyUI looks for the change of a diffusers layer: the name of the layer that holds it, and the first row, in
+# heights of the change. From `mmdit_to_diffusers`, `pixart_to_diffusers` and `flux_to_diffusers` of
+# comfy/utils.py (Comfy-Org/ComfyUI, 09708eae), and of Chroma's guidance layers from comfy/ldm/chroma/layers.py and
+# comfy/ldm/flux/layers.py.
 QKV = {"to_q": 0, "to_k": 1, "to_v": 2}
 COMFYUI: dict[str, dict[str, tuple[str, int]]] = {
     "stable_diffusion_3": {
@@ -212,13 +212,13 @@ COMFYUI: dict[str, dict[str, tuple[str, int]]] = {
         "single_transformer_blocks.N.proj_out": ("single_blocks_N_linear2", 0),
     },
 }
-# Layers that give the shift first there, and the scale first here (`swap_scale_shift` in the same tables).
+# Layers that give the shift first in ComfyUI and the scale first in diffusers (`swap_scale_shift` in these tables).
 SHIFT_FIRST = ("norm_out.linear", "transformer_blocks.1.norm1_context.linear")
 HEIGHTS_OF_MLP = 4  # proj_mlp is four times as high as the three before it
 
 
 def as_comfyui_does(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The change of each layer in a file: `alpha / rank * up down`."""
+    """Return the change of each layer in a file: `alpha / rank * up down`."""
     names = {name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")}
     parts = {name: [tensors[f"{name}.{part}.weight"].flatten(1) for part in ("lora_up", "lora_down")] for name in names}
     assert len(tensors) == 3 * len(names)
@@ -250,7 +250,7 @@ def test_comfyui_finds_the_change_of_every_layer_under_the_name_that_it_knows(
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_v", "stable_diffusion_xl", "qwen_image"])
 def test_what_comfyui_knows_by_diffusers_own_name_keeps_it(exported: dict[str, Exported], family: str) -> None:
-    """`unet_to_diffusers` of comfy/utils.py, and comfy/ldm/qwen_image/model.py."""
+    """Names of `unet_to_diffusers` in comfy/utils.py, and of comfy/ldm/qwen_image/model.py."""
     by_original_name = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
     names = {by_original_name.get(layer, layer).replace(".", "_") for layer in exported[family].adapter.shapes}
     assert as_comfyui_does(load_file(exported[family].files["kohya"])).keys() == names
@@ -314,14 +314,14 @@ def test_what_loads_it_is_told(exported: dict[str, Exported], family: str, forma
 def test_what_diffusers_loads_nowhere_is_refused(
     exported: dict[str, Exported], family: str, others: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=f"format=diffusers: diffusers loads no LoRA into a .*: take format={others}$"):
+    with pytest.raises(UserError, match=f"format=diffusers: diffusers loads no LoRA into a .*: use format={others}$"):
         exported[family].adapter.export_lora(tmp_path / "out", SCALE)
     assert not (tmp_path / "out").exists()
 
 
 def test_where_the_pipeline_is_not_known_the_denoiser_loads_it(exported: dict[str, Exported]) -> None:
-    done, base = exported["wan"], exported["wan"].adapter.metadata["base"]
-    metadata = done.adapter.metadata | {"base": base | {"pipeline_class": None}}
+    done, base = exported["wan"], exported["wan"].adapter.metadata.base
+    metadata = replace(done.adapter.metadata, base=replace(base, pipeline_class=None))
     line = how_to_load(LoRA(done.adapter.config, done.adapter.shapes, metadata), done.files["diffusers"], "diffusers")
     pipe = DiffusionPipeline.from_pretrained(done.job["pipe"])
     eval(line.removeprefix("loaded by "), {"pipe": pipe})
@@ -344,7 +344,7 @@ def adapter() -> LoRA:
             "out.safetensors",
             SCALE,
             "kohya",
-            "nobody has published names for the layers of a DiTTransformer2DModel: say",
+            "nobody has published names for the layers of a DiTTransformer2DModel: use",
         ),
         ("out", SCALE, "kohya", "format=kohya writes a file: name one that ends in .safetensors"),
         ("out.safetensors", SCALE, "peft", "format=peft writes a folder: name one"),
@@ -360,7 +360,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
 
 def test_an_adapter_that_sees_more_than_the_scale_is_refused(adapter: LoRA, tmp_path: Path) -> None:
     config = AdapterConfig("lora", ["proj_out_1"], ["timestep"], HIDDEN_SIZE, 3)
-    seeing = LoRA(config, adapter.shapes, adapter.metadata | {"conditions": {}})
+    seeing = LoRA(config, adapter.shapes, replace(adapter.metadata, conditions={}))
     with pytest.raises(UserError, match=r"sees timestep too.*train it with adapter.conditions=\[\]"):
         seeing.export_lora(tmp_path / "out", SCALE)
     assert not list(tmp_path.iterdir())
@@ -369,7 +369,7 @@ def test_an_adapter_that_sees_more_than_the_scale_is_refused(adapter: LoRA, tmp_
 def test_a_layer_without_a_published_name_is_refused(tmp_path: Path) -> None:
     adapter = new_adapter(build("wan"), sites=("proj_out",))
     adapter.shapes = {"controlnet.proj": adapter.shapes["proj_out"]}
-    with pytest.raises(UserError, match="controlnet.proj has no published name: say format=peft"):
+    with pytest.raises(UserError, match="controlnet.proj has no published name: use format=peft"):
         adapter.export_lora(tmp_path / "out.safetensors", SCALE, "kohya")
 
 

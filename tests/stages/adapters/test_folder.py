@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import pickle
 import resource
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +43,7 @@ def test_the_card_has_the_header_that_hubs_read(tiny_adapter: Path) -> None:
     info = yaml.safe_load(header)
     assert info["base_model_relation"] == "adapter"
     assert (
-        info["base_model"]
-        == GuidanceAdapter.from_pretrained(tiny_adapter).metadata["base"]["pretrained_model_name_or_path"]
+        info["base_model"] == GuidanceAdapter.from_pretrained(tiny_adapter).metadata.base.pretrained_model_name_or_path
     )
     assert {"guidance-distillation", "lora"} <= set(info["tags"])
     assert "model-index" not in info
@@ -54,11 +55,12 @@ def test_the_card_has_the_header_that_hubs_read(tiny_adapter: Path) -> None:
 def test_the_card_tells_what_was_measured(adapter: GuidanceAdapter, tmp_path: Path) -> None:
     row = {"guidance_scale": 2.0, "effective_scale": 1.9, "frechet_distance": 20.4, "gap_closed": 0.9}
     row["denoiser_evaluations"] = 25.0
-    adapter.metadata["evaluation"] = [row | {"method": "cfg"}, row | {"method": "one_pass"}]
+    rows = [row | {"method": "cfg"}, row | {"method": "one_pass"}]
+    adapter.metadata = replace(adapter.metadata, evaluation=rows)
     adapter.save_pretrained(tmp_path)
     _, header, text = (tmp_path / CARD_FILE).read_text().split("---\n", 2)
     assert "| one_pass | 2 | 1.90 | 20.4 | 0.900 | 25 |" in text
-    assert "| guidance gain | 1.250 times the guidance is asked of it, up to that of 6 |" in text
+    assert "| guidance gain | the adapter gets 1.250 times the requested guidance, up to scale 6 |" in text
     (result,) = yaml.safe_load(header)["model-index"][0]["results"]
     assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {
         "frechet_distance": 20.4,
@@ -67,14 +69,13 @@ def test_the_card_tells_what_was_measured(adapter: GuidanceAdapter, tmp_path: Pa
 
 
 def test_the_card_tells_what_strength_does(adapter: GuidanceAdapter, tmp_path: Path) -> None:
-    adapter.metadata["dial"] = {
-        "7.5": [{"strength": 0.5, "guidance_scale": 4.0}, {"strength": 1.0, "guidance_scale": 7.321}]
-    }
+    dial = [{"strength": 0.5, "guidance_scale": 4.0}, {"strength": 1.0, "guidance_scale": 7.321}]
+    adapter.metadata = replace(adapter.metadata, dial={"7.5": dial})
     adapter.save_pretrained(tmp_path)
     text = (tmp_path / CARD_FILE).read_text()
     assert "exported at guidance scale 7.5" in text
     assert "| 0.5 | 4.00 |\n| 1 | 7.32 |\n" in text
-    assert GuidanceAdapter.from_pretrained(tmp_path).metadata["dial"] == adapter.metadata["dial"]
+    assert GuidanceAdapter.from_pretrained(tmp_path).metadata.dial == adapter.metadata.dial
 
 
 def test_a_save_that_fails_leaves_the_older_adapter_whole(adapter: GuidanceAdapter, tmp_path: Path) -> None:
@@ -90,6 +91,28 @@ def test_a_save_that_fails_leaves_the_older_adapter_whole(adapter: GuidanceAdapt
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale_range": None}, r"scale_range=None is not of type list\[float\]"),
+        ({"scale_range": [2.0]}, r"scale_range=\[2.0\] is not a lowest and a highest scale"),
+        ({"timestep_scale": "fast"}, "timestep_scale=fast is not of type float"),
+        ({"gain": 1.5}, "gain is not known"),
+        ({"teacher": {"guider": None, "scheduler_class": None}}, "teacher.scheduler_config is missing"),
+        ({"base": None}, "base.pretrained_model_name_or_path is missing"),
+        ({"base": {}}, "base.pretrained_model_name_or_path is missing"),
+    ],
+)
+def test_metadata_that_is_not_as_it_was_written_is_refused_in_a_line(
+    adapter: GuidanceAdapter, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    adapter.save_pretrained(tmp_path)
+    info = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(info | changes))
+    with pytest.raises(UserError, match=f"not an adapter: {message}$"):
+        GuidanceAdapter.from_pretrained(tmp_path)
 
 
 def test_a_strangers_folder_cannot_run_code(adapter: GuidanceAdapter, tmp_path: Path) -> None:
@@ -116,7 +139,7 @@ def test_to_a_hub_and_back(adapter: GuidanceAdapter, tmp_path: Path, monkeypatch
         assert set(given.repos["someone/mine"]) == {CARD_FILE, CONFIG_FILE, WEIGHTS_FILE}
         assert given.commits == ["First"]
         again = GuidanceAdapter.from_pretrained("someone/mine", cache_dir=tmp_path)
-        with pytest.raises(UserError, match="someone/nothing: neither a folder here nor an adapter on the hub"):
+        with pytest.raises(UserError, match="someone/nothing: neither a local folder nor an adapter on the hub"):
             GuidanceAdapter.from_pretrained("someone/nothing", cache_dir=tmp_path)
     assert again.metadata == adapter.metadata
     for one, other in zip(adapter.state_dict().values(), again.state_dict().values(), strict=True):
@@ -126,7 +149,9 @@ def test_to_a_hub_and_back(adapter: GuidanceAdapter, tmp_path: Path, monkeypatch
 def test_it_is_read_from_a_bucket(adapter: GuidanceAdapter, tmp_path: Path, s3: FaultyS3) -> None:
     adapter.save_pretrained(tmp_path)
     s3.put(f"runs/offset/{CONFIG_FILE}", (tmp_path / CONFIG_FILE).read_bytes())
-    with pytest.raises(UserError, match=f"s3://bucket/runs/offset/{WEIGHTS_FILE}: no file of an adapter"):
+    with pytest.raises(
+        UserError, match=f"s3://bucket/runs/offset/{WEIGHTS_FILE}: cannot be read as a file of an adapter"
+    ):
         GuidanceAdapter.from_pretrained("s3://bucket/runs/offset")
     s3.put(f"runs/offset/{WEIGHTS_FILE}", (tmp_path / WEIGHTS_FILE).read_bytes())
     read = GuidanceAdapter.from_pretrained("s3://bucket/runs/offset/").state_dict()

@@ -1,4 +1,4 @@
-"""One scale in the base's weights: what hooks do, at the base's own cost, and without a trace afterwards."""
+"""A fused scale: the result of hooks, at the base's own cost, and restored without a trace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stages.adapters import AdapterConfig, GuidanceAdapter, fusing
 from stages.adapters.attachment import attachment_of
 from stages.base.denoiser import denoiser_of, fingerprint, unflatten
 from stages.errors import UserError
-from tests.stages.adapters.test_compositions import ABOUT, STEPS, adapter_for, final, unlike
+from tests.stages.adapters.test_compositions import METADATA, STEPS, adapter_for, final, unlike
 from tests.stages.adapters.test_layers import inputs_of
 from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, build
 
@@ -31,17 +31,17 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def everywhere(pipe: Any, inputs: dict[str, Any] | None = None) -> GuidanceAdapter:
-    """A LoRA at every linear and convolutional layer, as if it were trained."""
+    """Create a LoRA at every linear and convolutional layer, as if it were trained."""
     torch.manual_seed(1)
     config = AdapterConfig("lora", ["*"], hidden_size=16, rank=4)
-    adapter = GuidanceAdapter.for_denoiser(config, denoiser_of(pipe)[1], ABOUT, inputs)
+    adapter = GuidanceAdapter.for_denoiser(config, denoiser_of(pipe)[1], METADATA, inputs)
     for name, parameter in adapter.sites.named_parameters():
         nn.init.normal_(parameter, mean=0.3 if name.endswith("curves") else 0.0, std=0.05)
     return adapter
 
 
 def hooks_of(denoiser: nn.Module) -> int:
-    """How many guide; those by which threads take turns are there in any case."""
+    """Count the hooks that guide, without those that acquire the lock."""
     every = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in denoiser.modules())
     return every - len(attachment_of(denoiser).guards)
 
@@ -154,11 +154,11 @@ def test_strength_adds_the_change_so_many_times(pipe: Any, adapter: GuidanceAdap
 
 def test_one_copy_is_kept_where_it_is_asked_for(pipe: Any, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe, backup_device="cpu").fuse(3.0)
-    kept = vars(pipe.unet)["_guidance_ride"].weights.originals
+    kept = vars(pipe.unet)["_guidance_attachment"].weights.originals
     assert set(kept) == set(adapter.shapes)
     assert all(tensor.shape == pipe.unet.get_submodule(name).weight.shape for name, tensor in kept.items())
     adapter.unfuse()
-    assert vars(pipe.unet)["_guidance_ride"].weights is None
+    assert vars(pipe.unet)["_guidance_attachment"].weights is None
 
 
 def test_no_memory_for_the_copy_changes_nothing(
@@ -301,7 +301,7 @@ def test_what_cannot_be_fused_runs_by_hooks_and_says_so_once(
     adapter.attach(pipe)
     guided = final(pipe)
     change(pipe.unet)
-    with pytest.warns(UserWarning, match=f"the guidance is not fused, so that a pass pays for it: .*{reason}"):
+    with pytest.warns(UserWarning, match=f"the guidance is not fused, so each pass costs more: .*{reason}"):
         hooked = final(pipe)
     assert adapter.fused is False
     torch.testing.assert_close(hooked, guided, atol=0.5, rtol=5e-2)
@@ -400,7 +400,7 @@ def test_only_a_lora_that_sees_the_scale_alone_is_fused(pipe: Any) -> None:
         adapter_for(pipe.unet, "offset").attach(pipe).fuse(3.0)
     seeing = build("stable_diffusion")
     config = AdapterConfig("lora", ["attention"], conditions=["timestep"], hidden_size=16, rank=4)
-    adapter = GuidanceAdapter.for_denoiser(config, seeing.unet, ABOUT).attach(seeing)
+    adapter = GuidanceAdapter.for_denoiser(config, seeing.unet, METADATA).attach(seeing)
     with pytest.raises(UserError, match="cannot be fused: the adapter sees timestep besides the scale"):
         adapter.fuse(3.0)
 
@@ -478,7 +478,7 @@ def test_a_small_lora_fused_meanwhile_is_noticed_in_half_precision(pipe: Any, tm
     pipe.load_lora_weights(tmp_path)
     adapter.fuse(3.0)
     pipe.fuse_lora()
-    with pytest.raises(UserError, match="undo that change first, or load the pipeline anew"):
+    with pytest.raises(UserError, match="undo that change first, or load the pipeline again"):
         adapter.unfuse()
     pipe.unfuse_lora()
     adapter.unfuse()
@@ -531,10 +531,10 @@ def test_autocast_does_not_reach_the_weights(pipe: Any, adapter: GuidanceAdapter
 def test_several_scales_and_fused_projections_are_refused(pipe: Any, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe)
     expected = final(pipe, 3.0)
-    with pytest.raises(UserError, match=r"guidance_scale=\[2.0, 3.0\]: one scale is fused for all images"):
+    with pytest.raises(UserError, match=r"guidance_scale=\[2.0, 3.0\]: give one scale, which is fused for all images"):
         adapter.fuse([2.0, 3.0])  # type: ignore[arg-type]
     pipe.unet.fuse_qkv_projections()
-    with pytest.raises(UserError, match="runs query, key and value as one layer, .*: unfuse_qkv_projections"):
+    with pytest.raises(UserError, match="runs query, key and value as one layer, .*: call unfuse_qkv_projections"):
         final(pipe, 3.0)
     with pytest.raises(UserError, match="unfuse_qkv_projections"):
         adapter.fuse(3.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stages.adapters.layers import CONDITIONING, find_blocks, find_layers, look_at_layers
+from stages.adapters.layers import CONDITIONING, find_blocks, find_layers, run_trial_of_layers
 from stages.base.denoiser import bind_inputs, denoiser_of, latent_name, unflatten
 from stages.base.sampling import CALL_DEFAULTS, scale_keyword, undecoded
 from stages.errors import UserError
@@ -15,7 +15,7 @@ from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, build
 
 
 def inputs_of(pipe: Any, **arguments: Any) -> dict[str, Any]:
-    """The denoiser's arguments in the first step of a pipeline's call without guidance, flat."""
+    """Return the denoiser's flat arguments in the first step of an unguided call."""
     denoiser, seen = denoiser_of(pipe)[1], []
 
     def look(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -30,7 +30,7 @@ def inputs_of(pipe: Any, **arguments: Any) -> dict[str, Any]:
 
 
 def given_to_layers(denoiser: nn.Module, inputs: dict[str, Any]) -> dict[str, list[Tensor]]:
-    """What each linear layer is given in one call of the denoiser."""
+    """Return each linear layer's inputs in one call of the denoiser."""
     given: dict[str, list[Tensor]] = {}
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: given.setdefault(name, []).append(args[0].clone()))
@@ -45,7 +45,7 @@ def given_to_layers(denoiser: nn.Module, inputs: dict[str, Any]) -> dict[str, li
 
 
 def blind_layers(denoiser: nn.Module, inputs: dict[str, Any]) -> set[str]:
-    """The linear layers that are given the same for another latent, and one row or several for each sample: by trying."""
+    """Find by trying: linear layers whose inputs do not depend on the latent and have whole rows for each sample."""
     rows, latent = len(inputs[latent_name(denoiser)]), latent_name(denoiser)
     one, other = (given_to_layers(denoiser, inputs | {latent: torch.randn_like(inputs[latent])}) for _ in range(2))
     return {
@@ -60,14 +60,14 @@ def test_the_rule_finds_what_trying_two_latents_finds(family: str) -> None:
     pipe = build(family)
     inputs = inputs_of(pipe, prompt=[*PROMPTS, PROMPTS[0]], **ARGUMENTS.get(family, {}))
     denoiser = denoiser_of(pipe)[1]
-    found = set(find_layers(denoiser, [CONDITIONING], look_at_layers(denoiser, inputs)))
+    found = set(find_layers(denoiser, [CONDITIONING], run_trial_of_layers(denoiser, inputs)))
     assert found == blind_layers(denoiser, inputs)
     assert found
 
 
 def test_of_a_dit_they_are_its_modulation() -> None:
     pipe = tiny_dit()
-    seen = look_at_layers(pipe.transformer, inputs_of(pipe, class_labels=[1, 2, 3]))
+    seen = run_trial_of_layers(pipe.transformer, inputs_of(pipe, class_labels=[1, 2, 3]))
     found = find_layers(pipe.transformer, [CONDITIONING], seen)
     embedders = {f"norm1.emb.timestep_embedder.linear_{i}" for i in (1, 2)}
     expected = {f"transformer_blocks.{i}.{name}" for i in range(2) for name in ("norm1.linear", *embedders)}
@@ -81,7 +81,7 @@ def test_the_meta_device_is_all_that_it_takes() -> None:
     with torch.device("meta"):
         empty = type(pipe.transformer).from_config(dict(pipe.transformer.config))
     on_meta = {name: value.to("meta") for name, value in inputs.items() if isinstance(value, Tensor)}
-    assert look_at_layers(empty, inputs | on_meta) == look_at_layers(pipe.transformer, inputs)
+    assert run_trial_of_layers(empty, inputs | on_meta) == run_trial_of_layers(pipe.transformer, inputs)
 
 
 def test_kinds_and_patterns() -> None:
@@ -116,7 +116,7 @@ def test_what_matches_nothing_is_named(wanted: list[str], line: str) -> None:
 def test_a_denoiser_that_does_not_run_without_data_is_named() -> None:
     transformer = tiny_dit().transformer
     with pytest.raises(UserError, match="DiTTransformer2DModel does not run in a trial, .*: 'NoneType' object"):
-        look_at_layers(transformer, {"hidden_states": torch.zeros(3, 4, 8, 8)})
+        run_trial_of_layers(transformer, {"hidden_states": torch.zeros(3, 4, 8, 8)})
 
 
 def test_the_depth_of_a_base_is_told_by_its_blocks() -> None:

@@ -1,4 +1,4 @@
-"""The names of other tools, at the shapes of the published weights."""
+"""Other tools' layer names, checked against the shapes of published weights."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ STEPS = 4
 
 
 def final(pipe: DiTPipeline, scale: float | None = None, steps: int = STEPS) -> tuple[torch.Tensor, int]:
-    """Final latents, and denoiser evaluations."""
+    """Return the final latents, and the number of denoiser evaluations."""
     generators = [torch.Generator().manual_seed(i) for i in range(len(LABELS))]
     options = {} if scale is None else {"guidance_scale": scale}
     with undecoded(pipe) as latents, count_evaluations(pipe.transformer) as count:
@@ -83,7 +83,10 @@ def test_a_pipeline_carries_one_adapter_and_a_copy_the_originals(pipe: DiTPipeli
 def test_a_denoiser_that_was_exchanged_is_noticed(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe)
     pipe.transformer = tiny_dit().transformer
-    with pytest.raises(UserError, match="took the place of the one that the adapter was attached to"):
+    with pytest.raises(
+        UserError,
+        match="the adapter is not attached to this DiTTransformer2DModel: the pipeline's denoiser was replaced",
+    ):
         final(pipe, 3.0)
 
 
@@ -181,7 +184,7 @@ def test_a_schedule_of_another_length_is_refused_and_leaves_nothing(
     adapter.attach(pipe)
     before, _ = final(pipe, 3.0)
     with (
-        pytest.raises(UserError, match="3 guidance scales were given for 4 steps: one per step"),
+        pytest.raises(UserError, match="3 guidance scales were given for 4 steps: give one per step"),
         adapter.guidance_schedule([2.0, 3.0, 4.0]),
     ):
         final(pipe)

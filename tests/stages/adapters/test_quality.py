@@ -1,4 +1,4 @@
-"""Every variant, trained on the same shards of the digits' teacher, closes a part of the gap to guidance; at its start it closes none."""
+"""Every variant, trained on the same shards, closes a part of the gap to guidance; untrained it closes none."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pipe() -> Any:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One scale, so that the variant that knows only one can learn from them too."""
+    """A dataset at one scale, so that a variant without the scale can learn from it too."""
     changes = {"num_trajectories": 80, "num_inference_steps": 10, "trajectories_per_unit": 40, "batch_size": 40}
     folder = tmp_path_factory.mktemp("digits")
     return generate(generate_config(TEACHER, folder, guidance_scale=[SCALE, SCALE], **changes))
@@ -45,7 +45,7 @@ def references(pipe: Any) -> dict[str, Samples]:
 
 
 def gap_closed(samples: Samples, references: dict[str, Samples]) -> float:
-    """One minus the squared distance to two passes, as a share of that without guidance."""
+    """Return one minus the squared distance to two passes, relative to that without guidance."""
     guided = references[CFG].latents
     left, whole = ((latents - guided).square().sum() for latents in (samples.latents, references[NONE].latents))
     return float(1 - left / whole)
@@ -53,7 +53,7 @@ def gap_closed(samples: Samples, references: dict[str, Samples]) -> float:
 
 @pytest.mark.long
 def test_the_default_closes_a_part_of_the_gap_of_a_unet_with_prompts(tmp_path: Path) -> None:
-    """The second teacher: convolutions, cross-attention, and a scale that the adapter sees in every batch."""
+    """The second teacher has convolutions, cross-attention and several scales in each batch."""
     teacher = Path("stages/embedded/mnist_sd")
     prompts = tmp_path / "prompts.txt"
     asked = [

@@ -178,7 +178,7 @@ def test_each_attention_of_a_list_is_a_site() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whatever_attends_is_found(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention by what is computed: the innermost module that is running then is one of those found by their structure."""
+    """The innermost module that runs during attention is among those found by structure."""
     pipe = build(family)
     denoiser = denoiser_of(pipe)[1]
     inputs = inputs_of(pipe, prompt=PROMPTS, **ARGUMENTS.get(family, {}))

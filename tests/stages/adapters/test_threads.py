@@ -1,4 +1,4 @@
-"""A denoiser that several threads call at once: what belongs to a call stays with it."""
+"""A denoiser called by several threads at once: each call keeps its own state."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
 from stages.adapters.attachment import ReadersWriterLock
+from stages.adapters.scale_overrides import innermost_override
 from stages.base.patching import patched
 from tests.conftest import VARIANTS
 from tests.stages.adapters.test_compositions import adapter_for
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the guidance is not fused")
 
 
 def another(pipe: Any) -> Any:
-    """A pipeline on the same denoiser, as each request of a server has.
+    """Create a pipeline on the same denoiser, as for each request of a server.
 
     It has a tokenizer of its own: a fast tokenizer keeps how it pads and truncates on itself, and one thread would
     change it under another.
@@ -45,7 +46,7 @@ def final(pipe: Any, scale: float | None = None, **arguments: Any) -> Tensor:
 
 
 def at_once(*works: Callable[[], Any]) -> list[Any]:
-    """What each returns in a thread of its own."""
+    """Run each function in a thread of its own; return the results."""
     found: dict[int, Any] = {}
 
     def work(i: int) -> None:
@@ -135,7 +136,7 @@ def test_a_scale_that_is_held_is_not_a_context_of_another_thread(pipe: Any) -> N
 
 @pytest.mark.parametrize("variant", ["lora", "offset"])
 def test_a_task_that_is_handed_to_a_thread_takes_its_context_along(pipe: Any, variant: str) -> None:
-    """As `asyncio.to_thread` and web frameworks do it."""
+    """Run in a copied context, as `asyncio.to_thread` and web frameworks do."""
     adapter = adapter_for(pipe.unet, variant).attach(pipe)
     expected = final(pipe, 4.0)
     with adapter.guidance_scale(4.0):
@@ -257,7 +258,7 @@ def test_detached_meanwhile_it_waits_for_the_call_under_way(pipe: Any, variant: 
 
 
 def test_blocks_that_autograd_runs_again_in_its_own_thread_find_their_guidance(pipe: Any) -> None:
-    """As on a GPU, whose backward pass has a thread of its own."""
+    """Run in another thread, as the backward pass on a GPU does."""
     adapter = adapter_for(pipe.unet, "offset").attach(pipe.unet)
     pipe.unet.enable_gradient_checkpointing()
     pipe.unet.train()
@@ -292,7 +293,7 @@ def test_nothing_of_a_call_stays_on_the_adapter(pipe: Any) -> None:
     assert adapter.guidance is None
     assert adapter.prepared is None
     assert adapter.gate is None
-    assert adapter.asked is None
+    assert innermost_override(adapter) is None
     assert "set_timesteps" not in vars(pipe.scheduler)
 
 
@@ -312,14 +313,14 @@ def test_who_goes_alone_waits_for_those_together_and_may_go_again() -> None:
     lock, order, together = ReadersWriterLock(), [], threading.Event()
 
     def first() -> None:
-        with lock.together(), lock.together():
+        with lock.shared(), lock.shared():
             together.set()
             threading.Event().wait(0.1)
             order.append("together")
 
     def second() -> None:
         together.wait(PATIENCE)
-        with lock.alone(), lock.alone(), lock.together():
+        with lock.exclusive(), lock.exclusive(), lock.shared():
             order.append("alone")
 
     at_once(first, second)

@@ -1,4 +1,4 @@
-"""A trial forward on made-up denoisers, each with what real ones have: frames in the batch, two streams, lists, odd layouts."""
+"""A trial forward on made-up denoisers with frames in the batch, two streams, lists and odd layouts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.adapters.conditioning import find_conditions
-from stages.adapters.trial_forward import Spot, look
+from stages.adapters.metadata import AdapterMetadata
+from stages.adapters.spots import Spot
+from stages.adapters.trial_forward import run_trial
 from stages.errors import UserError
 
 WIDTH, FRAMES = 16, 3
-ABOUT = {"conditions": {}, "timestep_scale": 1.0, "scale_range": [1.0, 6.0], "arguments": {}}
 
 
 class MadeUpAttention(nn.Module):
-    """Joint attention over an image and a text, which come and go in the order that it is called with."""
+    """Joint attention over an image and a text, in the order of the arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class MadeUpAttention(nn.Module):
 
 
 class MadeUpMLP(nn.Module):
-    """Three layers in a row, of pictures by convolutions."""
+    """Three layers, convolutions for pictures."""
 
     def __init__(self, of_pictures: bool) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class MadeUpBlock(nn.Module):
 
 
 class MadeUp(ModelMixin, ConfigMixin):
-    """Takes latents `[n, length, 16]`, or a list of them, and texts; calls its timestep `t`."""
+    """Takes latents `[n, length, 16]`, or a list of them, and texts; its timestep is named `t`."""
 
     @register_to_config
     def __init__(self, text_first: bool = False, fold: str = "none", looks_at_values: bool = False) -> None:
@@ -87,9 +88,9 @@ class MadeUp(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(MadeUpBlock(text_first, fold) for _ in range(2))
         self.unused = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Any, t: Tensor, overrides: Any, return_dict: bool = True) -> tuple[Any]:
+    def forward(self, x: Any, t: Tensor, words: Any, return_dict: bool = True) -> tuple[Any]:
         listed = isinstance(x, list)
-        image, text = (torch.stack(each) if isinstance(each, list) else each for each in (x, overrides))
+        image, text = (torch.stack(each) if isinstance(each, list) else each for each in (x, words))
         if self.config.looks_at_values and float(t.sum()) < 0:
             raise ValueError("negative")
         image = image + self.timed(t[:, None] / 1000)[:, None]
@@ -105,17 +106,17 @@ def made_up(**info: Any) -> MadeUp:
 
 def inputs(listed: bool = False, text: int = 5) -> dict[str, Any]:
     torch.manual_seed(1)
-    x, t, overrides = torch.randn(2, 2 * FRAMES, WIDTH), torch.tensor([700.0, 300.0]), torch.randn(2, text, WIDTH)
-    return {"x": list(x), "t": t, "words": list(overrides)} if listed else {"x": x, "t": t, "words": overrides}
+    x, t, words = torch.randn(2, 2 * FRAMES, WIDTH), torch.tensor([700.0, 300.0]), torch.randn(2, text, WIDTH)
+    return {"x": list(x), "t": t, "words": list(words)} if listed else {"x": x, "t": t, "words": words}
 
 
-def metadata() -> dict[str, Any]:
-    overrides = {"words": {"dtype": "float32", "shape": [5, WIDTH]}}
-    return ABOUT | {"timestep": "t", "conditions": find_conditions(overrides, 1)}
+def metadata() -> AdapterMetadata:
+    words = {"words": {"dtype": "float32", "shape": [5, WIDTH]}}
+    return AdapterMetadata(conditions=find_conditions(words, 1), scale_range=[1.0, 6.0], timestep="t")
 
 
 def adapter_for(denoiser: MadeUp, given: dict[str, Any], variant: str) -> GuidanceAdapter:
-    """As if it were trained, at every site that the trial forward leaves."""
+    """Create an adapter at every site that the trial forward accepts."""
     sites = {"lora": ["*"], "embedding": None}.get(variant, ["attention", "feed_forward"])
     on_meta = {
         name: [v.to("meta") for v in value] if isinstance(value, list) else value.to("meta")
@@ -151,7 +152,7 @@ def test_an_adapter_changes_the_sample_that_is_guided_and_no_other(case: str, va
     adapter = adapter_for(denoiser, given, variant).attach(denoiser)
     if variant not in ("lora", "embedding"):
         assert len(adapter.shapes) == 4
-        found = {name.rpartition(".")[2]: Spot(**spot) for name, spot in adapter.metadata.get("spots", {}).items()}
+        found = {name.rpartition(".")[2]: Spot(**spot) for name, spot in adapter.metadata.spots.items()}
         assert found == {name: spot for name, spot in spots.items() if spot != Spot()}
     with adapter.guidance_scale([1.0, 3.0]):
         assert torch.equal(predict(denoiser, given), before)
@@ -200,15 +201,15 @@ def test_what_runs_and_what_sees_the_image_is_found_with_and_without_values(look
 def test_looking_leaves_no_hook_and_draws_no_random_number() -> None:
     denoiser, given = made_up(fold="frames"), inputs()
     state = torch.get_rng_state()
-    look(denoiser, GuidanceAdapter.get_class("lora").candidates(denoiser), given, metadata())
+    run_trial(denoiser, GuidanceAdapter.get_class("lora").candidates(denoiser), given, metadata())
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(module._forward_hooks for module in denoiser.modules())
 
 
 def test_prompts_of_different_lengths_in_a_list_take_one_scale() -> None:
     class Ragged(MadeUp):
-        def forward(self, x: Any, t: Tensor, overrides: Any, return_dict: bool = True) -> tuple[Any]:
-            return super().forward(x, t, [each[:3] for each in overrides])
+        def forward(self, x: Any, t: Tensor, words: Any, return_dict: bool = True) -> tuple[Any]:
+            return super().forward(x, t, [each[:3] for each in words])
 
     torch.manual_seed(0)
     denoiser, given = Ragged().eval(), inputs(listed=True)
@@ -224,5 +225,5 @@ def test_prompts_of_different_lengths_in_a_list_take_one_scale() -> None:
 @pytest.mark.parametrize("fold", ["none", "frames"], ids=["by gradients", "by values"])
 def test_of_two_streams_the_image_s_is_changed_in_every_block(fold: str, text: int) -> None:
     adapter = adapter_for(made_up(text_first=True, fold=fold), inputs(text=text), "offset")
-    attention = {name: spot for name, spot in adapter.metadata["spots"].items() if name.endswith("attention")}
+    attention = {name: spot for name, spot in adapter.metadata.spots.items() if name.endswith("attention")}
     assert attention == {f"blocks.{i}.attention": {"argument": 1, "output": 1} for i in range(2)}

@@ -1,4 +1,4 @@
-"""What wraps, copies or carries a pipeline with an adapter: looked through, or refused in one line."""
+"""Wrappers and copies of a pipeline with an adapter: supported, or refused in one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from stages.adapters import GuidanceAdapter
-from stages.adapters.wrappers import entrance_of, is_compiled, unwrapped
+from stages.adapters.wrappers import hookable_module, is_compiled, unwrapped
 from stages.errors import UserError
 from tests.stages.adapters.test_compositions import adapter_for, final, unlike
 from tests.support.families import build
@@ -97,16 +97,18 @@ def test_a_pipeline_whose_denoiser_peft_wraps(pipe: Any, variant: str, when: str
 def test_copies_that_run_in_threads_of_their_own_are_refused(pipe: Any) -> None:
     wrapped = nn.DataParallel(pipe.unet)
     wrapped.device_ids = [0, 1]
-    with pytest.raises(UserError, match="DataParallel runs copies of the denoiser, .* use its `module` alone"):
+    with pytest.raises(
+        UserError, match="DataParallel runs copies of the denoiser, .* use its `module`, or one process per GPU"
+    ):
         adapter_for(pipe.unet).attach(wrapped)
 
 
 def test_what_is_compiled_is_told_apart(pipe: Any) -> None:
     assert not is_compiled(pipe.unet)
     assert is_compiled(compiled(pipe.unet))
-    assert entrance_of(compiled(pipe.unet)) is pipe.unet
+    assert hookable_module(compiled(pipe.unet)) is pipe.unet
     wrapped = in_peft(pipe.unet)
-    assert entrance_of(compiled(wrapped)) is wrapped
+    assert hookable_module(compiled(wrapped)) is wrapped
     pipe.unet.mid_block.compile(backend="eager")
     assert is_compiled(wrapped)
 
@@ -159,13 +161,13 @@ def test_a_shallow_copy_of_a_pipeline_is_guided_too(pipe: Any) -> None:
     again = copy.copy(pipe)
     assert torch.equal(final(again), final(pipe))
     adapter.detach()
-    with pytest.raises(UserError, match="or the adapter was detached meanwhile: detach it, and attach it anew"):
+    with pytest.raises(UserError, match="or the adapter was detached meanwhile: detach it, and attach it again"):
         final(again)
     adapter.attach(again)
     assert unlike(final(again), final(again, 1.0))
 
 
-# What is held
+# References
 
 
 @pytest.mark.parametrize("variant", ["lora", "offset"])

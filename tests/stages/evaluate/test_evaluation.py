@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_another_evaluation_in_the_same_folder_is_refused_and_nothing_lost(
 ) -> None:
     shutil.copytree(whole.folder, tmp_path / "out")
     gained = GuidanceAdapter.from_pretrained(tiny_adapter)
-    gained.metadata["guidance_gain"] = 1.5
+    gained.metadata = replace(gained.metadata, guidance_gain=1.5)
     gained.save_pretrained(tmp_path / "gained" / "tiny")
     shutil.copytree(other_adapter, tmp_path / "other" / "tiny")
     for run in (
@@ -161,7 +162,7 @@ def test_another_evaluation_in_the_same_folder_is_refused_and_nothing_lost(
 
 def test_the_gain_is_recorded_and_changes_the_results(whole: Evaluation, tmp_path: Path, tiny_adapter: Path) -> None:
     adapter = GuidanceAdapter.from_pretrained(tiny_adapter)
-    adapter.metadata["guidance_gain"] = 1.5
+    adapter.metadata = replace(adapter.metadata, guidance_gain=1.5)
     adapter.save_pretrained(tmp_path / "tiny")
     run = evaluation(tmp_path / "tiny", tmp_path / "out")
     assert run.run()[2]["gap_closed"] != whole.rows[2]["gap_closed"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.adapters.metadata import AdapterMetadata
 from stages.base.denoiser import denoiser_of, latent_name
 from stages.base.sampling import Request
 from stages.errors import UserError
@@ -29,7 +30,7 @@ class AdapterStub:
     """The part of an adapter that the baselines need."""
 
     def __init__(self, place: dict[str, int] | None) -> None:
-        self.metadata = {"unconditional": place, "scale_offset": 0.0, "no_guidance": {}}
+        self.metadata = AdapterMetadata(conditions={}, scale_range=[1.0, 1.0], unconditional=place)
 
 
 def placed(pipe: Any, request: Request) -> Any:
@@ -73,7 +74,7 @@ def test_every_family_is_guided_first_and_then_runs_conditional_passes(family: s
     pipe = build(family)
     request = Request([{"prompt": prompt} for prompt in PROMPTS], [0, 1], STEPS, ARGUMENTS.get(family, {}))
     info = placed(pipe, request)
-    place = info.metadata["unconditional"]
+    place = info.metadata.unconditional
     guided = sample_setting(pipe, info, Setting(CFG, SCALE), request)
     first = sample_setting(pipe, info, Setting(CFG_FIRST_50, SCALE), request)
     with conditional_twice(pipe, place, guided=3):

@@ -16,7 +16,7 @@ from stages.train.optimization import Optimization
 from stages.train.student import Student
 from stages.train.telemetry import BatchPosition, Meter
 from tests.conftest import VARIANTS, small_adapter, tiny_dit
-from tests.stages.adapters.test_contract import ABOUT
+from tests.stages.adapters.test_contract import METADATA
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -82,7 +82,7 @@ def test_no_step_makes_the_device_wait(variant: str, monkeypatch: pytest.MonkeyP
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **options: adamw(*args, **options))
     denoiser = tiny_dit().transformer.requires_grad_(False)
-    adapter = GuidanceAdapter.for_denoiser(small_adapter(variant), denoiser, ABOUT)
+    adapter = GuidanceAdapter.for_denoiser(small_adapter(variant), denoiser, METADATA)
     places = {"hidden_states": Axis(), "class_labels": Axis()}
     student = Student(denoiser.to("meta"), adapter.to("meta"), Arguments("hidden_states", "timestep", places, {}), [4])
     optimization, meter = Optimization(adapter, config(use_ema=True), "meta"), Meter((1.0, 6.0), (0.0, 999.0), "meta")

@@ -113,12 +113,12 @@ def test_an_invalid_selection_is_named(dataset: Dataset, changes: Any, message: 
 
 def test_an_adapter_records_its_restricted_scales(dataset: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(train_config(dataset.root, tmp_path, scale_range=[2.0, 9.0], validation_share=0.4))
-    assert trainer.adapter.metadata["scale_range"] == [2.0, 6.0]
+    assert trainer.adapter.metadata.scale_range == [2.0, 6.0]
 
 
 def test_an_adapter_records_the_scales_that_a_filter_left(dataset: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(train_config(dataset.root, tmp_path, filters=[["scale", "<", 4.0]], validation_share=0.4))
-    low, high = trainer.adapter.metadata["scale_range"]
+    low, high = trainer.adapter.metadata.scale_range
     assert 1.0 <= low < high < 4.0
 
 

@@ -48,10 +48,10 @@ def test_a_missing_base_is_named(dataset: Dataset, tmp_path: Path) -> None:
 
 def test_the_adapter_knows_its_base_and_range(dataset: Dataset) -> None:
     metadata = describe_base(dataset)
-    assert metadata["scale_range"] == [1.0, 6.0]
-    assert metadata["conditions"] == {"class_labels": {"kind": "label", "classes": 10}}
-    assert metadata["sampled"]["class_labels"] == list(range(10))
-    assert metadata["base"]["denoiser_fingerprint"] == dataset.info.teacher.denoiser_fingerprint
+    assert metadata.scale_range == [1.0, 6.0]
+    assert metadata.conditions == {"class_labels": {"kind": "label", "classes": 10}}
+    assert metadata.sampled["class_labels"] == list(range(10))
+    assert metadata.base.denoiser_fingerprint == dataset.info.teacher.denoiser_fingerprint
 
 
 def test_without_guidance_it_is_the_base_alone(dataset: Dataset) -> None:

@@ -52,7 +52,7 @@ def test_training_lowers_the_error_and_leaves_the_base_bit_for_bit(
     assert summary["steps"] == 150
     assert summary["validation_loss"] < 0.97 * summary["validation_loss_unguided"]
     gain = (1 - summary["validation_loss"] / summary["validation_loss_unguided"]) ** -0.5
-    assert GuidanceAdapter.from_pretrained(tmp_path).metadata["guidance_gain"] == gain
+    assert GuidanceAdapter.from_pretrained(tmp_path).metadata.guidance_gain == gain
     assert summary["adapter_parameters"] == sum(p.numel() for p in trainer.adapter.parameters())
     assert summary["records_per_second"] > 0
     assert summary["peak_memory_bytes"] > 0
@@ -66,7 +66,7 @@ def test_the_folder_is_that_of_an_adapter(tiny_adapter: Path) -> None:
     }
     adapter = GuidanceAdapter.from_pretrained(tiny_adapter)
     assert adapter.variant == "lora"
-    assert adapter.metadata["scale_range"] == [1.0, 6.0]
+    assert adapter.metadata.scale_range == [1.0, 6.0]
     assert "base_model_relation: adapter" in (tiny_adapter / "README.md").read_text()
 
 
@@ -570,7 +570,7 @@ def test_a_resumed_run_keeps_the_snapshot_that_it_started_with(
     assert capsys.readouterr().out.count(message) == 1
     one, other = (load_file(root / "adapter_model.safetensors") for root in (tiny_adapter, tmp_path / "run"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert GuidanceAdapter.from_pretrained(tmp_path / "run").metadata["dataset_fingerprint"] == begun
+    assert GuidanceAdapter.from_pretrained(tmp_path / "run").metadata.dataset_fingerprint == begun
     fresh = Trainer(train_config(damaged, tmp_path / "fresh"))
     assert fresh.dataset.newest
     assert fresh.stream.records_per_epoch == 4 * 16

@@ -1,0 +1,125 @@
+"""An adapter's metadata: its base, teacher and training, as JSON in its folder and as dataclasses in memory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from stages.adapters.sites import Shape
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The denoiser that an adapter was made for, and where to load it from."""
+
+    pretrained_model_name_or_path: str = ""
+    revision: str | None = None
+    variant: str | None = None
+    pipeline_class: str | None = None
+    denoiser_class: str = ""
+    denoiser_subfolder: str = ""
+    denoiser_fingerprint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedTeacher:
+    """The set-up of the recorded pipeline."""
+
+    scheduler_class: str | None = None
+    scheduler_config: dict[str, Any] | None = None
+    guider: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterMetadata:
+    """What an adapter's folder holds besides configuration, sites and weights.
+
+    Attributes:
+        conditions: of the records, as `find_conditions` returns them; sampled: the recorded classes and number of
+            prompts.
+        arguments: further arguments of the teacher's call; guidance_rule: the teacher's rule with its settings.
+        scale_range: lowest and highest trained scale.
+        timestep: the name of the denoiser's timestep, `timestep_scale * t + timestep_offset` of the scheduler's t.
+        axes: where each argument of the denoiser has its samples; without it, shapes decide.
+        no_guidance: arguments that switch the pipeline's own guidance off.
+        scale_offset: added to the pipeline's scale for the scale w of `u + w (c - u)`.
+        unconditional: call, chunk and number of chunks of the unconditional pass; None if unknown.
+        blocks: the number of blocks in each list with sites; spots: for each site, what differs from `Spot()`.
+        weights: shapes of the trained weights, for the variant `full`.
+        guidance_gain: factor on the requested guidance, `w - 1`.
+        training: counts, steps and losses; evaluation: rows of the last evaluation.
+        dial: by exported scale, the effective scale of each strength.
+    """
+
+    conditions: dict[str, dict[str, Any]]
+    sampled: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    scale_range: list[float]
+    guidance_rule: dict[str, Any] = field(default_factory=dict)
+    prediction_type: str | None = None
+    timestep: str = "timestep"
+    axes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    timestep_scale: float = 1.0
+    timestep_offset: float = 0.0
+    no_guidance: dict[str, Any] = field(default_factory=dict)
+    scale_offset: float = 0.0
+    unconditional: dict[str, int] | None = None
+    base: Base = Base()
+    teacher: RecordedTeacher = RecordedTeacher()
+    dataset_fingerprint: str = ""
+    blocks: dict[str, int] = field(default_factory=dict)
+    guidance_gain: float = 1.0
+    # Only in some folders
+    weights: dict[str, Shape] = field(default_factory=dict)
+    spots: dict[str, dict[str, Any]] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    dial: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value or name not in OPTIONAL}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> AdapterMetadata:
+        """
+        Raises:
+            ValueError: a key is missing, not known, or of another type.
+        """
+        nested: dict[str, type[Any]] = {"base": Base, "teacher": RecordedTeacher}
+        parts: dict[str, Any] = {name: read(kind, values.get(name) or {}, f"{name}.") for name, kind in nested.items()}
+        metadata = read(AdapterMetadata, values | parts)
+        if len(metadata.scale_range) != 2:
+            raise ValueError(f"scale_range={metadata.scale_range} is not a lowest and a highest scale")
+        return metadata
+
+
+OPTIONAL = ("weights", "spots", "training", "evaluation", "dial")
+
+
+def read(kind: type[T], values: dict[str, Any], prefix: str = "") -> T:
+    """Make a dataclass from JSON.
+
+    Raises:
+        ValueError: a key is missing, not known, or of another type.
+    """
+    hints = get_type_hints(kind)
+    for name in values.keys() - hints.keys():
+        raise ValueError(f"{prefix}{name} is not known")
+    for entry in fields(kind):  # type: ignore[arg-type]
+        if entry.name not in values and entry.name not in OPTIONAL:
+            raise ValueError(f"{prefix}{entry.name} is missing")
+        if entry.name in values and not is_of(values[entry.name], hints[entry.name]):
+            raise ValueError(f"{prefix}{entry.name}={values[entry.name]} is not of type {entry.type}")
+    return kind(**values)
+
+
+def is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type or union; the contents of containers are not checked."""
+    if isinstance(hint, UnionType):
+        return any(is_of(value, each) for each in get_args(hint))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, get_origin(hint) or hint)
