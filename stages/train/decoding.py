@@ -39,7 +39,7 @@ class Decoder:
         self.noise = noise_levels(self.teacher)
         self.device = device
         self.vae = load_vae(name_or_path, shape[0]).to(device)
-        self.batch = from_noise_to_image(dataset, rows[:COLUMNS], skip_damaged)
+        self.batch = example_records(dataset, rows[:COLUMNS], skip_damaged)
         self._try_out(name_or_path)
 
     @torch.no_grad()
@@ -113,7 +113,7 @@ def load_vae(name_or_path: str, channels: int) -> Any:
     raise UserError(f"vae_name_or_path={name_or_path}: no VAE could be loaded from it: {message}")
 
 
-def from_noise_to_image(dataset: Dataset, rows: list[Row], skip_damaged: bool = False) -> Batch:
+def example_records(dataset: Dataset, rows: list[Row], skip_damaged: bool = False) -> Batch:
     """One intact record per sample, each later in its trajectory than that of the sample before."""
     window = load(dataset, rows, skip_damaged)
     counts = torch.tensor([row["records"] for row in rows])

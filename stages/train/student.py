@@ -17,7 +17,7 @@ from stages.base.denoiser import NEGATIVE, STEP, as_target, fingerprint, predict
 from stages.base.loading import denoiser_config, load_denoiser
 from stages.errors import UserError
 from stages.records.trajectory import CONDITION_PREFIX
-from stages.train.batch import Batch, of_one_length
+from stages.train.batch import Batch, split_by_length
 
 if TYPE_CHECKING:  # a student needs no pyarrow
     from stages.records.dataset import Dataset
@@ -253,7 +253,7 @@ class Student:
 
     def _predict_by_length(self, batch: Batch, guided: bool) -> Tensor:
         """Run one pass per length, because the denoiser takes no mask for the padding."""
-        parts = [(chosen, self.predict(part, guided)) for chosen, part in of_one_length(batch)]
+        parts = [(chosen, self.predict(part, guided)) for chosen, part in split_by_length(batch)]
         order = torch.cat([chosen for chosen, _ in parts]).argsort()
         return torch.cat([prediction for _, prediction in parts])[order]
 
