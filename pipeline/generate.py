@@ -16,11 +16,11 @@ def main(config: GenerateConfig) -> None:
     if driver.finished:
         print(f"{root}: already finished, {len(driver.plan)} units; nothing to do")
         return
-    from stages.generate.fleet import RayFleet  # ray takes seconds to import: not before something is to be done
+    from stages.generate.fleet import RayFleet  # importing ray takes seconds: only if there is work
 
     summary = driver.run(RayFleet(config))
     assert driver.info is not None
-    size = driver.info["counts"]["bytes"]
+    size = driver.info.published[-1].counts.bytes
     print(
         f"{root}: {summary['trajectories']} trajectories, {summary['records']} records, {summary['units_committed']} shards, "
         f"{size / 1e6:.0f} MB, made in {summary['seconds']:.0f} s ({summary['records_per_second']:.0f} records/s)"

@@ -56,7 +56,7 @@ def begin(root: Path, resolved: str, trainer: Trainer) -> None:
         file.write(resolved.encode())
     dataset = trainer.dataset
     if not dataset.newest:
-        trajectories = dataset.info["counts"]["trajectories"]
+        trajectories = dataset.plan.counts.trajectories
         print(f"{dataset.root}: has grown; the run continues with the {trajectories} trajectories that it started with")
     print(
         f"{trainer.adapter.variant}: {trainer.adapter_parameters:,} parameters at {len(trainer.adapter.shapes)} sites, "

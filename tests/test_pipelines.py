@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.adapters import GuidanceAdapter
-from stages.base.arguments import Arguments
 from stages.base.denoiser import denoisers_of, predictions_of
+from stages.base.hooks import Call, watch_steps
 from stages.base.loading import load_pipeline
 from stages.base.sampling import Request, guider_of, sample, scale_keyword, undecoded
 from stages.errors import UserError
@@ -23,8 +23,8 @@ from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.layout import Layout
 from stages.generate.plan import GOLDEN_RATIO
 from stages.generate.timesteps import shifted_timesteps
-from stages.generate.watching import Call, watched
 from stages.records.dataset import Dataset
+from stages.train.selection import SelectedSample
 from stages.train.student import Student, load_base
 from stages.train.trainer import Trainer
 from stages.train.window import load
@@ -66,22 +66,14 @@ def config_of(specimen: Specimen, folder: Path, **changes: Any) -> GenerateConfi
 
 def load_whole(dataset: Dataset, specimen: Specimen) -> Any:
     """The untouched pipeline of a dataset's teacher."""
-    pipe: Any = load_pipeline(dataset.info["teacher"]["pretrained_model_name_or_path"])
+    pipe: Any = load_pipeline(dataset.info.teacher.pretrained_model_name_or_path)
     if getattr(getattr(specimen.build(), "vae", None), "use_tiling", False):
         pipe.vae.enable_tiling()
     return pipe
 
 
 def layout_of(dataset: Dataset) -> Layout:
-    info = dict(dataset.info["teacher"]["layout"])
-    return Layout(
-        **info
-        | {
-            "arguments": Arguments.of_facts(info["arguments"]),
-            "denoisers": tuple(info["denoisers"]),
-            "target_channels": tuple(info["target_channels"]),
-        }
-    )
+    return Layout(**vars(dataset.info.teacher.layout))
 
 
 class Run:
@@ -106,7 +98,7 @@ class Run:
             if shifted:
                 stack.enter_context(shifted_timesteps(pipe.scheduler, SHIFT))
             streams = len(layout.target_channels)
-            stack.enter_context(watched(pipe, self._see, self.latents.append, streams))
+            stack.enter_context(watch_steps(pipe, self._see, self.latents.append, streams))
             sample(pipe, asked, number)
 
     def _see(self, calls: list[Call], received: list[Tensor], timestep: Any) -> None:
@@ -151,7 +143,7 @@ def test_a_pipeline_works(name: str, tmp_path: Path) -> None:
     specimen = ZOO[name]
     dataset = Dataset(generate(config_of(specimen, tmp_path)))
     check_records(dataset, specimen)
-    for denoiser in dataset.info["teacher"]["denoisers"]:
+    for denoiser in dataset.info.teacher.denoisers:
         check_training(dataset, specimen, denoiser, tmp_path / denoiser)
 
 
@@ -161,7 +153,7 @@ def check_records(dataset: Dataset, specimen: Specimen) -> None:
     rows = sorted(dataset.manifest.to_pylist(), key=lambda row: (row["trajectory"], row["key"]))
     for trajectory in (0, 1):
         own = [row for row in rows if row["trajectory"] == trajectory]
-        records = load(dataset, own)
+        records = load(dataset, [*map(SelectedSample, own)])
         targets = records.take(torch.arange(len(records))).target
         request = Request([specimen.conditions[trajectory]], [own[0]["seed"]], STEPS, dict(specimen.arguments))
         guided = Run(pipe, layout, request, own[0]["scale"] - layout.scale_offset, specimen.shifted)

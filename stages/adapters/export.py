@@ -15,12 +15,13 @@ import diffusers
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from torch import Tensor
 
-from stages.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, whole
+from stages.adapters.folder import CONFIG_FILE, WEIGHTS_FILE
 from stages.adapters.fusing import LowRank
 from stages.adapters.guidance import as_scales
 from stages.adapters.header import header, with_header
 from stages.adapters.naming import NAMINGS, naming_of
 from stages.errors import UserError
+from stages.storage.files import whole_file, write_json
 
 if TYPE_CHECKING:
     from stages.adapters.adapter import GuidanceAdapter
@@ -55,11 +56,10 @@ def export(adapter: GuidanceAdapter, path: Path, guidance_scale: float, format: 
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output={path}: no folder can be made there: {error.strerror}") from error
-    with whole(file) as part:
-        part.write_bytes(content)
+    with whole_file(file) as opened:
+        opened.write(content)
     if format == PEFT:
-        with whole(path / CONFIG_FILE) as part:
-            part.write_text(json.dumps(peft_config(adapter, weights), indent=2) + "\n")
+        write_json(path / CONFIG_FILE, peft_config(adapter, weights))
     return file
 
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from stages.adapters.card import model_card
 from stages.base.loading import first_line
 from stages.errors import UserError
-from stages.storage.buckets import SCHEMES, read_object
+from stages.storage.bucket import SCHEMES, read_object
+from stages.storage.files import whole_file, write_json
 
 if TYPE_CHECKING:
     from stages.adapters.adapter import GuidanceAdapter
@@ -31,31 +32,18 @@ MAX_MESSAGE_LENGTH = 300
 
 def save(adapter: GuidanceAdapter, path: Path) -> None:
     """Write weights, model card and configuration, each whole or not at all, the configuration last."""
-    path.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in adapter.state_dict().items()}
-    with whole(path / WEIGHTS_FILE) as part:
-        part.write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
+    with whole_file(path / WEIGHTS_FILE) as file:
+        file.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
     write_card(adapter, path)
 
 
 def write_card(adapter: GuidanceAdapter, path: Path) -> None:
     """Write model card and configuration."""
     config = {"format_version": FORMAT_VERSION, "adapter": asdict(adapter.config), "sites": adapter.shapes}
-    with whole(path / CARD_FILE) as part:
-        part.write_text(model_card(adapter), encoding="utf-8")
-    with whole(path / CONFIG_FILE) as part:
-        part.write_text(json.dumps(config | adapter.metadata, indent=2) + "\n")
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file beside the one that is meant, which takes its place once it is written."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path / CARD_FILE) as file:
+        file.write(model_card(adapter).encode())
+    write_json(path / CONFIG_FILE, config | adapter.metadata)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""The arguments of a denoiser call: which belong to its samples, which are constant, and the way to records and back.
+"""The arguments of a denoiser call: per-sample arguments, constants, and their conversion to records and back.
 
-A record holds each argument that belongs to a sample with the sample first, `[n, ...]`, whatever the denoiser wants: samples
-in another dimension (layers first), several entries for each (one per frame), or a list with a tensor for each.
+Records store per-sample arguments with the sample first, `[n, ...]`. A denoiser may take its samples in another dimension
+(layers first), as several entries per sample (one per frame), or as a list with one tensor per sample.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from stages.base.denoiser import STEP, flatten, unflatten
 
-SHORT = 64  # a constant tensor of more numbers is told in base 64
-LENGTH = "_length"  # after the name of what was padded: how long each sample's own was
+SHORT = 64  # a constant tensor with more elements is stored in base 64
+LENGTH = "_length"  # suffix of a padded argument's name: the length of each sample before padding
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Where an argument has its samples.
+    """The position of the samples in an argument.
 
     Attributes:
         dim: the dimension that grows with the batch.
-        rows: entries in it for each sample, side by side.
-        listed: a list with a tensor for each sample, perhaps of different lengths.
-        shared: one for all samples of a call, which are of one length then: positions of a prompt's tokens.
+        rows: entries per sample in that dimension, side by side.
+        listed: the argument is a list with one tensor per sample; their lengths may differ.
+        shared: one value serves all samples of a call, which then have one length: the positions of a prompt's tokens.
     """
 
     dim: int = 0
@@ -39,22 +39,22 @@ class Axis:
     shared: bool = False
 
     def of_samples(self, value: Any) -> int:
-        """How many samples a value has."""
+        """The number of samples in a value."""
         return len(value) if self.listed else value.shape[self.dim] // self.rows
 
     def taken(self, value: Any, begin: int, end: int) -> Any:
-        """A run of samples `[end - begin, ...]`; of a list whose tensors differ in shape, a list."""
+        """Samples `begin` to `end` as `[end - begin, ...]`; a list where a listed argument's shapes differ."""
         if self.listed:
             taken = value[begin:end]
-            alike = len({entry.shape for entry in taken}) == 1
-            return torch.stack(taken) if alike else taken
+            same_shape = len({entry.shape for entry in taken}) == 1
+            return torch.stack(taken) if same_shape else taken
         if self.shared:
             return value.expand(end - begin, *value.shape)
         entries = value.movedim(self.dim, 0)[begin * self.rows : end * self.rows]
         return entries if self.rows == 1 else entries.unflatten(0, (end - begin, self.rows))
 
     def put_back(self, value: Tensor, lengths: Tensor | None = None) -> Any:
-        """What `taken` came from, of samples `[n, ...]`; with lengths `[n]`, of so many entries each."""
+        """The inverse of `taken`, from samples `[n, ...]`; `lengths` `[n]` cuts each sample to its own length."""
         if self.listed:
             entries = list(value.unbind(0))
             if lengths is None:
@@ -67,13 +67,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class Arguments:
-    """How the arguments of a denoiser call are laid out, by their flat names (`stages.base.denoiser.flatten`).
+    """The layout of a denoiser call's arguments, by their flat names (`stages.base.denoiser.flatten`).
 
     Attributes:
-        latent, timestep: what the denoiser calls them.
-        axes: of every argument that belongs to the samples, the latent among them, the timestep where it has one per token.
-        constants: the others, the same in every call, as `encoded` tells them.
-        steps: of these, those of arguments that change from step to step, the latent apart.
+        latent, timestep: the denoiser's names for them.
+        axes: of every per-sample argument, including the latent, and the timestep where each token has its own.
+        constants: the other arguments, equal in every call, in the form of `encoded`.
+        steps: the per-sample arguments that change from step to step, except the latent.
     """
 
     latent: str
@@ -83,43 +83,32 @@ class Arguments:
     steps: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
-        """As JSON."""
+        """The layout as JSON."""
         return asdict(self) | {"steps": list(self.steps)}
-
-    @staticmethod
-    def of_facts(facts: dict[str, Any]) -> Arguments:
-        """The inverse of `facts`."""
-        return Arguments(
-            facts["latent"],
-            facts["timestep"],
-            {name: Axis(**axis) for name, axis in facts["axes"].items()},
-            facts["constants"],
-            tuple(facts["steps"]),
-        )
 
     @property
     def conditions(self) -> list[str]:
-        """What belongs to the samples and stays the same from step to step."""
+        """The per-sample arguments that stay the same from step to step."""
         return [name for name in self.axes if name != self.latent and name not in self.steps]
 
     def rows(self, flat: dict[str, Any]) -> int:
-        """Samples in a call, those of every part of a doubled batch counted."""
+        """The number of samples in a call; a doubled batch counts twice."""
         axis = self.axes[self.latent]
         return axis.of_samples(argument(flat, self.latent, axis))
 
     def samples(self, flat: dict[str, Any], begin: int, end: int) -> dict[str, Any]:
-        """The arguments of a run of samples, `[end - begin, ...]` each; those that a call leaves out are left out."""
+        """The per-sample arguments of samples `begin` to `end`, `[end - begin, ...]` each; absent ones stay absent."""
         found = {name: (axis, argument(flat, name, axis)) for name, axis in self.axes.items()}
         return {name: axis.taken(value, begin, end) for name, (axis, value) in found.items() if value is not None}
 
     def timesteps(self, flat: dict[str, Any], n: int) -> Tensor:
-        """The timestep of each of n samples `[n]`: a call has one, but for tokens that are held (the first frame of a video)."""
+        """The timestep of each of n samples `[n]`; tokens held fixed (a video's first frame) may have a lower one."""
         value = torch.as_tensor(flat[self.timestep])
         return (value.float() if value.is_floating_point() else value).max().expand(n)
 
 
 def argument(flat: dict[str, Any], name: str, axis: Axis) -> Any:
-    """An argument's value; a list, where it was flattened, and None where the call leaves it out."""
+    """An argument's value, as a list where the axis is listed; None where the call omits it."""
     if not axis.listed:
         return flat.get(name)
     entries: list[Any] = []
@@ -130,11 +119,11 @@ def argument(flat: dict[str, Any], name: str, axis: Axis) -> Any:
 
 @dataclass
 class Caller:
-    """Puts the arguments of a denoiser call together from a batch of records.
+    """Assembles the arguments of a denoiser call from a batch of records.
 
     Args:
-        arguments: how they are laid out.
-        device: of the call.
+        arguments: their layout.
+        device: the call's device.
     """
 
     arguments: Arguments
@@ -155,24 +144,24 @@ class Caller:
         return {arguments.timestep: timestep} | given | {name: value(n) for name, value in self.constants.items()}
 
     def nested(self, latent: Tensor, timestep: Tensor, cond: dict[str, Tensor]) -> dict[str, Any]:
-        """The same as the denoiser takes them."""
+        """The same arguments, nested as the denoiser takes them."""
         return unflatten(self.flat(latent, timestep, cond))
 
 
 def stacked(entries: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Tensors of different lengths as one `[n, longest, ...]`, filled up with zeros, and their lengths `[n]`."""
+    """Zero-pad tensors to one `[n, longest, ...]`; also their lengths `[n]`, or None where all are equal."""
     if len({entry.shape for entry in entries}) == 1:
         return torch.stack(entries), None
     return pad_sequence(entries, batch_first=True), torch.tensor([len(entry) for entry in entries])
 
 
 def encoded(value: Any, rows: int) -> Any:
-    """An argument that is the same in every call of so many rows, as JSON.
+    """A constant argument of a call with `rows` rows, as JSON.
 
-    A list with the same entry for each row is told by that entry, and so fits another batch.
+    A list that repeats one entry per row is stored as that entry, so that it fits a batch of any size.
 
     Raises:
-        TypeError: it cannot be told in JSON.
+        TypeError: JSON cannot represent it.
     """
     if isinstance(value, list) and len(value) == rows and all(entry == value[0] for entry in value):
         return {"each": _plain(value[0])}
@@ -201,7 +190,7 @@ def _tensor(value: Tensor) -> dict[str, Any]:
 
 
 def decoded(value: Any, device: torch.device) -> Callable[[int], Any]:
-    """The inverse of `encoded`, by the size of the batch."""
+    """The inverse of `encoded`: a function from the batch size to the argument."""
     if isinstance(value, dict) and "each" in value:
         entry = _whole(value["each"], device)
         return lambda n: [entry] * n

@@ -1,4 +1,4 @@
-"""The denoiser: the part of a pipeline that is called once or twice per step, and how its arguments are told apart."""
+"""The denoiser, the part of a pipeline that runs once or twice per step, and the names of its arguments."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch import Tensor, nn
 
 from stages.errors import UserError
 
-DENOISER_NAMES = ("unet", "transformer")  # what nearly all pipelines call it
+DENOISER_NAMES = ("unet", "transformer")  # its name in nearly all pipelines
 TIMESTEP_NAMES = ("timestep", "timesteps", "timestep_ratio", "t")
-CONTROLS = ("controlnet", "adapter")  # take a timestep too, and answer for no denoiser
-MASK = "_mask"  # after the name of what it masks
-STEP = "step."  # before the names of what changes from step to step
-NEGATIVE = "negative."  # before the names of what the denoiser was given in its unconditional pass
+CONTROLS = ("controlnet", "adapter")  # parts of these names take a timestep too, but are no denoisers
+MASK = "_mask"  # suffix of the masked argument's name
+STEP = "step."  # prefix of arguments that change from step to step
+NEGATIVE = "negative."  # prefix of the denoiser's arguments in its unconditional pass
 
 
 def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
-    """(its name in the pipeline, mostly `"unet"` or `"transformer"`, the module): the part that is called in every step.
+    """(name in the pipeline, mostly `"unet"` or `"transformer"`; module) of the first denoiser.
 
-    Under another name it is the first component whose `forward` takes a timestep.
+    Without a component of these names, the denoiser is the first one whose `forward` takes a timestep.
     """
     return next(iter(denoisers_of(pipe).items()))
 
 
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
-    """Every denoiser of a pipeline by name: some have one for the noisy timesteps and one for the others.
+    """Every denoiser of a pipeline by name: some pipelines use a second one for the less noisy timesteps.
 
     Raises:
         UserError: there is none.
@@ -44,8 +44,8 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
             "cannot be a teacher"
         )
     first = found[0]
-    alike = [name for name in modules if name.startswith(f"{first}_") and type(modules[name]) is type(modules[first])]
-    return {name: modules[name] for name in (first, *alike)}
+    others = [name for name in modules if name.startswith(f"{first}_") and type(modules[name]) is type(modules[first])]
+    return {name: modules[name] for name in (first, *others)}
 
 
 def _components(pipe: Any) -> dict[str, Any]:
@@ -57,29 +57,29 @@ def _takes_timestep(module: nn.Module) -> bool:
 
 
 def _is_control(name: str) -> bool:
-    return any(override in name for override in CONTROLS)
+    return any(part in name for part in CONTROLS)
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """The module itself where `torch.compile` wraps it."""
+    """The module that `torch.compile` wraps, or the module itself."""
     return getattr(module, "_orig_mod", module)
 
 
 def forget_compiled(module: nn.Module) -> None:
-    """Have a compiled module compiled again: what is compiled does not notice hooks that come later."""
+    """Have a compiled module compiled again: compiled code ignores hooks that are added later."""
     if uncompiled(module) is not module or any(part._compiled_call_impl is not None for part in module.modules()):
         torch.compiler.reset()
 
 
 def latent_name(denoiser: nn.Module) -> str:
-    """What the denoiser calls its latent: `sample` in a UNet, `hidden_states` in a transformer."""
+    """The denoiser's name for its latent: `sample` in a UNet, `hidden_states` in a transformer."""
     return next(iter(inspect.signature(denoiser.forward).parameters))
 
 
 def bind_inputs(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of one denoiser call by the denoiser's own names, flat (see `flatten`); the first of them is the latent.
+    """The arguments of one denoiser call, flat (see `flatten`), by the denoiser's own names; the latent is first.
 
-    What is not given is left out, and None too, where it may be.
+    Arguments that the call omits are absent; so are those that are None and optional.
     """
     signature = inspect.signature(denoiser.forward)
     given = dict(signature.bind(*args, **kwargs).arguments)
@@ -90,7 +90,7 @@ def bind_inputs(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def samples_in(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Samples in one denoiser call, those of every part of a doubled batch counted: of its latent, a tensor or a list."""
+    """The number of samples in a denoiser call, whose latent is a tensor or a list; a doubled batch counts twice."""
     return len(next(iter(inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments.values())))
 
 
@@ -98,8 +98,8 @@ def negative_tokens(inputs: dict[str, Any], latent: str, rows: slice) -> dict[st
     """The token embeddings `[n, length, width]` of an unconditional pass and their masks, named `negative.NAME`.
 
     Args:
-        inputs: of a denoiser call, flat; latent: what the latent is called among them.
-        rows: of the unconditional part of the batch.
+        inputs: of a denoiser call, flat; latent: the latent's name.
+        rows: the unconditional part of the batch.
     """
     given = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name != latent}
     tokens = {name: value for name, value in given.items() if value.ndim == 3 and value.is_floating_point()}
@@ -108,7 +108,9 @@ def negative_tokens(inputs: dict[str, Any], latent: str, rows: slice) -> dict[st
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Tensors and constants by dotted names, in a list at `[i]`, in a tuple at `(i)`; lists of constants stay whole.
+    """Nested arguments as one dictionary by dotted names: `[i]` for a list's entry, `(i)` for a tuple's.
+
+    Lists of constants stay whole. None is dropped, except from a sequence.
 
     `{"a": {"b": 1, "c": None}, "d": [x, (y, 2)]}` of tensors x and y becomes
     `{"a.b": 1, "d.[0]": x, "d.[1].(0)": y, "d.[1].(1)": 2}`.
@@ -144,7 +146,7 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sequenced(value: Any) -> Any:
-    """With lists and tuples in place of dictionaries that stand for them."""
+    """Turn dictionaries of `[i]` or `(i)` names back into lists and tuples."""
     if not isinstance(value, dict):
         return value
     entries = {name: _sequenced(entry) for name, entry in value.items()}
@@ -155,9 +157,9 @@ def _sequenced(value: Any) -> Any:
 
 
 def predictions_of(output: Any) -> tuple[Tensor, ...]:
-    """The tensors `[rows, ...]` in what a denoiser returned, the first of them its prediction.
+    """The tensors `[rows, ...]` in a denoiser's output, its prediction first.
 
-    Each may be a list with a tensor for each row. A model of pictures with sound predicts both.
+    Each may come as a list with one tensor per row. A model of video with sound predicts both.
     """
     parts = (
         (output,) if isinstance(output, Tensor) else output.to_tuple() if hasattr(output, "to_tuple") else tuple(output)
@@ -167,15 +169,15 @@ def predictions_of(output: Any) -> tuple[Tensor, ...]:
 
 
 def part_of(prediction: Tensor, channels: int) -> Tensor:
-    """The first so many channels (or tokens, or frames) of a prediction, or the last."""
+    """The first `channels` channels (or tokens, or frames) of a prediction; the last ones if negative."""
     return prediction[:, :channels] if channels > 0 else prediction[:, channels:]
 
 
 def as_target(predictions: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
-    """What the scheduler steps by of a prediction `[n, ...]`; of several predictions, all in one `[n, elements]`.
+    """The part of a prediction `[n, ...]` that the scheduler steps by; several are joined to `[n, elements]`.
 
     Args:
-        channels: of each, the first so many; a negative number is of the last, where the first frames are held.
+        channels: of each prediction, as for `part_of`; negative where the first frames are held fixed.
     """
     stepped = [part_of(prediction, count) for prediction, count in zip(predictions, channels, strict=False)]
     return stepped[0] if len(stepped) == 1 else torch.cat([part.flatten(1) for part in stepped], 1)

@@ -20,7 +20,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
 def resolve(name_or_path: str) -> str:
-    """A path as given, or the same below the project (so that what ships is found from any directory), or a name on a hub."""
+    """A path as given, else the same path below the project (shipped files are found from anywhere), else a hub id."""
     for path in (Path(name_or_path), PROJECT_ROOT / name_or_path):
         if path.exists():
             return str(path)
@@ -28,7 +28,7 @@ def resolve(name_or_path: str) -> str:
 
 
 def located(name_or_path: str) -> str:
-    """As `resolve`, but a path is told from the root, so that a process in another folder finds it too."""
+    """As `resolve`, but paths are absolute, so that a process in another folder finds them too."""
     path = Path(resolve(name_or_path))
     return str(path.resolve()) if path.exists() else name_or_path
 
@@ -39,12 +39,16 @@ def has_several_gpus() -> bool:
 
 
 def choose_device(name: str) -> str:
-    """`auto` is a GPU where there is one."""
+    """The torch device of an option's value; `auto` is a GPU where there is one.
+
+    Raises:
+        UserError: this machine lacks it.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu" or (name.startswith("cuda") and torch.cuda.is_available()):
         return name
-    raise UserError(f"device={name}: not here: `auto` takes what there is")
+    raise UserError(f"device={name}: this device is not available: use device=auto")
 
 
 def load_pipeline(
@@ -54,10 +58,10 @@ def load_pipeline(
     pipeline_class: str | None = None,
     **source: str | None,
 ) -> DiffusionPipeline:
-    """The stock pipeline of a folder or a hub id, quiet and on its device.
+    """Load the stock pipeline of a folder or a hub id onto its device, without progress bars.
 
     Args:
-        pipeline_class: by its name in diffusers; by default the one that the model names.
+        pipeline_class: its name in diffusers; by default the class that the model names.
         source: `revision` and `variant` of the weights.
     """
     quieten()
@@ -73,10 +77,10 @@ def load_pipeline(
 
 
 def use_scheduler(pipe: Any, name: str, key: str) -> None:
-    """Put a scheduler of diffusers in place of a pipeline's own, with its configuration.
+    """Replace a pipeline's scheduler by one of another class, with the same configuration.
 
     Args:
-        name: of the class; key: of the option that names it.
+        name: of the class in diffusers; key: of the option that names it.
     """
     kind = diffusers_class(name, key)
     if not hasattr(kind, "set_timesteps"):
@@ -85,7 +89,7 @@ def use_scheduler(pipe: Any, name: str, key: str) -> None:
 
 
 def new_guider(settings: dict[str, Any]) -> Any:
-    """A guider of diffusers from its class's `name` and its settings."""
+    """A guider of diffusers from its settings, `name` among them for its class."""
     kind = diffusers_class(str(settings.pop("name", None)), "teacher.guider.name")
     if not issubclass(kind, BaseGuidance):
         raise UserError(f"teacher.guider.name={kind.__name__}: no guider")
@@ -96,7 +100,7 @@ def new_guider(settings: dict[str, Any]) -> Any:
 
 
 def quieten() -> None:
-    """Keep what libraries say while they load from users: of loading, this project's own errors tell."""
+    """Silence libraries while they load: this project's own errors report what goes wrong."""
     diffusers.utils.logging.disable_progress_bar()
     if diffusers.utils.is_transformers_available():
         from transformers.utils import logging
@@ -106,7 +110,7 @@ def quieten() -> None:
 
 
 def diffusers_class(name: str, key: str) -> Any:
-    """A class of diffusers by its name."""
+    """A class of diffusers by its name; `key` is the option that names it."""
     kind = getattr(diffusers, name, None)
     if not isinstance(kind, type):
         raise UserError(f"{key}={name}: diffusers {diffusers.__version__} has no such class")
@@ -116,7 +120,7 @@ def diffusers_class(name: str, key: str) -> Any:
 def load_denoiser(
     name_or_path: str, subfolder: str, class_name: str, torch_dtype: torch.dtype, **source: str | None
 ) -> nn.Module:
-    """The denoiser alone, frozen: no text encoder, no VAE, no scheduler is loaded."""
+    """Load the denoiser alone, frozen, without text encoder, VAE and scheduler."""
     kind = diffusers_class(class_name, "denoiser_class")
     with _named(name_or_path, class_name):
         denoiser = kind.from_pretrained(resolve(name_or_path), subfolder=subfolder, torch_dtype=torch_dtype, **source)
@@ -124,7 +128,7 @@ def load_denoiser(
 
 
 def denoiser_config(name_or_path: str, subfolder: str, class_name: str, **source: str | None) -> dict[str, Any]:
-    """The configuration of a denoiser, read without its weights; `_class_name` is what it really is."""
+    """The configuration of a denoiser, read without its weights; `_class_name` names its actual class."""
     kind = diffusers_class(class_name, "denoiser_class")
     with _named(name_or_path, class_name):
         return kind.load_config(resolve(name_or_path), subfolder=subfolder, **source)
@@ -142,5 +146,5 @@ def _named(name_or_path: str, class_name: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, without the pages that libraries add."""
+    """The first line of an error's message; libraries add pages."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

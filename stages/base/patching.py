@@ -1,4 +1,4 @@
-"""Patching a method of an object for a time."""
+"""Patching a method or an attribute of an object for a time; patches nest."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
-Method = Callable[..., Any]  # is given the object's own method, the object, and the arguments
+Method = Callable[..., Any]  # its arguments: the original method, the object, then the call's own
 
 
 class Patch:
-    """In the place of an object's method. A deep copy of the object has its own, patched too where that is asked for."""
+    """Replaces an object's method; a deep copy of the object gets its own, patched if `in_copies` is set."""
 
     def __init__(self, owner: Any, name: str, method: Method, own: Callable[..., Any], in_copies: bool) -> None:
-        functools.update_wrapper(self, own)  # pipelines look at signatures
+        functools.update_wrapper(self, own)  # pipelines inspect signatures
         self.owner, self.name, self.method, self.own, self.in_copies = owner, name, method, own, in_copies
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -31,17 +31,27 @@ class Patch:
 
 @contextmanager
 def patched(owner: Any, name: str, method: Method, in_copies: bool = False) -> Iterator[None]:
-    """Within it, an object has another method, and afterwards what it had, a patch of someone else's too.
+    """Within the context, an object has another method.
 
     Args:
-        in_copies: whether a deep copy that is made within has it too, for good.
+        in_copies: whether a deep copy made within the context keeps the patch.
+    """
+    with replaced(owner, name, Patch(owner, name, method, getattr(owner, name), in_copies)):
+        yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the context, an attribute of an object has another value; the end restores the one before, patch or not.
+
+    The value goes straight into `vars(owner)`, because a pipeline's `__setattr__` would change its configuration too.
     """
     held, had = vars(owner).get(name), name in vars(owner)
-    setattr(owner, name, Patch(owner, name, method, getattr(owner, name), in_copies))
+    vars(owner)[name] = value
     try:
         yield
     finally:
         if had:
-            setattr(owner, name, held)
+            vars(owner)[name] = held
         else:
-            vars(owner).pop(name, None)  # or whoever patched it since has put it back already
+            vars(owner).pop(name, None)  # a patch that ended out of order may have removed it already

@@ -1,4 +1,4 @@
-"""Tensors as pictures, and pictures that pipelines are given."""
+"""Tensors to pictures, and the input pictures of pipelines."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 
 from stages.errors import UserError
-from stages.storage.buckets import read_object
+from stages.storage.bucket import read_object
 
 SMALL, ENLARGED = 64, 2
-PICTURES = ("image", "mask_image", "video")  # arguments of pipelines, and the conditions that are paths to them
-READERS = 16  # pictures that are read at once
+PICTURES = ("image", "mask_image", "video")  # arguments of pipelines; a condition of the same name is a path
+READERS = 16  # pictures read at once
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -27,7 +27,7 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Pictures of one size in rows, as one picture; small ones are enlarged."""
+    """Arrange pictures of one size in rows of one picture, and enlarge small ones."""
     width, height = rows[0][0].size
     sheet = Image.new("RGB", (width * max(len(row) for row in rows), height * len(rows)))
     for y, row in enumerate(rows):
@@ -38,10 +38,10 @@ def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 
 
 class PicturePath(str):
-    """A picture's path as a row of prompts has it; equal to that text, so that a dataset is the same wherever it lies.
+    """A picture's path as a row of prompts gives it; it compares as that text, wherever the files are.
 
     Attributes:
-        place: where the picture is: an address, or a path; a relative one is beside the prompts, else in the working directory.
+        place: the picture's address or path; a relative path is beside the prompts, else in the working directory.
     """
 
     place: str
@@ -49,7 +49,7 @@ class PicturePath(str):
     def __new__(cls, named: str, folder: str = "") -> PicturePath:
         """
         Args:
-            folder: of the prompts, on disk or in a bucket; none where they come from the command line.
+            folder: of the prompts, on disk or in a bucket; empty where they come from the command line.
         """
         path = super().__new__(cls, named)
         path.place = named if "://" in named else str(Path(named).expanduser())
@@ -65,7 +65,7 @@ class PicturePath(str):
 
 
 def open_picture(name: str, path: str) -> Any:
-    """What a pipeline's argument takes: of `video` every frame of a moving picture (GIF, WebP, PNG), else one picture, upright; in RGB.
+    """Open a pipeline's input picture, upright and in RGB; for `video`, every frame of a GIF, WebP or PNG.
 
     Raises:
         UserError: it cannot be read.
@@ -83,13 +83,14 @@ def open_picture(name: str, path: str) -> Any:
 
 
 def check_pictures(conditions: Sequence[Mapping[str, Any]], named: str, of_one_size: bool) -> None:
-    """Look at every picture before any is used.
+    """Open every picture before any is used.
 
     Args:
-        named: where they come from; of_one_size: whether they must be alike, because a pipeline makes images of their size.
+        named: their source, for errors.
+        of_one_size: whether all must have one size, because the pipeline makes images of that size.
 
     Raises:
-        UserError: names the row of one that cannot be read, or has another size than the first.
+        UserError: a picture cannot be read, or has another size than the first; names its row.
     """
     asked = [(i, name, c[name]) for i, c in enumerate(conditions, start=1) for name in PICTURES if name in c]
     first: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Prompts from a file or a bucket: the columns that are known, each read as what it is; nothing else in a file matters."""
+"""Read prompts from a file or a bucket: known columns are parsed, other columns are ignored."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from decimal import Decimal
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,98 +17,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from diffusers import ModularPipeline
 
-from stages.base.loading import first_line, resolve
+from stages.base.columns import COLUMNS, LONGEST_NUMBER, TEXTS, decode_text
+from stages.base.loading import first_line, located, resolve
 from stages.base.pictures import PICTURES, PicturePath
 from stages.base.sampling import Condition, takes_class_labels
 from stages.errors import UserError
-from stages.storage.buckets import read_object
+from stages.storage.bucket import read_object
 
 Row = dict[str, Any]
-MOST = 2**63 - 1  # what the manifest's columns hold
-NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,6})?", re.ASCII)
-LONGEST_NUMBER = 300  # digits: a number beyond it is out of every bound
-EXACT = 2**53  # a float beyond it may have been another whole number
 END_OF_LINE = re.compile(r"\r\n|\n|\r")
-MARK = "\ufeff"
-NO_CHARACTER = re.compile("[\ud800-\udfff]")  # bytes that were no UTF-8, halves of characters, and zeros
 ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 LONGEST_SHOWN = 60  # characters of a value in an error
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, bytes):
-        value = _decoded(value)
-    if not isinstance(value, str):
-        raise ValueError("not a text")
-    if NO_CHARACTER.search(value):
-        raise ValueError("not a text in UTF-8: save the file as UTF-8")
-    return value
-
-
-def _number(value: Any) -> float | int:
-    """A number as it is, or as a text spells it: whole ones stay whole."""
-    if isinstance(value, bytes):
-        value = _decoded(value)
-    if isinstance(value, str) and len(value) < LONGEST_NUMBER and NUMBER.fullmatch(spelled := value.strip()):
-        value = int(spelled) if spelled.lstrip("+-").isdecimal() else float(spelled)
-    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
-        raise ValueError("not a number")
-    number: Any = value  # the protocols of numbers know no comparison
-    whole = isinstance(number, (int, Decimal)) or abs(number) <= EXACT
-    return int(number) if whole and math.isfinite(number) and number % 1 == 0 else float(number)
-
-
-def _whole_number(value: Any) -> int:
-    number = _number(value)
-    if not isinstance(number, int):
-        raise ValueError("not a whole number")
-    if not 0 <= number <= MOST:
-        raise ValueError(f"give one from 0 to {MOST}")
-    return number
-
-
-def _scale(value: Any) -> float:
-    number = _number(value)
-    if not math.isfinite(number):
-        raise ValueError("give a finite scale")
-    if number < 1:
-        raise ValueError("scales below 1 are not guidance")
-    return float(number)
-
-
-COLUMNS: dict[str, Callable[[Any], Any]] = {
-    "prompt": _text,
-    "negative_prompt": _text,
-    "seed": _whole_number,
-    "guidance_scale": _scale,
-    "class_label": _whole_number,
-    **dict.fromkeys(PICTURES, _text),
-}
-TEXTS = {"negative_prompt"}  # where an empty one is one
-
-
-def _decoded(content: bytes) -> str:
-    """Text of UTF-8, with or without a byte-order mark; what is none becomes halves of characters, which `_text` refuses."""
-    return content.decode("utf-8", "surrogateescape").removeprefix(MARK).replace("\0", "\udc00")
-
-
 def read_text(path: str) -> str:
     """The text of a file or an object, in UTF-8, without a byte-order mark.
 
-    What is not UTF-8 is there as halves of characters: it is no fault of a file whose other parts are read.
+    Invalid bytes become lone surrogates, so that they matter only in a column that is read.
 
     Raises:
-        ValueError: it is marked as text in another encoding.
+        ValueError: its byte-order mark is that of another encoding.
     """
     content = read_bytes(path)
     if encoding := ENCODINGS.get(content[:2]):
         raise ValueError(f"it is {encoding}: save it as UTF-8")
-    return _decoded(content)
+    return decode_text(content)
 
 
 def _lines(text: str) -> list[str]:
-    """The lines of a text: no other character ends one, whatever Unicode calls it."""
+    """Split at line feeds and carriage returns alone; Unicode's other line separators belong to a prompt."""
     return END_OF_LINE.split(text)
 
 
@@ -136,7 +72,7 @@ def _rows_of_json(path: str) -> Iterator[Row]:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object as it stands, so that a name that comes twice is noticed."""
+    """A JSON object as name-value pairs, so that a repeated name is noticed."""
 
 
 def _spelled(digits: str) -> float:
@@ -145,7 +81,7 @@ def _spelled(digits: str) -> float:
 
 def _rows_of_csv(path: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    end = "\ud800"  # a row that no file has: where it is missing, a quote was left open
+    end = "\ud800"  # a row that no file holds; if it does not come back last, a quotation mark was left open
     table = csv.reader(io.StringIO(read_text(path).rstrip("\r\n") + f"\n{end}", newline=""))
     rows = [row for row in table if any(cell.strip() for cell in row)]
     if rows.pop() != [end]:
@@ -187,7 +123,7 @@ def _entry(column: pa.Array, i: int) -> Any:
     try:
         return column[i].as_py()
     except UnicodeDecodeError as error:
-        return bytes(error.object)  # which `_text` refuses by its row
+        return bytes(error.object)  # `text_of` refuses it and names the row
 
 
 def _check_columns(names: list[str]) -> None:
@@ -211,11 +147,11 @@ READERS: dict[str, Callable[[str], Iterator[Row]]] = {
 
 
 def read_prompts(path: str) -> list[Condition]:
-    """Rows with a `prompt`, or what a picture is made of (`image`, `mask_image`, `video`: paths), and perhaps
-    `negative_prompt`, `seed`, `guidance_scale`, `class_label`; other columns are not looked at.
+    """Rows with a `prompt` or input pictures (`image`, `mask_image`, `video`: paths), and optionally
+    `negative_prompt`, `seed`, `guidance_scale`, `class_label`; other columns are ignored.
 
     Raises:
-        UserError: names the file, and the row where one is wrong.
+        UserError: names the file, and the row that is wrong.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in READERS:
@@ -226,7 +162,9 @@ def read_prompts(path: str) -> list[Condition]:
         raise UserError(f"prompts={path}: not readable: {first_line(error)}") from error
     if not rows:
         raise UserError(f"prompts={path}: empty: name at least one prompt")
-    folder = path.rpartition("/")[0] if "://" in path else str(Path(resolve(path)).parent)
+    folder = (
+        path.rpartition("/")[0] if "://" in path else str(Path(located(path)).parent)
+    )  # absolute: workers may run elsewhere
     return [_checked(row, folder, f"prompts={path}: row {number}") for number, row in enumerate(rows, start=1)]
 
 
@@ -246,10 +184,11 @@ def _checked(row: Row, folder: str, named: str) -> Condition:
 
 
 def check_columns(prompts: Sequence[Condition], named: str, kind: type | None) -> None:
-    """Refuse rows that a pipeline does not take, or that are not alike in what they have.
+    """Refuse columns that a pipeline does not take, and rows with other columns than the first.
 
     Args:
-        kind: of the pipeline; None where it is not known.
+        named: the source of the prompts, for errors.
+        kind: the pipeline's class; None where it is unknown.
 
     Raises:
         UserError: names the row, or the column.
@@ -257,11 +196,11 @@ def check_columns(prompts: Sequence[Condition], named: str, kind: type | None) -
     has = {"prompt", *PICTURES} & prompts[0].keys()
     for number, prompt in enumerate(prompts, start=1):
         if differing := sorted(has ^ ({"prompt", *PICTURES} & prompt.keys())):
-            here, there = (number, 1) if differing[0] in has else (1, number)
+            lacking, having = (number, 1) if differing[0] in has else (1, number)
             raise UserError(
-                f"{named}: row {here}: has no {differing[0]}, which row {there} has: give it to all or to none"
+                f"{named}: row {lacking}: has no {differing[0]}, which row {having} has: give it to all or to none"
             )
-    if kind is None or issubclass(kind, ModularPipeline):  # whose call names no argument
+    if kind is None or issubclass(kind, ModularPipeline):  # a modular pipeline's call names no arguments
         return
     if takes_class_labels(kind):
         raise UserError(f"{named}: {kind.__name__} takes classes, not prompts: say class_labels=all, a list, or a file")

@@ -1,4 +1,4 @@
-"""One call of any pipeline: the same for a teacher that is recorded, and for images that are compared."""
+"""One call of any pipeline, for recording a teacher and for comparing images."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
+from stages.base.patching import replaced
 from stages.base.pictures import PICTURES, open_picture
 from stages.base.undecoded import Kept, decode, synchronize, undecoded, up_to_images
 from stages.errors import UserError
 
 __all__ = ["Condition", "Kept", "Request", "decode", "sample", "synchronize", "undecoded"]
 
-Condition = dict[str, Any]  # of one image: `class_label`, or `prompt`, a picture, and perhaps `negative_prompt`
+Condition = dict[str, Any]  # of one image: `class_label`, or `prompt`, pictures and `negative_prompt`
 ONE_FOR_EACH = ("prompt", "negative_prompt", "generator", *PICTURES)
-SCALE_KEYWORDS = ("true_cfg_scale", "guidance_scale")  # where a pipeline has both, the second feeds an embedding
+SCALE_KEYWORDS = ("true_cfg_scale", "guidance_scale")  # in a pipeline with both, the second feeds an embedding
 
-# What a pipeline must be told before it guides by two passes, where its own defaults do not.
+# Arguments without which a pipeline does not guide by two passes.
 CALL_DEFAULTS: dict[str, dict[str, Any]] = {
     "QwenImagePipeline": {"negative_prompt": " "},
     "PixArtSigmaPipeline": {"use_resolution_binning": False, "clean_caption": False},
@@ -29,7 +30,7 @@ CALL_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a pipeline: a condition and a seed per image, and what else its `__call__` takes."""
+    """The arguments of a pipeline's call: a condition and a seed per image, and extra arguments of its `__call__`."""
 
     conditions: Sequence[Condition]
     seeds: Sequence[int]
@@ -38,15 +39,15 @@ class Request:
 
 
 def guider_of(pipe: Any) -> Any:
-    """The guider of a modular pipeline, or None where the pipeline guides by itself."""
+    """The guider of a modular pipeline; None where the pipeline guides by itself."""
     return getattr(pipe, "guider", None)
 
 
 def scale_keyword(pipe: Any) -> str:
-    """The argument of `pipe.__call__` by which guidance with two passes is told its scale.
+    """The argument of `pipe.__call__` that sets the scale of two-pass guidance.
 
     Raises:
-        UserError: it has none.
+        UserError: the call has none.
     """
     parameters = inspect.signature(type(pipe).__call__).parameters
     for name in SCALE_KEYWORDS:
@@ -59,7 +60,7 @@ def scale_keyword(pipe: Any) -> str:
 
 
 def sample(pipe: Any, request: Request, guidance_scale: float) -> None:
-    """Run a pipeline once; what it samples is kept by whoever watches (`undecoded`, a recorder)."""
+    """Run a pipeline once; `undecoded` or a recorder keeps the result."""
     general = CALL_DEFAULTS.get(type(pipe).__name__, {}) | request.arguments
     arguments: dict[str, Any] = {
         **general,
@@ -68,23 +69,20 @@ def sample(pipe: Any, request: Request, guidance_scale: float) -> None:
         "num_inference_steps": request.num_inference_steps,
         "output_type": "pt",
     }
-    if len(request.seeds) == 1:  # which is all that some pipelines take
+    if len(request.seeds) == 1:  # some pipelines take no list
         arguments |= {name: arguments[name][0] for name in ONE_FOR_EACH if name in arguments}
     guider = guider_of(pipe)
     with up_to_images(pipe, len(request.seeds)), torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(request.seeds[0])  # some draw what no generator of theirs gives, to encode a picture
+        torch.manual_seed(request.seeds[0])  # some pipelines encode pictures with torch's own generator
         if guider is None:
             pipe(**arguments, **{scale_keyword(pipe): guidance_scale})
             return
-        before, guider.guidance_scale = guider.guidance_scale, guidance_scale
-        try:
+        with replaced(guider, "guidance_scale", guidance_scale):
             pipe(**arguments)
-        finally:
-            guider.guidance_scale = before
 
 
 def _named_arguments(pipe: Any, conditions: Sequence[Condition], negative_prompt: str | None) -> dict[str, Any]:
-    """The conditions as the pipeline's `__call__` takes them; `negative_prompt` is of those that have none of their own."""
+    """The conditions as the pipeline's `__call__` takes them; `negative_prompt` fills in for conditions without one."""
     if takes_class_labels(type(pipe)):
         return {"class_labels": [condition["class_label"] for condition in conditions]}
     named: dict[str, Any] = {}
@@ -99,5 +97,5 @@ def _named_arguments(pipe: Any, conditions: Sequence[Condition], negative_prompt
 
 
 def takes_class_labels(pipeline_class: type) -> bool:
-    """Whether a pipeline is conditioned by classes, and not by prompts."""
+    """Whether a pipeline is conditioned on classes instead of prompts."""
     return "class_labels" in inspect.signature(pipeline_class.__call__).parameters

@@ -1,4 +1,4 @@
-"""Sampling without images: the final latents are kept, and nothing that makes images or looks at them costs anything."""
+"""Sampling without decoding: keep the final latents and skip decoders, safety checkers and watermarks."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from diffusers import SchedulerMixin
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
-from stages.base.patching import patched
+from stages.base.patching import patched, replaced
 from stages.errors import UserError
 
 RECORDED_ONLY = "it can be recorded, with preview=0, and trained on, but not shown"
-LOOKING = ("safety_checker", "watermark")  # in the names of what looks at images
-LOOKS_AT = ("image", "video", "frame")  # in the names of a checker's methods that do; others look at prompts
+CHECKERS = ("safety_checker", "watermark")  # in the names of parts that inspect images
+IMAGE_WORDS = ("image", "video", "frame")  # in the names of a checker's methods for images; others check prompts
 
 
 class Kept(list[Tensor]):
     """The final latents `[n, ...]` of each run of a pipeline.
 
-    What a decoder was handed, where that has an entry per sample; else what the scheduler's last step made.
+    These are the decoder's input where it has an entry per sample, else the latents of the scheduler's last step.
 
     Attributes:
-        ended: the clock (`time.perf_counter`) after the last run's last step; None while it goes on.
+        ended: the clock (`time.perf_counter`) after the last step of the last run; None during a run.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Kept(list[Tensor]):
         self._stepped: set[int] = set()  # the schedulers of this run
 
     def begin(self, scheduler: Any) -> None:
-        """A scheduler's grid is set: a second time in a run, another run begins."""
+        """A scheduler sets its timesteps; if it has stepped in this run, another run begins."""
         if id(scheduler) in self._stepped:
             self._stepped.clear()
         self.steps = 0
@@ -52,13 +52,13 @@ class Kept(list[Tensor]):
         self.ended = None
 
     def end(self, pipe: Any) -> None:
-        """The last step is made, or whoever comes after it begins."""
+        """Stop the clock: the last step is done, or decoding begins."""
         if self.ended is None:
             synchronize(pipe)
             self.ended = time.perf_counter()
 
     def hand(self, latents: Tensor) -> None:
-        """A decoder is handed latents, perhaps of some samples only, or of some frames."""
+        """A decoder receives latents, perhaps only some samples or frames."""
         self._handed.append(latents)
         if not self._stepped:
             self.append(latents)
@@ -73,9 +73,9 @@ _OPTIONS: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
 @contextmanager
 def undecoded(pipe: Any) -> Iterator[Kept]:
-    """Within it the pipeline decodes nothing: its decoders answer with blanks of the right shape, and nobody looks at those.
+    """Within the context, the pipeline's decoders return blanks of the right shape, and no checker inspects them.
 
-    The final latents of each run are kept in the list.
+    The list keeps the final latents of each run.
     """
     kept, before = Kept(), _WATCHED.get(pipe)
     decoders = decoders_of(pipe)
@@ -83,8 +83,8 @@ def undecoded(pipe: Any) -> Iterator[Kept]:
         for part in {id(part): part for part in pipe.components.values() if isinstance(part, SchedulerMixin)}.values():
             _watch(pipe, part, kept, stack)
         for i, decoder in enumerate(decoders):
-            stack.enter_context(patched(decoder, "decode", _answering(pipe, kept, is_main=i == 0)))
-        stack.enter_context(_unlooked(pipe))
+            stack.enter_context(patched(decoder, "decode", _blank_decode(pipe, kept, is_main=i == 0)))
+        stack.enter_context(_unchecked(pipe))
         _WATCHED[pipe] = kept
         try:
             yield kept
@@ -96,10 +96,10 @@ def undecoded(pipe: Any) -> Iterator[Kept]:
 
 @contextmanager
 def up_to_images(pipe: Any, n: int) -> Iterator[None]:
-    """Within it, while `undecoded` watches, a call of the pipeline that fails after its last step has done all that is asked.
+    """Within the context and that of `undecoded`, ignore errors of the pipeline after its last step.
 
     Args:
-        n: samples; latents of frames, which some pipelines put into the batch, are kept as `[n, frames, ...]`.
+        n: the number of samples; where a pipeline puts frames into the batch, the latents are kept as `[n, frames, ...]`.
     """
     kept = _WATCHED.get(pipe)
     try:
@@ -109,26 +109,26 @@ def up_to_images(pipe: Any, n: int) -> Iterator[None]:
     except Exception:
         if kept is None or kept.ended is None:
             raise
-        getattr(pipe, "maybe_free_model_hooks", lambda: None)()  # with which pipelines end
+        getattr(pipe, "maybe_free_model_hooks", lambda: None)()  # the pipeline's own last call, which the error skipped
     if kept and len(kept[-1]) > n and len(kept[-1]) % n == 0:
         kept[-1] = kept[-1].unflatten(0, (n, -1))
 
 
 def synchronize(pipe: Any) -> None:
-    """Wait for the GPU, so that a clock read afterwards has seen all of its work."""
+    """Wait for the GPU, so that a clock read afterwards includes its work."""
     if pipe.device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def decoders_of(pipe: Any) -> list[nn.Module]:
-    """Whatever decodes latents in a pipeline (`vae`, `movq`, `vqgan`, ...), that of its images first."""
+    """The parts of a pipeline that decode latents (`vae`, `movq`, `vqgan`, ...), the image decoder first."""
     found = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     decoders = {name: part for name, part in found.items() if callable(getattr(part, "decode", None))}
     return [decoders[name] for name in sorted(decoders, key=lambda name: name != "vae")]
 
 
 def _watch(pipe: Any, scheduler: Any, kept: Kept, stack: ExitStack) -> None:
-    """Tell of a scheduler's steps; a copy that a pipeline makes of it is another's."""
+    """Report a scheduler's steps to `kept`; copies of the scheduler are not watched."""
 
     def set_timesteps(own: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> None:
         own(*args, **kwargs)
@@ -145,8 +145,8 @@ def _watch(pipe: Any, scheduler: Any, kept: Kept, stack: ExitStack) -> None:
     stack.enter_context(patched(scheduler, "step", step))
 
 
-def _answering(pipe: Any, kept: Kept, is_main: bool) -> Callable[..., Any]:
-    """A `decode` that keeps what it is handed, and answers with a blank."""
+def _blank_decode(pipe: Any, kept: Kept, is_main: bool) -> Callable[..., Any]:
+    """A `decode` that keeps its input and returns a blank."""
 
     def decode(own: Any, decoder: Any, z: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         kept.end(pipe)
@@ -164,7 +164,7 @@ def _answering(pipe: Any, kept: Kept, is_main: bool) -> Callable[..., Any]:
 
 
 def _shape_of_decoded(decoder: Any, z: Tensor, args: Any, kwargs: dict[str, Any]) -> torch.Size:
-    """As a decoder of the same configuration tells it on the meta device; the latents' own where that does not run."""
+    """The shape that the decoder would return, found on the meta device; the latents' own shape where that fails."""
     named = {name: _on_meta(value) for name, value in kwargs.items() if name != "generator"}
     try:
         with torch.device("meta"), torch.no_grad():
@@ -179,33 +179,32 @@ def _on_meta(value: Any) -> Any:
 
 
 @contextmanager
-def _unlooked(pipe: Any) -> Iterator[None]:
-    """Within it, nothing of a pipeline looks at images: what can be left out is, and of the rest those methods do nothing."""
-    looking = {
+def _unchecked(pipe: Any) -> Iterator[None]:
+    """Within the context, no part of a pipeline inspects images: it is removed, or its `check_` methods do nothing."""
+    checkers = {
         name: part
         for name, part in vars(pipe).items()
-        if any(override in name for override in LOOKING) and part is not None and not isinstance(part, (bool, str))
+        if any(word in name for word in CHECKERS) and part is not None and not isinstance(part, (bool, str))
     }
     with ExitStack() as stack:
-        for name, part in looking.items():
+        for name, part in checkers.items():
             checks = [method for method in dir(type(part)) if method.startswith("check_")]
-            if methods := [method for method in checks if any(override in method for override in LOOKS_AT)]:
+            if methods := [method for method in checks if any(word in method for word in IMAGE_WORDS)]:
                 for method in methods:
                     stack.enter_context(patched(part, method, lambda own, owner, images, *_, **__: images))
             else:
-                vars(pipe)[name] = None  # not by `setattr`, which changes the pipeline's configuration too
-                stack.callback(vars(pipe).__setitem__, name, part)
+                stack.enter_context(replaced(pipe, name, None))
         yield
 
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> Tensor:
-    """Images `[n, 1 or 3, height, width]` in [-1, 1] from latents that `undecoded` kept; of a video, its first frame.
+    """Images `[n, 1 or 3, height, width]` in [-1, 1] from latents that `undecoded` kept; the first frame of a video.
 
-    Latents of a pipeline without a decoder are images.
+    Without a decoder, a pipeline's latents are images.
 
     Raises:
-        UserError: they cannot be decoded without the pipeline.
+        UserError: decoding them needs more than the decoder.
     """
     decoders = decoders_of(pipe)
     images = _decoded(pipe, decoders[0], latents) if decoders else latents
@@ -221,7 +220,7 @@ def _decoded(pipe: Any, decoder: Any, latents: Tensor) -> Tensor:
     try:
         return decoder.decode(latents, **options)[0]
     except (RuntimeError, ValueError, TypeError) as error:
-        if latents.ndim == 5:  # of videos that are decoded frame by frame, as the scheduler steps them
+        if latents.ndim == 5:  # of a video that the pipeline decodes frame by frame
             channels = decoder.config.get("latent_channels")
             frames = latents[:, :, 0] if latents.shape[1] == channels else latents[:, 0]
             one = {name: 1 if name == "num_frames" else value for name, value in options.items()}

@@ -38,6 +38,14 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def dotted(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a configuration by their keys on a command line: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
 def check_bounds(config: Any) -> None:
     """Check every value against its option's bounds, all of which exclude NaN.
 

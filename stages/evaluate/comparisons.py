@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
 from stages.base.denoiser import denoiser_of, denoisers_of
+from stages.base.hooks import SchedulerStep, count_evaluations, scheduler_steps
 from stages.base.loading import diffusers_class, first_line, load_pipeline, new_guider, resolve
 from stages.base.pictures import PicturePath, check_pictures
 from stages.base.prompts import check_columns
@@ -32,7 +33,6 @@ from stages.base.sampling import (
 )
 from stages.errors import UserError
 from stages.evaluate.first_steps import guided_first
-from stages.evaluate.watching import SchedulerStep, counted, stepped
 
 NONE, CFG, ONE_PASS = "none", "cfg", "one_pass"
 CFG_FIRST_50, CFG_FIRST_60 = "cfg_first_50", "cfg_first_60"
@@ -199,8 +199,8 @@ def sample_setting(pipe: Any, adapter: GuidanceAdapter, setting: Setting, reques
     n = len(request.seeds)
     with (
         undecoded(pipe) as latents,
-        counted(*denoisers_of(pipe).values()) as count,
-        stepped(pipe, n) as steps,
+        count_evaluations(*denoisers_of(pipe).values()) as count,
+        scheduler_steps(pipe, n) as steps,
         guiding(pipe, adapter, setting, steps, n),
     ):
         synchronize(pipe)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from stages.base.denoiser import denoisers_of, latent_name
+from stages.base.hooks import SchedulerStep
 from stages.base.patching import patched
 from stages.errors import UserError
-from stages.evaluate.watching import SchedulerStep
 
 Forward = Callable[..., Any]
 
@@ -29,7 +29,7 @@ def guided_first(
 
     Args:
         place: call, chunk and number of chunks of a guided step's unconditional part, from an adapter's metadata.
-        steps: the scheduler's steps so far, as `stepped` lists them.
+        steps: the scheduler's steps so far, as `scheduler_steps` lists them.
         n: number of images.
 
     Raises:

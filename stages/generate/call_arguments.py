@@ -1,4 +1,4 @@
-"""What a teacher's call may be told beside the options that decide the rest of it."""
+"""Check the extra arguments of a teacher's call, `teacher.call`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stages.errors import UsageError
 from stages.generate.config import TeacherConfig
 
 NOTHING = "nothing on a command line can be one"
-# Arguments of pipelines, and what decides them here.
+# Arguments of pipelines that an option or this project decides, and what to do instead.
 DECIDED = {
     "prompt": "say prompts=FILE",
     "class_labels": "say class_labels=...",
@@ -34,18 +34,18 @@ DECIDED = {
     "callback_on_step_end": NOTHING,
     "callback_on_step_end_tensor_inputs": NOTHING,
 }
-TENSORS = ("_embeds", "_attention_mask")  # in the names of what only a program can give
+TENSORS = ("_embeds", "_attention_mask")  # in the names of arguments that only a program can pass
 
 
 def check_arguments(pipeline_class: type | None, arguments: Mapping[str, Any], teacher: TeacherConfig) -> None:
-    """Refuse what an option decides, and what a pipeline's `__call__` does not take.
+    """Refuse arguments that an option decides, and those that the pipeline's `__call__` does not take.
 
     Args:
-        pipeline_class: None where it is not known, or where a guider guides: then not every argument can be judged.
+        pipeline_class: None where it is unknown, or modular: then unknown arguments pass.
         arguments: `teacher.call`.
 
     Raises:
-        UsageError: names the argument, and what to say in place of it.
+        UsageError: names the argument, and what to do instead.
     """
     known = None if pipeline_class is None else inspect.signature(pipeline_class.__call__).parameters
     keyword = "guidance_scale" if known is None else next((name for name in SCALE_KEYWORDS if name in known), None)
@@ -72,6 +72,6 @@ def is_number(value: Any) -> bool:
 
 
 def takes_text(parameter: inspect.Parameter) -> bool:
-    """Whether an argument is declared to be a text, and no number either."""
-    words = set(re.findall(r"\w+", str(parameter.annotation)))
-    return "str" in words and not words & {"int", "float", "bool"}
+    """Whether an argument is annotated as text and not also as a number."""
+    types = set(re.findall(r"\w+", str(parameter.annotation)))
+    return "str" in types and not types & {"int", "float", "bool"}

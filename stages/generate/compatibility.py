@@ -1,39 +1,41 @@
-"""What `dataset.json` tells of a run's configuration, and whether another run's goes on with it."""
+"""Whether a run's configuration goes on with the dataset that `dataset.json` describes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from stages.base.loading import located
 from stages.base.sampling import Condition
+from stages.configuration.options import dotted
 from stages.errors import ChangedError, UserError
 from stages.generate.config import EXECUTION_KEYS, GenerateConfig
 from stages.generate.plan import Plan
-from stages.records.plans import PLACE_OF_TEACHER
+from stages.records.schema import ConditionsSpec, DatasetInfo, GuidanceSpec, PlanEntry, PublishedPlan
+from stages.records.teacher import PLACE_OF_TEACHER, TeacherFacts
 
-COUNTS = ("num_trajectories", "num_trajectories_per_condition")  # of which a dataset that is made may be asked for more
-CONDITIONS = ("prompts", "class_labels")  # judged by what they name
+COUNTS = ("num_trajectories", "num_trajectories_per_condition")  # options that may rise once a dataset is published
+CONDITIONS = ("prompts", "class_labels")  # options judged by the conditions that they name
 
 
-def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
-    """Refuse another configuration than a plan's, but for one that asks for more once the plan was made to its end.
+def check_same_config(root: Any, entry: PlanEntry, plan: Plan) -> None:
+    """Refuse a configuration that differs from a described plan's; a published plan may be extended.
 
     Args:
-        root: the dataset, by its address.
-        told_plan: as `dataset.json` tells it; plan: what is asked for now.
+        root: the dataset's folder.
+        entry: of `dataset.json`; plan: of this run.
 
     Raises:
         UserError: names the option that differs.
     """
-    known = dotted(defining(GenerateConfig()))  # an older version's dataset lacks the options that came later
-    old, new = known | dotted(told_plan["config"]), dotted(defining(plan.config))
-    made, entry_conditions = "manifest_sha256" in told_plan, told_plan["conditions"]
-    count = entry_conditions["count"]
-    goes_on = digest(plan.conditions[:count]) == entry_conditions["sha256"] and (made or count == len(plan.conditions))
+    old, new = dotted(entry.config), dotted(defining(plan.config))
+    made, count = isinstance(entry, PublishedPlan), entry.conditions.count
+    goes_on = digest(plan.conditions[:count]) == entry.conditions.sha256 and (made or count == len(plan.conditions))
     for key in sorted(old.keys() | new.keys()):
         if key in COUNTS and made and None not in (old[key], new[key]) and old[key] < new[key]:
             continue
@@ -53,67 +55,66 @@ def check_same_config(root: Any, told_plan: dict[str, Any], plan: Plan) -> None:
         )
 
 
-def check_still_same(root: Any, info: dict[str, Any] | None, plan: Plan, facts: dict[str, Any]) -> None:
-    """Refuse to go on where `dataset.json` no longer tells of what a worker makes, because another run described something else.
+def check_still_same(root: Any, info: DatasetInfo | None, plan: Plan, teacher: TeacherFacts) -> None:
+    """Refuse to go on where `dataset.json` no longer describes a run's plan, because another run has replaced it.
 
     Args:
-        info: as it is now; plan, facts: the worker's own, of which the place of the teacher is its own matter.
+        info: the content of `dataset.json`.
+        plan: the run's; it may name another place of the same teacher.
+        teacher: the teacher's facts when the run began.
 
     Raises:
         ChangedError: names what differs.
     """
     if info is None:
-        raise ChangedError(f"{root}: dataset.json is gone: put it back, or take another output_dir")
-    entry = info["plans"][-1]
-    here = defining(plan.config)  # where it is, the driver has judged
-    config = entry["config"] | {
-        "teacher": entry["config"]["teacher"] | {PLACE_OF_TEACHER: here["teacher"][PLACE_OF_TEACHER]}
-    }
+        raise gone(root)
+    entry = info.plans[-1]
+    place = {PLACE_OF_TEACHER: plan.config.teacher.pretrained_model_name_or_path}
+    config = entry.config | {"teacher": entry.config["teacher"] | place}
     try:
-        check_same_config(root, entry | {"config": config}, plan)
+        check_same_config(root, replace(entry, config=config), plan)
     except UserError as error:
         raise ChangedError(str(error)) from error
-    if not is_all_of(info["plans"], plan):
+    if not is_all_of(info.plans, plan):
         raise ChangedError(f"{root}: has grown since this run began: give the command again")
-    for key, value in facts.items():
-        if key != PLACE_OF_TEACHER and info["teacher"].get(key) != value:
-            raise ChangedError(
-                f"{root}: was begun anew with another teacher: its {key} is {info['teacher'].get(key)}, not {value}"
-            )
+    for key, found, value in differences(info.teacher, teacher):
+        raise ChangedError(f"{root}: was begun anew with another teacher: its {key} is {found}, not {value}")
 
 
-def is_all_of(plans: list[dict[str, Any]], plan: Plan) -> bool:
-    """Whether plans that `dataset.json` tells of are, together, what is asked for."""
-    planned = [sum(entry[key] for entry in plans) for key in ("units", "trajectories")]
-    return planned == [len(plan), plan.num_trajectories] and plans[-1]["conditions"].get("count") in (
-        None,
-        len(plan.conditions),
+def gone(root: Any) -> ChangedError:
+    return ChangedError(f"{root}: dataset.json is gone: put it back, or take another output_dir")
+
+
+def differences(described: TeacherFacts, loaded: TeacherFacts) -> Iterator[tuple[str, Any, Any]]:
+    """(fact, as described, as loaded) for each fact in which two teachers differ, except the place of their weights."""
+    for key, value in vars(loaded).items():
+        if key != PLACE_OF_TEACHER and (found := getattr(described, key)) != value:
+            yield key, found, value
+
+
+def is_all_of(plans: Sequence[PlanEntry], plan: Plan) -> bool:
+    """Whether the plans of `dataset.json` together make up a plan."""
+    planned = [sum(entry.units for entry in plans), sum(entry.trajectories for entry in plans)]
+    return planned == [len(plan), plan.num_trajectories] and plans[-1].conditions.count == len(plan.conditions)
+
+
+def describe_plan(plan: Plan, begun: Sequence[PlanEntry], rule: dict[str, Any]) -> PlanEntry:
+    """The entry of `dataset.json` for what a plan adds to the plans before it."""
+    return PlanEntry(
+        units=len(plan) - sum(entry.units for entry in begun),
+        trajectories=plan.num_trajectories - sum(entry.trajectories for entry in begun),
+        guidance=GuidanceSpec(rule, plan.scale_range),
+        conditions=describe_conditions(plan.conditions),
+        config=defining(plan.config),
     )
 
 
-def describe_plan(plan: Plan, begun: list[dict[str, Any]], rule: str) -> dict[str, Any]:
-    """What `dataset.json` tells of what a plan adds to those before it."""
-    return {
-        "units": len(plan) - sum(entry["units"] for entry in begun),
-        "trajectories": plan.num_trajectories - sum(entry["trajectories"] for entry in begun),
-        "guidance": {"rule": rule, "scale_range": plan.scale_range},
-        "conditions": describe_conditions(plan.conditions),
-        "config": defining(plan.config),
-    }
-
-
-def describe_conditions(conditions: list[Condition]) -> dict[str, Any]:
-    """What `dataset.json` tells of what was sampled: the classes, how many prompts, and what tells the list from any other."""
+def describe_conditions(conditions: list[Condition]) -> ConditionsSpec:
+    """The conditions as `dataset.json` describes them: classes, numbers of prompts, and a digest of the list."""
     labels = sorted({condition["class_label"] for condition in conditions if "class_label" in condition})
     prompts = {condition["prompt"] for condition in conditions if "prompt" in condition}
     negative = {condition["negative_prompt"] for condition in conditions if "negative_prompt" in condition}
-    return {
-        "class_labels": labels,
-        "prompts": len(prompts),
-        "negative_prompts": len(negative),
-        "count": len(conditions),
-        "sha256": digest(conditions),
-    }
+    return ConditionsSpec(labels, len(prompts), len(negative), len(conditions), digest(conditions))
 
 
 def digest(conditions: list[Condition]) -> str:
@@ -122,15 +123,7 @@ def digest(conditions: list[Condition]) -> str:
 
 
 def defining(config: GenerateConfig) -> dict[str, Any]:
-    """The part of a configuration that decides what the dataset holds."""
+    """The options that decide the dataset's content."""
     resolved = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items() if key not in EXECUTION_KEYS}
-
-
-def dotted(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` to `{"a.b": 1}`: keys as they are given on the command line."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

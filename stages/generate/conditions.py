@@ -1,4 +1,4 @@
-"""What is sampled: prompts or classes, each of them possible for the teacher, found without loading weights."""
+"""The conditions to sample, prompts or classes, checked against the teacher's configuration without its weights."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ CLASS = re.compile(r"-?\d{1,18}", re.ASCII)
 
 
 def read_conditions(config: GenerateConfig) -> list[Condition]:
-    """The conditions asked for, each of them possible for the teacher; from configurations alone, without weights.
+    """Read the configured conditions and check that the teacher takes each, without its weights.
 
     Raises:
-        UserError: the file is missing, empty or not readable, or a condition is none that the teacher knows.
+        UserError: a file is missing, empty or not readable, or the teacher does not take a condition.
     """
     if config.prompts is None:
         known = count_classes(config.teacher)
         return [{"class_label": label} for label in read_class_labels(config.class_labels, known)]
     prompts = read_prompts(config.prompts)
     check_columns(prompts, f"prompts={config.prompts}", pipeline_class_of(config.teacher))
-    call, of_their_own = dict(config.teacher.call), sum("negative_prompt" in prompt for prompt in prompts)
-    if of_their_own == len(prompts) and "negative_prompt" in call:
+    call, with_negative = dict(config.teacher.call), sum("negative_prompt" in prompt for prompt in prompts)
+    if with_negative == len(prompts) and "negative_prompt" in call:
         raise UserError(
             f"teacher.call.negative_prompt: each row of prompts={config.prompts} has its own: leave one of them out"
         )
-    if of_their_own:  # all have one then, or a batch would depend on its neighbours
+    if with_negative:  # then every prompt gets one, or a trajectory would depend on its batch
         prompts = [{"negative_prompt": call.get("negative_prompt", ""), **prompt} for prompt in prompts]
     return prompts
 
 
 def makes_images_of_their_size(teacher: TeacherConfig) -> bool:
-    """Whether a teacher's pipeline takes the size of what it makes from the picture that it is given."""
+    """Whether a teacher's pipeline takes the size of its images from its input picture."""
     kind = pipeline_class_of(teacher)
     known = {} if kind is None else inspect.signature(kind.__call__).parameters
     for name in ("height", "width"):
@@ -53,7 +53,7 @@ def makes_images_of_their_size(teacher: TeacherConfig) -> bool:
 
 
 def read_class_labels(asked: Any, known: int) -> list[int]:
-    """Classes from `all`, a list, or a text file, each of which the teacher knows."""
+    """Classes from `all`, a list, or a text file; the teacher knows classes 0 to `known - 1`."""
     if asked == "all":
         return list(range(known))
     if not isinstance(asked, (str, list)):
@@ -85,7 +85,7 @@ def _class_label(value: Any, known: int, named: str) -> int:
 
 
 def count_classes(teacher: TeacherConfig) -> int:
-    """How many classes a class-conditional pipeline knows, from its configuration alone."""
+    """The number of classes of a class-conditional pipeline, from its configuration alone."""
     index = read_config(teacher)
     if labels := index.get("id2label"):
         return len(labels)
@@ -101,7 +101,7 @@ def count_classes(teacher: TeacherConfig) -> int:
 
 
 def pipeline_class_of(teacher: TeacherConfig) -> type | None:
-    """The class that a teacher's pipeline will have; None where it is not of diffusers, or where a guider guides."""
+    """The class of a teacher's pipeline; None for one outside diffusers, and for a modular one with a guider."""
     if teacher.guider:
         return None
     name = teacher.pipeline_class or str(read_config(teacher).get("_class_name"))
@@ -110,12 +110,12 @@ def pipeline_class_of(teacher: TeacherConfig) -> type | None:
 
 
 def read_config(teacher: TeacherConfig, component: str | None = None) -> dict[str, Any]:
-    """The configuration of a pipeline, or of one of its components; no weights are loaded.
+    """The configuration of a pipeline, or of one of its components, without weights.
 
     Raises:
-        UserError: there is none to be read.
+        UserError: it is missing or not readable.
     """
-    # Any model and any scheduler would do: each knows only what its file is called.
+    # Any model or scheduler class will do: only the name of the file matters.
     kind: Any = {None: DiffusionPipeline, "scheduler": DDIMScheduler}.get(component, UNet2DConditionModel)
     path = teacher.pretrained_model_name_or_path
     if component is not None and read_config(teacher).get(component) in (None, [None, None]):

@@ -1,4 +1,4 @@
-"""What generation can be told. The fields of `GenerateConfig` that define the dataset are all but `EXECUTION_KEYS`."""
+"""The options of generation. All but `EXECUTION_KEYS` define the dataset's content."""
 
 from __future__ import annotations
 
@@ -110,6 +110,6 @@ class GenerateConfig:
 
 
 def place_of(config: GenerateConfig) -> str:
-    """What each worker takes of the cluster, in the words of the options."""
+    """A worker's resources on the cluster, as options."""
     resources = [f"resources.{name}={amount:g}" for name, amount in config.resources.items()]
     return " ".join([f"num_cpus={config.num_cpus:g}", f"num_gpus={config.num_gpus:g}", *resources])

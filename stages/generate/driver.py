@@ -1,4 +1,4 @@
-"""The driver: sends the units that are not committed yet to a fleet of workers, and publishes the dataset when all are."""
+"""The driver sends uncommitted units to a fleet of workers and publishes the dataset once all are committed."""
 
 from __future__ import annotations
 
@@ -6,25 +6,38 @@ import random
 import time
 import warnings
 from collections import Counter, deque
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from stages.base.loading import first_line
 from stages.base.pictures import check_pictures
 from stages.configuration.options import to_yaml
 from stages.errors import ChangedError, DamageError, StorageError, UserError
-from stages.generate.compatibility import check_same_config, describe_plan, is_all_of
+from stages.generate.compatibility import (
+    check_same_config,
+    check_still_same,
+    describe_plan,
+    differences,
+    gone,
+    is_all_of,
+)
 from stages.generate.conditions import makes_images_of_their_size
 from stages.generate.config import GenerateConfig
 from stages.generate.events import Event, Failed, Fleet, Loaded, Made
 from stages.generate.plan import Plan
+from stages.generate.planned import Unit
 from stages.generate.preview import write_preview_grid
 from stages.generate.profile import Profile
 from stages.generate.progress_reporter import ProgressReporter
 from stages.records.commits import commit_name, committed_units, is_committed, read_commit, read_commits
+from stages.records.fields import read_fields
 from stages.records.manifest import column_mismatch
-from stages.records.plans import PLACE_OF_TEACHER, plan_digests, published, read_info
+from stages.records.plans import digest_of_unit, plan_digests, published, read_info
 from stages.records.publication import begin_plan, publish, withdraw
+from stages.records.schema import DatasetInfo, PlanEntry
+from stages.records.teacher import PLACE_OF_TEACHER, TeacherFacts
 from stages.storage.files import to_json
 from stages.storage.folder import open_folder
 
@@ -33,10 +46,14 @@ POLL_SECONDS = 1.0
 
 
 class Driver:
-    """One run of generation over one output folder, alone or beside others on the same: what another commits is not made again.
+    """One run of generation into an output folder. Several drivers may share it; none repeats a committed unit.
+
+    Attributes:
+        info: the content of `dataset.json`; None before the first plan is described.
+        todo: the numbers of units to make.
 
     Raises:
-        UserError: the folder cannot be written to, or holds a dataset of another configuration; at the end, units are missing.
+        UserError: the folder is not writable, or holds a dataset of another configuration; at the end, units are missing.
     """
 
     def __init__(self, config: GenerateConfig) -> None:
@@ -49,8 +66,8 @@ class Driver:
                 f"{self.root}: holds commits but no dataset.json to say of what: restore it, or take another output_dir"
             )
         if self.info is not None:
-            check_same_config(self.root, self.info["plans"][-1], self.plan)
-            if len(self.plan) == units_of(self.info["plans"]) and not is_all_of(self.info["plans"], self.plan):
+            check_same_config(self.root, self.info.plans[-1], self.plan)
+            if len(self.plan) == units_of(self.info.plans) and not is_all_of(self.info.plans, self.plan):
                 raise UserError(
                     f"{self.root}: more prompts or classes than it holds, for no more trajectories: raise their number"
                 )
@@ -58,46 +75,51 @@ class Driver:
         if todo:
             of_one_size = makes_images_of_their_size(config.teacher)
             check_pictures(self.plan.conditions, f"prompts={config.prompts}", of_one_size)
-        random.Random().shuffle(todo)  # drivers beside each other seldom come to a unit at the same time
+        random.Random().shuffle(todo)  # so that drivers of one folder seldom make the same unit at the same time
         self.todo = deque(todo)
         if not self.finished:
             check_recordable(self.plan)
             self.root.probe()
         self.in_flight: set[int] = set()
         self.begun = False
+        self.digests: list[tuple[int, str]] = []  # of the plans in `info`, once this run has begun
         self.attempts: Counter[int | None] = Counter()
         self.quarantined: dict[int, str] = {}
         self.refusals = 0
         self.records_made = 0
         self.profile = Profile()
 
-    def _look(self) -> tuple[dict[str, Any] | None, set[int]]:
-        """What there is by now, in words and in units; without a plan that was described and never begun."""
+    def _look(self) -> tuple[DatasetInfo | None, set[int]]:
+        """Read dataset.json and the committed units; ignore a plan that was never started."""
         info, committed = read_info(self.root), set(committed_units(self.root))
         earlier = published(info)
         if info is not None and max(committed, default=-1) < units_of(earlier):
-            info = info | {"plans": earlier} if earlier else None
+            info = replace(info, plans=earlier) if earlier else None
         return info, committed
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier run left nothing to do."""
-        if self.todo or self.info is None or not self.info["complete"]:
+        """Whether earlier runs have made and published everything."""
+        if self.todo or self.info is None or not self.info.complete:
             return False
-        return self.described and published(self.info) == self.info["plans"]
+        return self.described and published(self.info) == self.info.plans
 
     @property
     def described(self) -> bool:
-        """Whether `dataset.json` tells of all that is asked for."""
-        return self.info is not None and is_all_of(self.info["plans"], self.plan)
+        """Whether `dataset.json` describes the whole plan."""
+        return self.info is not None and is_all_of(self.info.plans, self.plan)
 
     def run(self, fleet: Fleet) -> dict[str, Any]:
-        """Make what is missing and publish; the content of `generation.json`. Then `info` tells of the whole dataset."""
+        """Make the missing units and publish the dataset.
+
+        Returns:
+            The content of `generation.json`; `info` then describes the whole dataset.
+        """
         start = time.monotonic()
         try:
             self._drive(fleet)
         except BaseException:
-            with suppress(StorageError):  # what refused the shards refuses this too, and is told already
+            with suppress(StorageError):  # the first error counts: storage that refused a shard refuses this file too
                 self._end(fleet, start)
             raise
         summary = self._end(fleet, start)
@@ -112,24 +134,24 @@ class Driver:
         return summary
 
     def _publish(self) -> None:
-        """Unless another driver has, and has made more since."""
+        """Publish, unless another driver has published this plan and a larger one since."""
         there = read_info(self.root)
         if there is None:
-            raise ChangedError(f"{self.root}: dataset.json is gone: put it back, or take another output_dir")
+            raise gone(self.root)
         if not self._begins(there):
             raise ChangedError(
                 f"{self.root}: was begun anew by another run with another configuration, and is that one's now: take another output_dir"
             )
         assert self.info is not None
-        grown = len(there["plans"]) > len(self.info["plans"])
+        grown = len(there.plans) > len(self.info.plans)
         self.info = there if grown else publish(self.root, there, read_commits(self.root))
 
-    def _begins(self, there: dict[str, Any] | None) -> bool:
-        """Whether a description begins with what this run described; another may have made more since."""
-        if there is None or self.info is None:
+    def _begins(self, described: DatasetInfo | None) -> bool:
+        """Whether a description begins with this run's plans; another run may have added more."""
+        if described is None or self.info is None:
             return False
-        ours = plan_digests(self.info)
-        return plan_digests(there)[: len(ours)] == ours
+        own = plan_digests(self.info)
+        return plan_digests(described)[: len(own)] == own
 
     def _end(self, fleet: Fleet, start: float) -> dict[str, Any]:
         summary = self._summary(time.monotonic() - start)
@@ -140,6 +162,7 @@ class Driver:
 
     def _drive(self, fleet: Fleet) -> None:
         reporter = ProgressReporter(self.plan, (len(self.committed), sum(map(self.plan.records_of, self.committed))))
+        fleet.start(self.plan.conditions[0])
         try:
             while self.todo or self.in_flight or not self.described:
                 self._dispatch(fleet)
@@ -152,14 +175,17 @@ class Driver:
             reporter.close()
 
     def _dispatch(self, fleet: Fleet) -> None:
-        """A unit that failed before is alone with its worker: if it kills it, it takes no other along."""
+        """A unit that failed before gets a worker of its own: if it kills the worker, no other unit is lost."""
         while self.todo and fleet.free(alone := self.attempts[self.todo[0]] > 0):
-            unit = self.todo.popleft()
-            if is_committed(self.root, unit):
-                self.committed.add(unit)  # by another driver
+            index = self.todo.popleft()
+            if is_committed(self.root, index):
+                self.committed.add(index)  # another driver was faster
             else:
-                fleet.dispatch(unit, alone)
-                self.in_flight.add(unit)
+                fleet.dispatch(self._unit(index), alone)
+                self.in_flight.add(index)
+
+    def _unit(self, index: int) -> Unit:
+        return replace(self.plan.unit(index), plan=digest_of_unit(self.digests, index))
 
     def _see(self, event: Event) -> None:
         match event:
@@ -167,19 +193,19 @@ class Driver:
                 self.attempts[None] = 0
                 self._see_facts(event.facts)
             case Made():
-                self._see_room(event)
+                self._check_room(event)
                 self._see_made(event.unit)
             case Failed(unit=None):
                 self._see_no_worker(event)
             case Failed(unit=int(unit)):
                 self._see_failure(event, unit)
 
-    def _see_room(self, made: Made) -> None:
-        """Tell, once it is known how large a record is, of a disk that all of them will not fit on."""
+    def _check_room(self, made: Made) -> None:
+        """Once a record's size is known, warn of a disk that cannot hold all records."""
         if self.records_made or (free := self.root.free()) is None:
             return
         with suppress(DamageError):
-            size = read_commit(self.root, commit_name(made.unit))["size"] / made.records
+            size = read_commit(self.root, commit_name(made.unit)).size / made.records
             self._warn_of_a_small_disk(size, free, made.records)
 
     def _warn_of_a_small_disk(self, size: float, free: int, made: int) -> None:
@@ -194,40 +220,38 @@ class Driver:
         self.records_made += self.plan.records_of(unit)
         self.refusals = 0
 
-    def _see_facts(self, facts: dict[str, Any]) -> None:
-        facts = facts | {"pretrained_model_name_or_path": self.config.teacher.pretrained_model_name_or_path}
+    def _see_facts(self, reported: dict[str, Any]) -> None:
+        place = {PLACE_OF_TEACHER: self.config.teacher.pretrained_model_name_or_path}
+        teacher = read_fields(TeacherFacts, reported | place)
         if not self.begun:
             self._look_again()
-        info = self.info or {"complete": False, "teacher": facts, "plans": []}
-        for key, value in facts.items():
-            if key != PLACE_OF_TEACHER and info["teacher"][key] != value:
-                raise UserError(
-                    f"{self.root}: begun with another teacher: its {key} was {info['teacher'][key]}, not {value}: "
-                    "give the old teacher, or another output_dir"
-                )
+        info = self.info or DatasetInfo(complete=False, teacher=teacher)
+        for key, found, value in differences(info.teacher, teacher):
+            raise UserError(
+                f"{self.root}: begun with another teacher: its {key} was {found}, not {value}: give the old teacher, or "
+                "another output_dir"
+            )
         if not self.begun:
             self._begin(info)
 
     def _look_again(self) -> None:
-        """What another driver described or made while the teacher was loaded."""
+        """Take over what another driver described or made while the teacher was loading."""
         info, committed = self._look()
         if info is not None:
-            check_same_config(self.root, info["plans"][-1], self.plan)
+            check_same_config(self.root, info.plans[-1], self.plan)
         if len(published(info)) > len(published(self.info)) and not is_all_of(published(info), self.plan):
             raise ChangedError(f"{self.root}: has grown since this run began: give the command again")
         self.info, self.committed = info, committed
         self.todo = deque(unit for unit in self.todo if unit not in committed)
 
-    def _begin(self, info: dict[str, Any]) -> None:
-        """Describe what is to be made, unless an earlier run has, or another driver."""
-        if info["complete"] and self.todo and min(self.todo) < units_of(published(info)):
+    def _begin(self, info: DatasetInfo) -> None:
+        """Describe the plan in `dataset.json`, unless an earlier run or another driver has."""
+        if info.complete and self.todo and min(self.todo) < units_of(published(info)):
             info = withdraw(self.root, info)
-        if units_of(info["plans"]) < len(self.plan):
-            info = begin_plan(
-                self.root, info, describe_plan(self.plan, info["plans"], info["teacher"]["guidance_rule"])
-            )
+        if units_of(info.plans) < len(self.plan):
+            info = begin_plan(self.root, info, describe_plan(self.plan, info.plans, info.teacher.guidance_rule))
         self.root.write("config.yaml", to_yaml(self.config).encode())
-        self.info, self.begun = info, True
+        self.info, self.digests, self.begun = info, plan_digests(info), True
 
     def _see_no_worker(self, failure: Failed) -> None:
         if isinstance(failure.error, UserError):
@@ -237,16 +261,18 @@ class Driver:
             raise UserError(f"no worker could load the teacher in {MAX_ATTEMPTS} attempts: {reason_of(failure.error)}")
 
     def _see_failure(self, failure: Failed, unit: int) -> None:
-        if isinstance(failure.error, ChangedError) and not self._begins(read_info(self.root)):
+        if isinstance(failure.error, ChangedError) and not self._begins(there := read_info(self.root)):
+            assert self.info is not None
+            check_still_same(self.root, there, self.plan, self.info.teacher)  # names what differs
             raise failure.error
-        if is_committed(self.root, unit):  # the worker was lost after its commit, or another driver's was first
+        if is_committed(self.root, unit):  # the worker was lost after its commit, or another driver committed first
             self._see_made(unit)
             return
         if isinstance(failure.error, ChangedError):
             raise failure.error
         self.in_flight.remove(unit)
         if isinstance(failure.error, StorageError):
-            # One node's disk is another worker's matter; nobody can write where they all fail.
+            # One refusal may be that of one node's disk; several in a row mean that no worker can write.
             self.refusals += 1
             if self.refusals >= MAX_ATTEMPTS:
                 raise StorageError(f"{failure.error}; once that is mended, the same command goes on")
@@ -278,9 +304,10 @@ class Driver:
 
 
 def check_recordable(plan: Plan) -> None:
-    """
+    """Check before any unit is made that the manifest can hold every prompt, class and seed.
+
     Raises:
-        UserError: the manifest could not hold a prompt, a class or a seed, which would come out once all is made.
+        UserError: names the first that it cannot hold.
     """
     for column in ("prompt", "class_label", "seed"):
         if found := column_mismatch(column, [condition.get(column) for condition in plan.conditions]):
@@ -291,11 +318,11 @@ def check_recordable(plan: Plan) -> None:
             )
 
 
-def units_of(plans: list[dict[str, Any]]) -> int:
-    return sum(plan["units"] for plan in plans)
+def units_of(plans: Sequence[PlanEntry]) -> int:
+    return sum(plan.units for plan in plans)
 
 
 def reason_of(error: BaseException) -> str:
-    """One line, which for what is not told to a user begins with the kind of error."""
+    """An error in one line; unless it is a `UserError`, its class comes first."""
     message = first_line(error)
     return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"

@@ -1,4 +1,4 @@
-"""What passes between the driver and its workers, wherever these run."""
+"""The messages between the driver and a fleet of workers, wherever they run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-WAITING = "waiting for a place"  # the state of a worker for which the cluster has no room yet
+from stages.base.sampling import Condition
+from stages.generate.planned import Unit
+
+WAITING = "waiting for a place"  # the state of a worker until the cluster has room for it
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A worker has loaded its teacher and tells its facts."""
+    """A worker has loaded its teacher; `facts` is `TeacherFacts` as JSON."""
 
     facts: dict[str, Any]
     worker: str = ""
@@ -19,7 +22,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Made:
-    """A unit is committed; `seconds` is what its worker spent on it, by what on."""
+    """A unit is committed; `seconds` is its worker's time by activity."""
 
     unit: int
     records: int
@@ -29,11 +32,11 @@ class Made:
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker failed at a unit, or, where `unit` is None, at loading.
+    """A worker failed at a unit, or at loading if `unit` is None.
 
     Attributes:
-        preempted: its node went away: nothing that the unit did.
-        lost: the worker is gone with it, and another takes its place.
+        preempted: its node went away; the unit is not the cause.
+        lost: the worker is gone too; the fleet replaces it.
     """
 
     unit: int | None
@@ -47,19 +50,22 @@ Event = Loaded | Made | Failed
 
 
 class Fleet(Protocol):
-    """Workers, wherever they run. A worker samples one unit while it still writes the one before."""
+    """Workers, wherever they run. A worker may sample a unit while it writes the previous one."""
+
+    def start(self, example: Condition) -> None:
+        """Have every worker load its teacher, with an example condition for trial runs. Call this first."""
 
     def free(self, alone: bool) -> bool:
-        """Whether a unit can be dispatched now; `alone`, to a worker that does nothing else."""
+        """Whether a worker can take a unit now; if `alone`, a worker without other work."""
 
-    def dispatch(self, unit: int, alone: bool) -> None:
-        """Give a unit to a free worker; `alone`, it gets no other before this one is written."""
+    def dispatch(self, unit: Unit, alone: bool) -> None:
+        """Send a unit to a free worker; if `alone`, the worker gets no other until this one is written."""
 
     def poll(self, timeout: float) -> list[Event]:
-        """What happened since the last call; waits at most `timeout` seconds for it."""
+        """The events since the last call; waits up to `timeout` seconds for the first."""
 
     def states(self) -> Counter[str]:
-        """How many workers do what, in words."""
+        """The number of workers in each state."""
 
     def close(self) -> None:
         """Stop every worker."""

@@ -1,8 +1,8 @@
-"""The layout of a pipeline's guided steps, found by trying.
+"""Find the layout of a pipeline's guided steps by trial runs.
 
 Pipelines double the batch or call the denoiser twice, put the conditional part first or last, and name and nest their
-arguments as they like. None of it is assumed: passes without guidance show what the conditional inputs look like, and which
-of them belong to a sample, and a guided run is searched for them. What is not certain is refused before anything is recorded.
+arguments in many ways. The search assumes none of them: runs without guidance show the conditional inputs and which of them
+belong to a sample; then the search looks for these inputs in a guided run. It refuses uncertain results before any recording.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stages.base.arguments import Arguments, encoded
 from stages.base.denoiser import MASK, denoiser_of, denoisers_of, part_of
+from stages.base.hooks import Call
 from stages.base.pictures import PICTURES
 from stages.base.sampling import Request, guider_of, scale_keyword
 from stages.errors import UserError
@@ -37,20 +38,20 @@ from stages.generate.sample_axes import find_arguments, relation_of_timesteps
 from stages.generate.scale import PerSampleScale
 from stages.generate.trial import check_trial
 from stages.generate.unguided import Unguided, without_guidance
-from stages.generate.watching import Call
 
-TRUSTED = 0.25  # how far mixed scales may be from separate runs, as a share of what the scales change
-JUST_ABOVE, OFFSET = 1.001, 0.25  # a number, and the share of what 2 adds that is no rounding
+TRUSTED = 0.25  # how far mixed scales may deviate from separate runs, as a share of the scales' effect
+JUST_ABOVE = 1.001  # a guidance scale just above 1
+OFFSET = 0.25  # share of the effect of scale 2 above which a difference is no rounding
 
 
 def find_layout(pipe: Any, request: Request, expected_steps: int | None = None) -> Layout:
-    """Try a pipeline out on the first condition of `request`, for its `num_inference_steps`: three do.
+    """Find a pipeline's layout by trial runs on the first condition of `request`; three inference steps suffice.
 
     Args:
-        expected_steps: how many its scheduler should take of them.
+        expected_steps: the number of steps that its scheduler should take.
 
     Raises:
-        UserError: what was found is not certain.
+        UserError: the result is not certain.
     """
     once = replace(request, conditions=request.conditions[:1], seeds=[0])
     twice = replace(once, conditions=[*once.conditions, *once.conditions], seeds=[0, 0])
@@ -66,13 +67,13 @@ def find_layout(pipe: Any, request: Request, expected_steps: int | None = None) 
     except DoesNotRunError:
         if unguided.two is None:
             raise
-        unguided = replace(unguided, two=None)  # guided, it takes one sample only
+        unguided = replace(unguided, two=None)  # with guidance, a call takes only one sample
         guided = probe(pipe, once, PROBED_SCALES[0])
     if len(guided) != taken:
         raise uncertain(pipe, f"it makes {len(guided)} steps with guidance and {taken} without")
     several = once if unguided.two is None else twice
     layout = place_conditional(pipe, find_arguments(pipe, unguided), unguided, guided, len(several.seeds))
-    # Some pipelines take several pictures as several of one sample.
+    # Some pipelines take several pictures as those of one sample.
     pictured = not {*PICTURES}.isdisjoint(once.conditions[0])
     layout = replace(
         layout,
@@ -84,11 +85,11 @@ def find_layout(pipe: Any, request: Request, expected_steps: int | None = None) 
     return layout
 
 
-Place = tuple[int, int]  # of a part of a guided step: its call, and its chunk of that
+Place = tuple[int, int]  # of a part of a guided step: the index of its call, and of its chunk in the call
 
 
 def place_conditional(pipe: Any, arguments: Arguments, unguided: Unguided, guided: list[Seen], n: int) -> Layout:
-    """The layout of a guided step for n equal samples, in which the inputs of a pass without guidance are found again."""
+    """The layout of a guided step for n equal samples, from the unguided pass whose inputs it repeats."""
     (number, chunk), unconditional = find_parts(pipe, arguments, unguided, guided, n)
     alone, call, denoiser = unguided.steps[-1].calls[0], guided[-1].calls[number], denoiser_of(pipe)[1]
     rows = arguments.rows(call.inputs)
@@ -124,10 +125,10 @@ def place_conditional(pipe: Any, arguments: Arguments, unguided: Unguided, guide
 def find_parts(
     pipe: Any, arguments: Arguments, unguided: Unguided, guided: list[Seen], n: int
 ) -> tuple[Place, Place | None]:
-    """Where the conditional part of a guided step is, and the unconditional one where there is one such part.
+    """The places of the conditional part of a guided step, and of the unconditional one if there is exactly one.
 
     Raises:
-        UserError: it is not certain.
+        UserError: the conditional part is not certain.
     """
     step = guided[-1]
     rows = [arguments.rows(call.inputs) for call in step.calls]
@@ -140,29 +141,31 @@ def find_parts(
             "distilled already, comes from another network, or needs an argument (teacher.call.NAME=..., a negative_prompt)"
         )
     reference = arguments.samples(unguided.steps[-1].calls[0].inputs, 0, n)
-    apart = {place: _unlikeness(arguments, reference, step.calls[place[0]].inputs, place[1] * n, n) for place in places}
-    if any(SAME <= unlikeness < DIFFERENT for unlikeness in apart.values()):
+    differences = {
+        place: _input_distance(arguments, reference, step.calls[place[0]].inputs, place[1] * n, n) for place in places
+    }
+    if any(SAME <= difference < DIFFERENT for difference in differences.values()):
         raise uncertain(pipe, f"of the {len(places)} parts of a guided step some are too much alike")
-    same = [place for place in places if apart[place] < SAME]
+    same = [place for place in places if differences[place] < SAME]
     different = [place for place in places if place not in same]
     if not (same and different):
         message = "all are alike" if same else "none is like the pass without guidance"
         raise uncertain(pipe, f"of the {len(places)} parts of a guided step {message}")
-    conditional = min(same, key=lambda place: _unlike_prediction(arguments, unguided.steps[0], guided[0], place, n))
+    conditional = min(same, key=lambda place: _prediction_distance(arguments, unguided.steps[0], guided[0], place, n))
     return conditional, different[0] if len(different) == 1 else None
 
 
-def _unlikeness(arguments: Arguments, reference: dict[str, Any], call: dict[str, Any], begin: int, n: int) -> float:
-    """How far the inputs of a run of n samples in a call are from those of a pass without guidance."""
+def _input_distance(arguments: Arguments, reference: dict[str, Any], call: dict[str, Any], begin: int, n: int) -> float:
+    """The largest distance of any input of n samples in a call from that of the unguided pass."""
     samples = arguments.samples(call, begin, begin + n)
     compared = [name for name in arguments.conditions if name in reference and name in samples]
     return max((distance(reference[name], samples[name]) for name in compared), default=float("inf"))
 
 
-def _unlike_prediction(arguments: Arguments, alone: Seen, guided: Seen, place: Place, n: int) -> float:
-    """How far what a part of the first guided step predicted is from the pass without guidance, whose latents are the same.
+def _prediction_distance(arguments: Arguments, alone: Seen, guided: Seen, place: Place, n: int) -> float:
+    """The distance of a part's prediction in the first guided step from the unguided one, which has the same latents.
 
-    It tells the conditional part from one with the same inputs and a perturbed network.
+    It separates the conditional part from one with the same inputs and a perturbed network.
     """
     number, chunk = place
     if number >= len(guided.calls) or arguments.rows(guided.calls[number].inputs) < (chunk + 1) * n:
@@ -185,10 +188,10 @@ def _recorded_constants(pipe: Any, call: Call, arguments: Arguments) -> dict[str
 
 
 def _find_targets(pipe: Any, arguments: Arguments, step: Seen) -> list[tuple[int, int]]:
-    """As `_find_target` of each prediction of a step without guidance that a scheduler steps by.
+    """The result of `_find_target` for each prediction of an unguided step that a scheduler steps by.
 
     Raises:
-        UserError: a second latent changes from step to step whose prediction no copy of the scheduler receives.
+        UserError: a second latent changes from step to step, but no copy of the scheduler receives its prediction.
     """
     call = step.calls[0]
     shapes = {call.inputs[name].shape for name in arguments.steps if isinstance(call.inputs.get(name), Tensor)}
@@ -202,19 +205,19 @@ def _find_targets(pipe: Any, arguments: Arguments, step: Seen) -> list[tuple[int
     return [_find_target(pipe, own, received) for own, received in zip(call.predictions, step.received, strict=False)]
 
 
-def _find_target(pipe: Any, prediction: Tensor, handed: Tensor) -> tuple[int, int]:
-    """(1, or -1 where the scheduler receives minus the prediction; which channels of it), from a pass without guidance.
+def _find_target(pipe: Any, prediction: Tensor, received: Tensor) -> tuple[int, int]:
+    """(sign, channels) of the prediction that the scheduler receives, from an unguided pass; see `Layout`.
 
     Raises:
         UserError: the scheduler receives something else.
     """
-    count = handed.shape[1] if handed.ndim > 1 else 0
+    count = received.shape[1] if received.ndim > 1 else 0
     fits = False
     for channels in (count, -count) if count else ():
         own = part_of(prediction, channels)
-        fits = own.numel() == handed.numel()
+        fits = own.numel() == received.numel()
         for sign in (1, -1) if fits else ():
-            if distance(sign * own.reshape(handed.shape), handed) < SAME:
+            if distance(sign * own.reshape(received.shape), received) < SAME:
                 return sign, channels
     message = "something else than" if fits else "another shape than"
     raise UserError(
@@ -224,10 +227,10 @@ def _find_target(pipe: Any, prediction: Tensor, handed: Tensor) -> tuple[int, in
 
 
 def scales_mix(pipe: Any, several: Request, layout: Layout) -> bool:
-    """Whether two scales in one call give what each gives alone.
+    """Whether a call with two scales predicts the same as a call with each scale alone.
 
     Raises:
-        UserError: the scale changes nothing.
+        UserError: the scale has no effect.
     """
     n = len(several.seeds)
     low, high = (layout.part(probe(pipe, several, scale)[-1].prediction, n) for scale in PROBED_SCALES)
@@ -248,9 +251,9 @@ def scales_mix(pipe: Any, several: Request, layout: Layout) -> bool:
 
 
 def scale_offset(pipe: Any, once: Request, unguided: Unguided) -> float:
-    """`w` less the pipeline's number: 0 where it guides by `u + w (c - u)`, 1 by `c + w (c - u)`.
+    """`w` less the pipeline's scale: 0 for the rule `u + w (c - u)`, 1 for the rule `c + w (c - u)`.
 
-    Up to a number just above 1 the former adds nothing to the conditional prediction, and the latter as much as from there to 2.
+    At a scale just above 1, the first rule adds nothing to the conditional prediction; the second adds as much as from 1 to 2.
     """
     guider = guider_of(pipe)
     if guider is not None:
@@ -259,7 +262,7 @@ def scale_offset(pipe: Any, once: Request, unguided: Unguided) -> float:
     at_one, at_two = (probe_at(pipe, once, unguided.settings | {keyword: scale}) for scale in (JUST_ABOVE, 2.0))
     for none, one, two in zip(unguided.one, at_one, at_two, strict=True):
         c, at_1, at_2 = (step.prediction.float() for step in (none, one, two))
-        if c.shape == at_2.shape and distance(c, at_2) > 0:  # the first guided step: so far all have the same latents
-            apart = float(((at_1 - c) - (at_2 - at_1)).norm())  # another term of the guidance points elsewhere
-            return float(apart < OFFSET * float((at_2 - at_1).norm()))
+        if c.shape == at_2.shape and distance(c, at_2) > 0:  # the first guided step: the latents are still equal
+            difference = float(((at_1 - c) - (at_2 - at_1)).norm())  # 0 under the second rule
+            return float(difference < OFFSET * float((at_2 - at_1).norm()))
     return 0.0

@@ -1,4 +1,4 @@
-"""Teachers as Ray actors, on this machine or over a cluster."""
+"""A fleet of teachers as Ray actors, on this machine or over a cluster."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from stages.base.loading import located
+from stages.base.sampling import Condition
 from stages.cluster import join
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, place_of
 from stages.generate.events import WAITING, Event, Failed, Loaded, Made
+from stages.generate.planned import Unit
 from stages.generate.unit import UnitWorker
 from stages.signals import end_on_sigterm
 from stages.storage.folder import absolute
 
-MAX_MESSAGE_LENGTH = 1000  # characters of what pip says
-UNITS_WRITTEN = 1  # beside the one that is sampled; more would only fill the memory
+MAX_MESSAGE_LENGTH = 1000  # characters of a runtime environment's error
+UNITS_WRITTEN = 1  # units that a worker may be writing while it samples; more would only fill memory
 
 
 class Doing(str, Enum):
-    """What a worker is asked for."""
+    """The kinds of calls; the values name a worker's state in reports."""
 
     PLACE = WAITING
     LOAD = "loading"
@@ -41,16 +43,16 @@ class Doing(str, Enum):
 
 
 class TeacherWorker(UnitWorker):
-    """As Ray's dashboard names it."""
+    """The actor's class; Ray's dashboard shows its name."""
 
     def place(self) -> tuple[str, str]:
-        """The node's id and address: the first answer of a worker that found a place."""
+        """The node's id and address; the first call, answered once the cluster has room for the worker."""
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
 
 @dataclass(eq=False)
 class Member:
-    """A worker as the driver knows it."""
+    """A worker as the fleet keeps track of it."""
 
     actor: Any
     name: str
@@ -60,14 +62,14 @@ class Member:
     doing: list[Doing] = field(default_factory=list)
 
     def is_free(self, alone: bool) -> bool:
-        """Whether it samples nothing and has little left to write; `alone`, nothing at all."""
+        """Whether it can sample another unit: it is not sampling, and writes at most one unit (none if `alone`)."""
         written = 0 if alone or self.alone else UNITS_WRITTEN
         return self.is_loaded and len(self.doing) <= written and self.doing.count(Doing.COMMIT) == len(self.doing)
 
 
 @dataclass(frozen=True)
-class Call:
-    """What a worker was asked to do, since when."""
+class PendingCall:
+    """A call that a worker has not answered yet."""
 
     member: Member
     doing: Doing
@@ -76,9 +78,9 @@ class Call:
 
 
 class RayFleet:
-    """Plain actors that Ray never restarts: the driver owns retries, and this fleet replaces who died or hung.
+    """Plain actors that Ray never restarts: the driver owns retries, and this fleet replaces dead and hung workers.
 
-    An actor for which the cluster has no room yet waits inside Ray and starts when a node joins.
+    Until the cluster has room for an actor, it waits inside Ray; it starts when a node joins.
     """
 
     worker_class = TeacherWorker
@@ -90,11 +92,7 @@ class RayFleet:
         teacher = replace(
             config.teacher, pretrained_model_name_or_path=located(config.teacher.pretrained_model_name_or_path)
         )
-        conditions = {"prompts": config.prompts, "class_labels": config.class_labels}
-        files: dict[str, Any] = {
-            key: located(value) for key, value in conditions.items() if isinstance(value, str) and value != "all"
-        }
-        self.config = replace(config, teacher=teacher, output_dir=absolute(config.output_dir), **files)
+        self.config = replace(config, teacher=teacher, output_dir=absolute(config.output_dir))
         with ray_errors(config):
             self.actor_class = ray.remote(
                 num_cpus=config.num_cpus,
@@ -106,8 +104,9 @@ class RayFleet:
                 max_task_retries=0,
             )(self.worker_class)
         self.run, self.numbers = uuid.uuid4().hex[:4], count(1)
+        self.example: Condition | None = None
         self.members: list[Member] = []
-        self.calls: dict[Any, Call] = {}
+        self.calls: dict[Any, PendingCall] = {}
         for _ in range(config.num_workers):
             self._add_worker()
 
@@ -120,22 +119,26 @@ class RayFleet:
         self._call(member, Doing.PLACE, actor.place.remote())
 
     def _call(self, member: Member, doing: Doing, reference: Any, unit: int | None = None) -> None:
-        self.calls[reference] = Call(member, doing, unit)
+        self.calls[reference] = PendingCall(member, doing, unit)
         member.doing.append(doing)
+
+    def start(self, example: Condition) -> None:
+        """Remember the example; `poll` has each worker load once it has a place."""
+        self.example = example
 
     def free(self, alone: bool) -> bool:
         return self._free_member(alone) is not None
 
     def _free_member(self, alone: bool) -> Member | None:
-        """The least busy one."""
+        """The least busy worker that is free, or None."""
         free = (member for member in self.members if member.is_free(alone))
         return min(free, key=lambda member: len(member.doing), default=None)
 
-    def dispatch(self, unit: int, alone: bool) -> None:
+    def dispatch(self, unit: Unit, alone: bool) -> None:
         member = self._free_member(alone)
         assert member is not None
         member.alone = alone
-        self._call(member, Doing.SAMPLE, member.actor.sample.remote(unit), unit)
+        self._call(member, Doing.SAMPLE, member.actor.sample.remote(unit), unit.index)
 
     def poll(self, timeout: float) -> list[Event]:
         references = list(self.calls)
@@ -146,31 +149,31 @@ class RayFleet:
 
     def _events(self, reference: Any) -> list[Event]:
         call = self.calls.pop(reference, None)
-        if call is None:  # of a worker that an earlier event lost
+        if call is None:  # its worker was lost by an earlier event
             return []
         call.member.doing.remove(call.doing)
         try:
-            return self._go_on(call, ray.get(reference))
+            return self._advance(call, ray.get(reference))
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if call.unit is None:
                 return self._lose(call, cause)
             return [Failed(call.unit, cause, worker=call.member.name)]
         except ActorUnavailableError:
-            # The connection is lost: whether with the worker, with its node or with neither, its next answer tells.
+            # The connection is lost. The next answer shows whether the worker or its node is gone too.
             self._call(call.member, Doing.AGAIN, call.member.actor.place.remote(), call.unit)
             return []
         except RayError as error:
             return self._lose(call, ray_error_of(error), self._is_preempted(call, error))
 
-    def _go_on(self, call: Call, result: Any) -> list[Event]:
-        """The next step of what a worker does, and what is to be told of the last."""
+    def _advance(self, call: PendingCall, result: Any) -> list[Event]:
+        """Start the worker's next call, and return the events of the finished one."""
         member, unit = call.member, call.unit
         match call.doing:
             case Doing.PLACE:
                 member.node, address = result
                 member.name = f"{member.name} on {address}"
-                self._call(member, Doing.LOAD, member.actor.load.remote())
+                self._call(member, Doing.LOAD, member.actor.load.remote(self.example))
             case Doing.LOAD:
                 member.is_loaded = True
                 return [Loaded(result, member.name)]
@@ -184,16 +187,16 @@ class RayFleet:
                 return self._lose(call, ConnectionError("its answer was lost on the way"), preempted=True)
         return []
 
-    def _is_preempted(self, call: Call, error: RayError) -> bool:
-        """Whether nothing that the worker did is the cause."""
+    def _is_preempted(self, call: PendingCall, error: RayError) -> bool:
+        """Whether the loss has a cause outside the worker: its node went away, or it never had a place."""
         if isinstance(error, RuntimeEnvSetupError) or (isinstance(error, RayActorError) and error.actor_init_failed):
             return False
         if call.doing is Doing.PLACE or (isinstance(error, RayActorError) and error.preempted):
             return True
         return call.member.node not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
-    def _lose(self, call: Call, error: BaseException, preempted: bool = False) -> list[Event]:
-        """Put another worker in the place of one that is gone, or of no use; all that it was doing failed."""
+    def _lose(self, call: PendingCall, error: BaseException, preempted: bool = False) -> list[Event]:
+        """Replace a worker that is gone or unusable; all of its pending calls have failed."""
         member = call.member
         units = [call.unit, *(each.unit for each in self.calls.values() if each.member is member and each is not call)]
         self.calls = {reference: each for reference, each in self.calls.items() if each.member is not member}
@@ -208,13 +211,13 @@ class RayFleet:
         events: list[Event] = []
         for call in list(self.calls.values()):
             hung = call.doing is not Doing.PLACE and call.since < latest
-            if hung and call.member in self.members:  # not lost with an earlier call
+            if hung and call.member in self.members:  # it is not lost already with an earlier call
                 error = TimeoutError(f"{call.doing.value} took more than unit_timeout={limit:g} s")
                 events += self._lose(call, error)
         return events
 
     def states(self) -> Counter[str]:
-        """A worker that samples and writes counts as sampling."""
+        """A worker that samples and writes at once counts as sampling."""
         return Counter(
             Doing.SAMPLE.value if Doing.SAMPLE in member.doing else member.doing[0].value if member.doing else "idle"
             for member in self.members
@@ -230,7 +233,7 @@ class RayFleet:
 
 @contextmanager
 def ray_errors(config: GenerateConfig) -> Iterator[None]:
-    """Whatever Ray refuses of what a worker is to have is told in a line."""
+    """Turn Ray's refusal of a worker's resources into a `UserError`."""
     try:
         yield
     except ValueError as error:
@@ -239,7 +242,7 @@ def ray_errors(config: GenerateConfig) -> Iterator[None]:
 
 
 def ray_error_of(error: RayError) -> RayError:
-    """An error whose first line tells what a worker's constructor, or its import, raised, or why its environment could not be made."""
+    """The error with a first line that names the cause: of a constructor, an import or a runtime environment."""
     if isinstance(error, RuntimeEnvSetupError):
         return RayError(f"runtime_env: {' '.join(str(error).split())}"[:MAX_MESSAGE_LENGTH])
     if isinstance(error, RayActorError) and error.actor_init_failed:
@@ -251,7 +254,7 @@ def start_ray(config: GenerateConfig) -> None:
     """Join the cluster that the configuration or RAY_ADDRESS names, else start Ray on this machine.
 
     Raises:
-        UserError: there is no such cluster, or a worker asks for more than this machine has, which no other node can join.
+        UserError: there is no such cluster; or Ray runs on this machine alone, and a worker needs more than it has.
     """
     if config.ray_address:
         join(config.ray_address, "ray_address")
@@ -260,8 +263,8 @@ def start_ray(config: GenerateConfig) -> None:
         join(address)
         return
     join(None, num_cpus=max(os.cpu_count() or 1, math.ceil(config.num_workers * config.num_cpus)))
-    there = ray.cluster_resources()
-    if any(there.get(name, 0) < amount for name, amount in {"GPU": config.num_gpus, **config.resources}.items()):
+    available = ray.cluster_resources()
+    if any(available.get(name, 0) < amount for name, amount in {"GPU": config.num_gpus, **config.resources}.items()):
         ray.shutdown()
         raise UserError(
             f"{place_of(config)}: more than this machine has for a worker: ask for less, or name a cluster by ray_address"

@@ -1,28 +1,34 @@
-"""The twin of the Ray fleet: one worker in the driver's own process, for tests and for debugging a teacher."""
+"""A fleet without Ray: one worker in the driver's process, for tests and for debugging a teacher."""
 
 from __future__ import annotations
 
 from collections import Counter
 
+from stages.base.sampling import Condition
 from stages.generate.config import GenerateConfig
 from stages.generate.events import Event, Failed, Loaded, Made
+from stages.generate.planned import Unit
 from stages.generate.unit import UnitWorker
 
 NAME = "this process"
 
 
 class InProcessFleet:
-    """A fleet of one; whatever is dispatched is made in the next `poll`."""
+    """A fleet of one worker, which makes a dispatched unit in the next `poll`."""
 
     def __init__(self, config: GenerateConfig) -> None:
         self.worker = UnitWorker(config)
         self.loaded = False
-        self.unit: int | None = None
+        self.example: Condition | None = None
+        self.unit: Unit | None = None
+
+    def start(self, example: Condition) -> None:
+        self.example = example
 
     def free(self, alone: bool) -> bool:
         return self.loaded and self.unit is None
 
-    def dispatch(self, unit: int, alone: bool) -> None:
+    def dispatch(self, unit: Unit, alone: bool) -> None:
         self.unit = unit
 
     def poll(self, timeout: float) -> list[Event]:
@@ -30,13 +36,14 @@ class InProcessFleet:
         try:
             if unit is not None:
                 self.worker.sample(unit)
-                records, seconds = self.worker.commit(unit)
-                return [Made(unit, records, NAME, seconds)]
-            facts = self.worker.load()
+                records, seconds = self.worker.commit(unit.index)
+                return [Made(unit.index, records, NAME, seconds)]
+            assert self.example is not None
+            facts = self.worker.load(self.example)
             self.loaded = True
             return [Loaded(facts, NAME)]
         except Exception as error:
-            return [Failed(unit, error, worker=NAME)]
+            return [Failed(None if unit is None else unit.index, error, worker=NAME)]
 
     def states(self) -> Counter[str]:
         return Counter(["idle" if self.loaded else "loading"])

@@ -1,4 +1,4 @@
-"""How one guided step of a pipeline is laid out: which part of which denoiser call is the conditional one."""
+"""The layout of a pipeline's guided step: which part of which denoiser call is the conditional one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from stages.base.arguments import LENGTH, Arguments, encoded, stacked
 from stages.base.denoiser import MASK, NEGATIVE, STEP, as_target, negative_tokens, part_of
+from stages.base.hooks import Call
 from stages.errors import UserError
-from stages.generate.watching import Call
+from stages.records.teacher import LayoutFacts
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,10 @@ class Pass:
 
     Attributes:
         latent: `[n, ...]`; timestep: `[n]`.
-        predictions: `[n, ...]` each, the channels that the scheduler steps by.
-        cond: what stays the same from step to step, `[n, ...]` by the denoiser's own names, with masks and lengths.
-        steps: what changes from step to step, `[n, ...]`, named `step.NAME`.
-        denoiser: which one ran.
+        predictions: `[n, ...]` each, only the channels that the scheduler steps by.
+        cond: arguments that stay the same from step to step, `[n, ...]` by the denoiser's names, with masks and lengths.
+        steps: arguments that change from step to step, `[n, ...]`, named `step.NAME`.
+        denoiser: the name of the one that ran.
     """
 
     latent: Tensor
@@ -35,55 +36,19 @@ class Pass:
 
     @property
     def prediction(self) -> Tensor:
-        """As a record's target is: `[n, ...]`, or of several `[n, elements]`."""
+        """In the shape of a record's target: `[n, ...]`, or `[n, elements]` for several predictions."""
         return as_target(self.predictions, [part.shape[1] for part in self.predictions])
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How one guided step of a pipeline is laid out.
-
-    Attributes:
-        arguments: of the denoiser's calls.
-        calls: denoiser calls per step; call: which of them is the conditional one.
-        chunks: parts of the batch in that call, one sample of each trajectory in every part; chunk: the conditional one.
-        masks: the denoiser's arguments that mask another one, `NAME_mask` beside NAME; what is not given masks nothing.
-        denoisers: the pipeline's names of them; of several, each runs for its timesteps.
-        timestep_scale, timestep_offset: the denoiser's timestep is the scheduler's times the one plus the other.
-        target_channels: of what the scheduler, and copies that the pipeline makes of it, receive of each prediction;
-            negative: of the last, not the first.
-        target_signs: -1 where it receives minus the prediction.
-        learned_variance: whether the denoiser predicts its variance beside them.
-        no_guidance: the call's arguments that switch the pipeline's guidance off.
-        scale_offset: `w` in `u + w (c - u)` less the number that the pipeline is given for it.
-        unconditional: call and chunk of the unconditional part, where there is one such part.
-        scale_per_sample: whether one call of the pipeline can hold samples of several scales.
-        one_sample: whether a call of the pipeline holds one sample only.
-    """
-
-    arguments: Arguments
-    calls: int
-    call: int
-    chunks: int
-    chunk: int
-    masks: tuple[str, ...]
-    denoisers: tuple[str, ...]
-    timestep_scale: float
-    timestep_offset: float
-    target_channels: tuple[int, ...]
-    target_signs: tuple[int, ...]
-    learned_variance: bool
-    no_guidance: dict[str, float]
-    scale_offset: float = 0.0
-    unconditional: tuple[int, int] | None = None
-    scale_per_sample: bool = False
-    one_sample: bool = False
+class Layout(LayoutFacts):
+    """The layout of a pipeline's guided step, and the parts of a step that a record needs."""
 
     def conditional(self, calls: list[Call], n: int) -> Pass:
-        """The conditional pass of one step for n samples; a step that guidance leaves out has only this pass.
+        """The conditional pass of one step for n samples; a step without guidance has only this pass.
 
         Raises:
-            UserError: the step has another number of calls or rows than were found when the pipeline was tried out.
+            UserError: the step has another number of calls or rows than in the trial runs.
         """
         call = self.conditional_call(calls)
         begin, end = self._run(self.arguments.rows(call.inputs), n)
@@ -97,16 +62,17 @@ class Layout:
         return Pass(latent, timestep, predictions, self._masked(cond), steps, call.denoiser)
 
     def conditional_call(self, calls: list[Call]) -> Call:
-        """
+        """The denoiser call that holds the conditional pass.
+
         Raises:
-            UserError: the step has another number of calls.
+            UserError: the step has another number of calls than in the trial runs.
         """
         if len(calls) not in (1, self.calls):
             raise UserError(f"{len(calls)} denoiser calls in one step where {self.calls} were found before")
         return calls[0] if len(calls) == 1 else calls[self.call]
 
     def _run(self, rows: int, n: int) -> tuple[int, int]:
-        """Where the conditional n samples of so many rows are."""
+        """(begin, end) of the n conditional samples in a batch with `rows` rows."""
         if rows not in (n, self.chunks * n):
             raise UserError(
                 f"{rows} rows in a denoiser call for {n} samples where {self.chunks} for each were found before"
@@ -114,21 +80,22 @@ class Layout:
         return (0, n) if rows == n else (self.chunk * n, (self.chunk + 1) * n)
 
     def part(self, batch: Tensor, n: int) -> Tensor:
-        """The conditional n samples of a batch of n, or of n for each part."""
+        """The n conditional samples of a batch with n rows, or with n rows per part."""
         begin, end = self._run(len(batch), n)
         return batch[begin:end]
 
     def target(self, received: list[Tensor], conditional: Pass) -> Tensor:
-        """What the denoiser would have had to predict `[n, ...]` for the scheduler, and its copies, to receive this."""
+        """The single-pass prediction `[n, ...]` that would give the scheduler and its copies the same input."""
         n = len(conditional.timestep)
         parts = zip(self.target_signs, received, conditional.predictions, strict=True)
         targets = [sign * self.part(value, n).reshape(prediction.shape) for sign, value, prediction in parts]
         return as_target(targets, [part.shape[1] for part in targets])
 
     def check_constants(self, call: Call, n: int) -> None:
-        """
+        """Check that a call's constant arguments are those of the trial runs.
+
         Raises:
-            UserError: an argument changed that was the same in every call when the layout was found.
+            UserError: one has changed.
         """
         known, rows = self.arguments.constants, self.arguments.rows(call.inputs)
         for name, value in constants_of(call.inputs, self.arguments).items():
@@ -138,7 +105,7 @@ class Layout:
                 )
 
     def negative(self, calls: list[Call], n: int) -> dict[str, Tensor]:
-        """What `negative_tokens` finds in one step for n samples; nothing in a step that guidance leaves out."""
+        """The result of `negative_tokens` for a step of n samples; empty for a step without guidance."""
         if self.unconditional is None or len(calls) != self.calls:
             return {}
         number, chunk = self.unconditional
@@ -148,20 +115,15 @@ class Layout:
         return self._masked(negative_tokens(inputs, self.arguments.latent, slice(chunk * n, (chunk + 1) * n)))
 
     def _masked(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With a mask, that masks nothing, where the denoiser takes one and was given none."""
+        """Add a mask of ones where the denoiser takes a mask and the call gives none."""
         for name, value in list(cond.items()):
             if name.removeprefix(NEGATIVE) + MASK in self.masks:
                 cond.setdefault(name + MASK, torch.ones(value.shape[:2], dtype=torch.bool, device=value.device))
         return cond
 
-    def facts(self) -> dict[str, Any]:
-        """What `dataset.json` tells of it."""
-        facts = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
-        return facts | {"arguments": self.arguments.facts()}
-
 
 def constants_of(inputs: dict[str, Any], arguments: Arguments) -> dict[str, Any]:
-    """The arguments of a call that belong to no sample."""
+    """The arguments of a call that belong to no sample, without the timestep."""
     return {
         name: value
         for name, value in inputs.items()
@@ -170,7 +132,7 @@ def constants_of(inputs: dict[str, Any], arguments: Arguments) -> dict[str, Any]
 
 
 def _tensors(samples: dict[str, Any]) -> dict[str, Tensor]:
-    """Lists of tensors of different lengths as one tensor, with their lengths beside it."""
+    """Replace lists of tensors by padded tensors and their lengths."""
     cond: dict[str, Tensor] = {}
     for name, value in samples.items():
         whole, lengths = stacked(value) if isinstance(value, list) else (value, None)

@@ -1,81 +1,61 @@
-"""The plan: which trajectories a dataset holds, and which unit makes each. A pure function of the configuration, and of the plans before it."""
+"""The plan of a dataset: its trajectories and units, a pure function of the configuration and of earlier plans."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from stages.base.sampling import Condition
 from stages.configuration.options import check_bounds
 from stages.errors import UsageError
 from stages.generate.call_arguments import check_arguments
 from stages.generate.conditions import pipeline_class_of, read_conditions
 from stages.generate.config import GenerateConfig
+from stages.generate.planned import PlannedTrajectory, Unit
 from stages.generate.steps import count_steps
+from stages.records.schema import PlanEntry
 
 GOLDEN_RATIO = 0.6180339887498949
 
 
-@dataclass(frozen=True)
-class PlannedTrajectory:
-    """What is decided of a trajectory before the teacher runs; `steps` are the ones to record, None for all."""
-
-    index: int
-    seed: int
-    guidance_scale: float
-    condition: Condition
-    steps: list[int] | None = None
-
-
-@dataclass(frozen=True)
-class Unit:
-    """The work that makes one shard: its trajectories, and where in the spacing of its timestep grid the grid lies."""
-
-    index: int
-    trajectories: list[PlannedTrajectory]
-    shift: float
-
-
 class Plan:
-    """Every unit of a dataset, made when asked for; `len(plan)` units.
+    """The units of a dataset; `len(plan)` is their number, and `unit` makes one.
 
-    A trajectory's seed and scale follow from (dataset seed, its index) alone, so neither the number of workers, nor the
-    batch size, nor a restart changes what the dataset holds. What earlier plans hold stays as it is; what is asked for
-    beyond that comes after it, in units of its own.
+    A trajectory's seed and scale follow from (dataset seed, its index) alone. So the number of workers, the batch size and
+    restarts do not change the records. The units of earlier plans stay as they are; new trajectories get units of their own.
 
     Args:
-        earlier: the plans that `dataset.json` tells of as made, oldest first; their conditions are the first of this one's.
+        earlier: the published plans of `dataset.json`, oldest first; their conditions come first in this plan's.
 
     Attributes:
-        steps_per_trajectory: of the scheduler, which may take more of them than `num_inference_steps`, or fewer.
+        turns: (repetition, condition) of each trajectory `[num_trajectories, 2]`.
+        bounds: the first trajectory of each unit, and the end of the last `[len(plan) + 1]`.
+        steps_per_trajectory: the scheduler's; they may be more or fewer than `num_inference_steps`.
 
     Raises:
         UsageError: the configuration asks for something impossible.
     """
 
-    def __init__(self, config: GenerateConfig, earlier: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, config: GenerateConfig, earlier: Sequence[PlanEntry] = ()) -> None:
         check(config)
         self.steps_per_trajectory = count_steps(config.teacher, config.num_inference_steps)
         check_recorded_steps(config, self.steps_per_trajectory)
         self.config = config
         self.conditions = read_conditions(config)
-        self.lock = np.empty((0, 2), dtype=np.int64)
-        self.bounds = np.zeros(1, dtype=np.int64)  # of the units, in the trajectories
+        self.turns = np.empty((0, 2), dtype=np.int64)
+        self.bounds = np.zeros(1, dtype=np.int64)
         for plan in earlier:
-            self._add(plan["trajectories"], plan["conditions"].get("count"))
+            self._add(plan.trajectories, plan.conditions.count)
         asked = config.num_trajectories or len(self.conditions) * config.num_trajectories_per_condition
-        self._add(asked - len(self.lock), None)
+        self._add(asked - len(self.turns), None)
 
     def _add(self, count: int, num_conditions: int | None) -> None:
-        """Plan so many more trajectories of the first so many conditions, by default of all."""
-        begin, size = len(self.lock), self.config.trajectories_per_unit
-        made = np.bincount(self.lock[:, 1], minlength=len(self.conditions))[:num_conditions]
-        self.lock = np.concatenate([self.lock, take_turns(made, count)])
-        end = len(self.lock)
+        """Plan `count` more trajectories of the first `num_conditions` conditions; None for all."""
+        begin, size = len(self.turns), self.config.trajectories_per_unit
+        made = np.bincount(self.turns[:, 1], minlength=len(self.conditions))[:num_conditions]
+        self.turns = np.concatenate([self.turns, take_turns(made, count)])
+        end = len(self.turns)
         self.bounds = np.concatenate([self.bounds, np.append(np.arange(begin + size, end, size), end)[: end - begin]])
 
     def __len__(self) -> int:
@@ -83,7 +63,7 @@ class Plan:
 
     @property
     def num_trajectories(self) -> int:
-        return len(self.lock)
+        return len(self.turns)
 
     @property
     def records_per_trajectory(self) -> int:
@@ -94,23 +74,23 @@ class Plan:
         return self.num_trajectories * self.records_per_trajectory
 
     def trajectories_of(self, unit: int) -> range:
-        """The trajectories that a unit makes."""
+        """The trajectories of a unit."""
         begin, end = self.bounds[unit : unit + 2].tolist()
         return range(begin, end)
 
     def records_of(self, unit: int) -> int:
-        """How many records a unit makes."""
+        """The number of records in a unit."""
         return len(self.trajectories_of(unit)) * self.records_per_trajectory
 
     @property
     def evaluations_per_trajectory(self) -> int:
-        """Of the teacher's denoiser: two for each guided step; diffusion trajectories run the pipeline twice."""
+        """Evaluations of the teacher's denoiser: two per guided step; diffusion trajectories run the pipeline twice."""
         runs = 2 if self.config.trajectory == "diffusion" else 1
         return 2 * self.steps_per_trajectory * runs
 
     @property
     def scale_range(self) -> list[float]:
-        """The lowest and the highest scale that a trajectory can have."""
+        """The lowest and the highest possible scale of a trajectory."""
         given = [c["guidance_scale"] for c in self.conditions if "guidance_scale" in c]
         drawn = self.config.guidance_scale if len(given) < len(self.conditions) else []
         return [min([*given, *drawn]), max([*given, *drawn])]
@@ -123,7 +103,7 @@ class Plan:
     def trajectory(self, index: int) -> PlannedTrajectory:
         sequence = np.random.SeedSequence([self.config.seed, index])
         random = np.random.default_rng(sequence)
-        repetition, place = self.lock[index].tolist()
+        repetition, place = self.turns[index].tolist()
         condition = dict(self.conditions[place])
         scale = draw_scale(self.config, random)
         scale = condition.pop("guidance_scale", scale)
@@ -139,9 +119,12 @@ class Plan:
 
 
 def take_turns(made: np.ndarray, count: int) -> np.ndarray:
-    """Which (repetition, condition) `[count, 2]` come next, where each condition has been made so often `[n]`.
+    """The next (repetition, condition) pairs `[count, 2]`.
 
     Conditions take turns in their order, those with fewer trajectories first.
+
+    Args:
+        made: the number of trajectories that each condition has `[n]`.
     """
     rounds = [np.empty((0, 2), dtype=np.int64)]
     repetition = int(made.min())
@@ -155,7 +138,7 @@ def take_turns(made: np.ndarray, count: int) -> np.ndarray:
 
 
 def draw_scale(config: GenerateConfig, random: np.random.Generator) -> float:
-    """A guidance scale from the distribution that the configuration names."""
+    """Draw a guidance scale from the configured distribution."""
     scales = config.guidance_scale
     if config.guidance_scale_distribution == "list":
         return float(scales[int(random.integers(len(scales)))])
@@ -166,7 +149,7 @@ def draw_scale(config: GenerateConfig, random: np.random.Generator) -> float:
 
 
 def check(config: GenerateConfig) -> None:
-    """Refuse what no run could carry out, before anything is loaded."""
+    """Refuse an impossible configuration before anything is loaded."""
     check_bounds(config)
     scale = config.guidance_scale
     option = f"guidance_scale={list(scale)}"
@@ -189,7 +172,7 @@ def check(config: GenerateConfig) -> None:
 
 
 def check_recorded_steps(config: GenerateConfig, steps: int) -> None:
-    """Refuse to keep more steps of a trajectory than it has."""
+    """Refuse to record more steps of a trajectory than it has."""
     if config.num_recorded_steps is not None and config.num_recorded_steps > steps:
         asked = f"num_inference_steps={config.num_inference_steps}"
         most = asked if steps == config.num_inference_steps else f"{steps}, which the teacher takes of {asked}"

@@ -1,4 +1,4 @@
-"""A few decoded trajectories beside the dataset, so that someone can look at what the teacher makes."""
+"""Previews: a few decoded trajectories beside the dataset, to look at."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ PER_ROW = 8
 
 
 def write_preview(root: Folder, index: int, image: Tensor) -> None:
-    """Keep one trajectory's image `[c, h, w]` in [-1, 1]."""
+    """Write one trajectory's image `[c, h, w]` in [-1, 1]."""
     with root.whole_file(f"preview/{index:05d}.png") as file:
         to_picture(image).save(file, format="png")
 
 
 def write_preview_grid(root: Folder) -> None:
-    """Put all previews of a dataset into `preview.png`, in their order; what is no picture any more is left out."""
+    """Arrange a dataset's previews in `preview.png`, in their order; damaged ones are left out."""
     pictures = []
     for name in root.list("preview"):
-        with suppress(OSError, SyntaxError, ValueError):  # as Pillow tells of one that is damaged, or cut off
+        with suppress(OSError, SyntaxError, ValueError):  # Pillow's errors for damaged files
             picture = Image.open(BytesIO(root.read(name) or b""))
             picture.load()
             pictures.append(picture)

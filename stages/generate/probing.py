@@ -1,4 +1,4 @@
-"""A pipeline run on trial: a few steps, of which everything is kept."""
+"""Trial runs of a pipeline: a few steps, kept in full."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from stages.base.arguments import Axis, argument
 from stages.base.denoiser import denoiser_of, denoisers_of, latent_name
+from stages.base.hooks import Call, watch_steps
 from stages.base.loading import first_line
 from stages.base.sampling import Request, guider_of, sample, scale_keyword, undecoded
 from stages.errors import UserError
-from stages.generate.watching import Call, watched
 
-PROBED_STEPS = 3  # the last is judged: some rules of guidance leave the first one out
+PROBED_STEPS = 3  # the last one counts: some guidance rules skip the first
 PROBED_SCALES = (3.0, 7.0)
-SAME, DIFFERENT = 0.02, 0.05  # relative distances: text encoders round differently in other batches
+SAME, DIFFERENT = 0.02, 0.05  # relative distances; text encoders round differently in other batches
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One step of a probe: the denoisers' calls, what the scheduler and its copies received, and the scheduler's timestep."""
+    """One step of a trial run: denoiser calls, predictions that the scheduler and its copies received, its timestep."""
 
     calls: list[Call]
     received: list[Tensor]
@@ -34,26 +34,26 @@ class Seen:
 
 
 class DoesNotRunError(UserError):
-    """A pipeline's own code ended in an error."""
+    """A pipeline's own code raised an error."""
 
 
 def probe(pipe: Any, request: Request, guidance_scale: float) -> list[Seen]:
-    """Run a pipeline for a few steps and keep what was seen.
+    """Run a pipeline for a few steps and return them.
 
     Raises:
-        DoesNotRunError: the pipeline does not run so.
+        DoesNotRunError: the pipeline fails.
     """
     steps: list[Seen] = []
     parts: list[Any] = [part for part in denoisers_of(pipe).values() if hasattr(part, "attn_processors")]
     processors = [(part, dict(part.attn_processors)) for part in parts]
     try:
-        with undecoded(pipe), watched(pipe, lambda c, r, t: steps.append(Seen(c, r, float(t))), streams=None):
+        with undecoded(pipe), watch_steps(pipe, lambda c, r, t: steps.append(Seen(c, r, float(t))), streams=None):
             sample(pipe, request, guidance_scale)
     except UserError:
         raise
-    except Exception as error:  # whatever a pipeline's own code raises over its arguments
+    except Exception as error:  # a pipeline's own code may raise anything
         for part, before in processors:
-            part.set_attn_processor(before)  # which a pipeline that fails leaves as its guidance changed them
+            part.set_attn_processor(before)  # a failing pipeline leaves those that its guidance has set
         raise DoesNotRunError(
             f"{type(pipe).__name__} does not run at scale {guidance_scale:g}: {type(error).__name__}: {first_line(error)}: give "
             "its call what it needs (teacher.call.NAME=..., a column of the prompts)"
@@ -62,14 +62,14 @@ def probe(pipe: Any, request: Request, guidance_scale: float) -> list[Seen]:
 
 
 def probe_at(pipe: Any, request: Request, settings: dict[str, float]) -> list[Seen]:
-    """Run a pipeline for a few steps with such settings of its guidance, the scale among them; a guider has none."""
+    """Run a pipeline for a few steps with settings of its guidance, including the scale; a guider has no settings."""
     others = dict(settings)
     scale = 1.0 if guider_of(pipe) is not None else others.pop(scale_keyword(pipe))
     return probe(pipe, replace(request, arguments=request.arguments | others), scale)
 
 
 def rows_of(pipe: Any, calls: list[Call]) -> list[int]:
-    """Rows in each call of a step."""
+    """The number of rows in each call of a step."""
     latent = latent_name(denoiser_of(pipe)[1])
     return [len(argument(call.inputs, latent, Axis(listed=latent not in call.inputs))) for call in calls]
 
@@ -91,10 +91,10 @@ def is_number(value: Any) -> bool:
 
 
 def distance(one: Any, other: Any) -> float:
-    """How far a tensor is from another, relative to their size; infinite where their shapes differ."""
+    """The distance of two tensors, or lists of tensors, relative to their norm; infinite where their shapes differ."""
     if isinstance(one, list) or isinstance(other, list):
-        alike = isinstance(one, list) and isinstance(other, list) and len(one) == len(other)
-        return max(map(distance, one, other)) if alike else float("inf")
+        comparable = isinstance(one, list) and isinstance(other, list) and len(one) == len(other)
+        return max(map(distance, one, other)) if comparable else float("inf")
     if one.shape != other.shape:
         return float("inf")
     if not one.is_floating_point() and not one.is_complex():

@@ -1,4 +1,4 @@
-"""Where the time of a run went: what `generation.json` tells of it, so that a slow run can be mended."""
+"""The profile of a run for `generation.json`: where its time went."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ TEACHER, RECORDING, ENCODING, WRITING = "teacher", "recording", "encoding", "wri
 
 
 class Clock(Counter[str]):
-    """Seconds by what they were spent on."""
+    """Seconds by activity."""
 
     @contextmanager
-    def spent_on(self, what: str) -> Iterator[None]:
+    def spent_on(self, activity: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield
         finally:
-            self[what] += time.perf_counter() - start  # type: ignore[assignment]
+            self[activity] += time.perf_counter() - start  # type: ignore[assignment]
 
 
 class Profile:
-    """Adds up what workers tell of their units, and how long each was there for."""
+    """Adds up the workers' times by activity, and the time for which each had its teacher loaded."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -53,17 +53,17 @@ class Profile:
         self.present += time.monotonic() - self.since.pop(worker)
 
     def summary(self) -> dict[str, Any]:
-        """Seconds of all workers together, those with the teacher as a share of those with a teacher loaded, and who made what.
+        """The seconds of all workers by activity, the teacher's share of their time, and each worker's output.
 
-        Encoding and writing go on beside the teacher; `waiting` is what a worker spent neither with the teacher nor on recording.
+        Encoding and writing overlap with the teacher; `waiting` is time spent neither in the teacher nor on recording.
         """
         for worker in list(self.since):
             self._leave(worker)
-        shares = {what: self.seconds[what] for what in (TEACHER, RECORDING, ENCODING, WRITING)}
-        waiting = max(0.0, self.present - shares[TEACHER] - shares[RECORDING])
+        spent = {activity: self.seconds[activity] for activity in (TEACHER, RECORDING, ENCODING, WRITING)}
+        waiting = max(0.0, self.present - spent[TEACHER] - spent[RECORDING])
         return {
-            "profile": shares
-            | {"waiting": waiting, "teacher_share": shares[TEACHER] / self.present if self.present else 0.0},
+            "profile": spent
+            | {"waiting": waiting, "teacher_share": spent[TEACHER] / self.present if self.present else 0.0},
             "workers": {
                 name: {"units": self.units[name], "records": self.records[name]} for name in sorted(self.units)
             },

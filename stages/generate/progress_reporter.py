@@ -1,4 +1,4 @@
-"""How a run goes, told as it goes: one bar on a terminal, one line per unit in a log."""
+"""Progress of a run: one bar on a terminal, one line per unit in a log."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from stages.generate.plan import Plan
 from stages.progress import progress
 from stages.streams import standard_error
 
-QUIET_SECONDS = 30.0  # after which a log tells the states again
+QUIET_SECONDS = 30.0  # after so long without an event, report the workers' states
 
 
 class ProgressReporter:
-    """Told of every event, it tells the user.
+    """Reports a fleet's events to the user.
 
     Args:
-        committed: how many units, and how many records, were there before.
+        committed: the numbers of units and of records that earlier runs made.
     """
 
     def __init__(self, plan: Plan, committed: tuple[int, int]) -> None:
@@ -55,7 +55,7 @@ class ProgressReporter:
                 self.say(f"{what}: failed at {event.worker}: {how}")
 
     def tick(self, states: Counter[str]) -> None:
-        """Tell the states where nothing has happened for a while: a user waits, and may wait in vain."""
+        """Report the states after a while without events: the cluster may lack room for a worker."""
         self.bar.set_postfix_str(f"{self.units} of {self.planned_units} units, {summary_of(states)}", refresh=False)
         if time.monotonic() - self.last >= QUIET_SECONDS:
             self.last = time.monotonic()
@@ -68,7 +68,7 @@ class ProgressReporter:
         return f"{self.units} of {self.planned_units} units, {rate:,.0f} records/s, {left} left; {summary_of(states)}"
 
     def _line(self, text: str) -> None:
-        """What a bar tells by itself."""
+        """Write a line to a log; on a terminal the bar shows the same."""
         if not self.terminal:
             self.say(text)
 

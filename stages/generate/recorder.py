@@ -1,7 +1,7 @@
-"""The recorder rides inside an unmodified pipeline: it sees what the denoiser is given and what the scheduler is handed.
+"""The recorder hooks into an unmodified pipeline and keeps the inputs of its denoiser and of its scheduler.
 
-No sampling loop, no scheduler and no guidance is written here: the target is what `scheduler.step` receives, after
-whatever the pipeline made of its passes.
+It writes no sampling loop, scheduler or guidance rule again: the target is the prediction that `scheduler.step` receives,
+after the pipeline has combined its passes.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.base.denoiser import STEP
+from stages.base.hooks import Call, watch_steps
 from stages.errors import UserError
 from stages.generate.layout import Layout, Pass, constants_of
-from stages.generate.watching import Call, watched
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What a batch of n trajectories gave, m records in all, step by step.
+    """The recording of a batch of n trajectories, m records in all, step by step.
 
     Attributes:
         latent: `[m, ...]`; timestep: `[m]`; target: `[m, ...]`.
-        guidance_cosine, guidance_delta: `[m]`, what `guidance_effect` finds.
-        owner: `[m]`, the place in the batch of each record's trajectory; step: `[m]`, the denoising step it was.
-        cond: every other tensor of the conditional pass with an entry per sample, `[n, ...]`, by the denoiser's own names.
+        guidance_cosine, guidance_delta: `[m]`, the results of `guidance_effect`.
+        owner: `[m]`, the index in the batch of each record's trajectory; step: `[m]`, its denoising step.
+        cond: every other per-sample tensor of the conditional pass, `[n, ...]`, by the denoiser's own names.
         steps: those that change from step to step `[m, ...]`, named `step.NAME`.
-        denoiser: `[m]`, the place of the denoiser of each record among those of the layout.
+        denoiser: `[m]`, the index of each record's denoiser in the layout.
         negative: token embeddings of the unconditional pass and their masks `[n, ...]`, named `negative.NAME`.
     """
 
@@ -49,13 +49,13 @@ class Recording:
 
 
 class Recorder:
-    """Keeps the conditional part of what the denoiser is given, and the prediction that the pipeline settled on."""
+    """Records the denoiser's conditional inputs and the guided prediction, step by step."""
 
     def __init__(self, layout: Layout, n: int, steps: Tensor | None = None) -> None:
         """
         Args:
             n: samples in the batch.
-            steps: `[n, k]`, the steps to record of each sample; all by default.
+            steps: `[n, k]`, the k steps to record of each sample; None for all.
         """
         self.layout, self.n, self.steps = layout, n, steps
         self.step = 0
@@ -65,18 +65,18 @@ class Recorder:
         self.checked: dict[str, Any] = {}
 
     def see_step(self, calls: list[Call], received: list[Tensor]) -> None:
-        """Keep one step: the denoisers' calls in it, and what the scheduler and its copies received."""
+        """Record one step from its denoiser calls and the predictions that the scheduler and its copies received."""
         seen = self.layout.conditional(calls, self.n)
         self._check(calls, seen)
         self.negative = self.negative or self.layout.negative(calls, self.n)
         rows = torch.arange(self.n) if self.steps is None else (self.steps == self.step).any(1).nonzero().flatten()
         if len(rows):
-            here = rows.to(seen.latent.device)
-            target = self.layout.target(received, seen)[here]
-            cosine, delta = guidance_effect(seen.prediction[here], target)
+            on_device = rows.to(seen.latent.device)
+            target = self.layout.target(received, seen)[on_device]
+            cosine, delta = guidance_effect(seen.prediction[on_device], target)
             part = {
-                "latent": seen.latent[here],
-                "timestep": seen.timestep[here],
+                "latent": seen.latent[on_device],
+                "timestep": seen.timestep[on_device],
                 "target": target,
                 "guidance_cosine": cosine,
                 "guidance_delta": delta,
@@ -84,16 +84,19 @@ class Recorder:
                 "step": torch.full((len(rows),), self.step),
                 "denoiser": torch.full((len(rows),), self.layout.denoisers.index(seen.denoiser)),
             }
-            self.parts.append(part | {name: value[here] for name, value in seen.steps.items()})
+            self.parts.append(part | {name: value[on_device] for name, value in seen.steps.items()})
         self.step += 1
 
     def _check(self, calls: list[Call], seen: Pass) -> None:
-        """
+        """Check that the conditions and constants are those of the first step.
+
         Raises:
-            UserError: a condition or a constant is not what it was at the first step.
+            UserError: one has changed.
         """
         if self.cond is None:
-            self.cond = {name: value.clone() for name, value in seen.cond.items()}  # pipelines may write into it
+            self.cond = {
+                name: value.clone() for name, value in seen.cond.items()
+            }  # pipelines may write into the tensor
         for name, value in seen.cond.items():
             if name not in self.cond or not torch.equal(value, self.cond[name]):
                 raise UserError(
@@ -103,7 +106,7 @@ class Recorder:
         inputs = constants_of(call.inputs, self.layout.arguments)
         if any(
             self.checked.get(name) is not value for name, value in inputs.items()
-        ):  # as pipelines mostly pass the same
+        ):  # mostly a pipeline passes the same objects
             self.layout.check_constants(call, self.n)
             self.checked = inputs
 
@@ -114,22 +117,24 @@ class Recorder:
 
 
 def guidance_effect(conditional: Tensor, guided: Tensor) -> tuple[Tensor, Tensor]:
-    """How far guidance moved each sample's conditional prediction, over all its elements.
+    """The distance by which guidance moves each sample's conditional prediction, over all elements.
 
     Args:
         conditional, guided: `[m, ...]`.
 
     Returns:
-        The cosine similarity of the two, 0 where one is zero, and the mean square of their difference; float32 `[m]` each.
+        Their cosine similarity (0 where one is zero) and the mean square of their difference; float32 `[m]` each.
     """
-    c, g = (prediction.flatten(1).double() for prediction in (conditional, guided))  # 1 - cosine is small at low scales
+    c, g = (
+        prediction.flatten(1).double() for prediction in (conditional, guided)
+    )  # double: 1 - cosine is small at low scales
     return functional.cosine_similarity(c, g).float(), (g - c).square().mean(1).float()
 
 
 @contextmanager
 def record(pipe: Any, layout: Layout, n: int, steps: Tensor | None = None) -> Iterator[Recorder]:
-    """Within it, a call of `pipe` for n samples is recorded; afterwards `pipe` is as it was."""
+    """Within the context, record a call of `pipe` for n samples; afterwards `pipe` is unchanged."""
     recorder = Recorder(layout, n, steps)
     streams = len(layout.target_channels)
-    with watched(pipe, lambda calls, received, _: recorder.see_step(calls, received), streams=streams):
+    with watch_steps(pipe, lambda calls, received, _: recorder.see_step(calls, received), streams=streams):
         yield recorder

@@ -1,4 +1,4 @@
-"""Which arguments of a denoiser belong to its samples, and which is the timestep: found by how they change."""
+"""Find a denoiser's per-sample arguments and its timestep, by their changes between trial runs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from stages.generate.probing import (
 from stages.generate.unguided import Unguided
 
 SCALES_OF_TIMESTEPS = ((1.0, 0.0), (1e-3, 0.0), (-1e-3, 1.0), (-1.0, 1000.0), (1e3, 0.0))
-ON_SCALE = 0.01  # of the range of timesteps: some pipelines round them
+ON_SCALE = 0.01  # tolerance, as a share of the timesteps' range: some pipelines round them
 
 
 def find_arguments(pipe: Any, unguided: Unguided) -> Arguments:
-    """Which arguments belong to samples: those that grow with the batch; constants are found with the conditional call."""
+    """The per-sample arguments, which grow with the batch; the search for the conditional call adds `constants`."""
     denoiser = denoiser_of(pipe)[1]
     latent = latent_name(denoiser)
     one = [step.calls[0].inputs for step in unguided.one]
@@ -42,12 +42,12 @@ def find_arguments(pipe: Any, unguided: Unguided) -> Arguments:
 
 
 def listed_name(name: str) -> str:
-    """The name of the list that an entry may belong to."""
+    """The name of the list that a flat name belongs to, or the name itself."""
     return name.partition(".[")[0] if ".[" in name else name
 
 
 def _place_of(name: str, one: dict[str, Any], two: dict[str, Any] | None) -> Axis | None:
-    """Where an argument has its samples, by how it differs between one sample and two; None where it has none."""
+    """The axis of an argument's samples, from its values for one sample and for two; None where it has none."""
     if name not in one:
         entries = argument(one, name, Axis(listed=True))
         grown = None if two is None else argument(two, name, Axis(listed=True))
@@ -65,8 +65,8 @@ def _place_of(name: str, one: dict[str, Any], two: dict[str, Any] | None) -> Axi
         return None
     sizes = list(zip(value.shape, other.shape, strict=True))
     grown_dims = [dim for dim, (size, size_of_two) in enumerate(sizes) if size_of_two == 2 * size and size]
-    alike = sum(size == size_of_two for size, size_of_two in sizes)
-    if len(grown_dims) != 1 or alike != value.ndim - 1:
+    unchanged = sum(size == size_of_two for size, size_of_two in sizes)
+    if len(grown_dims) != 1 or unchanged != value.ndim - 1:
         return None
     return Axis(grown_dims[0], value.shape[grown_dims[0]])
 
@@ -83,10 +83,10 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _find_timestep(pipe: Any, latent: str, steps: list[dict[str, Any]]) -> str:
-    """What the denoiser calls its timestep: of what changes from step to step and is a number, or one for each token.
+    """The name of the denoiser's timestep: an argument that changes from step to step, a number or one per token.
 
     Raises:
-        UserError: nothing does.
+        UserError: no argument does.
     """
     first, last = steps[0], steps[-1]
     changing = [
@@ -106,10 +106,10 @@ def moved(one: Any, other: Any) -> bool:
 
 
 def relation_of_timesteps(pipe: Any, arguments: Arguments, steps: list[Seen]) -> tuple[float, float]:
-    """(scale, offset) of the denoiser's timestep by the scheduler's.
+    """(scale, offset) of the line from the scheduler's timesteps to the denoiser's.
 
     Raises:
-        UserError: neither a known one, nor a line through all of them.
+        UserError: they are not on a line.
     """
     pairs = [(step.timestep, float(arguments.timesteps(step.calls[0].inputs, 1))) for step in steps]
     for scale, offset in SCALES_OF_TIMESTEPS:

@@ -1,4 +1,4 @@
-"""One guidance scale per sample, where pipelines take one number."""
+"""A guidance scale per sample, for pipelines that take one number."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GUIDES = 2.0  # any number above 1 makes a pipeline run both passes
+GUIDES = 2.0  # a number above 1, so that a pipeline runs both passes
 
 
 class PerSampleScale(float):
-    """A number to a pipeline, which weighs each sample of a batch with a scale of its own.
+    """A float whose product with a batch scales each sample by its own factor.
 
-    Pipelines and guiders write their guidance as `scale * tensor` with `tensor [n, ...]`, and Python asks the left factor
-    first. So the guidance of a pipeline acts as it is, whatever else it does, and none of it is written here again.
-    Whether a pipeline does write it so is tried before anything is recorded (`stages.generate.layout`).
+    Pipelines and guiders compute `scale * tensor` with `tensor [n, ...]`, and Python asks the left factor first. So the
+    pipeline's own guidance rule stays in effect. `find_layout` tries out whether a pipeline computes it like this.
     """
 
     values: Tensor

@@ -1,4 +1,4 @@
-"""How many steps a teacher takes: asked of its scheduler, and of its pipeline where that leaves some out; without weights."""
+"""The number of steps of a teacher's run, found from its scheduler and its pipeline without weights."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from stages.generate.config import TeacherConfig
 
 
 def count_steps(teacher: TeacherConfig, num_inference_steps: int) -> int:
-    """Scheduler steps of one sampling run; `num_inference_steps` where nobody can be asked.
+    """The scheduler steps of one sampling run; `num_inference_steps` where the scheduler is unknown.
 
     Raises:
-        UsageError: the scheduler cannot take so many.
-        UserError: it cannot be had.
+        UsageError: the scheduler cannot take so many steps.
+        UserError: the scheduler cannot be loaded.
     """
     scheduler = scheduler_of(teacher)
     timesteps = None if scheduler is None else timesteps_of(scheduler, num_inference_steps)
@@ -35,7 +35,7 @@ def count_steps(teacher: TeacherConfig, num_inference_steps: int) -> int:
 
 
 def scheduler_of(teacher: TeacherConfig) -> Any:
-    """The scheduler that the teacher will have; None where its pipeline names none, or none of diffusers."""
+    """The teacher's scheduler; None where its pipeline names none, or one outside diffusers."""
     if "scheduler" not in read_config(teacher):
         return None
     config = read_config(teacher, "scheduler")
@@ -49,12 +49,12 @@ def scheduler_of(teacher: TeacherConfig) -> Any:
         return kind.from_config(config)
     except ImportError as error:
         raise UserError(f"teacher.scheduler={name}: {first_line(error)}") from error
-    except (KeyError, TypeError, ValueError):  # loading it will tell
+    except (KeyError, TypeError, ValueError):  # loading the teacher reports it
         return None
 
 
 def timesteps_of(scheduler: Any, num_inference_steps: int) -> torch.Tensor | None:
-    """The timesteps `[steps]` that a scheduler makes of a number of them; None where it makes none by itself.
+    """A scheduler's timesteps `[steps]` for `num_inference_steps`; None where it needs more than that number.
 
     Raises:
         UsageError: it cannot make so many.
@@ -63,7 +63,7 @@ def timesteps_of(scheduler: Any, num_inference_steps: int) -> torch.Tensor | Non
     option = f"num_inference_steps={num_inference_steps}"
     too_many = f"{option}: at most {most}, the timesteps of the teacher's scheduler"
     try:
-        timesteps = _asked(scheduler, num_inference_steps)
+        timesteps = _set_timesteps(scheduler, num_inference_steps)
     except ValueError as error:
         reason = too_many if 0 < most < num_inference_steps else f"{option}: {name}: {first_line(error)}"
         raise UsageError(reason) from error
@@ -72,12 +72,12 @@ def timesteps_of(scheduler: Any, num_inference_steps: int) -> torch.Tensor | Non
     if len(timesteps.unique()) < min(num_inference_steps, len(timesteps)):
         raise UsageError(too_many)
     counts_down_from_one = timesteps.is_floating_point() and 0 < float(timesteps.max()) <= 1
-    # Where noise goes from 1 to 0, a timestep of 0 is an image already, and pipelines end before it.
+    # On a scale from 1 to 0, timestep 0 is the finished image, and pipelines stop before it.
     return timesteps[:-1] if counts_down_from_one and timesteps[-1] == 0 else timesteps
 
 
-def _asked(scheduler: Any, num_inference_steps: int) -> torch.Tensor:
-    """As pipelines do: with noise levels of their own where the scheduler has hardly any, and a shift where it takes one."""
+def _set_timesteps(scheduler: Any, num_inference_steps: int) -> torch.Tensor:
+    """Set the timesteps as pipelines do: with `sigmas` for a scheduler of one training timestep, with `mu` if used."""
     known = inspect.signature(scheduler.set_timesteps).parameters
     named: dict[str, Any] = {}
     if "mu" in known and scheduler.config.get("use_dynamic_shifting"):
@@ -91,7 +91,7 @@ def _asked(scheduler: Any, num_inference_steps: int) -> torch.Tensor:
 def kept_by_pipeline(
     teacher: TeacherConfig, scheduler: Any, num_inference_steps: int, timesteps: torch.Tensor
 ) -> torch.Tensor:
-    """Those that a pipeline goes through which begins later, at a `strength` of its call."""
+    """The timesteps of the steps that a pipeline runs; a call with `strength` starts later on the grid."""
     kind: Any = pipeline_class_of(teacher)
     ask, known = getattr(kind, "get_timesteps", None), {} if kind is None else call_of(kind)
     if ask is None or "strength" not in known:
@@ -108,7 +108,7 @@ def kept_by_pipeline(
         return timesteps
     try:
         return ask(SimpleNamespace(scheduler=scheduler), **{name: supplied[name] for name in asked})[0]
-    except (AttributeError, TypeError, ValueError):  # it looks at more than its scheduler
+    except (AttributeError, TypeError, ValueError):  # the method needs more than the scheduler
         return timesteps
 
 

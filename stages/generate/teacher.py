@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stages.base.arguments import LENGTH
 from stages.base.denoiser import denoiser_of, denoisers_of, fingerprint
 from stages.base.loading import choose_device, load_pipeline, new_guider, use_scheduler
 from stages.base.sampling import Condition, Request, decode, guider_of, sample, synchronize, undecoded
@@ -19,36 +18,53 @@ from stages.generate.call_arguments import check_arguments
 from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.finding import find_layout
 from stages.generate.noising import check_noising, noised, sampled
-from stages.generate.plan import PlannedTrajectory, Unit
+from stages.generate.planned import PlannedTrajectory, Unit
 from stages.generate.probing import PROBED_STEPS
 from stages.generate.profile import RECORDING, TEACHER, Clock
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
+from stages.generate.splitting import Splitter
 from stages.generate.steps import count_steps
 from stages.generate.timesteps import shifted_timesteps
 from stages.generate.unguided import guidance_rule
+from stages.records.teacher import DenoiserFacts, TeacherFacts
 from stages.records.trajectory import Trajectory
 
 
-class Teacher:
-    """A pipeline with its weights, ready to run units.
+@dataclass
+class TeacherOutput:
+    """The teacher's output for a batch, or for all batches of a unit.
 
     Attributes:
-        previews: decoded images `[c, h, w]` in [-1, 1] of the first trajectories, as many as `preview` asks, by index.
-        clock: seconds spent in the pipeline, and on taking over what was recorded in it.
+        trajectories: recorded, on the CPU in the storage dtype.
+        previews: decoded images `[c, h, w]` in [-1, 1] by trajectory index, for indices below `preview`.
+        clock: seconds spent in the pipeline, and on converting its recordings.
     """
+
+    trajectories: list[Trajectory] = field(default_factory=list)
+    previews: dict[int, Tensor] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
+
+    def extend(self, other: TeacherOutput) -> None:
+        self.trajectories += other.trajectories
+        self.previews |= other.previews
+        self.clock.update(other.clock)
+
+
+class Teacher:
+    """A loaded pipeline, ready to run units."""
 
     def __init__(self, config: GenerateConfig, example: Condition) -> None:
         """
         Args:
-            example: a condition to try the pipeline out on; where it has a negative prompt, those are recorded too.
+            example: a condition for trial runs; if it has a negative prompt, negative prompts are recorded too.
 
         Raises:
-            UserError: how the pipeline guides is not certain, or its latents cannot be noised where that is asked for.
+            UserError: it is not certain how the pipeline guides, or its scheduler cannot noise latents (`trajectory=diffusion`).
         """
         self.config = config
         self.device = choose_device(config.device)
-        self.storage_dtype = dtype_named(config.storage_dtype, "storage_dtype")
+        storage_dtype = dtype_named(config.storage_dtype, "storage_dtype")
         self.pipe: Any = load_teacher(config.teacher, self.device)
         self.arguments = dict(config.teacher.call)
         check_arguments(None if guider_of(self.pipe) else type(self.pipe), self.arguments, config.teacher)
@@ -60,61 +76,65 @@ class Teacher:
         if config.trajectory == "diffusion":
             check_noising(self.pipe, self.layout, request)
         self.steps_per_trajectory = count_steps(config.teacher, config.num_inference_steps)
-        self.records_negative = "negative_prompt" in example
-        self.previews: dict[int, Tensor] = {}
-        self.clock = Clock()
+        self.splitter = Splitter(
+            self.layout.denoisers, storage_dtype, config.records_per_sample, with_negative="negative_prompt" in example
+        )
 
     def _shifted(self, shift: float) -> AbstractContextManager[None]:
         return shifted_timesteps(self.pipe.scheduler, shift) if self.config.shift_timesteps else nullcontext()
 
-    def facts(self) -> dict[str, Any]:
-        """What `dataset.json` tells of the teacher; equal on every worker of a run."""
+    def facts(self) -> TeacherFacts:
         name, denoiser = denoiser_of(self.pipe)
         denoisers = {name: module for name, module in denoisers_of(self.pipe).items() if name in self.layout.denoisers}
         scheduler, config = self.pipe.scheduler, self.config.teacher
-        return {
-            "pretrained_model_name_or_path": config.pretrained_model_name_or_path,
-            "revision": config.revision,
-            "variant": config.variant,
-            "pipeline_class": type(self.pipe).__name__,
-            "denoiser_class": type(denoiser).__name__,
-            "denoiser_subfolder": name,
-            "denoiser_fingerprint": fingerprint(denoiser),
-            "denoisers": {
-                name: {
-                    "denoiser_class": type(module).__name__,
-                    "denoiser_fingerprint": fingerprint(module),
-                    "in_channels": getattr(module, "config", {}).get("in_channels"),
-                }
+        return TeacherFacts(
+            pretrained_model_name_or_path=config.pretrained_model_name_or_path,
+            revision=config.revision,
+            variant=config.variant,
+            pipeline_class=type(self.pipe).__name__,
+            denoiser_class=type(denoiser).__name__,
+            denoiser_subfolder=name,
+            denoiser_fingerprint=fingerprint(denoiser),
+            denoisers={
+                name: DenoiserFacts(
+                    type(module).__name__, fingerprint(module), getattr(module, "config", {}).get("in_channels")
+                )
                 for name, module in denoisers.items()
             },
-            "torch_dtype": config.torch_dtype,
-            "scheduler_class": type(scheduler).__name__,
-            "scheduler_config": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
-            "prediction_type": scheduler.config.get("prediction_type"),
-            "guidance_rule": guidance_rule(self.pipe, self.arguments),
-            "arguments": self.arguments,
-            "layout": self.layout.facts(),
-        }
+            torch_dtype=config.torch_dtype,
+            scheduler_class=type(scheduler).__name__,
+            scheduler_config={k: v for k, v in scheduler.config.items() if not k.startswith("_")},
+            prediction_type=scheduler.config.get("prediction_type"),
+            guidance_rule=guidance_rule(self.pipe, self.arguments),
+            arguments=self.arguments,
+            layout=self.layout,
+        )
 
-    def run(self, unit: Unit) -> Iterator[Trajectory]:
-        """The recorded trajectories of a unit, in its order, on the CPU in the storage dtype.
+    def run(self, unit: Unit) -> TeacherOutput:
+        """Record the trajectories of a unit, in its order.
 
         Raises:
-            UserError: the teacher gave, or storing would give, a number that is not finite.
+            UserError: a recorded number is not finite, or does not fit into the storage dtype.
         """
         together = self.layout.scale_per_sample and not self.layout.one_sample
         size = self.config.batch_size if together else 1
+        output = TeacherOutput()
         for start in range(0, len(unit.trajectories), size):
-            batch = unit.trajectories[start : start + size]
-            with self.clock.spent_on(TEACHER):
-                recording = self._record(batch, unit.shift)
-                synchronize(self.pipe)
-            with self.clock.spent_on(RECORDING):
-                trajectories = list(self._split(batch, recording))
-            yield from trajectories
+            output.extend(self._run_batch(unit.trajectories[start : start + size], unit.shift))
+        return output
 
-    def _record(self, batch: list[PlannedTrajectory], shift: float) -> Recording:
+    def _run_batch(self, batch: Sequence[PlannedTrajectory], shift: float) -> TeacherOutput:
+        clock = Clock()
+        with clock.spent_on(TEACHER):
+            recording, latents = self._record(batch, shift)
+            previews = self._previews(batch, latents)
+            synchronize(self.pipe)
+        with clock.spent_on(RECORDING):
+            trajectories = list(self.splitter.split(batch, recording))
+        return TeacherOutput(trajectories, previews, clock)
+
+    def _record(self, batch: Sequence[PlannedTrajectory], shift: float) -> tuple[Recording, Tensor]:
+        """The recording of a batch of n trajectories, and their final latents `[n, ...]`."""
         scales = torch.tensor([planned.guidance_scale - self.layout.scale_offset for planned in batch])
         scale = PerSampleScale(scales) if self.layout.scale_per_sample else float(scales[0])
         steps = None if batch[0].steps is None else torch.tensor([planned.steps for planned in batch])
@@ -134,71 +154,27 @@ class Teacher:
             if self.config.trajectory == "diffusion":
                 stack.enter_context(noised(self.pipe, clean[0], request.seeds, recorder))
             sample(self.pipe, request, scale)
-        if recorder.step != self.steps_per_trajectory:
+        self._check_steps(recorder.step)
+        return recorder.recording(), latents[0]
+
+    def _check_steps(self, taken: int) -> None:
+        if taken != self.steps_per_trajectory:
             raise UserError(
-                f"{type(self.pipe).__name__}: took {recorder.step} steps, where its scheduler makes "
+                f"{type(self.pipe).__name__}: took {taken} steps, where its scheduler makes "
                 f"{self.steps_per_trajectory} of num_inference_steps={self.config.num_inference_steps}: leave out what cuts "
                 "them (teacher.call.NAME=...)"
             )
+
+    def _previews(self, batch: Sequence[PlannedTrajectory], latents: Tensor) -> dict[int, Tensor]:
         shown = [i for i, planned in enumerate(batch) if planned.index < self.config.preview]
-        if shown:
-            images = decode(self.pipe, latents[0][shown]).cpu()
-            self.previews |= {batch[i].index: image for i, image in zip(shown, images, strict=True)}
-        return recorder.recording()
-
-    def _split(self, batch: list[PlannedTrajectory], recording: Recording) -> Iterator[Trajectory]:
-        def planned_at(record: int) -> str:
-            owner, step = int(recording.owner[record]), int(recording.step[record])
-            return f"trajectory {batch[owner].index}, step {step}"
-
-        latent = self._stored(recording.latent, "latent", planned_at)
-        target = self._stored(recording.target, "target", planned_at)
-        whole = {
-            name: self._stored(value, name, lambda i: f"trajectory {batch[i].index}") if value.ndim > 2 else value.cpu()
-            for name, value in (recording.cond | (recording.negative if self.records_negative else {})).items()
-        }
-        cond = {name: trimmed(value, whole.get(name + LENGTH)) for name, value in whole.items() if LENGTH not in name}
-        steps = {name: self._stored(value, name, planned_at) for name, value in recording.steps.items()}
-        timestep = recording.timestep.cpu()
-        cosine, delta = recording.guidance_cosine.cpu(), recording.guidance_delta.cpu()
-        for i, planned in enumerate(batch):
-            part = 0
-            for number, denoiser in enumerate(self.layout.denoisers):
-                mine = (recording.owner == i) & (recording.denoiser == number)
-                if not mine.any():
-                    continue
-                yield Trajectory(
-                    index=planned.index,
-                    part=part,
-                    seed=planned.seed,
-                    guidance_scale=planned.guidance_scale,
-                    condition=planned.condition,
-                    denoiser=denoiser,
-                    latent=latent[mine],
-                    timestep=timestep[mine],
-                    target=target[mine],
-                    steps={name: value[mine] for name, value in steps.items()},
-                    cond={name: value[i] for name, value in cond.items()},
-                    guidance_cosine=cosine[mine],
-                    guidance_delta=delta[mine],
-                )
-                part += math.ceil(int(mine.sum()) / self.config.records_per_sample)
-
-    def _stored(self, values: Tensor, name: str, place: Callable[[int], str]) -> Tensor:
-        """`[m, ...]` in the storage dtype on the CPU, every number of it finite."""
-        if not values.is_floating_point():
-            return values.cpu()
-        stored = values.to(self.storage_dtype)
-        if not bool(stored.isfinite().all()):
-            first = int((~stored.isfinite()).flatten(1).any(1).nonzero()[0])
-            overflow = bool(values[first].isfinite().all())
-            cause = f"does not fit into storage_dtype={self.config.storage_dtype}" if overflow else "is not finite"
-            raise UserError(f"{place(first)}: the teacher's {name} {cause}")
-        return stored.cpu()
+        if not shown:
+            return {}
+        images = decode(self.pipe, latents[shown]).cpu()
+        return {batch[i].index: image for i, image in zip(shown, images, strict=True)}
 
 
 def steps_to_probe(config: GenerateConfig) -> tuple[int, int]:
-    """(`num_inference_steps` of a trial, the steps that are left of them): as few as show how a pipeline guides."""
+    """(`num_inference_steps`, resulting number of steps) of a trial, as few as show how a pipeline guides."""
     few = range(PROBED_STEPS, config.num_inference_steps)
     counted = ((asked, count_steps(config.teacher, asked)) for asked in few if _leaves_steps(config, asked))
     whole = config.num_inference_steps, count_steps(config.teacher, config.num_inference_steps)
@@ -212,13 +188,8 @@ def _leaves_steps(config: GenerateConfig, asked: int) -> bool:
         return False
 
 
-def trimmed(values: Tensor, lengths: Tensor | None) -> list[Tensor]:
-    """The values of each sample, without what they were filled up with."""
-    return [(value if lengths is None else value[: int(lengths[i])]).clone() for i, value in enumerate(values)]
-
-
 def load_teacher(config: TeacherConfig, device: str) -> Any:
-    """The pipeline that a configuration names, on its device, with the scheduler it asks for."""
+    """Load the pipeline that a configuration names, with its guider and scheduler, onto a device."""
     dtype = dtype_named(config.torch_dtype, "teacher.torch_dtype")
     source = {"revision": config.revision, "variant": config.variant}
     place = "cpu" if config.offload_text_encoder else device
@@ -236,7 +207,7 @@ def load_teacher(config: TeacherConfig, device: str) -> Any:
 
 
 def dtype_named(name: str, key: str) -> torch.dtype:
-    """The torch dtype of a configuration's word for it."""
+    """The torch dtype of an option's value; `key` is the option, for the error."""
     known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if name not in known:
         raise UserError(f"{key}={name}: one of {', '.join(known)}")

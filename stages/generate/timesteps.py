@@ -1,4 +1,4 @@
-"""Shifted timestep grids: many short trajectories that together cover every timestep of the training."""
+"""Shifted timestep grids, so that many short trajectories together cover every training timestep."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ import torch
 from stages.base.patching import patched
 from stages.errors import UserError
 
-DENSE = 1000  # steps of a table
-FITS = 0.02  # a table of noise levels is the scheduler's own if it gives its grid back so exactly
+DENSE = 1000  # steps in a dense table of noise levels
+FITS = 0.02  # relative tolerance at which noise levels match the scheduler's own
 
 
 @contextmanager
 def shifted_timesteps(scheduler: Any, shift: float) -> Iterator[None]:
-    """Within it, the scheduler's grid, and that of each copy made of it, lies `shift` (in [0, 1)) of its own spacing further on, inside the training range.
+    """Within the context, shift the timestep grid of a scheduler, and of copies made of it, inside the training range.
+
+    Args:
+        shift: in [0, 1), as a share of the grid's spacing.
 
     Raises:
-        UserError: the scheduler's noise levels do not follow from its timesteps in a way that is known here.
+        UserError: the scheduler's noise levels follow from its timesteps by no known function.
     """
 
     if "num_train_timesteps" not in scheduler.config:
@@ -30,19 +33,19 @@ def shifted_timesteps(scheduler: Any, shift: float) -> Iterator[None]:
             f"{type(scheduler).__name__}: its range of timesteps is not known: record with shift_timesteps=false"
         )
 
-    def shifted(set_timesteps: Any, asked: Any, *args: Any, **kwargs: Any) -> None:
+    def shifted(set_timesteps: Any, owner: Any, *args: Any, **kwargs: Any) -> None:
         set_timesteps(*args, **kwargs)
-        if getattr(asked, "sigmas", None) is None:
-            _move(asked, shift)
+        if getattr(owner, "sigmas", None) is None:
+            _move(owner, shift)
         else:
-            _spread(asked, shift, _dense_table(asked, args, kwargs))
+            _spread(owner, shift, _dense_table(owner, args, kwargs))
 
     with patched(scheduler, "set_timesteps", shifted, in_copies=True):
         yield
 
 
 def _move(scheduler: Any, shift: float) -> None:
-    """Move the whole grid: such a scheduler takes the timestep after this one to be one spacing below it."""
+    """Move the whole grid, because such a scheduler takes the next timestep to be one spacing below the current one."""
     last = scheduler.config.num_train_timesteps - 1
     grid = scheduler.timesteps
     spacing = int(-grid.diff().min()) if len(grid) > 1 else last + 1
@@ -55,24 +58,24 @@ Table = tuple[np.ndarray, np.ndarray]  # timesteps and their noise levels, from 
 
 
 def _dense_table(scheduler: Any, args: Any, kwargs: dict[str, Any]) -> Table | None:
-    """What the scheduler gives if it is asked for many steps; None where it was not asked for a number of them."""
+    """The scheduler's timesteps and noise levels for many steps; None where the call gives no number of steps."""
     if (not args and kwargs.get("num_inference_steps") is None) or args[:1] == (None,):
         return None
     dense = copy.deepcopy(scheduler)
-    vars(dense).pop("set_timesteps", None)  # its own, without a shift
+    vars(dense).pop("set_timesteps", None)  # the scheduler's own method, without the shift
     try:
         if args:
             dense.set_timesteps(DENSE, *args[1:], **kwargs)
         else:
             dense.set_timesteps(**kwargs | {"num_inference_steps": DENSE})
-    except Exception:  # whatever a scheduler raises over so many
+    except Exception:  # some schedulers cannot make so many steps
         return None
     timesteps = dense.timesteps.double().cpu().numpy()
     return timesteps, dense.sigmas.double().cpu().numpy()[: len(timesteps)]
 
 
 def _spread(scheduler: Any, shift: float, table: Table | None) -> None:
-    """Place each timestep between two of the grid's own, with the noise level that the scheduler gives that timestep."""
+    """Place each timestep between two of the grid's, with the scheduler's noise level at that timestep."""
     grid = scheduler.timesteps.double().cpu().numpy()
     sigmas = scheduler.sigmas.double().cpu().numpy()
     noise_level = _noise_level(scheduler, grid, sigmas[: len(grid)], table)
@@ -87,7 +90,7 @@ def _spread(scheduler: Any, shift: float, table: Table | None) -> None:
 
 
 def _with_ends(grid: np.ndarray, num_train_timesteps: int) -> np.ndarray:
-    """The grid from the noisiest timestep to 0; an end closer than half a spacing takes the place of the grid's own."""
+    """Extend the grid to the noisiest timestep and to 0; an end replaces a grid point closer than half a spacing."""
     top = max(grid[0], num_train_timesteps - 1.0)
     if len(grid) == 1:
         return np.array([top, 0.0])
@@ -97,7 +100,7 @@ def _with_ends(grid: np.ndarray, num_train_timesteps: int) -> np.ndarray:
 
 
 def _shifted_flow(times: np.ndarray, sigmas: np.ndarray, whole: int) -> Any:
-    """Of flow matching whose noise levels alone were shifted: `a x / (1 + (a - 1) x)`, with a from the middle of the grid."""
+    """Noise levels of flow matching with a static shift, `a x / (1 + (a - 1) x)`; the grid's middle gives a."""
     middle = len(times) // 2
     x, sigma = np.clip([times[middle], sigmas[middle]], 1e-6, 1 - 1e-6)
     a = sigma / (1 - sigma) * (1 - x) / x
@@ -105,7 +108,7 @@ def _shifted_flow(times: np.ndarray, sigmas: np.ndarray, whole: int) -> Any:
 
 
 def _noise_level(scheduler: Any, grid: np.ndarray, sigmas: np.ndarray, dense: Table | None) -> Any:
-    """The function from timesteps to noise levels that gives the scheduler's own grid back."""
+    """The function from timesteps to noise levels that reproduces the scheduler's own grid."""
     whole = scheduler.config.num_train_timesteps
     known = [lambda t: t / whole, _shifted_flow(grid / whole, sigmas, whole)]
     if getattr(scheduler, "alphas_cumprod", None) is not None:

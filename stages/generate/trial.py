@@ -1,4 +1,4 @@
-"""What training will need is tried before anything is recorded: a student that is put together from a record."""
+"""A trial of training before anything is recorded: assemble a student's call from a record."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from stages.base.loading import first_line
 from stages.errors import UserError
 from stages.generate.layout import Layout, Pass
 
-COPIES = 3  # of the tried samples in the student's batch
-ALIKE = 0.02  # relative distance of predictions that are the same but for rounding
+COPIES = 3  # copies of the trial samples in the student's batch
+ALIKE = 0.02  # relative distance below which predictions are equal up to rounding
 
 
 @torch.no_grad()
 def check_trial(pipe: Any, layout: Layout, seen: Pass) -> None:
-    """Run the denoiser once on what would be recorded of a pass, several times in a batch, and look for an adapter's sites.
+    """Run the denoiser on a batch of copies of a pass's record, and look for an adapter's sites.
 
     Raises:
-        UserError: it does not predict the same, or no adapter fits it.
+        UserError: the prediction differs from the pass's, or no adapter fits the denoiser.
     """
     denoiser: Any = denoisers_of(pipe)[seen.denoiser]
     cond = {name: _copied(value) for name, value in (seen.cond | seen.steps).items()}
@@ -31,7 +31,7 @@ def check_trial(pipe: Any, layout: Layout, seen: Pass) -> None:
     batch = _copied(seen.latent), _copied(seen.timestep), cond
     try:
         output = denoiser(**caller.nested(*batch), return_dict=False)
-    except Exception as error:  # whatever a denoiser's own code raises
+    except Exception as error:  # a denoiser's own code may raise anything
         raise _refused(
             pipe, f"its denoiser does not run on records: {type(error).__name__}: {first_line(error)}"
         ) from error

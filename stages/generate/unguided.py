@@ -1,4 +1,4 @@
-"""What a pipeline does without its own guidance, found by trying: what switches it off, and whether samples run together."""
+"""Trial runs without a pipeline's own guidance: which settings switch it off, and whether samples share a call."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.base.arguments import encoded
+from stages.base.hooks import Call
 from stages.base.sampling import Request, guider_of, scale_keyword
 from stages.errors import UserError
 from stages.generate.probing import (
@@ -26,21 +27,20 @@ from stages.generate.probing import (
     rows_of,
     uncertain,
 )
-from stages.generate.watching import Call
 
-ROUNDING = 1e-3  # relative distance of predictions in float32 that are the same
+ROUNDING = 1e-3  # relative distance below which float32 predictions are equal
 
 
 @dataclass(frozen=True)
 class Unguided:
-    """What a pipeline does without its own guidance.
+    """The result of the trial runs without guidance.
 
     Attributes:
-        settings: the arguments that switch guidance off.
-        one, two: the steps of one sample, and of two that are alike; two is None where a call takes one sample only.
+        settings: the call's arguments that switch guidance off.
+        one, two: the steps of one sample, and of two equal samples; None where a call takes only one sample.
         mixed_up: whether a sample's prediction depends on the others of its call.
-        following: the arguments that follow the prompt, and belong to no sample.
-        beside: those that a sample has only beside a longer prompt, masks mostly.
+        following: the arguments that depend on the prompt without a dimension for samples.
+        beside: the arguments that a sample gets only in a batch with a longer prompt, mostly masks.
     """
 
     settings: dict[str, float]
@@ -52,12 +52,12 @@ class Unguided:
 
     @property
     def steps(self) -> list[Seen]:
-        """Of two samples, where a call takes them."""
+        """The steps of two samples if a call takes them, else of one."""
         return self.one if self.two is None else self.two
 
 
 def guidance_rule(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The rule by which a pipeline guides, by name, with its settings."""
+    """A pipeline's guidance rule: its name and settings."""
     guider = guider_of(pipe)
     if guider is not None:
         settings = {name: value for name, value in guider.config.items() if not name.startswith("_")}
@@ -70,11 +70,11 @@ def guidance_rule(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_of_guidance(name: str) -> bool:
-    return any(override in name for override in ("guidance", "pag_", "sag_", "stg_", "cfg_", "modality_scale"))
+    return any(word in name for word in ("guidance", "pag_", "sag_", "stg_", "cfg_", "modality_scale"))
 
 
 def without_guidance(pipe: Any, once: Request, twice: Request) -> Unguided:
-    """Switch guidance off, so that a step is one call with a row for each sample.
+    """Find settings that switch guidance off, so that a step is one call with one row per sample.
 
     Raises:
         UserError: no setting does it.
@@ -95,7 +95,7 @@ def without_guidance(pipe: Any, once: Request, twice: Request) -> Unguided:
 
 
 def _settings_without_guidance(pipe: Any, arguments: dict[str, Any]) -> Iterator[dict[str, float]]:
-    """What may switch guidance off: mostly a scale of 1, in some pipelines 0, and other rules' scales beside it."""
+    """Candidates that may switch guidance off: a scale of 1 or 0, combined with the scales of other rules."""
     if guider_of(pipe) is not None:
         yield {}
         return
@@ -109,7 +109,7 @@ def _settings_without_guidance(pipe: Any, arguments: dict[str, Any]) -> Iterator
 
 
 def _two_samples(pipe: Any, twice: Request, settings: dict[str, float], one: list[Seen]) -> list[Seen] | None:
-    """The steps of two samples that are alike in one call; None where a call takes one sample, or mixes several up."""
+    """The steps of two equal samples in one call; None where a call takes only one sample, or mixes samples."""
     try:
         two = probe_at(pipe, twice, settings)
     except DoesNotRunError:
@@ -117,12 +117,12 @@ def _two_samples(pipe: Any, twice: Request, settings: dict[str, float], one: lis
     if len(two) != len(one) or rows_of(pipe, two[-1].calls) != [2] or not _grows(one[-1].calls[0], two[-1].calls[0]):
         return None
     alone, both = one[0].calls[0].prediction, two[0].calls[0].prediction
-    apart = max(distance(alone, both[i : i + 1]) for i in (0, 1))
-    return two if apart < DIFFERENT else None
+    difference = max(distance(alone, both[i : i + 1]) for i in (0, 1))
+    return two if difference < DIFFERENT else None
 
 
 def _grows(one: Call, two: Call) -> bool:
-    """Whether no argument has another shape beside a second sample, but for the samples themselves."""
+    """Whether a second sample doubles one dimension of an argument at most, and changes no other dimension."""
     for name, value in one.inputs.items():
         other = two.inputs.get(name)
         if isinstance(value, Tensor) and isinstance(other, Tensor) and value.ndim == other.ndim:
@@ -133,10 +133,10 @@ def _grows(one: Call, two: Call) -> bool:
 
 
 def _with_longer_prompt(pipe: Any, twice: Request, unguided: Unguided) -> Unguided:
-    """With what a longer prompt changes: some pipelines pad texts to the longest of a call, and mask nothing.
+    """Add the effects of a longer prompt: some pipelines pad texts to the longest of a call without a mask.
 
     Raises:
-        UserError: an argument follows the prompt that is no tensor.
+        UserError: an argument that is no tensor depends on the prompt, or one grows in another dimension than its tokens.
     """
     first, second = twice.conditions
     longer = {k: f"{v} {v}" if isinstance(v, str) and "prompt" in k else v for k, v in second.items()}
@@ -145,7 +145,7 @@ def _with_longer_prompt(pipe: Any, twice: Request, unguided: Unguided) -> Unguid
     settings, before = unguided.settings, unguided.one[0].calls[0]
     try:
         alone = probe_at(pipe, replace(twice, conditions=[longer], seeds=twice.seeds[:1]), settings)[0].calls[0]
-    except DoesNotRunError:  # it is too long
+    except DoesNotRunError:  # the doubled prompt is too long
         return unguided
     numbers = {k: v for k, v in before.inputs.items() if not isinstance(v, Tensor) and _is_constant(v)}
     if changed := [name for name, value in numbers.items() if alone.inputs.get(name) != value]:
@@ -163,16 +163,18 @@ def _with_longer_prompt(pipe: Any, twice: Request, unguided: Unguided) -> Unguid
         return replace(unguided, following=tuple(following))
     both = probe_at(pipe, replace(twice, conditions=[first, longer]), settings)[0].calls[0]
     rounding = ROUNDING if before.prediction.dtype == torch.float32 else SAME
-    apart = distance(before.prediction, both.prediction[: len(before.prediction)])
+    difference = distance(before.prediction, both.prediction[: len(before.prediction)])
     beside = [name for name, value in both.inputs.items() if name not in before.inputs and has_rows(value, 2)]
-    # A mask over all tokens, of texts and pictures, fits no text of another length.
+    # A mask over text and image tokens together does not fit a text of another length.
     wide = [name for name in beside if both.inputs[name].ndim > 2]
     beside = [name for name in beside if name not in wide]
-    return replace(unguided, mixed_up=bool(wide) or apart > rounding, following=tuple(following), beside=tuple(beside))
+    return replace(
+        unguided, mixed_up=bool(wide) or difference > rounding, following=tuple(following), beside=tuple(beside)
+    )
 
 
 def _is_constant(value: Any) -> bool:
-    """Whether a value can be stored in JSON; what cannot is refused with the conditional call."""
+    """Whether JSON can store a value; the check of the conditional call refuses other values."""
     try:
         encoded(value, 1)
     except TypeError:
@@ -181,12 +183,12 @@ def _is_constant(value: Any) -> bool:
 
 
 def _grows_within(value: Any, other: Any) -> bool:
-    """Whether two tensors for one sample differ in more than their tokens, which come after the sample."""
+    """Whether two tensors of one sample differ in another dimension than that of their tokens, the second."""
     both = isinstance(value, Tensor) and isinstance(other, Tensor) and value.ndim == other.ndim > 2
     return both and value.shape[2:] != other.shape[2:]
 
 
 def _follows(value: Any, other: Any) -> bool:
-    """Whether a tensor has no dimension for the sample, and another length with another prompt."""
+    """Whether a tensor without a dimension for samples changes its length with the prompt."""
     both = isinstance(value, Tensor) and isinstance(other, Tensor)
     return both and value.ndim > 0 and value.shape != other.shape and len(value) > 1

@@ -1,1 +1,1 @@
-"""The contract between the stages: record, shard, manifest, dataset, storage. Nothing here knows a model."""
+"""The contract between the stages: records, shards, manifest, dataset. Nothing here depends on a model."""

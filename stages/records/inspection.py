@@ -1,4 +1,4 @@
-"""One shard, read from its first byte to its last: is it as it was written, and does it keep the contract of samples."""
+"""The check of one shard, from its first byte to its last: is it as it was written, and are its samples valid?"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from stages.records.schema import Commit, TensorSpec
 from stages.records.shard import read_members, row_of
 from stages.records.trajectory import from_members, schema_mismatch
 from stages.storage.folder import READ_SIZE, Folder, unreadable
@@ -16,11 +17,11 @@ Member = tuple[str, int, bytes]
 
 
 class BrokenError(Exception):
-    """What was expected, and what was found instead."""
+    """A shard is damaged; its arguments are what was expected and what was found."""
 
 
 class _Hashed:
-    """A file that is read once, forward, and the SHA-256 of what was read."""
+    """A file that is read once from its start, with the SHA-256 of the bytes read so far."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
@@ -31,49 +32,49 @@ class _Hashed:
         return content
 
 
-def inspect_shard(root: Folder, commit: dict[str, Any], specs: dict[str, Any]) -> list[np.ndarray]:
-    """The timesteps of a shard's samples.
+def inspect_shard(root: Folder, commit: Commit, specs: dict[str, TensorSpec]) -> list[np.ndarray]:
+    """Check a shard; return the timesteps `[k]` of each of its samples.
 
     Args:
         specs: dtype and shape of one record's tensors by name.
 
     Raises:
-        StorageError: this user may not read it.
-        BrokenError: its bytes are not those that were committed; or they are, and not those of the samples that the commit names.
+        StorageError: this user may not read the shard.
+        BrokenError: its bytes are not as they were committed, or are not the samples of the commit.
     """
-    wrong, timesteps = None, []
+    problem, timesteps = None, []
     try:
-        with root.open(commit["shard"]) as opened:
+        with root.open(commit.shard) as opened:
             file = _Hashed(opened)
             try:
                 timesteps = list(_samples(file, commit, specs))  # type: ignore[arg-type]
             except BrokenError as broken:
-                wrong = broken
+                problem = broken
             while file.read(READ_SIZE):
                 pass
     except FileNotFoundError as error:
         raise BrokenError("a shard", "no such file") from error
     except PermissionError as error:
-        raise unreadable(root, commit["shard"]) from error
+        raise unreadable(root, commit.shard) from error
     except OSError as error:
-        raise BrokenError("a shard", f"what cannot be read: {error.strerror or error}") from error
-    if (found := file.digest.hexdigest()) != commit["sha256"]:
-        raise BrokenError(f"SHA-256 {commit['sha256']}", found)
-    if wrong is not None:
-        raise wrong
+        raise BrokenError("a shard", f"unreadable: {error.strerror or error}") from error
+    if (found := file.digest.hexdigest()) != commit.sha256:
+        raise BrokenError(f"SHA-256 {commit.sha256}", found)
+    if problem is not None:
+        raise problem
     return timesteps
 
 
-def _samples(file: BinaryIO, commit: dict[str, Any], specs: dict[str, Any]) -> Iterator[np.ndarray]:
-    members = read_members(file, commit["size"])
-    for row in commit["samples"]:
+def _samples(file: BinaryIO, commit: Commit, specs: dict[str, TensorSpec]) -> Iterator[np.ndarray]:
+    members = read_members(file, commit.size)
+    for row in commit.samples:
         metadata, tensors = (_next(members, f"{row['key']}.{suffix}") for suffix in ("json", "safetensors"))
         yield _timesteps(row, metadata, tensors, specs)
     _next(members, None)
 
 
 def _next(members: Iterator[Member], name: str | None) -> Member:
-    """The next member, which is to be of that name, or none at all."""
+    """Take the next member, which must have that name; with None, there must be no more."""
     expected = "the end of the shard" if name is None else name
     try:
         member = next(members, ("", 0, b""))
@@ -84,17 +85,17 @@ def _next(members: Iterator[Member], name: str | None) -> Member:
     return member
 
 
-def _timesteps(row: dict[str, Any], metadata: Member, tensors: Member, specs: dict[str, Any]) -> np.ndarray:
+def _timesteps(row: dict[str, Any], metadata: Member, tensors: Member, specs: dict[str, TensorSpec]) -> np.ndarray:
     key, (_, offset, content) = row["key"], tensors
     try:
         trajectory = from_members(content, metadata[2])
         named = trajectory.per_record() | {f"cond.{name}": value for name, value in trajectory.cond.items()}
         if found := schema_mismatch(named, specs):
             raise BrokenError(f"the tensors of {key}", found)
-        here = {"key": trajectory.key, "offset": offset} | row_of(trajectory, content)
+        found_row = {"key": trajectory.key, "offset": offset} | row_of(trajectory, content)
     except (ValueError, TypeError, AttributeError) as error:
         raise BrokenError(f"the sample {key}", " ".join(str(error).split())) from error
     for name, value in row.items():
-        if here.get(name) != value:
-            raise BrokenError(f"{name} {value} of {key}", str(here.get(name)))
+        if found_row.get(name) != value:
+            raise BrokenError(f"{name} {value} of {key}", str(found_row.get(name)))
     return trajectory.timestep.double().numpy()

@@ -1,4 +1,4 @@
-"""The manifest: one row per sample, the index, the checksums and the provenance of a dataset."""
+"""The manifest: one row per sample, with its place, its checksum and its provenance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-ROWS_OF_A_BATCH = 10_000  # as Python objects they take many times the memory
+from stages.records.schema import Commit
+
+ROWS_PER_BATCH = 10_000  # rows take many times the memory as Python objects
 SCHEMA = pa.schema(
     [
         pa.field("shard", pa.string(), nullable=False),
@@ -33,26 +35,21 @@ SCHEMA = pa.schema(
     ]
 )
 
-PLACE = (
-    "shard",
-    "shard_size",
-    "shard_sha256",
-    "offset",
-)  # where a sample is, which another attempt at its unit changes
+LOCATION = ("shard", "shard_size", "shard_sha256", "offset")  # differs between attempts at a unit
 
 
 def unit_of(name: str) -> int:
-    """The unit that a commit record's file, or a shard's, is named after."""
+    """Return the unit in the name of a shard or a commit record."""
     return int(name.rpartition("/")[2].partition(".")[0].partition("-")[0])
 
 
-def table_of(commits: Iterable[dict[str, Any]]) -> pa.Table:
-    """The rows of all commits, in the order of the plan."""
+def table_of(commits: Iterable[Commit]) -> pa.Table:
+    """Return the rows of all commits, in their order."""
     batches, rows = [], []
     for commit in commits:
-        metadata = {"shard": commit["shard"], "shard_size": commit["size"], "shard_sha256": commit["sha256"]}
-        rows += [metadata | row for row in commit["samples"]]
-        if len(rows) >= ROWS_OF_A_BATCH:
+        shard = {"shard": commit.shard, "shard_size": commit.size, "shard_sha256": commit.sha256}
+        rows += [shard | row for row in commit.samples]
+        if len(rows) >= ROWS_PER_BATCH:
             batches.append(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
             rows = []
     batches.append(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
@@ -60,38 +57,38 @@ def table_of(commits: Iterable[dict[str, Any]]) -> pa.Table:
 
 
 def column_mismatch(column: str, values: Sequence[Any]) -> tuple[int, str] | None:
-    """Which of a column's values a manifest cannot hold, and why; None if it can hold them all."""
+    """Find the first value that a column cannot hold: (its index, the reason); None if it can hold them all."""
     kind = SCHEMA.field(column).type
     try:
         pa.array(values, kind)
         return None
     except (pa.ArrowException, OverflowError, UnicodeError, TypeError):
         pass
-    for place, value in enumerate(values):
+    for index, value in enumerate(values):
         try:
             pa.array([value], kind)
         except (pa.ArrowException, OverflowError, UnicodeError, TypeError) as error:
-            return place, " ".join(str(error).split())
+            return index, " ".join(str(error).split())
     return None
 
 
 def encode_manifest(table: pa.Table) -> bytes:
-    """The manifest as a Parquet file."""
+    """Encode the manifest as a Parquet file."""
     file = io.BytesIO()
     pq.write_table(table, file)
     return file.getvalue()
 
 
 def decode_manifest(content: bytes) -> pa.Table:
-    """The whole table; its columns are those of `SCHEMA`."""
+    """Decode a Parquet file to a table with the columns of `SCHEMA`."""
     return pq.read_table(io.BytesIO(content), schema=SCHEMA)
 
 
 def fingerprint(table: pa.Table) -> str:
-    """SHA-256 of what the samples hold, unit by unit: the same for a dataset of which units were made again, bit for bit."""
+    """Return the SHA-256 of what the samples hold. Units that are made again bit for bit do not change it."""
     digest = hashlib.sha256()
-    for batch in table.to_batches(max_chunksize=ROWS_OF_A_BATCH):
+    for batch in table.to_batches(max_chunksize=ROWS_PER_BATCH):
         for row in batch.to_pylist():
-            content = {name: value for name, value in row.items() if name not in PLACE}
+            content = {name: value for name, value in row.items() if name not in LOCATION}
             digest.update(json.dumps([unit_of(row["shard"]), content], sort_keys=True).encode())
     return digest.hexdigest()

@@ -1,10 +1,10 @@
-"""How a dataset becomes one: a plan is described before its first shard, and published once all its units are committed."""
+"""The life of a plan: it is described before its first shard, and published once all its units are committed."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,112 +14,116 @@ from stages.records.commits import commit_name, damage_error
 from stages.records.manifest import decode_manifest, encode_manifest, fingerprint, table_of
 from stages.records.plans import (
     MANIFEST_FILE,
-    OF_THE_PLAN,
-    is_of_plan,
+    PLANNED_UNIT,
     manifest_copy,
-    of_snapshot,
+    matches_plan,
     plan_digests,
-    published,
     write_info,
 )
-from stages.storage.files import sha256
+from stages.records.schema import Commit, Counts, DatasetInfo, PlanEntry, PublishedPlan, TensorSpec
 from stages.storage.folder import Folder
+from stages.storage.sealing import sha256
 
 
-def begin_plan(root: Folder, info: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
-    """Write into `dataset.json` what the dataset is meant to hold further, before its first shard; what is published stays.
+def begin_plan(root: Folder, info: DatasetInfo, plan: PlanEntry) -> DatasetInfo:
+    """Add a plan to `dataset.json`, before its first shard; the published plans stay.
 
     Args:
-        info: the description so far, with no plan under way.
-        plan: `units` and `trajectories`, those of this plan alone; `config`, `conditions`, `guidance`.
+        info: the content so far, with no plan under way.
 
     Returns:
-        The new description.
+        The new content.
     """
-    info = info | {"plans": [*info["plans"], plan]}
-    if not published(info):
-        info = of_snapshot(info, plan)
+    info = replace(info, plans=(*info.plans, plan))
     write_info(root, info)
     return info
 
 
-def withdraw(root: Folder, info: dict[str, Any]) -> dict[str, Any]:
-    """Say in `dataset.json` that units of what was published are made again, so that nobody opens it before `publish`."""
-    info = info | {"complete": False}
+def withdraw(root: Folder, info: DatasetInfo) -> DatasetInfo:
+    """Mark a dataset as incomplete while published units are made again; no reader opens it until `publish`."""
+    info = replace(info, complete=False)
     write_info(root, info)
     return info
 
 
-def publish(
-    root: Folder, info: dict[str, Any], commits: Iterable[dict[str, Any]], again: bool = False
-) -> dict[str, Any]:
-    """Write the manifests and say in `dataset.json` that the dataset is whole, so that readers open it.
+def publish(root: Folder, info: DatasetInfo, commits: Iterable[Commit], again: bool = False) -> DatasetInfo:
+    """Write the manifests and mark the dataset as complete, so that readers open it.
 
     Args:
-        info: the description so far, with its `plans`.
-        commits: of all their units, in order.
-        again: publish only what was published before; a plan under way stays so.
+        info: the content of `dataset.json` so far.
+        commits: of all units of its plans, in order.
+        again: publish the published plans again; a plan under way stays under way.
 
     Returns:
-        The new description.
+        The new content.
 
     Raises:
-        UserError: a commit is missing, or of another plan.
+        UserError: a commit is missing.
+        DamageError: a commit is of another plan.
     """
     digests = plan_digests(info)
-    rows, size = array("q", [0]), array("q", [0])  # up to each unit
-    tensors: dict[str, Any] = {}
+    rows, size = array("q", [0]), array("q", [0])  # totals up to each unit
+    tensors: dict[str, TensorSpec] = {}
 
-    def gone(unit: int) -> UserError:
-        return UserError(f"{root.where(commit_name(unit))}: gone: generate again, which makes its unit anew")
+    def missing(unit: int) -> UserError:
+        return UserError(f"{root.where(commit_name(unit))}: gone: generate again to make its unit anew")
 
-    def counted() -> Iterator[dict[str, Any]]:
+    def counted() -> Iterator[Commit]:
         for unit, commit in enumerate(commits):
-            if commit["unit"] != unit:
-                raise gone(unit)
-            if not is_of_plan(commit, digests):
-                problem = {"shard": commit_name(unit), "expected": OF_THE_PLAN, "found": "one of another"}
+            if commit.unit != unit:
+                raise missing(unit)
+            if not matches_plan(commit, digests):
+                problem = {"shard": commit_name(unit), "expected": PLANNED_UNIT, "found": "one of another"}
                 raise damage_error(root, problem)
-            rows.append(rows[-1] + len(commit["samples"]))
-            size.append(size[-1] + commit["size"])
-            tensors.update({} if tensors else commit["tensors"])
+            rows.append(rows[-1] + len(commit.samples))
+            size.append(size[-1] + commit.size)
+            tensors.update({} if tensors else commit.tensors)
             yield commit
 
     whole = table_of(counted())
-    plans: list[dict[str, Any]] = []
+    made = info.published if again else info.plans
+    if len(rows) <= sum(plan.units for plan in made):
+        raise missing(len(rows) - 1)
+    plans: list[PublishedPlan] = []
     units = 0
-    under_way = info["plans"][len(published(info)) :] if again else []
-    made = info["plans"][: len(info["plans"]) - len(under_way)]
-    if len(rows) <= sum(plan["units"] for plan in made):
-        raise gone(len(rows) - 1)
     for number, plan in enumerate(made, start=1):
-        units += plan["units"]
-        content, of_it = _publish_plan(root, number, plan, whole.slice(0, rows[units]))
-        of_it["counts"] |= {"units": units, "bytes": size[units]}
-        plans.append(plan | of_it)
+        units += plan.units
+        content, published = _publish_plan(root, number, plan, whole.slice(0, rows[units]), units, size[units])
+        plans.append(published)
     root.write(MANIFEST_FILE, content)
-    common = {"complete": True, "plans": [*plans, *under_way], "tensors": tensors}
-    info = of_snapshot(info | common, plans[-1])
+    info = replace(info, complete=True, plans=(*plans, *info.plans[len(made) :]), tensors=tensors)
     write_info(root, info)
     return info
 
 
-def _publish_plan(root: Folder, number: int, plan: dict[str, Any], table: pa.Table) -> tuple[bytes, dict[str, Any]]:
-    """Write the n-th plan's manifest, if it is not there; its bytes, and what `dataset.json` tells of it."""
-    kept = _as_published(root, number, plan)
-    before = None if kept is None else decode_manifest(kept)
-    content = kept if kept is not None and table.equals(before) else encode_manifest(table)
+def _publish_plan(
+    root: Folder, number: int, plan: PlanEntry, table: pa.Table, units: int, size: int
+) -> tuple[bytes, PublishedPlan]:
+    """Write the n-th plan's manifest unless it is there; return its bytes and the plan's entry.
+
+    Args:
+        table: the rows of the snapshot.
+        units: of the snapshot.
+        size: of its shards, in bytes.
+    """
+    old = _as_published(root, number, plan)
+    content = old if old is not None and table.equals(decode_manifest(old)) else encode_manifest(table)
     if root.read(name := manifest_copy(number)) != content:
         root.write(name, content)
-    counts = {
-        "trajectories": pc.count_distinct(table["trajectory"]).as_py(),
-        "samples": len(table),
-        "records": pc.sum(table["records"]).as_py(),
-    }
-    return content, {"counts": counts, "manifest_sha256": sha256(content), "fingerprint": fingerprint(table)}
+    counts = Counts(
+        trajectories=pc.count_distinct(table["trajectory"]).as_py(),
+        samples=len(table),
+        records=pc.sum(table["records"]).as_py(),
+        units=units,
+        bytes=size,
+    )
+    entry = vars(plan) | {"counts": counts, "manifest_sha256": sha256(content), "fingerprint": fingerprint(table)}
+    return content, PublishedPlan(**entry)
 
 
-def _as_published(root: Folder, number: int, plan: dict[str, Any]) -> bytes | None:
-    """The manifest of the n-th plan, if it is there as it was published."""
+def _as_published(root: Folder, number: int, plan: PlanEntry) -> bytes | None:
+    """Return the published manifest of the n-th plan, if a file still holds it."""
+    if not isinstance(plan, PublishedPlan):
+        return None
     contents = (root.read(name) for name in (manifest_copy(number), MANIFEST_FILE))
-    return next((content for content in contents if content and sha256(content) == plan.get("manifest_sha256")), None)
+    return next((content for content in contents if content and sha256(content) == plan.manifest_sha256), None)

@@ -1,4 +1,4 @@
-"""Shards: WebDataset tars that are the same to the byte whenever they hold the same records."""
+"""Shards: WebDataset tars. Equal records make equal bytes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from stages.records.schema import TensorSpec
 from stages.records.trajectory import Trajectory, tensor_specs
 from stages.storage.folder import READ_SIZE
 
@@ -19,28 +20,28 @@ class Sample:
     """A trajectory, or a part of one, as bytes.
 
     Attributes:
-        members: by suffix, the tensors last.
-        row: of the manifest, but for the shard and the place in it.
+        members: contents by suffix, the tensors last.
+        row: of the manifest, without the shard and the offset in it.
         tensors: dtype and shape of one record's tensors by name.
     """
 
     key: str
     members: dict[str, bytes]
     row: dict[str, Any]
-    tensors: dict[str, dict[str, Any]]
+    tensors: dict[str, TensorSpec]
 
 
 def encode(trajectory: Trajectory) -> Sample:
-    """The bytes that a shard will hold of it."""
+    """Encode a trajectory as the bytes that a shard holds."""
     members = dict(sorted(trajectory.to_members().items()))
     return Sample(trajectory.key, members, row_of(trajectory, members["safetensors"]), tensor_specs(trajectory))
 
 
 def write_shard(file: BinaryIO, samples: Iterable[Sample]) -> list[dict[str, Any]]:
-    """Write samples and return their rows of the manifest, `shard` apart.
+    """Write samples; return their rows of the manifest, without the columns of the shard.
 
-    Each row's `offset`, `size` and `checksum` (CRC-32) are of the tensors' bytes inside the tar, so that a reader takes
-    them with one read and no tar parser.
+    Each row's `offset`, `size` and `checksum` (CRC-32) are those of the tensors' bytes inside the tar, so that a reader
+    needs one read and no tar parser.
     """
     rows = []
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -59,31 +60,34 @@ def _padded(size: int) -> int:
 
 
 def read_members(file: BinaryIO, size: int) -> Iterator[tuple[str, int, bytes]]:
-    """(name, offset, content) of each member of a shard of so many bytes, from its first on; their names lead nowhere.
+    """Yield (name, offset, content) of each member of a shard. No file is made by a member's name.
+
+    Args:
+        size: of the shard, in bytes.
 
     Raises:
-        ValueError: it is no shard from here on.
+        ValueError: the next bytes are not those of a shard.
     """
-    place = 0
+    offset = 0
     while (block := file.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
         try:
             member = tarfile.TarInfo.frombuf(block, "ascii", "strict")
         except (tarfile.HeaderError, UnicodeDecodeError) as error:
-            raise ValueError(f"no member at byte {place}: {error}") from error
-        place += tarfile.BLOCKSIZE
+            raise ValueError(f"no member at byte {offset}: {error}") from error
+        offset += tarfile.BLOCKSIZE
         if member.type != tarfile.REGTYPE:
             raise ValueError(f"{member.name!r}, which is no file")
-        if member.size < 0 or _padded(member.size) > size - place:  # before memory is taken for it
+        if member.size < 0 or _padded(member.size) > size - offset:  # checked before memory is allocated
             raise ValueError(f"{member.name!r} of {member.size} bytes")
-        yield member.name, place, file.read(_padded(member.size))[: member.size]
-        place += _padded(member.size)
+        yield member.name, offset, file.read(_padded(member.size))[: member.size]
+        offset += _padded(member.size)
     while piece := file.read(READ_SIZE):
         if piece.strip(b"\0"):
             raise ValueError("bytes after its end")
 
 
 def row_of(trajectory: Trajectory, tensors: bytes) -> dict[str, Any]:
-    """A sample's row of the manifest, but for its key and the place in it."""
+    """Return a sample's row of the manifest, without its key and offset."""
     return {
         "size": len(tensors),
         "checksum": zlib.crc32(tensors),
@@ -100,7 +104,7 @@ def row_of(trajectory: Trajectory, tensors: bytes) -> dict[str, Any]:
 
 
 def hash_file(file: BinaryIO) -> str:
-    """SHA-256 of what is left to read of a file, read in pieces."""
+    """Return the SHA-256 of the rest of a file, read in pieces."""
     digest = hashlib.sha256()
     while piece := file.read(READ_SIZE):
         digest.update(piece)

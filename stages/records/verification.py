@@ -1,4 +1,4 @@
-"""A whole dataset, looked through: what is in it, and is it as it was written. Nothing is changed here; repair.py mends."""
+"""The survey of a dataset: what it holds, and whether it is as it was written. It changes nothing; `repair.py` does."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from stages.records.manifest import SCHEMA, decode_manifest, table_of, unit_of
 from stages.records.plans import (
     DATASET_FILE,
     MANIFEST_FILE,
-    OF_THE_PLAN,
-    is_of_plan,
+    PLANNED_UNIT,
     manifest_copy,
     manifest_name,
+    matches_plan,
     plan_digests,
-    published,
     read_info,
 )
+from stages.records.schema import Commit, DatasetInfo
 from stages.storage.folder import Folder, open_folder
 
 SCALE_BINS = 10
@@ -39,29 +39,29 @@ Problem = dict[str, str]  # `shard`, `expected`, `found`
 
 @dataclass
 class Survey:
-    """A dataset as it was found.
+    """The findings about a dataset.
 
     Attributes:
         deep: whether the shards were read.
-        sizes: of all files in `shards/`, by name.
-        commits: the records that are as they were written, by unit; of all plans.
-        of_commits: the problem of each file in `commits/` that is damaged or of no plan, by its name.
-        of_shards: the problem of each committed shard that has one, by unit.
-        of_manifests: problems of the manifests' files, by name.
-        differences: samples of which the published manifests tell other than the commits.
-        unfinished: at most one problem: units are missing, or not published.
-        orphans: sizes of the files that belong to no commit, by name.
-        timesteps: of the samples of a unit, if it was read and is whole.
+        sizes: of all files in `shards/`, in bytes by name.
+        commits: the intact records of all plans, by unit.
+        commit_problems: of files in `commits/` that are damaged or of no plan, by name.
+        shard_problems: of committed shards, by unit.
+        manifest_problems: of the manifests' files.
+        differences: samples whose rows differ between a published manifest and its commit.
+        unfinished: at most one problem: units are missing or not published.
+        orphans: files that belong to no commit; sizes in bytes by name.
+        timesteps: of the samples of each unit that was read and is whole.
     """
 
     root: Folder
-    info: dict[str, Any]
+    info: DatasetInfo
     deep: bool
     sizes: dict[str, int] = field(default_factory=dict)
-    commits: dict[int, dict[str, Any]] = field(default_factory=dict)
-    of_commits: dict[str, Problem] = field(default_factory=dict)
-    of_shards: dict[int, Problem] = field(default_factory=dict)
-    of_manifests: list[Problem] = field(default_factory=list)
+    commits: dict[int, Commit] = field(default_factory=dict)
+    commit_problems: dict[str, Problem] = field(default_factory=dict)
+    shard_problems: dict[int, Problem] = field(default_factory=dict)
+    manifest_problems: list[Problem] = field(default_factory=list)
     differences: list[Problem] = field(default_factory=list)
     unfinished: list[Problem] = field(default_factory=list)
     orphans: dict[str, int] = field(default_factory=dict)
@@ -69,24 +69,24 @@ class Survey:
 
     @property
     def units(self) -> range:
-        """Those of the newest snapshot; before there is one, those that it will have."""
-        return range(sum(plan["units"] for plan in published(self.info) or self.info["plans"]))
+        """The units of the newest snapshot, or of the plan under way if there is no snapshot."""
+        return range(sum(plan.units for plan in self.info.published or self.info.plans))
 
     @property
     def problems(self) -> list[Problem]:
-        found = [*self.of_commits.values(), *self.unfinished, *self.of_manifests, *self.differences]
-        return found + [self.of_shards[unit] for unit in sorted(self.of_shards)]
+        found = [*self.commit_problems.values(), *self.unfinished, *self.manifest_problems, *self.differences]
+        return found + [self.shard_problems[unit] for unit in sorted(self.shard_problems)]
 
     def summary(self) -> dict[str, Any]:
-        """The content of `verification.json`."""
+        """Return the content of `verification.json`."""
         commits = [commit for unit, commit in self.commits.items() if unit in self.units]
-        rows = [row for commit in commits for row in commit["samples"]]
+        rows = [row for commit in commits for row in commit.samples]
         return {
             "ok": not self.problems,
             "deep": self.deep,
             "trajectories": len({row["trajectory"] for row in rows}),
             "records": sum(row["records"] for row in rows),
-            "bytes": sum(commit["size"] for commit in commits),
+            "bytes": sum(commit.size for commit in commits),
             "shards": len(commits),
             "growth": self._growth(),
             "histograms": self._histograms(rows),
@@ -99,8 +99,8 @@ class Survey:
         }
 
     def _growth(self) -> dict[str, int]:
-        """Units beyond the newest snapshot."""
-        planned = range(self.units.stop, sum(plan["units"] for plan in self.info["plans"]))
+        """Count the units beyond the newest snapshot."""
+        planned = range(self.units.stop, sum(plan.units for plan in self.info.plans))
         return {"units_planned": len(planned), "units_committed": sum(unit in self.commits for unit in planned)}
 
     def _histograms(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -117,39 +117,42 @@ class Survey:
 
 
 def verify(address: str | Path, deep: bool = True) -> dict[str, Any]:
-    """What a survey tells; `ok` is true only if there is a snapshot and nothing in the dataset is missing or damaged.
+    """Survey a dataset; in its summary, `ok` is true only if there is a snapshot and nothing is missing or damaged.
 
     Raises:
-        UserError: there is no dataset at `address`.
+        UserError: there is no dataset at `address`, or its `dataset.json` is damaged.
     """
     return survey(open_folder(address), deep).summary()
 
 
 def survey(root: Folder, deep: bool) -> Survey:
-    """Look a dataset through; `deep`, every shard is read.
+    """Survey a dataset.
+
+    Args:
+        deep: read every shard.
 
     Raises:
-        UserError: there is no dataset, or its description is damaged.
+        UserError: there is no dataset, or its `dataset.json` is damaged.
     """
     found = Survey(root, _read_info(root), deep)
-    _look_at_commits(found)
-    _look_at_units(found)
-    if found.info["complete"]:  # else they are of before what is missing was made again
-        _look_at_manifests(found)
-    _look_at_shards(found)
+    _survey_commits(found)
+    _survey_units(found)
+    if found.info.complete:  # otherwise the manifests are those of before the repair
+        _survey_manifests(found)
+    _survey_shards(found)
     found.orphans = _orphans(found)
     return found
 
 
-def _read_info(root: Folder) -> dict[str, Any]:
+def _read_info(root: Folder) -> DatasetInfo:
     info = read_info(root)
     if info is None:
         raise UserError(f"{root}: holds no dataset: there is no {DATASET_FILE} in it")
     return info
 
 
-def _look_at_commits(found: Survey) -> None:
-    def read(name: str) -> dict[str, Any] | None:
+def _survey_commits(found: Survey) -> None:
+    def read(name: str) -> Commit | None:
         try:
             return read_commit(found.root, name)
         except DamageError:
@@ -159,55 +162,55 @@ def _look_at_commits(found: Survey) -> None:
     with ThreadPoolExecutor(READERS) as threads:
         for name, commit in zip(names, threads.map(read, names), strict=True):
             if commit is None:
-                found.of_commits[name] = {"shard": name, "expected": "a commit record", "found": "damage"}
+                found.commit_problems[name] = {"shard": name, "expected": "a commit record", "found": "damage"}
             else:
-                found.commits[commit["unit"]] = commit
-    # Read again, because another run may have planned more since, and committed that.
+                found.commits[commit.unit] = commit
+    # Read again, because another run may have added a plan and committed units of it since.
     digests = plan_digests(_read_info(found.root))
-    known = digests[-1][0]
+    planned = digests[-1][0]
     for unit, commit in list(found.commits.items()):
-        if unit >= known:
-            problem = {"expected": f"one of the {known} planned units", "found": f"{unit:05d}, beyond the plan"}
-        elif not is_of_plan(commit, digests):
-            problem = {"expected": OF_THE_PLAN, "found": "one of another"}
+        if unit >= planned:
+            problem = {"expected": f"one of the {planned} planned units", "found": f"{unit:05d}, beyond the plan"}
+        elif not matches_plan(commit, digests):
+            problem = {"expected": PLANNED_UNIT, "found": "one of another"}
         else:
             continue
         name = commit_name(unit)
-        found.of_commits[name] = {"shard": name} | problem
+        found.commit_problems[name] = {"shard": name} | problem
         del found.commits[unit]
 
 
-def _look_at_units(found: Survey) -> None:
-    """Are all units there that are to be in the newest snapshot?"""
+def _survey_units(found: Survey) -> None:
+    """Find missing units of the newest snapshot, or of the first one to be."""
     missing = [f"{unit:05d}" for unit in found.units if unit not in found.commits]
     if missing:
         more = ", ..." if len(missing) > 5 else ""
         message = f"{len(found.units) - len(missing)}, without {', '.join(missing[:5])}{more}"
-    elif not found.info["complete"]:
+    elif not found.info.complete:
         message = f"{len(found.units)}, not yet published"
     else:
         return
     found.unfinished.append({"shard": DATASET_FILE, "expected": f"{len(found.units)} units", "found": message})
 
 
-def _look_at_manifests(found: Survey) -> None:
+def _survey_manifests(found: Survey) -> None:
     end = 0
-    for number, plan in enumerate(published(found.info), start=1):
-        end += plan["units"]
+    for number, plan in enumerate(found.info.published, start=1):
+        end += plan.units
         name, copy = manifest_name(found.info, number), manifest_copy(number)
         content, problem = read_manifest(found.root, plan, name)
         if content is None:
-            found.of_manifests.append(problem)
+            found.manifest_problems.append(problem)
         else:
             found.differences += _differences(found, range(end), decode_manifest(content))
-        if name == MANIFEST_FILE and found.root.exists(copy):  # datasets from before there were copies have none
+        if name == MANIFEST_FILE:
             content, problem = read_manifest(found.root, plan, copy)
             if content is None:
-                found.of_manifests.append(problem)
+                found.manifest_problems.append(problem)
 
 
 def _differences(found: Survey, units: range, manifest: pa.Table) -> list[Problem]:
-    """The samples of which a manifest tells other than their commit does, where there is that commit."""
+    """Find samples whose rows differ between a manifest and the commits of its units that are intact."""
     committed = table_of(found.commits[unit] for unit in units if unit in found.commits)
     unread = {unit for unit in units if unit not in found.commits}
     rows = (tuple(row.values()) for row in manifest.to_pylist() if unit_of(row["shard"]) not in unread)
@@ -220,42 +223,42 @@ def _differences(found: Survey, units: range, manifest: pa.Table) -> list[Proble
     ]
 
 
-def _look_at_shards(found: Survey) -> None:
+def _survey_shards(found: Survey) -> None:
     found.sizes = found.root.list("shards")
-    by_shard = {commit["shard"]: unit for unit, commit in found.commits.items()}
-    committed = {commit["shard"]: commit["size"] for commit in found.commits.values()}
+    by_shard = {commit.shard: unit for unit, commit in found.commits.items()}
+    committed = {commit.shard: commit.size for commit in found.commits.values()}
     for problem in size_problems(committed, found.sizes):
-        found.of_shards[by_shard[problem["shard"]]] = problem
-    _look_for_duplicates(found)
+        found.shard_problems[by_shard[problem["shard"]]] = problem
+    _find_duplicates(found)
     if not found.deep:
         return
     with progress(len(found.commits), "verify", "shards") as bar:
         for unit, commit in sorted(found.commits.items()):
-            if unit not in found.of_shards:
+            if unit not in found.shard_problems:
                 try:
-                    tensors = found.info.get("tensors") or commit["tensors"]
+                    tensors = found.info.tensors or commit.tensors
                     found.timesteps[unit] = inspect_shard(found.root, commit, tensors)
                 except BrokenError as broken:
                     expected, what = broken.args
-                    found.of_shards[unit] = {"shard": commit["shard"], "expected": expected, "found": what}
+                    found.shard_problems[unit] = {"shard": commit.shard, "expected": expected, "found": what}
             bar.update()
 
 
-def _look_for_duplicates(found: Survey) -> None:
-    """A key that two samples have says nothing of which of them is right."""
-    counts = Counter(row["key"] for commit in found.commits.values() for row in commit["samples"])
+def _find_duplicates(found: Survey) -> None:
+    """Report every shard with a key that two samples have: either may be the wrong one."""
+    counts = Counter(row["key"] for commit in found.commits.values() for row in commit.samples)
     if counts.total() == len(counts):
         return
     for unit, commit in found.commits.items():
-        for key in (row["key"] for row in commit["samples"] if counts[row["key"]] > 1):
+        for key in (row["key"] for row in commit.samples if counts[row["key"]] > 1):
             problem = {"expected": f"one sample {key} in the dataset", "found": str(counts[key])}
-            found.of_shards.setdefault(unit, {"shard": commit["shard"]} | problem)
+            found.shard_problems.setdefault(unit, {"shard": commit.shard} | problem)
 
 
 def _orphans(found: Survey) -> dict[str, int]:
-    """Shards that no commit names, and files written aside that were never put in place."""
-    named = {commit["shard"] for commit in found.commits.values()}
-    unknown = {unit_of(name) for name in found.of_commits}  # which shard a damaged commit names
+    """Find shards that no commit names, and temporary files of unfinished writes."""
+    named = {commit.shard for commit in found.commits.values()}
+    unknown = {unit_of(name) for name in found.commit_problems}  # a damaged commit may name any of its unit's shards
     orphans = {
         name: size
         for name, size in found.sizes.items()
@@ -267,7 +270,7 @@ def _orphans(found: Survey) -> dict[str, int]:
 
 
 def unit_of_file(name: str) -> int | None:
-    """The unit that a file in `shards/` or `commits/`, or one written aside there, was made for."""
+    """Return the unit of a file in `shards/` or `commits/`, temporary files included; None for other files."""
     if not name.startswith(("shards/", "commits/")):
         return None
     number = Path(name).name.lstrip(".").partition("-")[0].partition(".")[0]
@@ -275,12 +278,12 @@ def unit_of_file(name: str) -> int | None:
 
 
 def is_named(root: Folder, shard: str) -> bool:
-    """Whether by now a commit record names that shard, or may: a damaged one names any of its unit's."""
+    """Return whether a commit record names the shard, or may: a damaged record may name any shard of its unit."""
     unit = unit_of_file(shard)
     if unit is None or not root.exists(name := commit_name(unit)):
         return False
     try:
-        return read_commit(root, name)["shard"] == shard
+        return read_commit(root, name).shard == shard
     except DamageError:
         return True
 

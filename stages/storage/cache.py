@@ -1,4 +1,4 @@
-"""Whole shards on a local disk, so that an epoch fetches from a bucket only what is not there."""
+"""A cache of whole shards on a local disk, so that each shard of a bucket is fetched once."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from stages.storage.files import make_folder
 from stages.storage.filesystem import lock, sync
 from stages.storage.folder import READ_SIZE, Folder
 
-LOCK, OURS = ".lock", re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.tmp")
+LOCK, CACHE_FILE = ".lock", re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.tmp")
 
 
 class ShardCache:
-    """At most `limit` bytes of shards in a folder, which processes and datasets may share.
+    """At most `limit` bytes of shards in a folder that processes and datasets may share.
 
-    A shard is named by its SHA-256, fetched aside and put in place by a rename. Who reads or fetches a file holds a lock on
-    it, of which a killed process lets go; what is locked is not removed.
+    A shard is named by its SHA-256, fetched into a temporary file and put in place by a rename. A process that reads or
+    fetches a file holds a lock on it; the kernel releases it if the process is killed. A locked file is not removed.
 
     Raises:
         StorageError: the folder cannot be written to.
@@ -35,28 +35,31 @@ class ShardCache:
     def __init__(self, root: Path, limit: int) -> None:
         make_folder(root)
         self.root, self.limit = root, limit
-        with self._refusals(), self._counting():
+        with self._write_errors(), self._exclusive():
             pass
 
     def open(self, source: Folder, name: str, sha256: str, size: int) -> BinaryIO:
-        """A copy of a shard, fetched where there is none; the shard itself where it is of another size or there is no room.
+        """Open the copy of a shard, fetched if necessary; open the shard itself if its size is wrong or room is lacking.
+
+        Args:
+            size: of the shard, in bytes.
 
         Raises:
             FileNotFoundError: there is no such shard.
-            StorageError: it cannot be read there, or not be written here.
+            StorageError: the shard cannot be read, or its copy cannot be written.
         """
         path = self.root / sha256
-        while (kept := self._open(path, size)) is None:
+        while (copy := self._open(path, size)) is None:
             if not self._fetch(source, name, path, size):
                 return source.open(name)
-        return kept
+        return copy
 
     def _fetch(self, source: Folder, name: str, path: Path, size: int) -> bool:
-        """False if it cannot be kept; after True, look again."""
-        aside = path.with_name(f".{path.name}.tmp")
-        with source.open(name) as original, self._refusals(), _locked(aside) as file:
-            if not _is_at(file, aside):
-                return True  # who held the lock has fetched it, or given up
+        """Fetch a shard; return False if it cannot be cached. After True, look for the copy again."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        with source.open(name) as original, self._write_errors(), _locked(temporary) as file:
+            if not _is_at(file, temporary):
+                return True  # the process that held the lock has fetched it, or given up
             fetched = False
             try:
                 if path.exists():
@@ -67,18 +70,18 @@ class ShardCache:
                     sync(file)
                     fetched = file.tell() == size
             finally:
-                with self._counting():
+                with self._exclusive():
                     if fetched:
-                        aside.replace(path)
+                        temporary.replace(path)
                     else:
-                        aside.unlink()
+                        temporary.unlink()
         return fetched
 
     def _make_room(self, file: BinaryIO, size: int) -> bool:
-        """Give a file its size, which counts from then on; first the files that were read least lately go, if they must."""
+        """Remove the least recently read files if necessary, then reserve `size` bytes; return whether they fit."""
         file.truncate(0)
-        with self._counting():
-            files = [(path, path.stat()) for path in self.root.iterdir() if OURS.fullmatch(path.name)]
+        with self._exclusive():
+            files = [(path, path.stat()) for path in self.root.iterdir() if CACHE_FILE.fullmatch(path.name)]
             total = size + sum(stat.st_size for _, stat in files)
             for path, stat in sorted(files, key=lambda entry: entry[1].st_mtime_ns):
                 if total > self.limit and _removed(path):
@@ -88,29 +91,32 @@ class ShardCache:
         return total <= self.limit
 
     def _open(self, path: Path, size: int) -> BinaryIO | None:
-        """A copy that is whole, marked as read now."""
+        """Open a copy and mark it as read now; remove a damaged one. None if there is no whole copy."""
         try:
             file = path.open("rb")
         except FileNotFoundError:
             return None
         except PermissionError as error:
-            raise StorageError(f"{path}: another user's, not to be read: name another cache_dir, or none") from error
+            raise StorageError(
+                f"{path}: belongs to another user and cannot be read: name another cache_dir, or none"
+            ) from error
         lock(file, fcntl.LOCK_SH)
         if os.fstat(file.fileno()).st_size == size and _is_at(file, path):
-            with suppress(PermissionError):  # another user's: it counts as read when it was fetched
+            with suppress(PermissionError):  # of another user: it counts as read when it was fetched
                 os.utime(file.fileno(), ns=(time.time_ns(), time.time_ns()))
             return file
-        with file, self._counting():
+        with file, self._exclusive():
             if _is_at(file, path):
                 path.unlink()
         return None
 
-    def _counting(self) -> AbstractContextManager[BinaryIO]:
-        """Within it, no other process puts a file in place, removes one, or makes room."""
+    def _exclusive(self) -> AbstractContextManager[BinaryIO]:
+        """Exclude other processes that put files in place, remove them, or make room."""
         return _locked(self.root / LOCK)
 
     @contextmanager
-    def _refusals(self) -> Iterator[None]:
+    def _write_errors(self) -> Iterator[None]:
+        """Turn the disk's errors into a `StorageError` with a way out."""
         try:
             yield
         except OSError as error:
@@ -121,7 +127,7 @@ class ShardCache:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
-    """A file that no other process or thread holds meanwhile; made where there is none."""
+    """Open a file, made if it does not exist, and hold its lock within the block."""
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
         if not lock(file, fcntl.LOCK_EX):
             way_out = "name one on a local disk, or none"
@@ -130,7 +136,11 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
 
 
 def _removed(path: Path) -> bool:
-    with suppress(BlockingIOError, PermissionError), path.open("r+b") as file:  # as NFS asks of who locks for itself
+    """Remove a file unless it is locked; return whether it was removed."""
+    with (
+        suppress(BlockingIOError, PermissionError),
+        path.open("r+b") as file,
+    ):  # NFS grants an exclusive lock only on a writable file
         lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
         return True
@@ -138,7 +148,7 @@ def _removed(path: Path) -> bool:
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Return whether an open file still has that name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -1,63 +1,59 @@
-"""Files that are whole or not there: written aside, synced, and put in place by one system call."""
+"""Atomic files on a disk: written to a temporary name, synced, and put in place by one system call."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import io
 import json
 import uuid
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stages.errors import StorageError, UserError
-from stages.storage.filesystem import lock, name_unless_taken, sync, sync_folder
+from stages.errors import StorageError
+from stages.storage.filesystem import name_unless_taken, sync, sync_folder
 
-SEAL = "checksum"
-ASIDE = ".*.????????.tmp"  # the files of `_written_aside`
-PROBED = 4096  # bytes: a disk that is full still takes names
+TEMPORARY = ".*.????????.tmp"  # the names of `_temporary_file`
+PROBE_SIZE = 4096  # bytes: a full disk still takes empty files
 
 
 def whole_file(path: Path) -> AbstractContextManager[BinaryIO]:
-    """Open a file for writing that appears at `path` only when the block ends well, replacing what was there.
+    """Open a file for writing. It appears at `path`, or replaces the old one, only if the block ends without an error.
 
-    What is no file, such as `/dev/null`, is written into and stays what it is.
+    A device or pipe, such as `/dev/null`, is not replaced: the content goes into it.
 
     Raises:
-        StorageError: the disk refused; what was there is still there.
+        StorageError: the disk refused; an old file is unchanged.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
-        return _written_into(path)
-    return _written_aside(path, lambda aside: aside.replace(path))
+        return _device(path)
+    return _temporary_file(path, lambda temporary: temporary.replace(path))
 
 
 def create(path: Path, content: bytes) -> bool:
-    """Write `content` at `path` if nothing is there yet; False if something is. Never half a file, never two winners.
+    """Write a file unless `path` exists; return whether this call wrote it. Of concurrent calls, exactly one wins.
 
     Raises:
         StorageError: the disk refused.
     """
     won = False
 
-    def put(aside: Path) -> None:
+    def put(temporary: Path) -> None:
         nonlocal won
         with suppress(FileExistsError):
-            name_unless_taken(aside, path)
+            name_unless_taken(temporary, path)
             won = True
 
-    with _written_aside(path, put) as file:
+    with _temporary_file(path, put) as file:
         file.write(content)
     return won
 
 
 def move(path: Path, to: Path) -> bool:
-    """Give a file another name in the same file system; False if that is taken.
+    """Rename a file within its file system; return False if the new name is taken.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file does not exist.
         StorageError: the disk refused.
     """
     make_folder(to.parent)
@@ -77,56 +73,28 @@ def move(path: Path, to: Path) -> bool:
 
 
 @contextmanager
-def exclusive_lock(folder: Path, what: str) -> Iterator[None]:
-    """Within it, no other process is alone in the folder; one that is killed lets go of it.
-
-    Where the file system has no locks, it warns, and the folder is the user's care.
-
-    Args:
-        what: goes on there, for the message.
-
-    Raises:
-        UserError: another process is.
-        StorageError: the disk refused.
-    """
-    make_folder(folder)
-    try:
-        file = (folder / ".lock").open("wb")
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    with file:
-        try:
-            locked = lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            message = f"{folder}: {what} here: wait for it, or take another output_dir"
-            raise UserError(message) from error
-        if not locked:
-            message = "its file system has no locks: goes on without, so begin no second run there meanwhile"
-            warnings.warn(f"{folder}: {message}", stacklevel=2)
-        yield
-
-
-@contextmanager
-def _written_aside(path: Path, put_in_place: Callable[[Path], Any]) -> Iterator[BinaryIO]:
+def _temporary_file(path: Path, put_in_place: Callable[[Path], Any]) -> Iterator[BinaryIO]:
+    """Open a file beside `path`; sync it and put it in place if the block ends without an error."""
     make_folder(path.parent)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with aside.open("w+b") as file:
+        with temporary.open("w+b") as file:
             yield file
             sync(file)
-        put_in_place(aside)
+        put_in_place(temporary)
         sync_folder(path.parent)
     except OSError as error:
         raise StorageError(
             f"{path}: cannot be written: {error.strerror or error}; nothing was changed there"
         ) from error
     finally:
-        with suppress(OSError):  # a disk that can only be read has been told of
-            aside.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk has been reported already
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def _written_into(device: Path) -> Iterator[BinaryIO]:
+def _device(device: Path) -> Iterator[BinaryIO]:
+    """Collect the content, and write it into the device if the block ends without an error."""
     content = io.BytesIO()
     yield content
     try:
@@ -136,28 +104,28 @@ def _written_into(device: Path) -> Iterator[BinaryIO]:
 
 
 def check_file(path: Path) -> None:
-    """Refuse to begin work whose result could not be written to a file.
+    """Find out before any work is done that its result cannot be written to `path`.
 
     Raises:
-        StorageError: it could not.
+        StorageError: it cannot.
     """
     if path.is_dir():
         raise StorageError(f"{path}: is a folder: name a file in it")
-    if path.is_file() or not path.exists():  # else it is a device
+    if path.is_file() or not path.exists():  # otherwise a device or a pipe
         check_folder(path.parent, "name a file elsewhere")
 
 
 def check_folder(folder: Path, way_out: str = "take another output_dir") -> None:
-    """Refuse to begin work whose results could not be written into a folder, which is made where there is none.
+    """Find out before any work is done that a folder cannot be written to; make it if it does not exist.
 
     Raises:
-        StorageError: they could not; it ends with the way out.
+        StorageError: it cannot be written to; the message ends with the way out.
     """
     probe = folder / f".probe.{uuid.uuid4().hex[:8]}.tmp"
     try:
         make_folder(folder)
         with probe.open("wb") as file:
-            file.write(bytes(PROBED))
+            file.write(bytes(PROBE_SIZE))
             sync(file)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error.strerror or error}: {way_out}") from error
@@ -169,35 +137,14 @@ def check_folder(folder: Path, way_out: str = "take another output_dir") -> None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON, whole or not at all."""
+    """Write `value` as indented JSON, whole or not at all."""
     with whole_file(path) as file:
         file.write(to_json(value))
 
 
 def to_json(value: Any) -> bytes:
-    """Readable JSON."""
+    """Encode `value` as indented JSON."""
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def seal(value: dict[str, Any]) -> bytes:
-    """Readable JSON that carries the checksum of the rest of itself."""
-    return to_json(value | {SEAL: _digest(value)})
-
-
-def unseal(content: bytes) -> dict[str, Any]:
-    """What `seal` was given.
-
-    Raises:
-        ValueError: the content is not as it was written.
-    """
-    value = json.loads(content)
-    if not isinstance(value, dict) or value.pop(SEAL, None) != _digest(value):
-        raise ValueError("not as it was written")
-    return value
-
-
-def _digest(value: dict[str, Any]) -> str:
-    return sha256(json.dumps(value, sort_keys=True).encode())
 
 
 def make_folder(path: Path) -> None:
@@ -206,8 +153,3 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{path}: cannot be made: {error.strerror or error}") from error
-
-
-def sha256(content: bytes) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()

@@ -1,4 +1,4 @@
-"""What a file system may lack, and what takes its place: locks, hard links, the sync of a file or a folder."""
+"""Locks, hard links and syncs, with substitutes for file systems that lack them."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-# What systems answer that do not know a call: NFS without its lock server, Lustre, SMB, FAT, most that run as programs.
-UNKNOWN = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK, errno.ENOTTY, errno.EBADF}
-RENAME_NOREPLACE, HERE = 1, -100  # of linux/fs.h and fcntl.h
+# The errors of file systems without a call: NFS without its lock server, Lustre, SMB, FAT, most FUSE file systems.
+UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK, errno.ENOTTY, errno.EBADF}
+RENAME_NOREPLACE, AT_FDCWD = 1, -100  # of linux/fs.h and fcntl.h
 
 
 def lock(file: BinaryIO, operation: int) -> bool:
-    """`flock` a file; False where its file system has no locks.
+    """`flock` a file; return False if its file system has no locks.
 
     Raises:
-        BlockingIOError: another has it, and the operation does not wait.
+        BlockingIOError: another process holds the lock, and the operation does not wait.
     """
     try:
         fcntl.flock(file, operation)
     except OSError as error:
-        if error.errno not in UNKNOWN:
+        if error.errno not in UNSUPPORTED:
             raise
         return False
     return True
 
 
 def name_unless_taken(path: Path, name: Path) -> bool:
-    """Give a file a name that nothing has yet, in one step; whether it keeps its old one too.
+    """Give a file a new name in one step; return whether it keeps the old one too.
 
     Raises:
         FileExistsError: the name is taken.
@@ -39,7 +39,7 @@ def name_unless_taken(path: Path, name: Path) -> bool:
         os.link(path, name)
     except (FileExistsError, FileNotFoundError):
         raise
-    except OSError:  # no hard links here, or not for this user; where it is something else, the rename tells
+    except OSError:  # no hard links, or not for this user; any other failure shows in the rename
         _rename_unless_taken(path, name)
         return False
     return True
@@ -48,27 +48,27 @@ def name_unless_taken(path: Path, name: Path) -> bool:
 def _rename_unless_taken(path: Path, name: Path) -> None:
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is not None:
-        if rename(HERE, os.fsencode(path), HERE, os.fsencode(name), RENAME_NOREPLACE) == 0:
+        if rename(AT_FDCWD, os.fsencode(path), AT_FDCWD, os.fsencode(name), RENAME_NOREPLACE) == 0:
             return
-        if (number := ctypes.get_errno()) not in UNKNOWN:
+        if (number := ctypes.get_errno()) not in UNSUPPORTED:
             raise OSError(number, os.strerror(number), str(path), None, str(name))
-    # Of two that come here at once the later one's file stays; of commits, that leaves the other's shard an orphan.
+    # Of two concurrent calls the later one's file stays. For commits, the other's shard becomes an orphan.
     if name.exists():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(name))
     path.rename(name)
 
 
 def sync(file: BinaryIO) -> None:
-    """Have a file's content on the disk, where the file system knows of that."""
+    """Flush a file's content to the disk, if the file system supports it."""
     file.flush()
     _sync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Have a folder's names on the disk, where the file system knows of that."""
+    """Flush a folder's names to the disk, if the file system supports it."""
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # it may be written to, but not be listed
+    except PermissionError:  # a folder may be writable but not readable
         return
     try:
         _sync(handle)
@@ -80,5 +80,5 @@ def _sync(handle: int) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in UNKNOWN:
+        if error.errno not in UNSUPPORTED:
             raise

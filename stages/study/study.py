@@ -21,7 +21,8 @@ from omegaconf import MISSING
 
 from stages.configuration.options import check_bounds, option
 from stages.errors import UserError
-from stages.storage.files import exclusive_lock, make_folder, write_json
+from stages.storage.files import make_folder, write_json
+from stages.storage.locks import exclusive_lock
 from stages.study.claims import judge
 from stages.study.claims_table import Claim, to_text
 from stages.study.plan import PlannedRun, StudyPlan, StudyStep

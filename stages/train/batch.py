@@ -21,7 +21,7 @@ class Batch:
         latent, target: `[n, ...]`.
         timestep, scale: `[n]`.
         cond: `[n, ...]`, by the names of the denoiser's arguments.
-        guidance_stats: `[n]` float32, what else a record tells of its guidance, by name; empty for datasets older than it.
+        guidance_stats: `[n]` float32, further measurements of each record's guidance, by name.
     """
 
     latent: Tensor

@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from stages.base.denoiser import flatten
 from stages.base.loading import first_line
+from stages.configuration.options import dotted
 from stages.errors import StorageError, UserError
 from stages.records.dataset import Dataset
 from stages.storage.files import make_folder, whole_file
@@ -105,7 +105,7 @@ def check_resumable(state: dict[str, Any], dataset: Dataset, config: TrainConfig
             f"the checkpoint has {state['dataset_fingerprint'][:12]}: set data_dir to that one, or take another "
             "output_dir"
         )
-    now, before = flatten(effective(config)), flatten(state["config"])
+    now, before = dotted(effective(config)), dotted(state["config"])
     changed = [key for key in sorted(now.keys() | before) if now.get(key) != before.get(key)]
     for key in changed:
         message = f"{key}={now.get(key)}: the checkpoint's run had {before.get(key)}"

@@ -15,7 +15,7 @@ from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.train.batch import Batch
 from stages.train.objective import noise_levels
-from stages.train.selection import Row
+from stages.train.selection import SelectedSample
 from stages.train.student import Student
 from stages.train.window import load
 
@@ -30,16 +30,21 @@ class Decoder:
     """
 
     def __init__(
-        self, name_or_path: str, dataset: Dataset, rows: list[Row], device: str, skip_damaged: bool = False
+        self,
+        name_or_path: str,
+        dataset: Dataset,
+        samples: list[SelectedSample],
+        device: str,
+        skip_damaged: bool = False,
     ) -> None:
-        shape = dataset.info["tensors"]["latent"]["shape"]
+        shape = dataset.info.tensors["latent"].shape
         if len(shape) != 3:
             raise UserError(f"vae_name_or_path={name_or_path}: latents {shape} are not those of images: leave it out")
-        self.teacher = dataset.info["teacher"]
+        self.teacher = dataset.info.teacher
         self.noise = noise_levels(self.teacher)
         self.device = device
         self.vae = load_vae(name_or_path, shape[0]).to(device)
-        self.batch = example_records(dataset, rows[:COLUMNS], skip_damaged)
+        self.batch = example_records(dataset, samples[:COLUMNS], skip_damaged)
         self._try_out(name_or_path)
 
     @torch.no_grad()
@@ -74,12 +79,12 @@ class Decoder:
     def denoised(self, predictions: Tensor) -> Tensor:
         """The clean latents `[n, c, h, w]` that predictions at the records' timesteps imply."""
         latents = self.batch.latent.float()
-        steps = (self.batch.timestep.float() / self.teacher["layout"]["timestep_scale"]).round().long()
+        steps = (self.batch.timestep.float() / self.teacher.layout.timestep_scale).round().long()
         steps = steps.clamp(0, len(self.noise) - 1)
-        if self.teacher["prediction_type"] is None:  # flow matching: the prediction is noise minus image
+        if self.teacher.prediction_type is None:  # flow matching: the prediction is noise minus image
             return latents - self.noise[steps].view(-1, 1, 1, 1) * predictions
-        known = {"clip_sample": False, "thresholding": False, "prediction_type": self.teacher["prediction_type"]}
-        scheduler: Any = DDIMScheduler.from_config(self.teacher["scheduler_config"], **known)
+        known = {"clip_sample": False, "thresholding": False, "prediction_type": self.teacher.prediction_type}
+        scheduler: Any = DDIMScheduler.from_config(self.teacher.scheduler_config, **known)
         scheduler.set_timesteps(len(self.noise))
         clean = [
             scheduler.step(prediction, int(step), latent).pred_original_sample
@@ -113,9 +118,9 @@ def load_vae(name_or_path: str, channels: int) -> Any:
     raise UserError(f"vae_name_or_path={name_or_path}: no VAE could be loaded from it: {message}")
 
 
-def example_records(dataset: Dataset, rows: list[Row], skip_damaged: bool = False) -> Batch:
+def example_records(dataset: Dataset, samples: list[SelectedSample], skip_damaged: bool = False) -> Batch:
     """One intact record per sample, each later in its trajectory than that of the sample before."""
-    window = load(dataset, rows, skip_damaged)
-    counts = torch.tensor([row["records"] for row in rows])
-    places = counts.cumsum(0) - counts + torch.arange(len(rows)) * counts // len(rows)
+    window = load(dataset, samples, skip_damaged)
+    counts = torch.tensor([sample.records for sample in samples])
+    places = counts.cumsum(0) - counts + torch.arange(len(samples)) * counts // len(samples)
     return window.take(places[window.intact[places]])

@@ -9,13 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.base.loading import diffusers_class
-from stages.errors import UserError
+from stages.records.teacher import TeacherFacts
 from stages.train.batch import Batch
 
-RECORDED = {
-    "guidance_weighted": "guidance_cosine",
-    "guidance_delta": "guidance_delta",
-}  # the tensor of the records that a loss needs
 SMALLEST_DELTA = 1e-3  # as a share of the target's mean square; below it, rounding errors would dominate
 SMALLEST_ERROR = 1e-8  # added under the root, whose slope at 0 is unbounded
 
@@ -33,22 +29,13 @@ class Objective:
             `l1` is the mean absolute error. The others weight the squared error: `noise_weighted` by the share of noise
             in the latent and `guidance_weighted` by `(1 - cos(c, g)) / 2`, both as in the published reference code;
             `guidance_delta` by `1 / mean((g - c)^2)`, so the loss is the share of the guidance still to learn.
-        info: the content of `dataset.json`.
-
-    Raises:
-        UserError: the records do not hold what the loss needs.
+        teacher: the dataset's teacher.
     """
 
-    def __init__(self, loss: str, info: dict[str, Any], device: str) -> None:
+    def __init__(self, loss: str, teacher: TeacherFacts, device: str) -> None:
         self.loss = loss
-        teacher = info["teacher"]
-        self.timestep_scale = teacher["layout"]["timestep_scale"]
+        self.timestep_scale = teacher.layout.timestep_scale
         self.noise = noise_levels(teacher).to(device) if loss == "noise_weighted" else None
-        needed = RECORDED.get(loss)
-        if needed is not None and needed not in info["tensors"]:
-            raise UserError(
-                f"loss={loss}: the records hold no {needed}, which newer ones do: take another loss, or generate the dataset again in a new folder"
-            )
 
     def __call__(self, prediction: Tensor, batch: Batch) -> Tensor:
         """The loss of each record `[n]`; prediction `[n, ...]`."""
@@ -70,13 +57,13 @@ class Objective:
         return 1 / batch.guidance_stats["guidance_delta"].maximum(SMALLEST_DELTA * size)
 
 
-def noise_levels(teacher: dict[str, Any]) -> Tensor:
-    """The share of noise in a latent at each timestep of the scheduler: the root of 1 minus the cumulative alpha.
+def noise_levels(teacher: TeacherFacts) -> Tensor:
+    """The share of noise in a latent at each of the scheduler's timesteps: the root of 1 minus the cumulated alpha.
 
     Flow-matching schedulers have no alphas; their share is the timestep divided by the number of timesteps.
     """
-    scheduler: Any = diffusers_class(teacher["scheduler_class"], "the dataset's scheduler").from_config(
-        teacher["scheduler_config"]
+    scheduler: Any = diffusers_class(teacher.scheduler_class, "the dataset's scheduler").from_config(
+        teacher.scheduler_config
     )
     steps = int(scheduler.config.num_train_timesteps)
     if hasattr(scheduler, "alphas_cumprod"):

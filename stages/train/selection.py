@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,29 @@ from stages.train.config import TrainConfig
 Row = dict[str, Any]  # a row of the manifest
 
 
-def select(dataset: Dataset, config: TrainConfig) -> tuple[list[Row], list[Row]]:
-    """(training, validation): the samples to read; `chosen` lists the selected records if they are not all.
+@dataclass(frozen=True)
+class SelectedSample:
+    """A sample to read, or some of its records.
+
+    Attributes:
+        row: its row of the manifest.
+        chosen: the indices of the records to use; None for all.
+    """
+
+    row: Row
+    chosen: Sequence[int] | None = None
+
+    @property
+    def records(self) -> int:
+        return self.row["records"] if self.chosen is None else len(self.chosen)
+
+    @property
+    def name(self) -> str:
+        return f"{self.row['shard']} {self.row['key']}"
+
+
+def select(dataset: Dataset, config: TrainConfig) -> tuple[list[SelectedSample], list[SelectedSample]]:
+    """(training, validation): the samples to read, each with its records in `timestep_range`.
 
     The held-out trajectories depend on the seed and the whole manifest only, so that runs on parts of a dataset
     validate with the same ones.
@@ -39,8 +61,8 @@ def select(dataset: Dataset, config: TrainConfig) -> tuple[list[Row], list[Row]]
             f"{dataset.root}: holds a single trajectory, and validation needs one: generate more of them "
             "(num_trajectories)"
         )
-    for rows, purpose in zip(parts, ("train on", "validate with"), strict=True):
-        if not rows:
+    for samples, purpose in zip(parts, ("train on", "validate with"), strict=True):
+        if not samples:
             raise UserError(
                 f"{dataset.root}: no record is left to {purpose}: change validation_share={config.validation_share:g}, "
                 "or widen scale_range, timestep_range, max_trajectories or filters"
@@ -92,10 +114,10 @@ def matching(table: pa.Table, config: TrainConfig) -> pa.Table:
         ) from error
 
 
-def trained_scales(rows: list[Row], config: TrainConfig) -> list[float] | None:
+def trained_scales(samples: list[SelectedSample], config: TrainConfig) -> list[float] | None:
     """The lowest and highest scale that a run was restricted to; None if it trains on all scales of the dataset."""
     if config.filters:
-        scales = [row["scale"] for row in rows]
+        scales = [sample.row["scale"] for sample in samples]
         return [min(scales), max(scales)]
     return config.scale_range
 
@@ -106,23 +128,23 @@ def interval(name: str, value: list[float]) -> tuple[float, float]:
     return value[0], value[1]
 
 
-def in_timestep_range(dataset: Dataset, table: pa.Table, config: TrainConfig) -> Iterator[Row]:
+def in_timestep_range(dataset: Dataset, table: pa.Table, config: TrainConfig) -> Iterator[SelectedSample]:
     """The samples with records at timesteps in `timestep_range`, both ends included, as the denoiser receives them."""
     if config.timestep_range is None:
-        yield from table.to_pylist()
+        yield from map(SelectedSample, table.to_pylist())
         return
     low, high = interval("timestep_range", config.timestep_range)
     for row in table.to_pylist():
         if low <= row["timestep_min"] and row["timestep_max"] <= high:
-            yield row
+            yield SelectedSample(row)
         elif row["timestep_min"] <= high and low <= row["timestep_max"]:
             try:
                 timesteps = dataset.timesteps(row).tolist()
             except DamageError:
                 if config.on_damage == "stop":
                     raise
-                yield row  # reading its records will report the damage
+                yield SelectedSample(row)  # reading its records reports the damage
                 continue
             chosen = [i for i, timestep in enumerate(timesteps) if low <= timestep <= high]
             if chosen:
-                yield row | {"chosen": chosen, "records": len(chosen)}
+                yield SelectedSample(row, chosen)

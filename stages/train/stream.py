@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
-from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -20,16 +19,21 @@ from torch import Tensor
 from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.train.batch import Batch, concatenate
-from stages.train.selection import Row
+from stages.train.selection import SelectedSample
 from stages.train.window import Memory, Window, load
 
 
 class Draw(NamedTuple):
     """A draw from one window: its samples, the order of its records `[m]`, and the stream offset of the first."""
 
-    rows: list[Row]
+    samples: list[SelectedSample]
     order: Tensor
     position: int
+
+
+def on_disk(sample: SelectedSample) -> tuple[str, int]:
+    """A sort key: the order of samples in the shards."""
+    return sample.row["shard"], sample.row["offset"]
 
 
 class RecordStream:
@@ -54,7 +58,7 @@ class RecordStream:
     def __init__(
         self,
         dataset: Dataset,
-        rows: list[Row],
+        samples: list[SelectedSample],
         batch_size: int,
         seed: int,
         shuffle_bytes: int,
@@ -65,13 +69,13 @@ class RecordStream:
         pin: bool = False,
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.shuffle_bytes = dataset, batch_size, seed, shuffle_bytes
-        self.rows = rows
+        self.samples = samples
         self.consumed = consumed
         self.rank, self.world_size = rank, world_size
         self.skip_damaged = skip_damaged
         self.pin = pin and torch.cuda.is_available()
         self.skipped: dict[str, int] = {}
-        self.records_per_epoch = sum(row["records"] for row in self.rows)
+        self.records_per_epoch = sum(sample.records for sample in self.samples)
 
     def __iter__(self) -> Iterator[Batch]:
         size = self.batch_size * self.world_size
@@ -96,11 +100,15 @@ class RecordStream:
 
         Reads the samples again to obtain the timesteps.
         """
-        rows = list(islice(self._records(consumed), count))
-        window = load(self.dataset, rows, self.skip_damaged)
+        records = list(islice(self._records(consumed), count))
+        window = load(
+            self.dataset, [SelectedSample(sample.row, [number]) for sample, number in records], self.skip_damaged
+        )
         return [
-            f"{row['shard']} {row['key']} record {row['chosen'][0]}: scale {row['scale']:g}, timestep {timestep:g}"
-            for row, timestep, intact in zip(rows, window.records.timestep.tolist(), window.intact, strict=True)
+            f"{sample.name} record {number}: scale {sample.row['scale']:g}, timestep {timestep:g}"
+            for (sample, number), timestep, intact in zip(
+                records, window.records.timestep.tolist(), window.intact, strict=True
+            )
             if intact
         ]
 
@@ -118,47 +126,49 @@ class RecordStream:
             memories: Iterator[Memory] = cycle([{}, {}])
             draws = self._draws(self.consumed)
             draw = next(draws)
-            reading = thread.submit(load, self.dataset, draw.rows, self.skip_damaged, next(memories))
+            reading = thread.submit(load, self.dataset, draw.samples, self.skip_damaged, next(memories))
             for next_draw in draws:
                 window = reading.result()
-                if next_draw.rows != draw.rows:
-                    reading = thread.submit(load, self.dataset, next_draw.rows, self.skip_damaged, next(memories))
+                if next_draw.samples != draw.samples:
+                    reading = thread.submit(load, self.dataset, next_draw.samples, self.skip_damaged, next(memories))
                 yield window, draw
                 draw = next_draw
 
-    def _records(self, consumed: int) -> Iterator[Row]:
-        """Yield each record of the order as a row that selects this record only."""
-        for rows, order, _ in self._draws(consumed):
-            numbered = [(row, number) for row in rows for number in row.get("chosen", range(row["records"]))]
-            for row, number in (numbered[place] for place in order.tolist()):
-                yield row | {"chosen": [number], "records": 1}
+    def _records(self, consumed: int) -> Iterator[tuple[SelectedSample, int]]:
+        """Yield (sample, index of the record in it) for each record of the order."""
+        for samples, order, _ in self._draws(consumed):
+            numbered = [
+                (sample, number)
+                for sample in samples
+                for number in (range(sample.records) if sample.chosen is None else sample.chosen)
+            ]
+            yield from (numbered[place] for place in order.tolist())
 
     def _draws(self, consumed: int) -> Iterator[Draw]:
         epoch, skip = divmod(consumed, self.records_per_epoch)
         while True:
-            for number, rows in enumerate(self._cut(epoch)):
-                count = sum(row["records"] for row in rows)
+            for number, samples in enumerate(self._cut(epoch)):
+                count = sum(sample.records for sample in samples)
                 if skip < count:
                     order = np.random.default_rng([self.seed, epoch, number]).permutation(count)
-                    yield Draw(rows, torch.from_numpy(order[skip:]), consumed)
+                    yield Draw(samples, torch.from_numpy(order[skip:]), consumed)
                     consumed += count - skip
                 skip = max(0, skip - count)
             epoch += 1
 
-    def _cut(self, epoch: int) -> Iterator[list[Row]]:
-        """Cut an epoch's samples, shard by shard in random order, into windows of at most `shuffle_bytes`.
+    def _cut(self, epoch: int) -> Iterator[list[SelectedSample]]:
+        """An epoch's samples, shard by shard in random order, in windows of at most `shuffle_bytes`.
 
         Samples within a window are in the order of the disk, so that windows of the same samples are equal.
         """
-        shards = sorted({row["shard"] for row in self.rows})
+        shards = sorted({sample.row["shard"] for sample in self.samples})
         place = dict(zip(shards, np.random.default_rng([self.seed, epoch]).permutation(len(shards)), strict=True))
-        on_disk = itemgetter("shard", "offset")
-        window: list[Row] = []
+        window: list[SelectedSample] = []
         size = 0
-        for row in sorted(self.rows, key=lambda row: place[row["shard"]]):
-            if window and size + row["size"] > self.shuffle_bytes:
+        for sample in sorted(self.samples, key=lambda sample: place[sample.row["shard"]]):
+            if window and size + sample.row["size"] > self.shuffle_bytes:
                 yield sorted(window, key=on_disk)
                 window, size = [], 0
-            window.append(row)
-            size += row["size"]
+            window.append(sample)
+            size += sample.row["size"]
         yield sorted(window, key=on_disk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ from stages.base.arguments import LENGTH, Arguments, Caller
 from stages.base.denoiser import NEGATIVE, STEP, as_target, fingerprint, predictions_of
 from stages.base.loading import denoiser_config, load_denoiser
 from stages.errors import UserError
+from stages.records.schema import TensorSpec
+from stages.records.teacher import LayoutFacts, TeacherFacts
 from stages.records.trajectory import CONDITION_PREFIX
 from stages.train.batch import Batch, split_by_length
 
@@ -34,11 +37,17 @@ BASE_KEYS = (
 )
 
 
-def facts_of_teacher(dataset: Dataset, denoiser: str | None = None) -> dict[str, Any]:
-    """The teacher's metadata in `dataset.json`, with that of one denoiser; by default the first."""
-    teacher = dataset.info["teacher"]
-    name = denoiser or teacher["denoiser_subfolder"]
-    return teacher | {"denoiser_subfolder": name} | teacher["denoisers"][name]
+def facts_of_teacher(dataset: Dataset, denoiser: str | None = None) -> TeacherFacts:
+    """The facts of the teacher, with the named denoiser as its main one; by default the first."""
+    teacher = dataset.info.teacher
+    name = denoiser or teacher.denoiser_subfolder
+    chosen = teacher.denoisers[name]
+    return replace(
+        teacher,
+        denoiser_subfolder=name,
+        denoiser_class=chosen.denoiser_class,
+        denoiser_fingerprint=chosen.denoiser_fingerprint,
+    )
 
 
 def describe_base(
@@ -50,44 +59,51 @@ def describe_base(
         scale_range: the scales that the run was restricted to.
         denoiser: the denoiser's name in the pipeline; by default the first.
     """
-    teacher, conditions = facts_of_teacher(dataset, denoiser), dataset.info["conditions"]
-    low, high = dataset.info["guidance"]["scale_range"]
+    teacher, conditions = facts_of_teacher(dataset, denoiser), dataset.plan.conditions
+    low, high = dataset.plan.guidance.scale_range
     least, most = scale_range or [low, high]
+    layout = teacher.layout
     return {
-        "conditions": find_conditions(condition_tensors(dataset), max(conditions["class_labels"], default=0) + 1),
-        "sampled": conditions,
-        "arguments": teacher["arguments"],
+        "conditions": find_conditions(
+            {name: asdict(spec) for name, spec in condition_tensors(dataset).items()},
+            max(conditions.class_labels, default=0) + 1,
+        ),
+        "sampled": asdict(conditions),
+        "arguments": teacher.arguments,
         "scale_range": [max(low, least), min(high, most)],
-        "guidance_rule": dataset.info["guidance"]["rule"],
-        "prediction_type": teacher["prediction_type"],
-        "timestep": teacher["layout"]["arguments"]["timestep"],
-        "axes": teacher["layout"]["arguments"]["axes"],
-        "timestep_scale": teacher["layout"]["timestep_scale"],
-        "timestep_offset": teacher["layout"]["timestep_offset"],
-        "no_guidance": teacher["layout"]["no_guidance"],
-        "scale_offset": teacher["layout"]["scale_offset"],
-        "unconditional": unconditional_place(teacher["layout"]),
-        "base": {key: teacher[key] for key in BASE_KEYS},
-        "teacher": {key: teacher.get(key) for key in ("scheduler_class", "scheduler_config")}
-        | {"guider": dataset.info["plans"][0]["config"]["teacher"].get("guider")},
+        "guidance_rule": dataset.plan.guidance.rule,
+        "prediction_type": teacher.prediction_type,
+        "timestep": layout.arguments.timestep,
+        "axes": {name: asdict(axis) for name, axis in layout.arguments.axes.items()},
+        "timestep_scale": layout.timestep_scale,
+        "timestep_offset": layout.timestep_offset,
+        "no_guidance": layout.no_guidance,
+        "scale_offset": layout.scale_offset,
+        "unconditional": unconditional_place(layout),
+        "base": {key: getattr(teacher, key) for key in BASE_KEYS},
+        "teacher": {
+            "scheduler_class": teacher.scheduler_class,
+            "scheduler_config": teacher.scheduler_config,
+            "guider": dataset.info.plans[0].config["teacher"]["guider"],
+        },
         "dataset_fingerprint": dataset.fingerprint,
     }
 
 
-def unconditional_place(layout: dict[str, Any]) -> dict[str, int] | None:
+def unconditional_place(layout: LayoutFacts) -> dict[str, int] | None:
     """The position of the unconditional part in a guided step; None if it is unknown."""
-    if layout.get("unconditional") is None:
+    if layout.unconditional is None:
         return None
-    call, chunk = layout["unconditional"]
-    return {"call": call, "chunk": chunk, "chunks": layout["chunks"]}
+    call, chunk = layout.unconditional
+    return {"call": call, "chunk": chunk, "chunks": layout.chunks}
 
 
 def example_inputs(dataset: Dataset) -> dict[str, Any]:
     """The denoiser's arguments for three records, flattened, on the meta device."""
-    tensors, n, meta = dataset.info["tensors"], 3, torch.device("meta")
+    tensors, n, meta = dataset.info.tensors, 3, torch.device("meta")
 
-    def empty(spec: dict[str, Any]) -> Tensor:
-        return torch.empty(n, *spec["shape"], dtype=getattr(torch, spec["dtype"]), device=meta)
+    def empty(spec: TensorSpec) -> Tensor:
+        return torch.empty(n, *spec.shape, dtype=getattr(torch, spec.dtype), device=meta)
 
     cond = {k: empty(spec) for k, spec in condition_tensors(dataset).items() if not k.startswith(NEGATIVE)}
     cond |= {name: empty(spec) for name, spec in tensors.items() if name.startswith(STEP)}
@@ -96,14 +112,14 @@ def example_inputs(dataset: Dataset) -> dict[str, Any]:
 
 def arguments_of(dataset: Dataset) -> Arguments:
     """The layout of the arguments of the teacher's denoiser."""
-    return Arguments.of_facts(dataset.info["teacher"]["layout"]["arguments"])
+    return dataset.info.teacher.layout.arguments
 
 
-def condition_tensors(dataset: Dataset) -> dict[str, dict[str, Any]]:
+def condition_tensors(dataset: Dataset) -> dict[str, TensorSpec]:
     """Dtype and shape of the recorded conditions, by the names of the denoiser's arguments."""
     return {
         name.removeprefix(CONDITION_PREFIX): spec
-        for name, spec in dataset.info["tensors"].items()
+        for name, spec in dataset.info.tensors.items()
         if name.startswith(CONDITION_PREFIX)
     }
 
@@ -127,16 +143,16 @@ def load_base(
         UserError: the denoiser found differs from the teacher's in class or in weights.
     """
     teacher = facts_of_teacher(dataset, denoiser)
-    path = name_or_path or teacher["pretrained_model_name_or_path"]
-    source = {} if name_or_path else {key: teacher[key] for key in ("revision", "variant")}
-    place = path, teacher["denoiser_subfolder"], teacher["denoiser_class"]
+    path = name_or_path or teacher.pretrained_model_name_or_path
+    source: dict[str, Any] = {} if name_or_path else {"revision": teacher.revision, "variant": teacher.variant}
+    place = path, teacher.denoiser_subfolder, teacher.denoiser_class
     check_architecture(dataset, teacher, path, denoiser_config(*place, revision=source.get("revision")))
-    base = load_denoiser(*place, getattr(torch, teacher["torch_dtype"]), **source)
+    base = load_denoiser(*place, getattr(torch, teacher.torch_dtype), **source)
     found = fingerprint(base)
-    if found != teacher["denoiser_fingerprint"]:
+    if found != teacher.denoiser_fingerprint:
         raise UserError(
             f"{path}: not the weights that made {dataset.root}: fingerprint {found[:12]}, the dataset has "
-            f"{teacher['denoiser_fingerprint'][:12]}: name the teacher's with pretrained_model_name_or_path=..."
+            f"{teacher.denoiser_fingerprint[:12]}: name the teacher's with pretrained_model_name_or_path=..."
         )
     if mixed_precision != "no":
         cast(base, PRECISION[mixed_precision])
@@ -145,13 +161,13 @@ def load_base(
     return base.to(device)
 
 
-def check_architecture(dataset: Dataset, teacher: dict[str, Any], path: str, config: dict[str, Any]) -> None:
-    """Check a denoiser's configuration before its weights are loaded.
+def check_architecture(dataset: Dataset, teacher: TeacherFacts, path: str, config: dict[str, Any]) -> None:
+    """What a denoiser's configuration tells, before its weights are loaded.
 
     Raises:
         UserError: its class or its number of latent channels differs from the teacher's.
     """
-    expected, had = teacher["denoiser_class"], teacher["in_channels"]
+    expected, had = teacher.denoiser_class, teacher.denoisers[teacher.denoiser_subfolder].in_channels
     channels = config.get("in_channels")
     if config.get("_class_name", expected) != expected:
         raise UserError(f"{path}: a {config['_class_name']}, and {dataset.root} was made with a {expected}")
@@ -219,7 +235,7 @@ class Student:
         metadata, inputs = describe_base(dataset, scale_range, name), example_inputs(dataset)
         adapter = GuidanceAdapter.for_denoiser(config, denoiser, metadata, inputs)
         adapter.to(next(denoiser.parameters()).device)
-        channels = dataset.info["teacher"]["layout"]["target_channels"]
+        channels = list(dataset.info.teacher.layout.target_channels)
         return cls(denoiser, adapter, arguments_of(dataset), channels, mixed_precision)
 
     def compile(self) -> None:

@@ -25,8 +25,9 @@ from stages.progress import progress
 from stages.records.dataset import Dataset
 from stages.records.plans import snapshots
 from stages.storage.cache import ShardCache
-from stages.storage.files import check_folder, exclusive_lock, whole_file
+from stages.storage.files import check_folder, whole_file
 from stages.storage.folder import open_folder
+from stages.storage.locks import exclusive_lock
 from stages.train.batch import Batch
 from stages.train.bins import Range
 from stages.train.checkpoint import (
@@ -76,7 +77,7 @@ class Trainer:
         if state is not None:
             check_resumable(state, self.dataset, config)
         training, held_out = select(self.dataset, config)
-        objective = Objective(config.loss, self.dataset.info, self.device)
+        objective = Objective(config.loss, self.dataset.info.teacher, self.device)
         if self.processes.is_main_process:  # after the checks that need no folder
             check_folder(self.root)
 
@@ -245,8 +246,10 @@ class Trainer:
         if low < high:  # a single trained scale leaves no room for a gain
             self.adapter.metadata["guidance_gain"] = guidance_gain(validation_loss, self.unguided_loss)
         measured = ("steps", "validation_loss", "validation_loss_unguided")
-        kind = {"kind": self.dataset.info["config"].get("trajectory", "guided")}
-        self.adapter.metadata["training"] = self.dataset.info["counts"] | kind | {key: summary[key] for key in measured}
+        kind = {"kind": self.dataset.plan.config["trajectory"]}
+        self.adapter.metadata["training"] = (
+            asdict(self.dataset.plan.counts) | kind | {key: summary[key] for key in measured}
+        )
         if self.processes.is_main_process:
             with self.optimization.averaged():
                 self.adapter.save_pretrained(self.root)

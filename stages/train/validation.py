@@ -9,7 +9,7 @@ from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.train.bins import BinnedMean, Range
 from stages.train.objective import squared_error
-from stages.train.selection import Row
+from stages.train.selection import SelectedSample
 from stages.train.student import Student
 from stages.train.window import load
 
@@ -27,7 +27,7 @@ class Validation:
     def __init__(
         self,
         dataset: Dataset,
-        rows: list[Row],
+        samples: list[SelectedSample],
         batch_size: int,
         scale_range: Range,
         timestep_range: Range,
@@ -36,7 +36,7 @@ class Validation:
     ) -> None:
         processes = PartialState()
         self.dataset, self.batch_size, self.device = dataset, batch_size, device
-        self.rows = rows[processes.process_index :: processes.num_processes]
+        self.samples = samples[processes.process_index :: processes.num_processes]
         self.skip_damaged = skip_damaged
         self.skipped: dict[str, int] = {}
         self.errors = BinnedMean(scale_range, timestep_range, device)
@@ -51,8 +51,8 @@ class Validation:
         Raises:
             UserError: there is no intact record.
         """
-        for start in range(0, len(self.rows), SAMPLES_AT_ONCE):
-            window = load(self.dataset, self.rows[start : start + SAMPLES_AT_ONCE], self.skip_damaged)
+        for start in range(0, len(self.samples), SAMPLES_AT_ONCE):
+            window = load(self.dataset, self.samples[start : start + SAMPLES_AT_ONCE], self.skip_damaged)
             self.skipped |= window.damaged
             intact = window.intact.nonzero().flatten()
             for chosen in intact.split(self.batch_size) if len(intact) else ():

@@ -15,7 +15,7 @@ from stages.errors import DamageError
 from stages.records.dataset import Dataset
 from stages.records.trajectory import CONDITION_PREFIX, is_per_record
 from stages.train.batch import Batch, as_bytes, collate, gather
-from stages.train.selection import Row
+from stages.train.selection import SelectedSample
 
 Memory = dict[str, Tensor]
 
@@ -47,8 +47,10 @@ class Window:
         return replace(records, cond=records.cond | {name: gather(v, owner) for name, v in self.cond.items()})
 
 
-def load(dataset: Dataset, rows: list[Row], skip_damaged: bool = False, memory: Memory | None = None) -> Window:
-    """Read all records of some samples, in their order.
+def load(
+    dataset: Dataset, samples: list[SelectedSample], skip_damaged: bool = False, memory: Memory | None = None
+) -> Window:
+    """All records of some samples, in their order.
 
     Args:
         skip_damaged: whether to continue if a sample is damaged.
@@ -57,21 +59,21 @@ def load(dataset: Dataset, rows: list[Row], skip_damaged: bool = False, memory: 
     Raises:
         DamageError: a sample is damaged.
     """
-    counts = torch.tensor([row["records"] for row in rows])
+    counts = torch.tensor([sample.records for sample in samples])
     fields = allocate_buffers({} if memory is None else memory, dataset, int(counts.sum()))
     raw = {name: as_bytes(field) for name, field in fields.items()}
     ends = counts.cumsum(0).tolist()
-    intact = torch.zeros(len(rows), dtype=torch.bool)
+    intact = torch.zeros(len(samples), dtype=torch.bool)
     conditions = []
-    for i, sample in read_samples(dataset, rows, skip_damaged):
-        chosen = rows[i].get("chosen", slice(None))
+    for i, tensors in read_samples(dataset, samples, skip_damaged):
+        chosen = slice(None) if samples[i].chosen is None else samples[i].chosen
         for name, into in raw.items():
-            into[ends[i] - rows[i]["records"] : ends[i]] = as_bytes(sample[name])[chosen]
+            into[ends[i] - samples[i].records : ends[i]] = as_bytes(tensors[name])[chosen]
         conditions.append(
-            {k.removeprefix(CONDITION_PREFIX): v for k, v in sample.items() if k.startswith(CONDITION_PREFIX)}
+            {k.removeprefix(CONDITION_PREFIX): v for k, v in tensors.items() if k.startswith(CONDITION_PREFIX)}
         )
         intact[i] = True
-    scale = torch.tensor([row["scale"] for row in rows], dtype=torch.float32).repeat_interleave(counts)
+    scale = torch.tensor([sample.row["scale"] for sample in samples], dtype=torch.float32).repeat_interleave(counts)
     main = {name: fields.pop(name) for name in ("latent", "timestep", "target")}
     steps = {name: fields.pop(name) for name in list(fields) if name.startswith(STEP)}
     return Window(
@@ -79,23 +81,25 @@ def load(dataset: Dataset, rows: list[Row], skip_damaged: bool = False, memory: 
         (intact.cumsum(0) - 1).repeat_interleave(counts),
         collate(conditions),
         intact.repeat_interleave(counts),
-        {f"{row['shard']} {row['key']}": row["records"] for row, whole in zip(rows, intact, strict=True) if not whole},
+        {sample.name: sample.records for sample, whole in zip(samples, intact, strict=True) if not whole},
     )
 
 
 def allocate_buffers(memory: Memory, dataset: Dataset, count: int) -> dict[str, Tensor]:
     """A buffer `[count, ...]` for each per-record tensor, from `memory`, which grows where it is too small."""
-    for name, spec in dataset.info["tensors"].items():
+    for name, spec in dataset.info.tensors.items():
         if is_per_record(name) and len(memory.get(name, ())) < count:
-            memory[name] = torch.empty(count, *spec["shape"], dtype=getattr(torch, spec["dtype"]))
+            memory[name] = torch.empty(count, *spec.shape, dtype=getattr(torch, spec.dtype))
     return {name: value[:count] for name, value in memory.items()}
 
 
-def read_samples(dataset: Dataset, rows: list[Row], skip_damaged: bool) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yield each sample with its row index; a shard is opened once for adjacent rows."""
+def read_samples(
+    dataset: Dataset, samples: list[SelectedSample], skip_damaged: bool
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yield (index, tensors) of each sample; a shard is opened once for adjacent samples."""
     tolerated = (DamageError,) if skip_damaged else ()
-    for shard, places in groupby(range(len(rows)), lambda i: rows[i]["shard"]):
+    for shard, places in groupby(range(len(samples)), lambda i: samples[i].row["shard"]):
         with suppress(*tolerated), dataset.open(shard) as file:
             for i in places:
                 with suppress(*tolerated):
-                    yield i, dataset.read(file, rows[i])
+                    yield i, dataset.read(file, samples[i].row)

@@ -44,7 +44,7 @@ def main(name_or_path: str = "stages/embedded/mnist_dit", batch_size: str = "50"
             sample(teacher.pipe, request, GUIDES)
 
     bare()
-    ratios = [timed(lambda: list(teacher.run(unit))) / timed(bare) for _ in range(ROUNDS)]
+    ratios = [timed(lambda: teacher.run(unit)) / timed(bare) for _ in range(ROUNDS)]
     name = torch.cuda.get_device_name() if teacher.device.startswith("cuda") else "cpu"
     print(
         f"{name_or_path}, {size} trajectories of {STEPS} steps on {name}: recorded over bare, median of {ROUNDS} pairs:"

@@ -28,12 +28,14 @@ from typing import Any
 
 import psutil
 
+from stages.base.sampling import Condition
 from stages.generate.driver import Driver
 from stages.generate.events import Event, Loaded, Made
 from stages.generate.fleet import RayFleet
+from stages.generate.planned import Unit
 from stages.records.commits import commit_name
 from stages.records.dataset import Dataset
-from stages.storage.files import seal
+from stages.storage.sealing import seal
 from tests.support.sleeping_worker import FACTS, SleepingWorker, made_up_commit, sleeping_config
 
 TEACHER = Path("stages/embedded/mnist_dit")
@@ -53,7 +55,7 @@ class SleepingFleet(RayFleet):
     def free(self, alone: bool) -> bool:
         return (self.begun is not None or all(member.is_loaded for member in self.members)) and super().free(alone)
 
-    def dispatch(self, unit: int, alone: bool) -> None:
+    def dispatch(self, unit: Unit, alone: bool) -> None:
         if self.begun is None:
             processes = psutil.Process().children(recursive=True)
             workers = [process for process in processes if "ray::SleepingWorker" in " ".join(process.cmdline())]
@@ -91,18 +93,21 @@ class MadeUpFleet:
     """Has made a unit as soon as it is told to. Commits are not synced: a million of them would take hours."""
 
     def __init__(self, root: Path, stops_at: int | None = None) -> None:
-        self.root, self.stops_at = root, stops_at
+        self.root, self.stops_at, self.digest = root, stops_at, ""
         self.events: list[Event] = [Loaded(FACTS)]
         (root / "commits").mkdir(parents=True, exist_ok=True)
+
+    def start(self, example: Condition) -> None:
+        pass
 
     def free(self, alone: bool) -> bool:
         return not self.events
 
-    def dispatch(self, unit: int, alone: bool) -> None:
-        if unit == self.stops_at:
+    def dispatch(self, unit: Unit, alone: bool) -> None:
+        if unit.index == self.stops_at:
             raise StoppedError
-        (self.root / commit_name(unit)).write_bytes(seal(made_up_commit(unit)))
-        self.events.append(Made(unit, 1, "one"))
+        (self.root / commit_name(unit.index)).write_bytes(seal(made_up_commit(unit.index, unit.plan)))
+        self.events.append(Made(unit.index, 1, "one"))
 
     def poll(self, timeout: float) -> list[Event]:
         events, self.events = self.events, []

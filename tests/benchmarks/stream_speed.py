@@ -31,15 +31,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as ItemDataset
 
-from stages.records.commits import commit_unit
 from stages.records.dataset import Dataset
-from stages.records.publication import publish
 from stages.records.shard import encode
 from stages.records.trajectory import Trajectory
-from stages.storage.folder import open_folder
 from stages.train.batch import Batch
+from stages.train.selection import SelectedSample
 from stages.train.stream import RecordStream
 from stages.train.window import Memory, load
+from tests.support import made_up
 
 BATCH_SIZE, STEPS, TRAJECTORIES_PER_SHARD = 64, 20, 50
 RECORDS = [("16 KB", (4, 32, 32), 1), ("4 KB", (4, 16, 16), 4)]  # latent and target in fp16, their shape, times as many
@@ -58,16 +57,14 @@ def trajectory(index: int, shape: tuple[int, ...]) -> Trajectory:
     label = index % 1000
     return Trajectory(
         index, index, float(index), {"class_label": label}, latent, torch.arange(STEPS), target,
-        {"class_labels": torch.tensor(label)},
+        {"class_labels": torch.tensor(label)}, torch.ones(STEPS), torch.zeros(STEPS),
     )  # fmt: skip
 
 
 def write_dataset(root: Path, count: int, shape: tuple[int, ...]) -> Dataset:
     starts = range(0, count, TRAJECTORIES_PER_SHARD)
     units = [range(start, min(start + TRAJECTORIES_PER_SHARD, count)) for start in starts]
-    folder = open_folder(root)
-    commits = [commit_unit(folder, i, [encode(trajectory(j, shape)) for j in unit]) for i, unit in enumerate(units)]
-    publish(folder, {"plans": [{"units": len(units)}]}, commits)
+    made_up.write_dataset(root, [[encode(trajectory(j, shape)) for j in unit] for unit in units])
     return Dataset(root)
 
 
@@ -108,7 +105,9 @@ def reference_batches(folders: list[Path]) -> Iterator[Batch]:
 
 def stream_batches(dataset: Dataset, shuffle_bytes: int) -> Iterator[Batch]:
     """Epochs without end."""
-    return iter(RecordStream(dataset, dataset.manifest.to_pylist(), BATCH_SIZE, 0, shuffle_bytes))
+    return iter(
+        RecordStream(dataset, [*map(SelectedSample, dataset.manifest.to_pylist())], BATCH_SIZE, 0, shuffle_bytes)
+    )
 
 
 def speed(batches: Iterator[Batch], records: int) -> dict[str, int]:
@@ -127,7 +126,7 @@ def fastest(batches: Iterator[Batch], records: int, times: int) -> dict[str, int
 
 
 def stream_speed(dataset: Dataset, shuffle_bytes: int, epochs: int) -> dict[str, int]:
-    batches, records = stream_batches(dataset, shuffle_bytes), dataset.info["counts"]["records"]
+    batches, records = stream_batches(dataset, shuffle_bytes), dataset.plan.counts.records
     first = speed(batches, records)["records_per_second"]
     return fastest(batches, records, epochs) | {"first_epoch": first}
 
@@ -153,8 +152,9 @@ def parts(dataset: Dataset) -> dict[str, float]:
         timed("crc32", lambda: zlib.crc32(read))  # noqa: B023
         timed("decode", lambda: safetensors.torch.load(read))  # noqa: B023
     memory: Memory = {}
-    load(dataset, rows, memory=memory)
-    window = timed("load", lambda: load(dataset, rows, memory=memory))
+    samples = [*map(SelectedSample, rows)]
+    load(dataset, samples, memory=memory)
+    window = timed("load", lambda: load(dataset, samples, memory=memory))
     order = torch.randperm(len(window)).split(BATCH_SIZE)
     timed("gather", lambda: [len(window.take(chosen)) for chosen in order])
     spent["place"] = spent.pop("load") - sum(spent[part] for part in ("read", "crc32", "decode"))
@@ -169,7 +169,7 @@ def measured(root: Path, count: int, shape: tuple[int, ...], epochs: int) -> dic
     for info in streams.values():
         info["times_reference"] = round(info["records_per_second"] / reference["records_per_second"], 1)
     return {
-        "records": count * STEPS, "bytes": dataset.info["counts"]["bytes"], "stream_by_window": streams,
+        "records": count * STEPS, "bytes": dataset.plan.counts.bytes, "stream_by_window": streams,
         "reference": reference, "microseconds_by_part": parts(dataset),
     }  # fmt: skip
 

@@ -28,7 +28,7 @@ AT_ONCE = 64  # commits in memory, so that it shows soon what is kept of each
 
 def held(root: Path, units: int) -> int:
     """Bytes that Python and Arrow hold at most in a driver's run: what is resident beside differs between machines."""
-    commits.COMMITS_AT_ONCE = manifest.ROWS_OF_A_BATCH = AT_ONCE
+    commits.COMMITS_AT_ONCE = manifest.ROWS_PER_BATCH = AT_ONCE
     config = sleeping_config(TEACHER, root, 0.0, units)
     tracemalloc.start()
     Driver(config).run(MadeUpFleet(root))

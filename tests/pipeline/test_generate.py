@@ -32,7 +32,7 @@ def test_a_killed_driver_is_followed_by_two_at_once(tiny_teacher: Path, tmp_path
     until(lambda: commits.exists() and len(list(commits.glob("[0-9]*.json"))) >= 3)
     kill_command(first)
     until(lambda: worker_processes() == [])
-    made = {commit["shard"] for commit in read_commits(open_folder(tmp_path / "data"))}
+    made = {commit.shard for commit in read_commits(open_folder(tmp_path / "data"))}
     assert 3 <= len(made) < UNITS
     left = {f"shards/{path.name}" for path in shards.glob("[0-9]*")} - made
     assert len(left) <= 2
@@ -47,7 +47,7 @@ def test_a_killed_driver_is_followed_by_two_at_once(tiny_teacher: Path, tmp_path
     finally:
         for process in both:
             kill_command(process)
-    committed = {commit["shard"] for commit in read_commits(open_folder(tmp_path / "data"))}
+    committed = {commit.shard for commit in read_commits(open_folder(tmp_path / "data"))}
     assert len(committed) == UNITS
     assert made < committed
     assert {f"shards/{path.name}" for path in shards.glob("[0-9]*")} - left == committed

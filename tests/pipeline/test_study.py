@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stages.errors import UsageError, UserError
-from stages.storage.files import exclusive_lock
+from stages.storage.locks import exclusive_lock
 from stages.study.study import Study, StudyConfig
 from tests.support.sleepers import as_soon_as_they_sleep, write_commands, write_sleepers
 

@@ -27,7 +27,7 @@ from tests.support.damages import DAMAGES, commit_of
 from tests.support.faulty_s3 import Fault, FaultyS3
 
 
-def test_what_is_in_a_dataset_is_told(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_content_of_a_dataset_is_printed(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(VerifyConfig(str(damaged)))
     output = capsys.readouterr().out
     assert "12 trajectories, 48 records, 4 shards" in output
@@ -59,7 +59,7 @@ def test_what_a_repair_tells_last_finishes_the_dataset(
 ) -> None:
     monkeypatch.setattr("stages.generate.fleet.RayFleet", InProcessFleet)
     damaged = damaged.rename(damaged.with_name("two words"))
-    (damaged / "config.yaml").unlink()  # as of an older dataset
+    (damaged / "config.yaml").unlink()
     shard = commit_of(damaged)["shard"]
     DAMAGES["a flipped bit in a payload"](damaged)
     DAMAGES["a missing manifest"](damaged)
@@ -118,7 +118,7 @@ def test_a_report_that_could_be_nowhere_is_refused_before_anything_is_read(
     assert capsys.readouterr().out == ""
 
 
-def test_a_report_goes_where_it_is_asked_for(damaged: Path, tmp_path: Path, s3: FaultyS3) -> None:
+def test_a_report_goes_to_its_output(damaged: Path, tmp_path: Path, s3: FaultyS3) -> None:
     (tmp_path / "pipe").symlink_to("/dev/null")
     for output in (str(tmp_path / "new" / "v.json"), str(tmp_path / "pipe"), "s3://bucket/reports/v.json"):
         main(VerifyConfig(str(damaged), output=output))
@@ -133,7 +133,7 @@ def test_a_report_goes_where_it_is_asked_for(damaged: Path, tmp_path: Path, s3: 
 def test_what_this_user_may_not_read_is_neither_damage_nor_set_aside(
     damaged: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """As under another's umask; root reads everything, so the system's answer is put in its place."""
+    """Files of another user. Root may read everything, so the test raises the system's error itself."""
     before = sorted(path for path in damaged.rglob("*") if path.is_file())
     forbidden = next(damaged.glob(name))
     opened = Path.open
@@ -153,7 +153,7 @@ def test_what_this_user_may_not_read_is_neither_damage_nor_set_aside(
 
 
 def read_all(folder: Path) -> Iterator[object]:
-    """All that a reader of a dataset opens."""
+    """Open everything that a reader of a dataset opens."""
     dataset = Dataset(folder)
     for row in dataset.manifest.to_pylist():
         with dataset.open(row["shard"]) as file:

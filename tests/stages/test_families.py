@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from stages.base.denoiser import denoiser_of, unflatten
+from stages.base.hooks import Call, watch_steps
 from stages.base.loading import load_pipeline
 from stages.base.sampling import CALL_DEFAULTS, Request, sample, undecoded
 from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, conditions_of, load_pair, sample_setting
 from stages.generate.config import TeacherConfig
 from stages.generate.plan import GOLDEN_RATIO
 from stages.generate.timesteps import shifted_timesteps
-from stages.generate.watching import Call, watched
 from stages.records.dataset import Dataset
 from stages.records.verification import verify
+from stages.train.selection import SelectedSample
 from stages.train.student import Student, load_base
 from stages.train.trainer import Trainer
 from stages.train.window import load
@@ -58,23 +59,23 @@ def test_the_dataset_is_whole_and_tells_what_was_found(dataset: Dataset) -> None
     found = verify(dataset.root)
     assert found["ok"]
     assert found["records"] == 6 * 4
-    layout = dataset.info["teacher"]["layout"]
-    assert layout["calls"] * layout["chunks"] == 2
-    assert dataset.info["guidance"]["rule"]["name"] == "ClassifierFreeGuidance"
-    assert dataset.info["conditions"]["prompts"] == 2
+    layout = dataset.info.teacher.layout
+    assert layout.calls * layout.chunks == 2
+    assert dataset.plan.guidance.rule["name"] == "ClassifierFreeGuidance"
+    assert dataset.plan.conditions.prompts == 2
     assert Path(dataset.root.where("preview.png")).stat().st_size > 100
 
 
 def test_untrained_the_student_is_the_unguided_teacher(dataset: Dataset) -> None:
     """At the first step the noise is the same, and so what the untouched pipeline predicts at scale 1 is known."""
-    teacher = dataset.info["teacher"]
-    pipe: Any = load_pipeline(teacher["pretrained_model_name_or_path"])
+    teacher = dataset.info.teacher
+    pipe: Any = load_pipeline(teacher.pretrained_model_name_or_path)
     row = next(row for row in dataset.manifest.to_pylist() if row["trajectory"] == 0)
-    batch = load(dataset, [row]).take(torch.tensor([0])).to("cpu", torch.float32)
+    batch = load(dataset, [SelectedSample(row)]).take(torch.tensor([0])).to("cpu", torch.float32)
     seen: list[Call] = []
-    request = Request([{"prompt": row["prompt"]}], [row["seed"]], 4, teacher["arguments"])
+    request = Request([{"prompt": row["prompt"]}], [row["seed"]], 4, teacher.arguments)
     shifted = shifted_timesteps(pipe.scheduler, 0.5 * GOLDEN_RATIO)
-    with shifted, undecoded(pipe), watched(pipe, lambda calls, received, _: seen.append(calls[0])):
+    with shifted, undecoded(pipe), watch_steps(pipe, lambda calls, received, _: seen.append(calls[0])):
         sample(pipe, request, 1.0)
     inputs, denoiser = seen[0].inputs, denoiser_of(pipe)[1]
     student = Student.create(dataset, ADAPTER, load_base(dataset))
@@ -116,14 +117,14 @@ def test_negative_prompts_are_seen_in_one_pass_as_they_were_recorded(dataset: Da
         dataset, small_adapter(conditions=["timestep", "negative_tokens"]), load_base(dataset)
     ).adapter
     adapter.detach()
-    teacher = dataset.info["teacher"]
-    pipe: Any = load_pipeline(teacher["pretrained_model_name_or_path"])
+    teacher = dataset.info.teacher
+    pipe: Any = load_pipeline(teacher.pretrained_model_name_or_path)
     seen: list[torch.Tensor] = []
     adapter.conditioning.conditions[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     rows = {row["prompt"]: row for row in dataset.manifest.to_pylist()}
-    recorded = load(dataset, [rows[prompt] for prompt in PROMPTS]).take(torch.tensor([0, 4])).cond
+    recorded = load(dataset, [SelectedSample(rows[prompt]) for prompt in PROMPTS]).take(torch.tensor([0, 4])).cond
     conditions = [{"prompt": p, "negative_prompt": n} for p, n in zip(PROMPTS, NEGATIVE_PROMPTS, strict=True)]
-    request = Request(conditions, [0, 1], 2, teacher["arguments"])
+    request = Request(conditions, [0, 1], 2, teacher.arguments)
     unguided, guided = (
         sample_setting(pipe, adapter, setting, request) for setting in (Setting(NONE, 1.0), Setting(ONE_PASS, 3.0))
     )

@@ -25,8 +25,8 @@ from stages.records.commits import read_commits
 from stages.records.manifest import decode_manifest, encode_manifest
 from stages.records.plans import read_info
 from stages.records.publication import publish
-from stages.storage.files import seal, unseal
 from stages.storage.folder import open_folder
+from stages.storage.sealing import seal, unseal
 
 Damage = Callable[[Path], list[str]]
 Members = list[tuple[str, bytes]]

@@ -14,9 +14,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stages.base.sampling import Condition
 from stages.generate.config import GenerateConfig
 from stages.generate.fleet import RayFleet, TeacherWorker
-from stages.storage.folder import DiskFolder
+from stages.generate.planned import Unit
+from stages.storage.disk import DiskFolder
 from tests.support.faults_table import survived
 
 STOPPED_FILE = "stopped.json"
@@ -73,15 +75,15 @@ class FaultyWorker(TeacherWorker):
         self.committing = threading.RLock()  # another unit's SIGKILL waits for it, or AFTER_COMMIT might never happen
         self.strike(STARTING, 0)
 
-    def load(self) -> dict[str, Any]:
+    def load(self, example: Condition) -> dict[str, Any]:
         self.strike(LOADING, 0)
-        facts = super().load()
+        facts = super().load(example)
         self.root = FaultyFolder(self.config.output_dir, self)
         return facts
 
-    def sample(self, index: int) -> None:
-        self.strike(SAMPLING, index)
-        super().sample(index)
+    def sample(self, unit: Unit) -> None:
+        self.strike(SAMPLING, unit.index)
+        super().sample(unit)
 
     def commit(self, index: int) -> tuple[int, dict[str, float]]:
         self.here.writing = index

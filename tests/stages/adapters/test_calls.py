@@ -19,8 +19,8 @@ from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
 from stages.base.denoiser import denoisers_of
+from stages.base.hooks import Call, watch_steps
 from stages.errors import UserError
-from stages.generate.watching import Call, watched
 from tests.conftest import tiny_dit
 from tests.pipelines_zoo.gathered import gather
 from tests.stages.adapters.test_compositions import adapter_for
@@ -42,7 +42,7 @@ class Run:
         parameters = inspect.signature(type(pipe).__call__).parameters
         info |= {"generator": torch.Generator().manual_seed(0), "num_inference_steps": STEPS}
         info |= {"output_type": "latent"} if "output_type" in parameters else {}
-        with watched(pipe, self._see, self.latents.append):
+        with watch_steps(pipe, self._see, self.latents.append):
             pipe(**info)
 
     def _see(self, calls: list[Call], handed: Tensor, timestep: Any) -> None:
@@ -145,7 +145,7 @@ def call(pipe: Any, arguments: dict[str, Any], prompt: str) -> Run:
     run = Run.__new__(Run)
     run.steps, run.latents = [], []
     info = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": STEPS, "output_type": "latent"}
-    with watched(pipe, run._see, run.latents.append):
+    with watch_steps(pipe, run._see, run.latents.append):
         pipe(prompt=prompt, **arguments, **info)
     return run
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
+from stages.base.hooks import count_evaluations
 from stages.base.sampling import undecoded
-from stages.evaluate.comparisons import counted
 from tests.conftest import VARIANTS
 from tests.support.families import NO_CHECKER, PROMPTS, WIDTH, build, enliven
 
@@ -120,7 +120,7 @@ def test_controlnet(pipe: Any, adapter: GuidanceAdapter, picture: list[Image.Ima
     steered = StableDiffusionControlNetPipeline(**pipe.components, controlnet=controlnet, requires_safety_checker=False)
     steered.set_progress_bar_config(disable=True)
     adapter.attach(steered)
-    with counted(pipe.unet) as count:
+    with count_evaluations(pipe.unet) as count:
         one = final(steered, image=picture)
     assert count[0] == STEPS * len(PROMPTS)
     assert unlike(one, final(steered, image=picture, controlnet_conditioning_scale=0.0))
@@ -141,7 +141,7 @@ def test_ip_adapter(pipe: Any, adapter: GuidanceAdapter, picture: list[Image.Ima
     adapter.attach(seen)
     seen.unet._load_ip_adapter_weights([ip_adapter_weights(seen.unet)])
     seen.set_ip_adapter_scale(1.0)
-    with counted(seen.unet) as count:
+    with count_evaluations(seen.unet) as count:
         one = final(seen, ip_adapter_image=[picture])
     assert count[0] == STEPS * len(PROMPTS)
     assert unlike(one, final(seen, 1.0, ip_adapter_image=[picture]))
@@ -180,7 +180,7 @@ def test_image_to_image_and_inpainting_share_the_denoiser(
     for other, given in ((to_image, {}), (inpainting, {"mask_image": [mask, mask], "height": 32, "width": 32})):
         other.set_progress_bar_config(disable=True)
         adapter.attach(other)
-        with counted(pipe.unet) as count:
+        with count_evaluations(pipe.unet) as count:
             one = final(other, image=picture, strength=0.7, num_inference_steps=6, **given)
         assert count[0] == 4 * len(PROMPTS)
         assert unlike(one, final(other, 1.0, image=picture, strength=0.7, num_inference_steps=6, **given))
@@ -256,7 +256,7 @@ def test_the_negative_prompt_it_was_trained_with_does_not_warn(pipe: Any, adapte
 def test_prompts_may_be_longer_than_in_training(pipe: Any, length: int) -> None:
     adapter = adapter_for(pipe.unet, "cross_attention").attach(pipe)
     embeds = torch.randn(2, length, WIDTH)
-    with counted(pipe.unet) as count, undecoded(pipe) as latents:
+    with count_evaluations(pipe.unet) as count, undecoded(pipe) as latents:
         pipe(prompt_embeds=embeds, guidance_scale=3.0, num_inference_steps=STEPS, output_type="pt")
     assert count[0] == STEPS * len(embeds)
     assert latents[0].isfinite().all()

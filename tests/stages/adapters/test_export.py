@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
+import resource
 import subprocess
 import sys
 import warnings
@@ -25,7 +25,7 @@ from stages.adapters.export import FORMATS, how_to_load
 from stages.adapters.lora import LoRASite
 from stages.base.denoiser import denoiser_of, fingerprint
 from stages.base.sampling import CALL_DEFAULTS
-from stages.errors import UserError
+from stages.errors import StorageError, UserError
 from tests.conftest import tiny_dit
 from tests.support import stock_tools
 from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, WIDTH, build
@@ -389,16 +389,15 @@ def test_a_scale_outside_the_training_warns(adapter: LoRA, tmp_path: Path) -> No
         adapter.export_lora(tmp_path, 8.0, "peft")
 
 
-def test_a_file_is_written_whole_or_not_at_all(adapter: LoRA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_written_whole_or_not_at_all(adapter: LoRA, tmp_path: Path) -> None:
     adapter.export_lora(tmp_path, SCALE, "peft")
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
-    def half(path: Path, content: bytes) -> None:
-        with path.open("wb") as file:
-            file.write(content[: len(content) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", half)
-    with pytest.raises(OSError, match="No space left"):
-        adapter.export_lora(tmp_path, 4.0, "peft")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # stands in for a full disk: either refuses in the middle
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="cannot be written: File too large"):
+            adapter.export_lora(tmp_path, 4.0, "peft")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

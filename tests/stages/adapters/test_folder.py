@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from stages.adapters import GuidanceAdapter
 from stages.adapters.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
-from stages.errors import UserError
+from stages.errors import StorageError, UserError
 from tests.conftest import tiny_dit
 from tests.stages.adapters.test_contract import new_adapter
 from tests.support.faulty_s3 import FaultyS3
@@ -85,7 +85,7 @@ def test_a_save_that_fails_leaves_the_older_adapter_whole(adapter: GuidanceAdapt
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # which stands in for a full disk: either refuses in the middle
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(StorageError, match="cannot be written: File too large"):
             adapter.save_pretrained(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -10,9 +10,9 @@ import torch
 from diffusers import DiTPipeline
 
 from stages.adapters import GuidanceAdapter
+from stages.base.hooks import count_evaluations
 from stages.base.sampling import undecoded
 from stages.errors import UserError
-from stages.evaluate.comparisons import counted
 from tests.conftest import tiny_dit
 from tests.stages.adapters.test_contract import new_adapter
 
@@ -24,7 +24,7 @@ def final(pipe: DiTPipeline, scale: float | None = None, steps: int = STEPS) -> 
     """Final latents, and denoiser evaluations."""
     generators = [torch.Generator().manual_seed(i) for i in range(len(LABELS))]
     options = {} if scale is None else {"guidance_scale": scale}
-    with undecoded(pipe) as latents, counted(pipe.transformer) as count:
+    with undecoded(pipe) as latents, count_evaluations(pipe.transformer) as count:
         pipe(LABELS, generator=generators, num_inference_steps=steps, output_type="pt", **options)
     return latents[0], count[0]
 

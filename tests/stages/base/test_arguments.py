@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stages.base.arguments import Arguments, Axis, Caller, decoded, encoded, stacked
 from stages.base.denoiser import flatten
+from stages.records.fields import read_fields
 
 CPU = torch.device("cpu")
 
@@ -91,7 +92,7 @@ def test_a_call_is_put_together_from_what_was_taken_of_one() -> None:
     axes = {"x": Axis(listed=True), "layers": Axis(dim=1), "frames": Axis(rows=3), "ids": Axis(shared=True)}
     constants = {name: encoded(flat[name], 4) for name in ("rotary.(0)", "rotary.(1)", "shapes")}
     arguments = Arguments("x", "t", axes, constants, ("frames",))
-    assert Arguments.of_facts(json.loads(json.dumps(arguments.facts()))) == arguments
+    assert read_fields(Arguments, json.loads(json.dumps(arguments.facts()))) == arguments
     assert arguments.rows(flat) == 4
     assert arguments.conditions == ["layers", "ids"]
     samples = arguments.samples(flat, 2, 4)

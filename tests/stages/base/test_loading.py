@@ -34,5 +34,5 @@ def test_what_is_no_pipeline_is_named(tmp_path: Path) -> None:
 def test_auto_is_a_gpu_where_there_is_one() -> None:
     assert choose_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
     assert choose_device("cpu") == "cpu"
-    with pytest.raises(UserError, match="device=abacus: not here"):
+    with pytest.raises(UserError, match="device=abacus: this device is not available: use device=auto"):
         choose_device("abacus")

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import DDIMScheduler
 
-from stages.base.patching import patched
+from stages.base.patching import patched, replaced
 
 
 class Counter:
@@ -40,6 +40,21 @@ def test_a_patch_of_someone_else_is_there_again_afterwards() -> None:
     with patched(counter, "add", doubled):
         assert counter.add() == -1
     assert counter.add is theirs
+
+
+def test_an_attribute_is_put_back_as_it_was_past_the_setter_of_its_object() -> None:
+    class Guarded(Counter):
+        def __setattr__(self, name: str, value: object) -> None:
+            assert name == "count", name
+            super().__setattr__(name, value)
+
+    guarded = Guarded()
+    with replaced(guarded, "checker", None), replaced(guarded, "count", 7):
+        assert vars(guarded) == {"count": 7, "checker": None}
+        with replaced(guarded, "count", 8):
+            assert guarded.count == 8
+        assert guarded.count == 7
+    assert vars(guarded) == {"count": 0}
 
 
 def test_a_deep_copy_goes_by_its_own_count_patched_or_not() -> None:

@@ -18,6 +18,7 @@ from stages.evaluate.first_steps import guided_first, select_rows
 from stages.generate.finding import find_layout
 from stages.train.student import unconditional_place
 from tests.conftest import tiny_dit
+from tests.pipelines_zoo.gathered import gather
 from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, build
 
 SCALE, STEPS = 3.0, 5
@@ -32,7 +33,7 @@ class AdapterStub:
 
 
 def placed(pipe: Any, request: Request) -> Any:
-    return AdapterStub(unconditional_place(find_layout(pipe, request).facts()))
+    return AdapterStub(unconditional_place(find_layout(pipe, request)))
 
 
 @contextmanager
@@ -163,3 +164,13 @@ def test_the_denoiser_keeps_its_signature() -> None:
     with guided_first(pipe, {"call": 0, "chunk": 1, "chunks": 2}, 50, [], 2):
         assert inspect.signature(pipe.transformer.forward) == before
         assert latent_name(pipe.transformer) == "hidden_states"
+
+
+def test_guidance_ends_for_every_denoiser_of_a_pipeline() -> None:
+    """Wan 2.2 goes on with its second denoiser: there CFG on the first steps has ended."""
+    specimen = gather()["WanPipeline (2.2)"]
+    pipe = specimen.build()
+    request = Request(list(specimen.conditions), [0, 1], 4, dict(specimen.arguments))
+    adapter: Any = AdapterStub({"call": 1, "chunk": 0, "chunks": 1})
+    whole, half = (sample_setting(pipe, adapter, Setting(method, 3.0), request) for method in (CFG, CFG_FIRST_50))
+    assert (whole.denoiser_evaluations, half.denoiser_evaluations) == (2 * 4 * 2, (2 * 2 + 2) * 2)

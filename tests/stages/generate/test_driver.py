@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from stages.base.sampling import Condition
 from stages.errors import StorageError, UserError
 from stages.generate.config import GenerateConfig
 from stages.generate.driver import Driver
@@ -19,9 +20,11 @@ from stages.generate.in_process import InProcessFleet
 from stages.generate.teacher import Teacher
 from stages.records.commits import committed_units, read_commits
 from stages.records.dataset import Dataset
-from stages.records.plans import read_info, snapshots, write_info
+from stages.records.plans import read_info, snapshots
+from stages.records.teacher import TeacherFacts
 from stages.records.verification import verify
-from stages.storage.folder import DiskFolder, open_folder
+from stages.storage.disk import DiskFolder
+from stages.storage.folder import open_folder
 from tests.conftest import fill, generate, generate_config
 from tests.support.faults_table import survived
 from tests.support.faulty_s3 import Fault, FaultyS3
@@ -54,10 +57,10 @@ class Faulty(InProcessFleet):
 
     def poll(self, timeout: float) -> list[Event]:
         if self.unit is not None:
-            if self.faults.get(self.unit, 0):
-                self.faults[self.unit] -= 1
+            if self.faults.get(self.unit.index, 0):
+                self.faults[self.unit.index] -= 1
                 failed, self.unit = self.unit, None
-                return [Failed(failed, RuntimeError("injected"))]
+                return [Failed(failed.index, RuntimeError("injected"))]
             if self.die_after == 0:
                 raise KeyboardInterrupt
             self.die_after = None if self.die_after is None else self.die_after - 1
@@ -124,7 +127,7 @@ def test_preemption_is_no_attempt(tiny_teacher: Path, tmp_path: Path) -> None:
             if self.unit is not None and self.left:
                 self.left -= 1
                 unit, self.unit = self.unit, None
-                return [Failed(unit, RuntimeError("node gone"), preempted=True)]
+                return [Failed(unit.index, RuntimeError("node gone"), preempted=True)]
             return super().poll(timeout)
 
     config = generate_config(tiny_teacher, tmp_path)
@@ -150,23 +153,13 @@ def test_a_folder_of_another_configuration_is_refused_and_kept(
     survived("another configuration over a dataset: refused", "driver")
 
 
-def test_a_dataset_older_than_an_option_has_its_default(damaged: Path, tiny_teacher: Path) -> None:
-    info = read_info(open_folder(damaged))
-    assert info is not None
-    del info["plans"][0]["config"]["trajectory"]
-    write_info(open_folder(damaged), info)
-    assert Driver(generate_config(tiny_teacher, damaged)).finished
-    with pytest.raises(UserError, match="trajectory=guided, not diffusion"):
-        Driver(generate_config(tiny_teacher, damaged, trajectory="diffusion"))
-
-
 def test_diffusion_trajectories_make_a_whole_dataset_that_tells_them(tiny_teacher: Path, tmp_path: Path) -> None:
     config = generate_config(tiny_teacher, tmp_path / "one", trajectory="diffusion")
     with pytest.raises(KeyboardInterrupt):
         Driver(config).run(Faulty(config, {}, die_after=2))
     Driver(config).run(InProcessFleet(config))
     assert verify(tmp_path / "one")["ok"]
-    assert Dataset(tmp_path / "one").info["config"]["trajectory"] == "diffusion"
+    assert Dataset(tmp_path / "one").plan.config["trajectory"] == "diffusion"
     assert_same_records(
         tmp_path / "one", generate(generate_config(tiny_teacher, tmp_path / "other", trajectory="diffusion"))
     )
@@ -286,8 +279,8 @@ def test_a_teacher_that_gives_nan_is_named(tiny_teacher: Path, tmp_path: Path) -
     fleet = InProcessFleet(config)
     load = fleet.worker.load
 
-    def broken() -> dict[str, Any]:
-        facts = load()
+    def broken(example: Condition) -> dict[str, Any]:
+        facts = load(example)
         with torch.no_grad():
             fleet.worker.teacher.pipe.transformer.proj_out_2.bias.fill_(float("nan"))
         return facts
@@ -315,9 +308,9 @@ def test_a_dataset_grows_and_what_was_there_stays(damaged: Path, tiny_teacher: P
     new, again = Dataset(damaged), Dataset(damaged, snapshot=old.fingerprint)
     assert (new.newest, again.newest, len(new.manifest)) == (True, False, 20)
     assert again.manifest.equals(old.manifest)
-    assert again.info["counts"] == old.info["counts"]
+    assert again.plan.counts == old.plan.counts
     assert new.manifest.slice(0, 12).equals(old.manifest)
-    assert [plan["trajectories"] for plan in new.info["plans"]] == [12, 8]
+    assert [plan.trajectories for plan in new.info.plans] == [12, 8]
     assert snapshots(open_folder(damaged)) == [old.fingerprint, new.fingerprint]
     assert verify(damaged)["trajectories"] == 20
     assert verify(damaged)["ok"]
@@ -328,7 +321,7 @@ def test_a_unit_that_was_not_full_stays_as_it_is(tiny_teacher: Path, tmp_path: P
         config = generate_config(tiny_teacher, tmp_path / "grown", num_trajectories=count)
         Driver(config).run(InProcessFleet(config))
     commits = read_commits(open_folder(tmp_path / "grown"))
-    units = [[row["trajectory"] for row in commit["samples"]] for commit in commits]
+    units = [[row["trajectory"] for row in commit.samples] for commit in commits]
     assert units == [[0, 1, 2], [3], [4], [5, 6, 7], [8]]
     assert verify(tmp_path / "grown")["ok"]
 
@@ -340,7 +333,7 @@ def test_a_growing_dataset_stays_readable_and_goes_on(damaged: Path, tiny_teache
         Driver(config).run(Faulty(config, {}, die_after=2))
     assert len(committed_units(open_folder(damaged))) == 6
     assert Dataset(damaged).fingerprint == old.fingerprint
-    assert Dataset(damaged).info["config"]["num_trajectories"] == 12
+    assert Dataset(damaged).plan.config["num_trajectories"] == 12
     found = verify(damaged)
     assert (found["ok"], found["trajectories"], found["shards"]) == (True, 12, 4)
     for count in (12, 19, 25):
@@ -406,8 +399,8 @@ def test_more_classes_come_after_those_that_are_there(tiny_teacher: Path, tmp_pa
     generate(config([7, 3, 5, 9], 3))
     new = Dataset(tmp_path / "data")
     assert new.manifest["class_label"].to_pylist() == [7, 3, 7, 3, 5, 5, 9, 9, 7, 3, 5, 9]
-    assert new.info["conditions"]["class_labels"] == [3, 5, 7, 9]
-    assert Dataset(tmp_path / "data", snapshot=old.fingerprint).info["conditions"]["class_labels"] == [3, 7]
+    assert new.plan.conditions.class_labels == [3, 5, 7, 9]
+    assert Dataset(tmp_path / "data", snapshot=old.fingerprint).plan.conditions.class_labels == [3, 7]
     assert verify(tmp_path / "data")["ok"]
     refused = [
         (config([7, 3, 9, 5], 3), r"class_labels=\[7, 3, 5, 9\], not \[7, 3, 9, 5\]"),
@@ -511,8 +504,8 @@ def test_a_teacher_told_of_in_tuples_and_arrays_is_known_again(tiny_teacher: Pat
         fleet = Faulty(config, {}, die_after=2 if attempt == 0 else None)
         facts = Teacher.facts
 
-        def facts(self: Teacher, facts: Any = facts) -> dict[str, Any]:
-            return facts(self) | {"scheduler_config": {"betas": np.linspace(0, 1, 3), "range": (0.5, 1.15)}}
+        def facts(self: Teacher, facts: Any = facts) -> TeacherFacts:
+            return replace(facts(self), scheduler_config={"betas": np.linspace(0, 1, 3), "range": (0.5, 1.15)})
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Teacher, "facts", facts)
@@ -523,5 +516,5 @@ def test_a_teacher_told_of_in_tuples_and_arrays_is_known_again(tiny_teacher: Pat
                 Driver(config).run(fleet)
     info = read_info(open_folder(tmp_path))
     assert info is not None
-    assert info["complete"]
-    assert info["teacher"]["scheduler_config"] == {"betas": [0, 0.5, 1], "range": [0.5, 1.15]}
+    assert info.complete
+    assert info.teacher.scheduler_config == {"betas": [0, 0.5, 1], "range": [0.5, 1.15]}

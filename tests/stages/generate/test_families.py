@@ -11,12 +11,12 @@ from torch import Tensor
 
 from stages.base.arguments import Caller
 from stages.base.denoiser import as_target, denoiser_of, predictions_of
+from stages.base.hooks import watch_steps
 from stages.base.sampling import Request, sample, undecoded
 from stages.generate.finding import find_layout
 from stages.generate.layout import Layout, Pass
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
-from stages.generate.watching import watched
 from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, build
 
 SCALES, STEPS = (3.0, 7.0), 4
@@ -73,7 +73,7 @@ def test_targets_are_guidance_by_hand_from_two_separate_passes(
 ) -> None:
     recording, _ = recorded
     denoiser, steps = denoiser_of(pipe)[1], []
-    with undecoded(pipe), watched(pipe, lambda calls, received, _: steps.append((calls, received[0]))):
+    with undecoded(pipe), watch_steps(pipe, lambda calls, received, _: steps.append((calls, received[0]))):
         sample(pipe, ask(family, 0, 1), PerSampleScale(torch.tensor(SCALES)))
     assert len(steps) == STEPS
     null = replace(layout, call=layout.calls - 1 - layout.call, chunk=layout.chunks - 1 - layout.chunk)

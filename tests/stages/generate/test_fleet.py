@@ -35,6 +35,7 @@ def test_one_worker_makes_the_records_of_the_twin(tiny_teacher: Path, shared_dat
 
 def test_an_error_of_a_worker_keeps_its_line(tmp_path: Path) -> None:
     fleet = RayFleet(generate_config(tmp_path / "missing", tmp_path))
+    fleet.start({"class_label": 0})
     events: list[Event] = []
     while not events:
         events = fleet.poll(1)
@@ -45,9 +46,9 @@ def test_an_error_of_a_worker_keeps_its_line(tmp_path: Path) -> None:
 
 
 class PlacedWorker(SleepingWorker):
-    """Tells where Ray has put it, and with what."""
+    """A worker that reports where Ray has put it, and with what."""
 
-    def load(self) -> dict[str, Any]:
+    def load(self, example: dict[str, Any]) -> dict[str, Any]:
         return {
             "gpus": os.environ["CUDA_VISIBLE_DEVICES"],
             "kept": ray.get_runtime_context().get_assigned_resources(),
@@ -67,6 +68,7 @@ def test_two_halves_of_a_gpu_and_whatever_else_is_asked_of_ray(tiny_teacher: Pat
         runtime_env={"env_vars": {"A_WORD": "passed on"}},
     )
     placed = PlacedFleet(config)
+    placed.start({})
     events: list[Event] = []
     while len(events) < 2:
         events += placed.poll(1)

@@ -1,21 +1,26 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from stages.errors import UserError
 from stages.generate.events import Failed, Loaded, Made
 from stages.generate.in_process import InProcessFleet
+from stages.generate.plan import Plan
 from tests.conftest import generate_config
 from tests.stages.generate.test_unit import describe
 
 
 def test_it_loads_then_makes_what_is_dispatched(tiny_teacher: Path, tmp_path: Path) -> None:
-    fleet = InProcessFleet(generate_config(tiny_teacher, tmp_path))
+    config = generate_config(tiny_teacher, tmp_path)
+    fleet, plan = InProcessFleet(config), Plan(config)
+    fleet.start(plan.conditions[0])
     assert not fleet.free(alone=False)
-    assert isinstance(fleet.poll(1)[0], Loaded)
-    describe(fleet.worker)
+    (loaded,) = fleet.poll(1)
+    assert isinstance(loaded, Loaded)
+    digest = describe(plan, loaded.facts)
     assert fleet.free(alone=True)
-    fleet.dispatch(3, alone=False)
+    fleet.dispatch(replace(plan.unit(3), plan=digest), alone=False)
     assert not fleet.free(alone=False)
     (made,) = fleet.poll(1)
     assert isinstance(made, Made)
@@ -24,6 +29,8 @@ def test_it_loads_then_makes_what_is_dispatched(tiny_teacher: Path, tmp_path: Pa
 
 
 def test_a_failure_is_an_event(tmp_path: Path) -> None:
-    (event,) = InProcessFleet(generate_config(tmp_path / "missing", tmp_path)).poll(1)
+    fleet = InProcessFleet(generate_config(tmp_path / "missing", tmp_path))
+    fleet.start({"class_label": 0})
+    (event,) = fleet.poll(1)
     assert isinstance(event, Failed)
     assert isinstance(event.error, UserError)

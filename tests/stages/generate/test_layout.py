@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+import json
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from stages.base.arguments import Arguments, Axis, Caller, encoded
 from stages.base.denoiser import denoiser_of
+from stages.base.hooks import Call, watch_steps
 from stages.base.sampling import Request, sample, undecoded
 from stages.errors import UserError
 from stages.generate.finding import find_layout
@@ -24,7 +25,8 @@ from stages.generate.layout import Layout
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
 from stages.generate.unguided import guidance_rule
-from stages.generate.watching import Call, watched
+from stages.records.fields import read_fields
+from stages.records.teacher import LayoutFacts
 from tests.conftest import tiny_dit
 from tests.support.families import PROMPTS, build, save
 
@@ -39,7 +41,7 @@ def ask(*places: int, **arguments: Any) -> Request:
 def targets_alone(pipe: Any, request: Request, scale: float) -> Tensor:
     """What the untouched pipeline hands its scheduler `[steps, c, h, w]`, for one prompt."""
     seen: list[Tensor] = []
-    with undecoded(pipe), watched(pipe, lambda _, received, t: seen.append(received[0][0])):
+    with undecoded(pipe), watch_steps(pipe, lambda _, received, t: seen.append(received[0][0])):
         sample(pipe, request, scale)
     return torch.stack(seen)
 
@@ -247,8 +249,6 @@ def test_a_target_is_what_the_denoiser_would_have_had_to_predict() -> None:
     assert target.tolist() == [[1.0] * 4 + [-1.0] * 6]
 
 
-def test_facts_are_json(tmp_path: Path) -> None:
-    import json
-
-    facts = find_layout(build("chroma"), ask(0, height=32, width=32, max_sequence_length=32)).facts()
-    assert json.loads(json.dumps(facts)) == facts
+def test_a_layout_is_read_back_from_json_as_it_was() -> None:
+    layout = find_layout(build("chroma"), ask(0, height=32, width=32, max_sequence_length=32))
+    assert read_fields(LayoutFacts, json.loads(json.dumps(asdict(layout)))) == LayoutFacts(**vars(layout))

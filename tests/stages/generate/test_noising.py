@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from stages.base.arguments import Caller
 from stages.base.denoiser import as_target, denoiser_of, predictions_of
+from stages.base.hooks import Call, watch_steps
 from stages.base.sampling import Request, sample, undecoded
 from stages.errors import UserError
 from stages.generate.finding import find_layout
@@ -24,7 +25,6 @@ from stages.generate.noising import check_noising, noise_of, noised, sampled
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
 from stages.generate.timesteps import shifted_timesteps
-from stages.generate.watching import Call, watched
 from tests.conftest import tiny_dit
 from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, build
 
@@ -87,7 +87,7 @@ def mixed(pipe: Any, family: str, layout: Layout) -> tuple[Recording, list[tuple
 def clean_alone(pipe: Any, layout: Layout, request: Request, scale: float) -> Tensor:
     """What the untouched pipeline's last step leads to, for one condition."""
     latents: list[Tensor] = []
-    with quiet(pipe), watched(pipe, lambda *_: None, latents.append):
+    with quiet(pipe), watch_steps(pipe, lambda *_: None, latents.append):
         sample(pipe, request, scale)
     return layout.part(latents[-1], 1)[0]
 

@@ -9,8 +9,10 @@ import pytest
 
 from stages.errors import UserError
 from stages.generate.plan import Plan
+from stages.records.schema import PlanEntry
 from tests.conftest import generate_config
 from tests.support.families import save
+from tests.support.made_up import planned
 
 
 def plan(teacher: Path, **changes: Any) -> Plan:
@@ -124,10 +126,10 @@ def test_what_no_run_could_carry_out_is_refused_by_name(tiny_teacher: Path, chan
         plan(tiny_teacher, **changes)
 
 
-def as_made(made: Plan, *earlier: dict[str, Any]) -> dict[str, Any]:
+def as_made(made: Plan, *earlier: PlanEntry) -> PlanEntry:
     """What `dataset.json` tells of a plan that comes after earlier ones."""
-    trajectories = made.num_trajectories - sum(plan["trajectories"] for plan in earlier)
-    return {"trajectories": trajectories, "conditions": {"count": len(made.conditions)}}
+    trajectories = made.num_trajectories - sum(plan.trajectories for plan in earlier)
+    return planned(trajectories=trajectories, conditions=len(made.conditions))
 
 
 def labels(made: Plan) -> list[int]:
@@ -169,7 +171,7 @@ def test_new_conditions_have_their_trajectories_after_those_that_are_there(tiny_
 
 
 def test_a_plan_grows_more_than_once(tiny_teacher: Path) -> None:
-    earlier: list[dict[str, Any]] = []
+    earlier: list[PlanEntry] = []
     for count, classes in ((3, [5, 6]), (5, [5, 6]), (9, [5, 6, 7, 8]), (12, [5, 6, 7, 8])):
         config = generate_config(tiny_teacher, Path("nowhere"), num_trajectories=count, class_labels=classes)
         made = Plan(config, earlier)

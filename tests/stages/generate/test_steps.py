@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 
+from stages.base.hooks import watch_steps
 from stages.base.sampling import Request, sample, undecoded
 from stages.errors import UserError
 from stages.generate.config import TeacherConfig
 from stages.generate.plan import Plan
 from stages.generate.steps import count_steps, timesteps_of
-from stages.generate.watching import watched
 from tests.conftest import generate_config
 from tests.support.families import PROMPTS, build, save
 
@@ -53,7 +53,7 @@ def test_the_plan_has_the_steps_that_the_pipeline_makes(teacher: Path, scheduler
     pipe = build("stable_diffusion")
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
     steps: list[Any] = []
-    with undecoded(pipe), watched(pipe, lambda calls, prediction, timestep: steps.append(timestep)):
+    with undecoded(pipe), watch_steps(pipe, lambda calls, prediction, timestep: steps.append(timestep)):
         sample(pipe, Request([{"prompt": PROMPTS[0]}], [0], 10, {}), 3.0)
     assert len(steps) == plan.steps_per_trajectory
 

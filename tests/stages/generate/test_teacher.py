@@ -26,7 +26,7 @@ def teacher(folder: Path, **changes: Any) -> tuple[Teacher, Plan]:
 
 def test_a_unit_gives_its_trajectories_in_order(tiny_teacher: Path) -> None:
     made, plan = teacher(tiny_teacher)
-    trajectories = list(made.run(plan.unit(1)))
+    trajectories = made.run(plan.unit(1)).trajectories
     assert [t.index for t in trajectories] == [3, 4, 5]
     for t, planned in zip(trajectories, plan.unit(1).trajectories, strict=True):
         assert (t.guidance_scale, t.seed) == (planned.guidance_scale, planned.seed)
@@ -38,7 +38,7 @@ def test_a_unit_gives_its_trajectories_in_order(tiny_teacher: Path) -> None:
 
 def test_the_effect_of_guidance_is_told_before_records_are_rounded(tiny_teacher: Path) -> None:
     (half, plan), (whole, _) = teacher(tiny_teacher), teacher(tiny_teacher, storage_dtype="float32")
-    for rounded, exact in zip(half.run(plan.unit(0)), whole.run(plan.unit(0)), strict=True):
+    for rounded, exact in zip(half.run(plan.unit(0)).trajectories, whole.run(plan.unit(0)).trajectories, strict=True):
         for name in ("guidance_cosine", "guidance_delta"):
             assert getattr(rounded, name).shape == (4,)
             assert getattr(rounded, name).dtype == torch.float32
@@ -50,7 +50,7 @@ def test_the_effect_of_guidance_is_told_before_records_are_rounded(tiny_teacher:
 def test_the_batch_size_changes_nothing_but_rounding(tiny_teacher: Path, trajectory: str) -> None:
     together, plan = teacher(tiny_teacher, trajectory=trajectory, storage_dtype="float32")
     apart, _ = teacher(tiny_teacher, trajectory=trajectory, storage_dtype="float32", batch_size=2)
-    for one, other in zip(together.run(plan.unit(0)), apart.run(plan.unit(0)), strict=True):
+    for one, other in zip(together.run(plan.unit(0)).trajectories, apart.run(plan.unit(0)).trajectories, strict=True):
         torch.testing.assert_close(one.latent, other.latent, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(one.target, other.target, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(one.guidance_cosine, other.guidance_cosine, atol=1e-5, rtol=0)
@@ -61,7 +61,7 @@ def test_the_batch_size_changes_nothing_but_rounding(tiny_teacher: Path, traject
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 def test_a_unit_made_twice_leaves_the_same_bytes(tiny_teacher: Path, trajectory: str) -> None:
     (one, plan), (other, _) = (teacher(tiny_teacher, trajectory=trajectory) for _ in range(2))
-    first, second = ([t.to_members() for t in made.run(plan.unit(0))] for made in (one, other))
+    first, second = ([t.to_members() for t in made.run(plan.unit(0)).trajectories] for made in (one, other))
     assert first == second
 
 
@@ -70,20 +70,21 @@ def test_diffusion_trajectories_hold_the_same_steps_of_other_latents(tiny_teache
         teacher(tiny_teacher, preview=3),
         teacher(tiny_teacher, preview=3, trajectory="diffusion"),
     )
-    for one, other in zip(guided.run(plan.unit(0)), diffusion.run(plan.unit(0)), strict=True):
+    first, second = guided.run(plan.unit(0)), diffusion.run(plan.unit(0))
+    for one, other in zip(first.trajectories, second.trajectories, strict=True):
         assert (one.index, one.seed, one.guidance_scale) == (other.index, other.seed, other.guidance_scale)
         assert torch.equal(one.timestep, other.timestep)
         assert one.latent.shape == other.latent.shape
         assert not any(torch.allclose(x, y, atol=0.1) for x, y in zip(one.latent, other.latent, strict=True))
-    assert guided.previews.keys() == diffusion.previews.keys() == {0, 1, 2}
-    assert all(torch.equal(guided.previews[i], diffusion.previews[i]) for i in range(3))
+    assert first.previews.keys() == second.previews.keys() == {0, 1, 2}
+    assert all(torch.equal(first.previews[i], second.previews[i]) for i in range(3))
 
 
 def test_diffusion_trajectories_are_noised_from_the_samples_of_the_guided_run(tiny_teacher: Path) -> None:
     made, plan = teacher(tiny_teacher, trajectory="diffusion", storage_dtype="float32", shift_timesteps=False)
     unit = plan.unit(0)
     alphas = made.pipe.scheduler.alphas_cumprod
-    for planned, found in zip(unit.trajectories, made.run(unit), strict=True):
+    for planned, found in zip(unit.trajectories, made.run(unit).trajectories, strict=True):
         with undecoded(made.pipe) as latents:
             sample(made.pipe, Request([planned.condition], [planned.seed], 4, {}), planned.guidance_scale)
         clean = latents[0][0] * made.pipe.vae.config.scaling_factor
@@ -102,7 +103,7 @@ def test_a_teacher_whose_scheduler_cannot_noise_is_refused_at_load(tiny_teacher:
 
 def test_units_lie_on_shifted_grids(tiny_teacher: Path) -> None:
     made, plan = teacher(tiny_teacher)
-    grids = [next(made.run(plan.unit(i))).timestep for i in range(4)]
+    grids = [made.run(plan.unit(i)).trajectories[0].timestep for i in range(4)]
     assert len({tuple(grid.tolist()) for grid in grids}) == 4
     assert all(torch.equal(grid.diff(), torch.full((3,), -250)) for grid in grids)
 
@@ -121,7 +122,7 @@ def test_a_nan_names_its_trajectory_and_step(tiny_teacher: Path) -> None:
 
     made.pipe.scheduler.step = broken
     with pytest.raises(UserError, match="trajectory 4, step 2: the teacher's latent is not finite"):
-        list(made.run(plan.unit(1)))
+        made.run(plan.unit(1))
 
 
 def test_an_overflow_in_storing_names_the_tensor(tiny_teacher: Path) -> None:
@@ -131,14 +132,14 @@ def test_an_overflow_in_storing_names_the_tensor(tiny_teacher: Path) -> None:
     with pytest.raises(
         UserError, match="trajectory 3, step 1: the teacher's latent does not fit into storage_dtype=float16"
     ):
-        list(made.run(plan.unit(1)))
+        made.run(plan.unit(1))
 
 
 def test_facts_tell_weights_apart(tiny_teacher: Path, other_teacher: Path) -> None:
     (one, _), (other, _) = teacher(tiny_teacher), teacher(other_teacher)
     assert one.facts() == teacher(tiny_teacher)[0].facts()
-    assert one.facts()["denoiser_fingerprint"] != other.facts()["denoiser_fingerprint"]
-    assert one.facts()["scheduler_class"] == "DDIMScheduler"
+    assert one.facts().denoiser_fingerprint != other.facts().denoiser_fingerprint
+    assert one.facts().scheduler_class == "DDIMScheduler"
 
 
 def test_a_dtype_is_told_from_a_typing_error() -> None:
@@ -156,8 +157,8 @@ def text_teacher(tmp_path: Path, **info: Any) -> Teacher:
 def test_what_the_call_is_told_reaches_the_pipeline(tmp_path: Path) -> None:
     made = text_teacher(tmp_path, call={"guidance_rescale": 0.5}, height=64, scheduler="DDIMScheduler")
     assert made.arguments == {"guidance_rescale": 0.5, "height": 64}
-    assert made.facts()["guidance_rule"]["guidance_rescale"] == 0.5
-    assert made.facts()["scheduler_class"] == "DDIMScheduler"
+    assert made.facts().guidance_rule["guidance_rescale"] == 0.5
+    assert made.facts().scheduler_class == "DDIMScheduler"
 
 
 @pytest.mark.parametrize(
@@ -185,9 +186,9 @@ def test_a_guider_makes_the_modular_pipeline_the_teacher(tmp_path: Path) -> None
     config = generate_config(save("stable_diffusion_xl", tmp_path / "teacher"), tmp_path)
     config.teacher = replace(config.teacher, guider={"name": "AdaptiveProjectedGuidance", "eta": 0.5})
     facts = Teacher(config, {"prompt": PROMPTS[0]}).facts()
-    assert facts["guidance_rule"]["name"] == "AdaptiveProjectedGuidance"
-    assert facts["guidance_rule"]["eta"] == 0.5
-    assert facts["layout"]["calls"] == 2
+    assert facts.guidance_rule["name"] == "AdaptiveProjectedGuidance"
+    assert facts.guidance_rule["eta"] == 0.5
+    assert facts.layout.calls == 2
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -197,7 +198,7 @@ def test_what_is_stored_is_chosen_apart_from_what_is_computed(tiny_teacher: Path
     plan = Plan(config)
     made = Teacher(config, plan.conditions[0])
     assert made.pipe.transformer.dtype == getattr(torch, dtype)
-    trajectory = next(made.run(plan.unit(0)))
+    trajectory = made.run(plan.unit(0)).trajectories[0]
     assert trajectory.latent.dtype == trajectory.target.dtype == torch.float32
 
 
@@ -207,6 +208,6 @@ def test_only_the_steps_that_are_planned_are_recorded(tiny_teacher: Path, trajec
     made, plan = teacher(tiny_teacher, trajectory=trajectory, shift_timesteps=False, **recorded)
     made.pipe.scheduler.set_timesteps(10)
     grid = made.pipe.scheduler.timesteps
-    for t, planned in zip(made.run(plan.unit(0)), plan.unit(0).trajectories, strict=True):
+    for t, planned in zip(made.run(plan.unit(0)).trajectories, plan.unit(0).trajectories, strict=True):
         assert len(t) == 3
         assert t.timestep.tolist() == grid[planned.steps].tolist()

@@ -1,4 +1,4 @@
-"""Every damage of tests/support/damages.py: found, named, never read in silence, and mended to the dataset that was there."""
+"""Every damage of tests/support/damages.py is found, named, never read in silence, and repaired."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from stages.records.repair import repair
 from stages.records.trajectory import decode
 from stages.records.verification import survey, verify
 from stages.storage.folder import open_folder
+from stages.train.selection import SelectedSample
 from stages.train.stream import RecordStream
 from tests.conftest import generate_config
 from tests.stages.generate.test_driver import assert_same_records, records
@@ -32,7 +33,7 @@ UNREADABLE = [name for name in SEALED if "tensor" in name or "header" in name or
 
 @pytest.fixture(autouse=True)
 def nothing_gets_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What unpickling makes it makes here, and what a shard's names lead to is looked for."""
+    """Run in a folder of its own, and fail if unpickling or a name in a shard made a file."""
     monkeypatch.chdir(tmp_path)
     outside = [Path("/tmp") / ESCAPED, *(folder / ESCAPED for folder in (tmp_path, *tmp_path.parents))]
     yield
@@ -65,7 +66,7 @@ def test_damage_is_found_and_named_in_a_line(damaged: Path, damage: Damage) -> N
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damage_is_never_read_in_silence(damaged: Path, shared_dataset: Path, damage: Damage) -> None:
-    """What can be read is what was written; the rest is refused, or left out by choice."""
+    """A reader returns the original samples, and refuses the others or leaves them out by choice."""
     known = records(shared_dataset)
     damage(damaged)
     for check_sizes in (True, False):
@@ -81,19 +82,20 @@ def test_damage_is_never_read_in_silence(damaged: Path, shared_dataset: Path, da
 @pytest.mark.parametrize("name", [*DAMAGES, *UNREADABLE])
 def test_a_stream_leaves_damage_out_or_names_it(damaged: Path, shared_dataset: Path, name: str) -> None:
     rows = Dataset(shared_dataset).manifest.to_pylist()
-    whole = RecordStream(Dataset(shared_dataset), rows, 1, 0, 1 << 30)
+    whole = RecordStream(Dataset(shared_dataset), [*map(SelectedSample, rows)], 1, 0, 1 << 30)
     known = {identity(batch)[0]: batch.latent for batch in islice(whole, 48)}
     ALL[name](damaged)
     try:
         dataset = Dataset(damaged, check_sizes=False)
     except UserError:
         return
-    stream = RecordStream(dataset, dataset.manifest.to_pylist(), 1, 0, 1 << 30, skip_damaged=True)
+    samples = [*map(SelectedSample, dataset.manifest.to_pylist())]
+    stream = RecordStream(dataset, samples, 1, 0, 1 << 30, skip_damaged=True)
     read = {identity(batch)[0]: batch.latent for batch in islice(stream, 48 - 12)}
     assert all(torch.equal(latent, known[key]) for key, latent in read.items())
     if stream.skipped:
         with pytest.raises(DamageError, match=next(iter(stream.skipped)).split()[0]):
-            list(islice(RecordStream(dataset, dataset.manifest.to_pylist(), 1, 0, 1 << 30), 48))
+            list(islice(RecordStream(dataset, samples, 1, 0, 1 << 30), 48))
     if name in UNREADABLE:
         assert sum(stream.skipped.values()) >= 1
 

@@ -28,7 +28,7 @@ def test_any_parquet_reader_reads_what_was_written(tmp_path: Path, dataset: Data
     assert decode_manifest((tmp_path / "manifest.parquet").read_bytes()).equals(dataset.manifest)
 
 
-def test_a_fingerprint_tells_what_is_held_and_not_where(dataset: Dataset) -> None:
+def test_a_fingerprint_depends_on_contents_and_not_on_places(dataset: Dataset) -> None:
     table = dataset.manifest
     assert fingerprint(table) == dataset.fingerprint
 

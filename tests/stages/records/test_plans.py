@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +11,29 @@ from stages.errors import UserError
 from stages.records.commits import read_commits
 from stages.records.dataset import Dataset
 from stages.records.manifest import fingerprint
-from stages.records.plans import is_of_plan, plan_digests, read_info
-from stages.storage.files import seal, unseal
+from stages.records.plans import matches_plan, plan_digests, read_info
+from stages.records.schema import Commit, Counts, GuidanceSpec, PublishedPlan, TensorSpec
 from stages.storage.folder import open_folder
+from stages.storage.sealing import seal, unseal
+from tests.support.made_up import described, planned
 
 
 def change_info(root: Path, **changes: Any) -> None:
     (root / "dataset.json").write_bytes(seal(unseal((root / "dataset.json").read_bytes()) | changes))
 
 
-def test_the_description_tells_what_the_dataset_is(dataset: Dataset) -> None:
-    info = dataset.info
-    assert info["counts"] == {
-        "units": 4,
-        "trajectories": 12,
-        "samples": 12,
-        "records": 48,
-        "bytes": info["counts"]["bytes"],
-    }
-    assert info["teacher"]["pipeline_class"] == "DiTPipeline"
-    assert info["teacher"]["denoiser_class"] == "DiTTransformer2DModel"
-    assert info["teacher"]["denoiser_subfolder"] == "transformer"
-    assert info["teacher"]["prediction_type"] == "epsilon"
-    assert info["guidance"] == {
-        "rule": {"name": "ClassifierFreeGuidance", "pipeline": "DiTPipeline"},
-        "scale_range": [1.0, 6.0],
-    }
-    assert info["tensors"]["latent"] == {"dtype": "float16", "shape": [4, 8, 8]}
-    assert dataset.fingerprint == info["plans"][0]["fingerprint"] == fingerprint(dataset.manifest)
+def test_dataset_json_describes_the_dataset(dataset: Dataset) -> None:
+    info, plan = dataset.info, dataset.plan
+    assert plan.counts == Counts(units=4, trajectories=12, samples=12, records=48, bytes=plan.counts.bytes)
+    assert info.teacher.pipeline_class == "DiTPipeline"
+    assert info.teacher.denoiser_class == "DiTTransformer2DModel"
+    assert info.teacher.denoiser_subfolder == "transformer"
+    assert info.teacher.prediction_type == "epsilon"
+    rule = {"name": "ClassifierFreeGuidance", "pipeline": "DiTPipeline"}
+    assert plan.guidance == GuidanceSpec(rule, scale_range=[1.0, 6.0])
+    assert info.tensors["latent"] == TensorSpec("float16", [4, 8, 8])
+    assert info.plans == (plan,)
+    assert dataset.fingerprint == plan.fingerprint == fingerprint(dataset.manifest)
 
 
 def test_another_schema_is_refused(damaged: Path) -> None:
@@ -66,21 +63,47 @@ def test_an_edited_description_or_commit_is_refused(damaged: Path) -> None:
         list(read_commits(open_folder(damaged)))
 
 
-def test_a_digest_tells_what_decides_and_nothing_else() -> None:
-    plan = {"units": 2, "trajectories": 6, "config": {"seed": 0}}
-    info = {"teacher": {"denoiser_fingerprint": "a"}, "plans": [plan, plan | {"units": 3}]}
+def test_the_newest_snapshot_stands_at_the_top_of_the_file_too(dataset: Dataset) -> None:
+    content = json.loads(dataset.root.read("dataset.json") or b"")
+    (entry,) = content["plans"]
+    top = {"config", "conditions", "guidance", "counts", "manifest_sha256"}
+    assert {key: content[key] for key in top} == {key: entry[key] for key in top}
+    assert content.keys() - top == {"schema_version", "complete", "teacher", "plans", "tensors", "checksum"}
+    assert entry.keys() - top == {"units", "trajectories", "fingerprint"}
+    grown = replace(dataset.info, plans=(dataset.plan, planned()))
+    assert grown.to_json()["manifest_sha256"] == dataset.plan.manifest_sha256
+
+
+def test_a_missing_or_mistyped_key_is_named(damaged: Path) -> None:
+    content = unseal((damaged / "dataset.json").read_bytes())
+    (entry,) = content["plans"]
+    for changes, message in (
+        ({"complete": "yes"}, "complete is str, not bool"),
+        ({"plans": {}}, "plans is dict, not list"),
+        ({"plans": [entry | {"units": 4.0}]}, r"plans\[0\].units is float, not int"),
+        ({"plans": [{k: v for k, v in entry.items() if k != "fingerprint"}]}, r"no plans\[0\].fingerprint"),
+        ({"teacher": content["teacher"] | {"layout": {}}}, "no teacher.layout.arguments"),
+        ({"tensors": content["tensors"] | {"latent": {"dtype": "float16"}}}, "no tensors.latent.shape"),
+    ):
+        (damaged / "dataset.json").write_bytes(seal(content | changes))
+        with pytest.raises(UserError, match=rf"dataset\.json: damaged: {message}; restore it"):
+            read_info(open_folder(damaged))
+
+
+def test_a_digest_depends_on_what_decides_the_units_alone() -> None:
+    plan = planned(2, 6, seed=0)
+    info = described(plan, replace(plan, units=3), denoiser_fingerprint="a")
     ((first_end, first), (second_end, second)) = plan_digests(info)
     assert (first_end, second_end) == (2, 5)
-    made = plan | {"counts": {}, "manifest_sha256": "b", "fingerprint": "c"}
-    assert plan_digests(info | {"complete": True, "plans": [made]}) == [(2, first)]
-    for changed in ({"teacher": {"denoiser_fingerprint": "b"}}, {"plans": [plan | {"config": {"seed": 1}}]}):
-        assert plan_digests(info | changed)[0][1] != first
-    digests = [(first_end, first), (second_end, second)]
-    for unit, digest, own in (
-        (1, first, True),
-        (2, first, False),
-        (4, second, True),
-        (1, None, True),
-        (9, first, True),
+    made = PublishedPlan(**vars(plan), counts=Counts(6, 6, 6, 2, 9), manifest_sha256="b", fingerprint="c")
+    assert plan_digests(replace(info, complete=True, plans=(made,))) == [(2, first)]
+    elsewhere = described(plan, denoiser_fingerprint="a", pretrained_model_name_or_path="elsewhere")
+    assert plan_digests(elsewhere) == [(2, first)]
+    for changed in (
+        described(plan, denoiser_fingerprint="b"),
+        described(planned(2, 6, seed=1), denoiser_fingerprint="a"),
     ):
-        assert is_of_plan({"unit": unit, "plan": digest}, digests) == own
+        assert plan_digests(changed)[0][1] != first
+    digests = [(first_end, first), (second_end, second)]
+    for unit, digest, own in ((1, first, True), (2, first, False), (4, second, True), (9, first, True)):
+        assert matches_plan(Commit(unit, digest, "", 0, "", {}, []), digests) == own

@@ -10,19 +10,23 @@ import pytest
 from stages.errors import UserError
 from stages.generate.driver import Driver
 from stages.generate.in_process import InProcessFleet
+from stages.generate.plan import Plan
+from stages.generate.unit import UnitWorker
 from stages.records.commits import commit_unit
 from stages.records.dataset import Dataset
 from stages.records.plans import snapshots
 from stages.records.repair import repair
 from stages.records.shard import encode
 from stages.records.verification import survey, verify
-from stages.storage import folder as folder_module
-from stages.storage.folder import DiskFolder, open_folder
+from stages.storage import disk
+from stages.storage.disk import DiskFolder
+from stages.storage.folder import open_folder
 from tests.conftest import generate, generate_config
 from tests.stages.generate.test_driver import Faulty, assert_same_records
 from tests.stages.records.test_trajectory import trajectory
 from tests.support.damages import DAMAGES, commit_of, publish_again
 from tests.support.faults_table import survived
+from tests.support.made_up import PLAN
 
 DAY = 86400.0
 
@@ -32,7 +36,7 @@ def mend(root: Path, grace: float = DAY, deep: bool = True) -> list[dict[str, st
 
 
 def put(root: Path, name: str, age: float = 2 * DAY) -> str:
-    """An orphan that was written some seconds ago."""
+    """Write an orphan that is some seconds old."""
     (root / name).write_bytes(b"orphan")
     os.utime(root / name, (time.time() - age,) * 2)
     return name
@@ -48,7 +52,7 @@ def test_a_whole_dataset_is_left_as_it_is(damaged: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in damaged.rglob("*.*")} == before
 
 
-def test_orphans_are_told_and_no_problem_and_go_when_they_are_old(damaged: Path) -> None:
+def test_orphans_are_no_problem_and_go_when_they_are_old(damaged: Path) -> None:
     old = [
         put(damaged, name)
         for name in (
@@ -94,25 +98,25 @@ def test_a_clock_of_this_machine_that_jumps_removes_nothing(damaged: Path, monke
 
 def test_what_is_committed_between_the_look_and_the_repair_is_kept(damaged: Path) -> None:
     found = survey(open_folder(damaged), deep=False)
-    commit = commit_unit(open_folder(damaged), 9, [encode(trajectory())])
-    found.orphans[commit["shard"]] = commit["size"]
+    commit = commit_unit(open_folder(damaged), 9, [encode(trajectory())], PLAN)
+    found.orphans[commit.shard] = commit.size
     assert repair(found, grace=0) == []
-    assert (damaged / commit["shard"]).exists()
+    assert (damaged / commit.shard).exists()
 
 
 class KilledError(Exception):
-    """Instead of a signal: nothing that is done after it is done."""
+    """Stands in for a kill: nothing after it happens."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Die before, within or after the n-th thing that is moved, written or removed."""
+    """Die before, within or after the n-th move, write or removal."""
     steps = iter(range(number + 1))
 
     def step() -> None:
         if next(steps, number) == number:
             raise KilledError
 
-    real: dict[str, Any] = {"move": folder_module.move, "write": DiskFolder.write, "delete": DiskFolder.delete}
+    real: dict[str, Any] = {"move": disk.move, "write": DiskFolder.write, "delete": DiskFolder.delete}
 
     def moved(path: Path, to: Path) -> bool:
         step()
@@ -133,16 +137,16 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         step()
         real["delete"](folder, name)
 
-    monkeypatch.setattr(folder_module, "move", moved)
+    monkeypatch.setattr(disk, "move", moved)
     monkeypatch.setattr(DiskFolder, "write", written)
     monkeypatch.setattr(DiskFolder, "delete", deleted)
 
 
 @pytest.mark.parametrize("number", range(12))
-def test_a_repair_killed_at_any_moment_looks_like_no_whole_dataset_and_is_made_up_for(
+def test_a_repair_killed_at_any_moment_is_unfinished_and_continues(
     damaged: Path, shared_dataset: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Two units are set aside, commit record first: four moves, of three moments each."""
+    """Two units are set aside, commit record first: four moves with three moments each."""
     DAMAGES["a flipped bit in a payload"](damaged)
     (damaged / "commits" / "00003.json").write_bytes(b"{}")
     with monkeypatch.context() as patch:
@@ -165,7 +169,7 @@ def test_a_repair_killed_at_any_moment_looks_like_no_whole_dataset_and_is_made_u
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_a_repair_of_manifests_killed_at_any_moment_is_made_up_for(
+def test_a_repair_of_manifests_killed_at_any_moment_continues(
     damaged: Path, shared_dataset: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     for name in ("manifest.parquet", "manifests/1.parquet"):
@@ -174,7 +178,7 @@ def test_a_repair_of_manifests_killed_at_any_moment_is_made_up_for(
         kill_at(patch, number)
         with pytest.raises(KilledError):
             mend(damaged)
-    if number < 3:  # the last of the manifests is not in place
+    if number < 3:  # the last manifest is not written yet
         assert not verify(damaged)["ok"]
         with pytest.raises(UserError, match=r"manifest\.parquet: damaged"):
             Dataset(damaged)
@@ -187,7 +191,7 @@ def test_a_repair_of_manifests_killed_at_any_moment_is_made_up_for(
 def test_units_made_again_are_unfinished_until_they_are_published(
     damaged: Path, tiny_teacher: Path, shared_dataset: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """KilledError before each file that generation writes after a repair; readers and `verify` tell it, and nobody takes it for finished."""
+    """Killed before each file that generation writes after a repair, it is unfinished to readers and `verify`."""
     DAMAGES["a flipped bit in a payload"](damaged)
     mend(damaged)
     config = generate_config(tiny_teacher, damaged)
@@ -219,16 +223,16 @@ def test_a_repair_can_publish_what_generation_did_not(damaged: Path, tiny_teache
     (damaged / "commits" / "00001.json").unlink()
     with pytest.raises(KeyboardInterrupt):
         Driver(config).run(Faulty(config, {}, die_after=0))
-    commit_unit(open_folder(damaged), 1, samples_of(config, 1))
+    commit_unit(open_folder(damaged), 1, samples_of(config, 1), commit_of(damaged, 0)["plan"])
     assert mend(damaged, deep=False)[0]["done"] == "manifests written again from the commits"
     assert verify(damaged)["ok"]
 
 
 def samples_of(config: Any, unit: int) -> list[Any]:
-    fleet = InProcessFleet(config)
-    fleet.poll(0)
-    fleet.worker.sample(unit)
-    return [encode(part) for part in fleet.worker.sampled[unit].trajectories]
+    plan, worker = Plan(config), UnitWorker(config)
+    worker.load(plan.conditions[0])
+    worker.sample(plan.unit(unit))
+    return [encode(part) for part in worker.sampled[unit].output.trajectories]
 
 
 def test_a_manifest_is_mended_while_a_plan_is_under_way(damaged: Path, tiny_teacher: Path) -> None:
@@ -270,7 +274,7 @@ def test_without_depth_a_difference_is_not_judged(damaged: Path) -> None:
 
 
 def test_a_commit_beyond_the_plan_is_set_aside_with_its_shard(damaged: Path) -> None:
-    commit = commit_unit(open_folder(damaged), 9, [encode(trajectory())])
-    assert [line["shard"] for line in mend(damaged)] == ["commits/00009.json", commit["shard"]]
-    assert (damaged / "quarantine" / commit["shard"]).exists()
+    commit = commit_unit(open_folder(damaged), 9, [encode(trajectory())], PLAN)
+    assert [line["shard"] for line in mend(damaged)] == ["commits/00009.json", commit.shard]
+    assert (damaged / "quarantine" / commit.shard).exists()
     assert verify(damaged)["ok"]

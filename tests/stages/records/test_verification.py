@@ -8,8 +8,8 @@ from stages.errors import UserError
 from stages.generate.driver import Driver
 from stages.records.dataset import Dataset
 from stages.records.verification import verify
-from stages.storage.files import seal, unseal
-from stages.storage.folder import DiskFolder
+from stages.storage.disk import DiskFolder
+from stages.storage.sealing import seal, unseal
 from tests.conftest import generate, generate_config
 from tests.stages.generate.test_driver import Faulty
 from tests.stages.records.test_plans import change_info
@@ -89,8 +89,8 @@ def test_damaged_and_foreign_commits_are_each_a_problem(damaged: Path) -> None:
     assert found["problems"][-1]["found"] == "3, without 00000"
 
 
-def test_a_manifest_that_tells_other_than_the_commits_is_a_problem(damaged: Path) -> None:
-    """Which of the two is right, the shard tells."""
+def test_a_manifest_that_differs_from_the_commits_is_a_problem(damaged: Path) -> None:
+    """The shard shows which of the two is right."""
     path = damaged / "commits" / "00001.json"
     commit = unseal(path.read_bytes())
     commit["samples"][2]["scale"] = 9.0

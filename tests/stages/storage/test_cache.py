@@ -15,8 +15,10 @@ from typing import BinaryIO, cast
 import pytest
 
 from stages.errors import StorageError
+from stages.storage.bucket import BucketFolder
 from stages.storage.cache import ShardCache
-from stages.storage.folder import BucketFolder, DiskFolder, Folder, open_folder
+from stages.storage.disk import DiskFolder
+from stages.storage.folder import Folder, open_folder
 from tests.support.faulty_s3 import Fault, FaultyS3
 
 SIZE = 1000
@@ -47,7 +49,7 @@ def held_bytes(root: Path) -> int:
     for path in root.iterdir():
         try:
             total += path.stat().st_size
-        except FileNotFoundError:  # removed meanwhile
+        except FileNotFoundError:  # removed since it was listed
             continue
     return total
 
@@ -64,7 +66,7 @@ def test_a_shard_is_fetched_once_and_whole(s3: FaultyS3, tmp_path: Path) -> None
     assert not list(cache.root.glob("*.tmp"))
 
 
-def test_those_read_least_lately_go_and_the_bound_is_kept(tmp_path: Path) -> None:
+def test_the_least_recently_read_files_go_and_the_limit_is_kept(tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "data")
     made = shards(folder, 5)
     cache = ShardCache(tmp_path / "cache", 3 * SIZE)
@@ -86,7 +88,7 @@ def test_nothing_else_in_its_folder_is_touched(tmp_path: Path) -> None:
     assert len(kept(cache)) == 2
 
 
-def test_what_is_open_stays(tmp_path: Path) -> None:
+def test_open_files_stay(tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "data")
     made = shards(folder, 4)
     cache = ShardCache(tmp_path / "cache", 2 * SIZE)
@@ -95,12 +97,12 @@ def test_what_is_open_stays(tmp_path: Path) -> None:
         content_of(cache, folder, made[2])
         assert kept(cache) == {made[0][1], made[2][1]}
         with cache.open(folder, *made[2]):
-            assert content_of(cache, folder, made[3]) == b"\x03" * SIZE  # no room: read where it is
+            assert content_of(cache, folder, made[3]) == b"\x03" * SIZE  # no room: read from its source
             assert kept(cache) == {made[0][1], made[2][1]}
         assert oldest.read() == bytes(SIZE)
 
 
-def test_what_is_larger_than_the_bound_is_read_where_it_is(tmp_path: Path) -> None:
+def test_a_shard_larger_than_the_limit_is_read_from_its_source(tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "data")
     (shard,) = shards(folder, 1)
     cache = ShardCache(tmp_path / "cache", SIZE - 1)
@@ -173,7 +175,7 @@ def test_a_killed_fetch_is_never_used(tmp_path: Path) -> None:
     assert not aside.exists()
 
 
-def test_who_wants_the_same_shard_waits_for_the_one_fetch(s3: FaultyS3, tmp_path: Path) -> None:
+def test_concurrent_readers_of_a_shard_wait_for_one_fetch(s3: FaultyS3, tmp_path: Path) -> None:
     folder = open_folder("s3://bucket/data")
     (shard,) = shards(folder, 1)
     s3.faults = [Fault("GET", "shards", 503, seconds=0.3)]
@@ -213,7 +215,7 @@ def test_processes_that_share_a_small_cache_read_what_they_should(tmp_path: Path
     assert not list(root.glob("*.tmp"))
 
 
-def test_a_full_cache_disk_is_told_in_a_line(tmp_path: Path) -> None:
+def test_a_full_cache_disk_is_one_line(tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "data")
     (shard,) = shards(folder, 1, size=1 << 20)
     cache = ShardCache(tmp_path / "cache", 1 << 30)

@@ -44,8 +44,8 @@ def test_one_of_many_creators_wins_and_its_content_is_whole(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_told_in_a_line_and_leaves_nothing(tmp_path: Path) -> None:
-    """The kernel's own refusal, through a limit on file size."""
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on file size makes the kernel refuse."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:

@@ -1,4 +1,4 @@
-"""A dataset, a run and a cache on file systems that lack something, by the answers that such give."""
+"""Datasets, runs and caches on file systems without locks, links or syncs, simulated by their errors."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from stages.generate.driver import Driver
 from stages.generate.in_process import InProcessFleet
 from stages.storage import filesystem
 from stages.storage.cache import ShardCache
-from stages.storage.files import create, exclusive_lock, move, whole_file
-from stages.storage.folder import DiskFolder
+from stages.storage.disk import DiskFolder
+from stages.storage.files import create, move, whole_file
+from stages.storage.locks import exclusive_lock
 from tests.conftest import generate_config, train_config
 
 Refuse = Callable[[Any, str, int], None]
@@ -33,7 +34,7 @@ NO_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL]
 
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
-    """Have a call of the system answer with an error."""
+    """Make a system call fail with an error number."""
 
     def refuse(module: Any, call: str, number: int) -> None:
         def refused(*_: Any, **__: Any) -> None:
@@ -86,7 +87,7 @@ def test_what_cannot_be_synced_is_written(number: int, refuse: Refuse, tmp_path:
     assert (tmp_path / "one").read_bytes() == b"all"
 
 
-def test_a_sync_that_fails_is_told(refuse: Refuse, tmp_path: Path) -> None:
+def test_a_failed_sync_is_an_error(refuse: Refuse, tmp_path: Path) -> None:
     refuse(os, "fsync", errno.EIO)
     with pytest.raises(StorageError, match="one: cannot be written: Input/output error"):
         create(tmp_path / "one", b"lost")
@@ -150,10 +151,10 @@ run(VerifyConfig, main, "")
 
 
 def test_a_dataset_that_can_only_be_read_is_trained_on_and_found_whole(damaged: Path, tmp_path: Path) -> None:
-    """Real: a mount that cannot be written to, where something can be mounted."""
+    """A real read-only mount, if this machine allows mounts."""
     mount = f'mount --bind "{damaged}" "{damaged}" && mount -o remount,ro,bind "{damaged}"'
     if subprocess.run(["unshare", "-m", "bash", "-c", mount], capture_output=True, check=False).returncode:
-        pytest.skip("nothing can be mounted here")
+        pytest.skip("this machine allows no mounts")
     (tmp_path / "read.py").write_text(READ_ONLY)
     command = f'{mount} && exec "{sys.executable}" "{tmp_path}/read.py" "{damaged}" "{tmp_path}/run"'
     ended = subprocess.run(

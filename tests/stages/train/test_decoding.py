@@ -10,14 +10,17 @@ from diffusers import AutoencoderKL, DDIMScheduler
 
 from stages.errors import UserError
 from stages.records.dataset import Dataset
+from stages.records.schema import TensorSpec
 from stages.train.decoding import COLUMNS, Decoder, load_vae
+from stages.train.selection import SelectedSample
 from stages.train.student import Student, load_base
 from tests.conftest import small_adapter
+from tests.support.made_up import teacher_facts
 
 
 @pytest.fixture
 def decoder(dataset: Dataset, tiny_teacher: Path) -> Decoder:
-    return Decoder(str(tiny_teacher), dataset, dataset.manifest.to_pylist(), "cpu")
+    return Decoder(str(tiny_teacher), dataset, [*map(SelectedSample, dataset.manifest.to_pylist())], "cpu")
 
 
 def test_there_is_a_column_for_each_record_and_it_gets_less_noisy(decoder: Decoder, dataset: Dataset) -> None:
@@ -39,7 +42,6 @@ def test_the_true_prediction_points_to_the_clean_latent(decoder: Decoder, kind: 
     torch.manual_seed(0)
     clean, noise = torch.randn(COLUMNS, 4, 8, 8), torch.randn(COLUMNS, 4, 8, 8)
     steps = torch.arange(COLUMNS) * 100 + 100
-    info: dict[str, Any] = {"prediction_type": kind, "layout": {"timestep_scale": 1.0}}
     if kind is None:
         share = (steps / 1000).view(-1, 1, 1, 1)
         latent, prediction = (1 - share) * clean + share * noise, noise - clean
@@ -49,7 +51,7 @@ def test_the_true_prediction_points_to_the_clean_latent(decoder: Decoder, kind: 
         latent = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
         prediction = {"epsilon": noise, "v_prediction": velocity, "sample": clean}[kind]
-    decoder.teacher = {"scheduler_config": {}} | info
+    decoder.teacher = teacher_facts(prediction_type=kind, scheduler_config={})
     decoder.batch = replace(decoder.batch, latent=latent, timestep=steps)
     torch.testing.assert_close(decoder.denoised(prediction), clean, atol=1e-4, rtol=1e-4)
 
@@ -68,7 +70,7 @@ def test_a_path_without_a_vae_is_named(dataset: Dataset, tiny_teacher: Path, tmp
     ):
         with pytest.raises(UserError, match=f"{message} is not a VAE for latents of {channels} channels"):
             load_vae(str(path), channels)
-    dataset.info["tensors"]["latent"]["shape"] = [64, 16]
+    dataset.info.tensors["latent"] = TensorSpec("float16", [64, 16])
     with pytest.raises(UserError, match=r"latents \[64, 16\] are not those of images"):
         Decoder(str(tmp_path), dataset, [], "cpu")
 
@@ -82,4 +84,4 @@ def test_a_vae_that_does_not_decode_the_records_is_refused_at_the_start(
     monkeypatch.setattr(AutoencoderKL, "decode", decode)
     message = f"vae_name_or_path={tiny_teacher}: cannot decode the recorded latents: RuntimeError: of other sizes: leave it out"
     with pytest.raises(UserError, match=message):
-        Decoder(str(tiny_teacher), dataset, dataset.manifest.to_pylist(), "cpu")
+        Decoder(str(tiny_teacher), dataset, [*map(SelectedSample, dataset.manifest.to_pylist())], "cpu")

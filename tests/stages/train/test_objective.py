@@ -1,31 +1,32 @@
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from stages.errors import UserError
+from stages.records.teacher import TeacherFacts
 from stages.train.batch import Batch
-from stages.train.objective import RECORDED, Objective, noise_levels, squared_error
+from stages.train.objective import Objective, noise_levels, squared_error
+from tests.support.made_up import teacher_facts
 
-TEACHER: dict[str, Any] = {
-    "scheduler_class": "DDIMScheduler",
-    "scheduler_config": {"num_train_timesteps": 1000},
-    "layout": {"timestep_scale": 1.0},
-}
-FLOW = TEACHER | {"scheduler_class": "FlowMatchEulerDiscreteScheduler", "layout": {"timestep_scale": 1e-3}}
+TEACHER = teacher_facts()
+FLOW = replace(
+    TEACHER,
+    scheduler_class="FlowMatchEulerDiscreteScheduler",
+    layout=replace(TEACHER.layout, timestep_scale=1e-3),
+)
 PREDICTION, TARGET = torch.zeros(2, 3, 2, 2, dtype=torch.bfloat16), torch.full((2, 3, 2, 2), 3.0)
 
 
 def losses(
-    loss: str, timestep: list[float], teacher: dict[str, Any] = TEACHER, **guidance_stats: list[float]
+    loss: str, timestep: list[float], teacher: TeacherFacts = TEACHER, **guidance_stats: list[float]
 ) -> torch.Tensor:
     """A batch of two records at a squared distance of 9."""
     info = {name: torch.tensor(values) for name, values in guidance_stats.items()}
     batch = Batch(PREDICTION, torch.tensor(timestep), TARGET, torch.full((2,), 2.0), {}, info)
-    return Objective(loss, {"teacher": teacher, "tensors": dict.fromkeys(info)}, "cpu")(PREDICTION, batch)
+    return Objective(loss, teacher, "cpu")(PREDICTION, batch)
 
 
 def test_it_is_the_mean_square_of_each_record() -> None:
@@ -43,7 +44,7 @@ def test_the_root_of_the_mean_square_has_a_gradient_where_nothing_is_left() -> N
     torch.testing.assert_close(losses("rms", [999, 0]), torch.full((2,), 3.0))
     prediction = torch.ones(1, 3, 2, 2, requires_grad=True)
     batch = Batch(prediction, torch.tensor([9]), torch.ones(1, 3, 2, 2), torch.tensor([2.0]), {})
-    Objective("rms", {"teacher": TEACHER, "tensors": {}}, "cpu")(prediction, batch).sum().backward()
+    Objective("rms", TEACHER, "cpu")(prediction, batch).sum().backward()
     assert torch.equal(prediction.grad, torch.zeros(1, 3, 2, 2))
 
 
@@ -66,9 +67,3 @@ def test_the_error_is_a_share_of_what_guidance_adds() -> None:
     """The share has a floor at a thousandth of the target's mean square, because guidance may add nothing."""
     weighted = losses("guidance_delta", [999, 0], guidance_delta=[18.0, 0.0])
     torch.testing.assert_close(weighted, torch.tensor([0.5, 1000.0]))
-
-
-@pytest.mark.parametrize("loss", RECORDED)
-def test_records_without_what_a_loss_needs_are_refused(loss: str) -> None:
-    with pytest.raises(UserError, match=f"loss={loss}: the records hold no {RECORDED[loss]}"):
-        losses(loss, [999, 0])

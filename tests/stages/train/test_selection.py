@@ -10,18 +10,18 @@ import torch
 
 from stages.errors import UserError
 from stages.records.dataset import Dataset
-from stages.train.selection import choose_denoiser, hold_out, select
+from stages.train.selection import SelectedSample, choose_denoiser, hold_out, select
 from stages.train.trainer import Trainer
 from stages.train.window import load
 from tests.conftest import generate, generate_config, train_config
 
 
-def selected(dataset: Dataset, **changes: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def selected(dataset: Dataset, **changes: Any) -> tuple[list[SelectedSample], list[SelectedSample]]:
     return select(dataset, train_config(dataset.root, Path("unused"), **{"validation_share": 0.25} | changes))
 
 
-def trajectories(rows: list[dict[str, Any]]) -> set[int]:
-    return {row["trajectory"] for row in rows}
+def trajectories(samples: list[SelectedSample]) -> set[int]:
+    return {sample.row["trajectory"] for sample in samples}
 
 
 def test_whole_trajectories_are_held_out(dataset: Dataset) -> None:
@@ -34,7 +34,7 @@ def test_whole_trajectories_are_held_out(dataset: Dataset) -> None:
 
 def test_by_default_every_record_is_read(dataset: Dataset) -> None:
     training, validation = selected(dataset)
-    assert sum(row["records"] for row in training + validation) == 48
+    assert sum(sample.records for sample in training + validation) == 48
 
 
 def test_runs_on_fewer_trajectories_validate_with_the_same_ones(dataset: Dataset) -> None:
@@ -56,7 +56,7 @@ def test_samples_are_chosen_by_their_row_of_the_manifest(
     dataset: Dataset, changes: Any, kept: Callable[[dict[str, Any]], bool]
 ) -> None:
     for some, whole in zip(selected(dataset, **changes), selected(dataset), strict=True):
-        assert some == [row for row in whole if kept(row)]
+        assert some == [sample for sample in whole if kept(sample.row)]
         assert 0 < len(some) < len(whole)
 
 
@@ -66,7 +66,7 @@ def test_records_are_chosen_by_their_timestep(dataset: Dataset) -> None:
     wanted = (everything.records.timestep >= 300) & (everything.records.timestep <= 800)
     window = load(dataset, training)
     assert 0 < len(window) < len(everything)
-    assert sum(row["records"] for row in training) == len(window)
+    assert sum(sample.records for sample in training) == len(window)
     assert torch.equal(window.records.timestep, everything.records.timestep[wanted])
     assert torch.equal(window.records.latent, everything.records.latent[wanted])
     whole = window.take(torch.arange(len(window)))
@@ -75,7 +75,7 @@ def test_records_are_chosen_by_their_timestep(dataset: Dataset) -> None:
 
 def test_the_timesteps_of_a_sample_are_read_alone(dataset: Dataset) -> None:
     for row in dataset.manifest.to_pylist():
-        assert torch.equal(dataset.timesteps(row), load(dataset, [row]).records.timestep)
+        assert torch.equal(dataset.timesteps(row), load(dataset, [SelectedSample(row)]).records.timestep)
 
 
 def test_selection_leaves_a_missing_shard_to_the_stream_if_damage_is_skipped(damaged: Path) -> None:
@@ -85,7 +85,7 @@ def test_selection_leaves_a_missing_shard_to_the_stream_if_damage_is_skipped(dam
     with pytest.raises(UserError, match="no such file"):
         selected(dataset, timestep_range=[300, 800])
     parts = selected(dataset, timestep_range=[300, 800], on_damage="skip")
-    assert any(chosen == row for part in parts for chosen in part)
+    assert any(sample == SelectedSample(row) for part in parts for sample in part)
 
 
 @pytest.mark.parametrize(
@@ -139,4 +139,4 @@ def test_one_of_several_denoisers_is_selected(dataset: Dataset, tmp_path: Path) 
     with pytest.raises(UserError, match="denoiser=transformer_3: the teacher has no such denoiser"):
         select(dataset, config)
     config.denoiser = "transformer_2"
-    assert {row["denoiser"] for part in select(dataset, config) for row in part} == {"transformer_2"}
+    assert {sample.row["denoiser"] for part in select(dataset, config) for sample in part} == {"transformer_2"}

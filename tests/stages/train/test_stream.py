@@ -12,20 +12,19 @@ import pytest
 import torch
 
 from stages.errors import UserError
-from stages.records.commits import commit_unit
 from stages.records.dataset import Dataset
-from stages.records.publication import publish
 from stages.records.shard import encode
-from stages.storage.folder import open_folder
 from stages.train.batch import Batch
+from stages.train.selection import SelectedSample
 from stages.train.stream import RecordStream
 from stages.train.window import Window, load
 from tests.stages.records.test_trajectory import trajectory
+from tests.support.made_up import write_dataset
 
 
 def stream(dataset: Dataset, **changes: Any) -> RecordStream:
     options = {"batch_size": 5, "seed": 0, "shuffle_bytes": 1 << 30} | changes
-    return RecordStream(dataset, dataset.manifest.to_pylist(), **options)
+    return RecordStream(dataset, [*map(SelectedSample, dataset.manifest.to_pylist())], **options)
 
 
 def identity(batch: Batch) -> list[tuple[float, int, int]]:
@@ -48,8 +47,7 @@ def test_every_record_comes_once_per_epoch(dataset: Dataset, shuffle_bytes: int)
 
 
 def test_records_keep_what_belongs_to_them(dataset: Dataset) -> None:
-    rows = dataset.manifest.to_pylist()
-    window = load(dataset, rows)
+    window = load(dataset, [*map(SelectedSample, dataset.manifest.to_pylist())])
     whole = window.take(torch.arange(len(window)))
     known = {key: i for i, key in enumerate(identity(whole))}
     for batch in islice(stream(dataset), 10):
@@ -79,7 +77,7 @@ def test_a_small_window_mixes_less_but_loses_nothing(dataset: Dataset) -> None:
     windows = list(stream(dataset, shuffle_bytes=10_000)._cut(0))
     assert len(windows) > 2
     assert sum(len(window) for window in windows) == 12
-    assert all(sum(row["size"] for row in window) <= 10_000 for window in windows)
+    assert all(sum(sample.row["size"] for sample in window) <= 10_000 for window in windows)
 
 
 @pytest.mark.parametrize("shuffle_bytes", [10_000, 1 << 30])
@@ -150,7 +148,7 @@ def test_records_are_located_by_their_position(dataset: Dataset, world_size: int
             shard, key, number, scale, timestep = re.fullmatch(
                 r"(\S+) (\S+) record (\d+): scale (\S+), timestep (\S+)", name
             ).groups()
-            sample = load(dataset, [rows[key]])
+            sample = load(dataset, [SelectedSample(rows[key])])
             assert rows[key]["shard"] == shard
             assert torch.equal(sample.records.latent[int(number)], batch.latent[i])
             assert float(scale) == pytest.approx(batch.scale[i].item(), rel=1e-4)
@@ -158,8 +156,8 @@ def test_records_are_located_by_their_position(dataset: Dataset, world_size: int
 
 
 def test_chosen_records_are_named_by_their_number_in_the_sample(dataset: Dataset) -> None:
-    rows = [row | {"chosen": [1, 3], "records": 2} for row in dataset.manifest.to_pylist()]
-    names = RecordStream(dataset, rows, 5, 0, 1 << 30).locate_records(0, 24)
+    samples = [SelectedSample(row, [1, 3]) for row in dataset.manifest.to_pylist()]
+    names = RecordStream(dataset, samples, 5, 0, 1 << 30).locate_records(0, 24)
     assert Counter(re.search(r"record (\d)", name)[1] for name in names) == {"1": 12, "3": 12}
 
 
@@ -198,7 +196,8 @@ def test_damaged_samples_are_left_out_and_counted(
     batches = list(islice(running, 16))
     assert {len(batch) for batch in batches} == {5}
     records = [record for batch in batches for record in identity(batch)]
-    whole = load(dataset, [row for row in dataset.manifest.to_pylist() if f"{row['shard']} {row['key']}" not in lost])
+    samples = map(SelectedSample, dataset.manifest.to_pylist())
+    whole = load(dataset, [sample for sample in samples if sample.name not in lost])
     expected = identity(whole.take(torch.arange(len(whole))))
     assert len(expected) == 32
     for epoch in range(2):
@@ -253,9 +252,8 @@ def test_a_fully_damaged_dataset_is_refused(damaged: Path, consumed: int, shuffl
 
 def test_guidance_stats_come_with_their_records(tmp_path: Path) -> None:
     one = replace(trajectory(), guidance_cosine=torch.arange(5.0) / 10, guidance_delta=torch.arange(5.0))
-    root = open_folder(tmp_path)
-    commits = [commit_unit(root, 0, map(encode, [one, replace(one, index=8, guidance_delta=torch.arange(5.0, 10))]))]
-    publish(root, {"plans": [{"units": 1}]}, commits)
+    other = replace(one, index=8, guidance_delta=torch.arange(5.0, 10))
+    write_dataset(tmp_path, [[encode(one), encode(other)]])
     for batch in islice(stream(Dataset(tmp_path), batch_size=3), 10):
         on_device = batch.to("cpu", torch.float16)
         assert {name: value.dtype for name, value in on_device.guidance_stats.items()} == dict.fromkeys(

@@ -11,6 +11,7 @@ from stages.base.loading import load_pipeline
 from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.train.objective import squared_error
+from stages.train.selection import SelectedSample
 from stages.train.student import Student, cast, describe_base, load_base
 from stages.train.window import load
 
@@ -18,7 +19,7 @@ CONFIG = AdapterConfig(sites=["attention"], hidden_size=16, rank=4)
 
 
 def test_untrained_it_is_the_unguided_teacher_at_the_recorded_inputs(dataset: Dataset, tiny_teacher: Path) -> None:
-    window = load(dataset, dataset.manifest.to_pylist())
+    window = load(dataset, [*map(SelectedSample, dataset.manifest.to_pylist())])
     batch = window.take(torch.arange(len(window))).to("cpu", torch.float32)
     student = Student.create(dataset, CONFIG, load_base(dataset))
     teacher = load_pipeline(str(tiny_teacher)).transformer
@@ -50,11 +51,11 @@ def test_the_adapter_knows_its_base_and_range(dataset: Dataset) -> None:
     assert metadata["scale_range"] == [1.0, 6.0]
     assert metadata["conditions"] == {"class_labels": {"kind": "label", "classes": 10}}
     assert metadata["sampled"]["class_labels"] == list(range(10))
-    assert metadata["base"]["denoiser_fingerprint"] == dataset.info["teacher"]["denoiser_fingerprint"]
+    assert metadata["base"]["denoiser_fingerprint"] == dataset.info.teacher.denoiser_fingerprint
 
 
 def test_without_guidance_it_is_the_base_alone(dataset: Dataset) -> None:
-    window = load(dataset, dataset.manifest.to_pylist())
+    window = load(dataset, [*map(SelectedSample, dataset.manifest.to_pylist())])
     batch = window.take(torch.arange(8)).to("cpu", torch.float32)
     student = Student.create(dataset, CONFIG, load_base(dataset))
     before = student.predict(batch)
@@ -92,7 +93,7 @@ def test_quantization_without_its_library_is_named(dataset: Dataset) -> None:
 
 def test_a_quantised_base_predicts_what_it_did(dataset: Dataset) -> None:
     pytest.importorskip("torchao")
-    window = load(dataset, dataset.manifest.to_pylist())
+    window = load(dataset, [*map(SelectedSample, dataset.manifest.to_pylist())])
     batch = window.take(torch.arange(8)).to("cpu", torch.float32)
     exact, quantised = (
         Student.create(dataset, CONFIG, load_base(dataset, quantization=kind)) for kind in ("none", "int8")

@@ -48,11 +48,7 @@ def test_training_lowers_the_error_and_leaves_the_base_bit_for_bit(
     trainer = Trainer(config)
     before = fingerprint(trainer.student.denoiser)
     summary = trainer.run()
-    assert (
-        fingerprint(trainer.student.denoiser)
-        == before
-        == Dataset(shared_dataset).info["teacher"]["denoiser_fingerprint"]
-    )
+    assert fingerprint(trainer.student.denoiser) == before == Dataset(shared_dataset).info.teacher.denoiser_fingerprint
     assert summary["steps"] == 150
     assert summary["validation_loss"] < 0.97 * summary["validation_loss_unguided"]
     gain = (1 - summary["validation_loss"] / summary["validation_loss_unguided"]) ** -0.5
@@ -136,12 +132,12 @@ def test_a_run_cannot_write_into_its_dataset(shared_dataset: Path) -> None:
 
 def test_damaged_validation_samples_are_counted_and_all_of_them_are_refused(damaged: Path, tmp_path: Path) -> None:
     options = {"on_damage": "skip", "validation_share": 0.2}
-    rows = select(Dataset(damaged), train_config(damaged, tmp_path, **options))[1]
-    damage(damaged, rows[0])
+    samples = select(Dataset(damaged), train_config(damaged, tmp_path, **options))[1]
+    damage(damaged, samples[0].row)
     summary = Trainer(train_config(damaged, tmp_path / "one", vae_name_or_path=None, **options)).run()
-    assert summary["samples_skipped"] == [f"{rows[0]['shard']} {rows[0]['key']}"]
-    for row in rows[1:]:
-        damage(damaged, row)
+    assert summary["samples_skipped"] == [samples[0].name]
+    for sample in samples[1:]:
+        damage(damaged, sample.row)
     with pytest.raises(UserError, match="every record to validate with is damaged"):
         Trainer(train_config(damaged, tmp_path / "all", **options)).run()
 
@@ -149,7 +145,7 @@ def test_damaged_validation_samples_are_counted_and_all_of_them_are_refused(dama
 def test_a_run_stopped_by_damage_resumes_without_it(damaged: Path, tmp_path: Path) -> None:
     config = train_config(damaged, tmp_path, validation_share=0.1, resume_from_checkpoint="latest")
     Trainer(replace(config, max_train_steps=4)).run()
-    damage(damaged, select(Dataset(damaged), config)[0][0])
+    damage(damaged, select(Dataset(damaged), config)[0][0].row)
     with pytest.raises(UserError, match="training leaves it out with on_damage=skip"):
         Trainer(config).run()
     assert Trainer(replace(config, on_damage="skip")).run()["records_skipped"] == 4
@@ -411,7 +407,7 @@ def test_a_mismatch_is_refused_before_the_base_is_loaded(
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     info = Dataset(shared_dataset).info
     newer = Path(shutil.copytree(shared_dataset, tmp_path / "newer"))
-    (newer / "dataset.json").write_text(json.dumps(info | {"schema_version": 99}))
+    (newer / "dataset.json").write_text(json.dumps(info.to_json() | {"schema_version": 99}))
     checkpoint = str(tiny_adapter / "checkpoints" / "step-00000008.pt")
     refused: list[tuple[Path, dict[str, Any], str]] = [
         (shared_dataset, {"pretrained_model_name_or_path": str(bases["channels"])}, r"takes latents of 16 channels, and .* was made with 4"),

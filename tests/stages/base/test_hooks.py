@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from stages.generate.watching import Call, watched
+from stages.base.hooks import Call, count_evaluations, watch_steps
 
 
 class Doubling(nn.Module):
@@ -29,7 +29,7 @@ def test_a_call_is_seen_as_it_was_whatever_is_done_to_it_afterwards(return_dict:
     def see(calls: list[Call], received: list[Tensor], timestep: int) -> None:
         steps.append((calls, received[0], timestep))
 
-    with watched(pipe, see, after.append):
+    with watch_steps(pipe, see, after.append):
         for timestep in pipe.scheduler.timesteps:
             first = pipe.unet(latent, timestep, {"shift": torch.tensor(1.0)}, return_dict=return_dict)[0]
             second = pipe.unet(latent, timestep, {"shift": torch.tensor(2.0)}, return_dict=return_dict)[0]
@@ -47,10 +47,25 @@ def test_a_latent_is_seen_as_it_was_though_the_next_is_written_into_it() -> None
     pipe = SimpleNamespace(unet=Doubling(), scheduler=DDIMScheduler())
     pipe.scheduler.set_timesteps(3)
     latent, seen = torch.ones(1, 1, 2, 2), []
-    with watched(pipe, lambda calls, received, timestep: seen.append(calls[0]), streams=None):
+    with watch_steps(pipe, lambda calls, received, timestep: seen.append(calls[0]), streams=None):
         for timestep in pipe.scheduler.timesteps:
             prediction = pipe.unet(latent, timestep, {"shift": torch.tensor(0.0)})[0]
             latent.copy_(pipe.scheduler.step(prediction, timestep, latent)[0])
     assert len(seen) == 3
     for call in seen:
         assert torch.equal(call.prediction, 2 * call.inputs["sample"])
+
+
+class OfLists(nn.Module):
+    """A denoiser that is given its samples in a list, as Z-Image's."""
+
+    def forward(self, x: list[Tensor], t: Any) -> list[Tensor]:
+        return x
+
+
+def test_samples_in_a_list_are_counted_one_by_one() -> None:
+    denoiser = OfLists()
+    with count_evaluations(denoiser) as count:
+        denoiser([torch.zeros(16, 1, 4, 4)] * 2, t=3)
+    assert count == [2]
+    assert "forward" not in vars(denoiser)

@@ -1,4 +1,4 @@
-"""Watching an unmodified pipeline at two points: at its denoisers, and at `scheduler.step`."""
+"""Hooks on an unmodified pipeline: they watch its denoisers and its scheduler, or count what runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stages.base.denoiser import bind_inputs, denoisers_of, latent_name, predictions_of
+from stages.base.denoiser import bind_inputs, denoisers_of, latent_name, predictions_of, samples_in
 from stages.base.patching import patched
 
 Inputs = dict[str, Any]
@@ -21,9 +21,9 @@ class Call:
     """One call of a denoiser.
 
     Attributes:
-        inputs: what it was given, flat and by its own names.
-        predictions: `[rows, ...]`, mostly one.
-        denoiser: which it is, by its name in the pipeline.
+        inputs: its arguments, flat, by the denoiser's own names.
+        predictions: `[rows, ...]` each; mostly one.
+        denoiser: its name in the pipeline.
     """
 
     inputs: Inputs
@@ -35,24 +35,32 @@ class Call:
         return self.predictions[0]
 
 
+@dataclass(frozen=True)
+class SchedulerStep:
+    """The timestep and the latents `[n, ...]` at the start of a scheduler's step."""
+
+    timestep: Any
+    latents: Tensor
+
+
 @contextmanager
-def watched(
+def watch_steps(
     pipe: Any,
     see_step: Callable[[list[Call], list[Tensor], Any], None],
     see_latents: Callable[[Tensor], None] = lambda latents: None,
     streams: int | None = 1,
 ) -> Iterator[None]:
-    """Within it, `see_step` gets the denoisers' calls, what the scheduler received and the timestep of every step of `pipe`.
+    """Within the context, pass every step of a pipeline to `see_step`: denoiser calls, received predictions, timestep.
 
-    What copies receive that the pipeline made of its scheduler, for sound beside pictures, comes after what the scheduler itself
-    received. `see_latents` gets the latents that the scheduler made.
+    Copies that the pipeline makes of its scheduler (for sound beside video) receive predictions of their own; these follow
+    the scheduler's own. `see_latents` gets the latents that each step of the scheduler returns.
 
     Args:
-        streams: the scheduler and so many copies of it, less one; by default a step lasts until the scheduler's next.
+        streams: the number of schedulers that step, the pipeline's own included; None ends a step at the scheduler's next.
     """
     signature = inspect.signature(type(pipe.scheduler).step)
     calls: list[Call] = []
-    step_seen: list[Any] = []  # calls, what was received, timestep
+    step_seen: list[Any] = []  # denoiser calls, received predictions, timestep
 
     def end_step() -> None:
         if step_seen:
@@ -88,9 +96,9 @@ def _watched_denoiser(name: str, denoiser: nn.Module, calls: list[Call]) -> Iter
     latent = latent_name(denoiser)
 
     def see_inputs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = bind_inputs(module, args, kwargs)  # before the call, which may change dictionaries it was given
+        inputs = bind_inputs(module, args, kwargs)  # before the call, which may change its dictionaries
         inputs.pop("return_dict", None)
-        # Some pipelines write the next latents into the last.
+        # Some pipelines write the next latents into the tensor of the last.
         inputs |= {key: value.clone() for key, value in inputs.items() if key.partition(".")[0] == latent}
         given.append(inputs)
 
@@ -107,3 +115,38 @@ def _watched_denoiser(name: str, denoiser: nn.Module, calls: list[Call]) -> Iter
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def count_evaluations(*denoisers: nn.Module) -> Iterator[list[int]]:
+    """Within the context, the list's one item counts the denoisers' evaluations, one per sample that runs."""
+    count = [0]
+
+    def counting(forward: Any, denoiser: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        count[0] += samples_in(denoiser, args, kwargs)
+        return forward(*args, **kwargs)
+
+    with ExitStack() as stack:
+        for denoiser in denoisers:
+            stack.enter_context(patched(denoiser, "forward", counting))
+        yield count
+
+
+@contextmanager
+def scheduler_steps(pipe: Any, n: int) -> Iterator[list[SchedulerStep]]:
+    """Within the context, the list collects the steps that the pipeline's scheduler makes for n images.
+
+    Of a doubled batch, the first n samples are the images. Nothing waits for the GPU.
+    """
+    steps: list[SchedulerStep] = []
+    signature = inspect.signature(type(pipe.scheduler).step)
+
+    def seen(step: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        received = signature.bind(scheduler, *args, **kwargs).arguments
+        latents = received["sample"][:n].clone()
+        result = step(*args, **kwargs)
+        steps.append(SchedulerStep(received["timestep"], latents))
+        return result
+
+    with patched(pipe.scheduler, "step", seen):
+        yield steps

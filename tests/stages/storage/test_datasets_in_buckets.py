@@ -1,4 +1,4 @@
-"""A dataset in a bucket through the whole line: what is made there is what is made on disk."""
+"""Datasets in a bucket, from generation to training: they equal those on disk."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from tests.stages.records.test_trajectory import trajectory
 from tests.support.damages import DAMAGES
 from tests.support.faults_table import survived
 from tests.support.faulty_s3 import Fault, FaultyS3
+from tests.support.made_up import PLAN
 
 ADDRESS = "s3://bucket/data/tiny"
 
@@ -56,7 +57,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_what_is_generated_into_a_bucket_is_what_is_generated_on_disk(
+def test_a_dataset_in_a_bucket_equals_the_one_on_disk(
     s3: FaultyS3, tiny_teacher: Path, shared_dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr("stages.generate.fleet.RayFleet", InProcessFleet)  # Ray's workers would not see the environment
@@ -102,9 +103,9 @@ def test_an_interrupted_run_goes_on_in_the_bucket(s3: FaultyS3, tiny_teacher: Pa
 
 def test_of_two_attempts_at_a_unit_one_wins_and_the_other_takes_its_shard_away(s3: FaultyS3) -> None:
     root = open_folder(ADDRESS)
-    first = commit_unit(root, 3, [encode(trajectory())])
-    assert commit_unit(root, 3, [encode(trajectory())]) == first
-    assert s3.names("data/tiny/shards") == [f"data/tiny/{first['shard']}"]
+    first = commit_unit(root, 3, [encode(trajectory())], PLAN)
+    assert commit_unit(root, 3, [encode(trajectory())], PLAN) == first
+    assert s3.names("data/tiny/shards") == [f"data/tiny/{first.shard}"]
     assert list(read_commits(root)) == [first]
 
 
@@ -112,9 +113,9 @@ def test_of_two_attempts_at_a_unit_one_wins_and_the_other_takes_its_shard_away(s
 def test_a_commit_whose_answer_was_lost_is_its_own(s3: FaultyS3, status: int) -> None:
     s3.faults = [Fault("PUT", "commits", status, carried_out=True)]
     root = open_folder(ADDRESS)
-    commit = commit_unit(root, 0, [encode(trajectory())])
+    commit = commit_unit(root, 0, [encode(trajectory())], PLAN)
     assert s3.faults[0].times == 0
-    assert s3.names("data/tiny/shards") == [f"data/tiny/{commit['shard']}"]
+    assert s3.names("data/tiny/shards") == [f"data/tiny/{commit.shard}"]
     survived(f"a commit answered by {status} although it was made", "storage")
 
 
@@ -122,11 +123,11 @@ def test_an_upload_that_breaks_leaves_no_shard_and_no_commit(s3: FaultyS3) -> No
     large = trajectory(100_000)  # several parts of an upload
     s3.faults = [Fault("PUT", r"shards.*partNumber=2", 403)]
     with pytest.raises(StorageError, match=rf"{ADDRESS}/shards/00000-.*\.tar: cannot be written"):
-        commit_unit(open_folder(ADDRESS), 0, [encode(large)])
+        commit_unit(open_folder(ADDRESS), 0, [encode(large)], PLAN)
     assert s3.faults[0].times == 0
     assert s3.names() == []
     assert list(s3.bucket.multipart_uploads.all()) == []
-    assert commit_unit(open_folder(ADDRESS), 0, [encode(large)])["samples"][0]["records"] == 100_000
+    assert commit_unit(open_folder(ADDRESS), 0, [encode(large)], PLAN).samples[0]["records"] == 100_000
     survived("an upload of a shard that breaks", "storage")
 
 
@@ -136,7 +137,7 @@ def test_trajectories_that_fail_leave_no_shard_and_no_commit(s3: FaultyS3, monke
 
     monkeypatch.setattr("stages.records.commits.write_shard", fails)
     with pytest.raises(RuntimeError):
-        commit_unit(open_folder(ADDRESS), 0, [encode(trajectory())])
+        commit_unit(open_folder(ADDRESS), 0, [encode(trajectory())], PLAN)
     assert s3.names() == []
 
 
@@ -152,7 +153,7 @@ def test_generation_goes_through_an_unsteady_service(s3: FaultyS3, tiny_teacher:
     survived("a service that is unsteady for a whole run", "storage")
 
 
-def test_a_service_that_refuses_stops_the_run_with_what_is_there_kept(s3: FaultyS3, tiny_teacher: Path) -> None:
+def test_a_service_that_refuses_stops_the_run_and_keeps_its_units(s3: FaultyS3, tiny_teacher: Path) -> None:
     config = generate_config(tiny_teacher, ADDRESS)
     s3.faults = [Fault("PUT", "shards/00002", 403, times=4)]
     with pytest.raises(StorageError, match=f"{ADDRESS}/shards/00002-.*cannot be written: .*the same command goes on"):
@@ -233,7 +234,7 @@ def test_a_cache_smaller_than_the_dataset_keeps_its_bound(
 def test_a_run_from_a_bucket_is_resumed_exactly(
     s3: FaultyS3, uploaded: str, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    """Begun on disk, gone on with from the bucket: the dataset is the same."""
+    """A run that began with the dataset on disk continues with its copy in the bucket."""
     shutil.copytree(tiny_adapter / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "step-00000012.pt").unlink()
     s3.faults = [Fault("GET", "shards/", 503, times=2), Fault("HEAD", "shards/", None)]
