@@ -200,7 +200,7 @@ def name_classes(model_index: Path) -> None:
 
 
 def save_reference(folder: Path, classifier: DigitClassifier, pixels: Tensor, labels: Tensor) -> None:
-    """What images are judged by, as evaluation takes it with `reference=`."""
+    """Write the reference images and their classifier as a folder for `reference=`."""
     classifier.save_pretrained(folder / "classifier")
     save_file({"pixels": pixels.contiguous(), "labels": labels.to(torch.uint8)}, folder / "reference.safetensors")
 

@@ -114,7 +114,7 @@ class Study:
 
 
 def cost(run: PlannedRun) -> dict[str, Any]:
-    """What an adapter cost: evaluations of the teacher, and training."""
+    """The cost of an adapter: evaluations of the teacher, and training."""
     training = json.loads((run.folder / "training.json").read_bytes())
     generation = json.loads((run.data / "generation.json").read_bytes())
     return {

@@ -139,7 +139,7 @@ def is_mask(value: Tensor) -> bool:
     return value.dtype == torch.bool or (not value.is_floating_point() and bool((value.ge(0) & value.le(1)).all()))
 
 
-def of_one_length(batch: Batch) -> list[tuple[Tensor, Batch]]:
+def split_by_length(batch: Batch) -> list[tuple[Tensor, Batch]]:
     """Split a batch by the lengths of its conditions: indices `[k]` of records, and these records without padding."""
     named = {name.removesuffix(LENGTH): value for name, value in batch.cond.items() if name.endswith(LENGTH)}
     table = torch.stack(list(named.values()), 1)

@@ -137,7 +137,7 @@ class TrainConfig:
         None, "`latest`, which starts a new run if there is none, or a checkpoint's file"
     )
     report_to: str = option("tensorboard", "`tensorboard`, the name of another accelerate tracker, or `none`")
-    device: str = option("auto", "`auto` (a GPU where there is one), `cuda` or `cpu`")
+    device: str = option("auto", "`auto` (a GPU if there is one), `cuda` or `cpu`")
 
 
 def effective(config: TrainConfig) -> dict[str, Any]:

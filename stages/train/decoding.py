@@ -44,7 +44,7 @@ class Decoder:
         self.noise = noise_levels(self.teacher)
         self.device = device
         self.vae = load_vae(name_or_path, shape[0]).to(device)
-        self.batch = from_noise_to_image(dataset, samples[:COLUMNS], skip_damaged)
+        self.batch = example_records(dataset, samples[:COLUMNS], skip_damaged)
         self._try_out(name_or_path)
 
     @torch.no_grad()

@@ -24,8 +24,8 @@ class SelectedSample:
     """A sample to read, or some of its records.
 
     Attributes:
-        row: of the manifest.
-        chosen: the numbers of the records to use; None for all.
+        row: its row of the manifest.
+        chosen: the indices of the records to use; None for all.
     """
 
     row: Row

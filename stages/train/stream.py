@@ -32,7 +32,7 @@ class Draw(NamedTuple):
 
 
 def on_disk(sample: SelectedSample) -> tuple[str, int]:
-    """The order of samples as they lie in the shards."""
+    """A sort key: the order of samples in the shards."""
     return sample.row["shard"], sample.row["offset"]
 
 

@@ -21,7 +21,7 @@ from stages.errors import UserError
 from stages.records.schema import TensorSpec
 from stages.records.teacher import LayoutFacts, TeacherFacts
 from stages.records.trajectory import CONDITION_PREFIX
-from stages.train.batch import Batch, of_one_length
+from stages.train.batch import Batch, split_by_length
 
 if TYPE_CHECKING:  # a student needs no pyarrow
     from stages.records.dataset import Dataset
@@ -261,7 +261,7 @@ class Student:
 
     def _predict_by_length(self, batch: Batch, guided: bool) -> Tensor:
         """Run one pass per length, because the denoiser takes no mask for the padding."""
-        parts = [(chosen, self.predict(part, guided)) for chosen, part in of_one_length(batch)]
+        parts = [(chosen, self.predict(part, guided)) for chosen, part in split_by_length(batch)]
         order = torch.cat([chosen for chosen, _ in parts]).argsort()
         return torch.cat([prediction for _, prediction in parts])[order]
 

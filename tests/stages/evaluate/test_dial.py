@@ -1,4 +1,4 @@
-"""What the strength of one scale does, on the digits' teacher and a briefly trained adapter."""
+"""The dial of the digits' teacher and a briefly trained adapter."""
 
 from __future__ import annotations
 

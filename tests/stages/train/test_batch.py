@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.train.batch import Batch, collate, concatenate, gather, of_one_length
+from stages.train.batch import Batch, collate, concatenate, gather, split_by_length
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool])
@@ -42,7 +42,7 @@ def test_embeddings_of_several_lengths_without_a_mask_come_with_their_lengths() 
     )
     whole = concatenate([one, other])
     assert whole.cond["words_length"].tolist() == [2, 4, 2, 5]
-    parts = of_one_length(whole)
+    parts = split_by_length(whole)
     assert [chosen.tolist() for chosen, _ in parts] == [[0, 2], [1], [3]]
     for chosen, part in parts:
         assert set(part.cond) == {"words", "place"}
