@@ -118,7 +118,7 @@ def load_vae(name_or_path: str, channels: int) -> Any:
     raise UserError(f"vae_name_or_path={name_or_path}: no VAE could be loaded from it: {message}")
 
 
-def from_noise_to_image(dataset: Dataset, samples: list[SelectedSample], skip_damaged: bool = False) -> Batch:
+def example_records(dataset: Dataset, samples: list[SelectedSample], skip_damaged: bool = False) -> Batch:
     """One intact record per sample, each later in its trajectory than that of the sample before."""
     window = load(dataset, samples, skip_damaged)
     counts = torch.tensor([sample.records for sample in samples])
