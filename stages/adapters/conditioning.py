@@ -1,4 +1,4 @@
-"""An adapter's conditioning on guidance scale, timestep and conditions, candidates a site's tokens."""
+"""An adapter's conditioning on guidance scale, timestep and conditions: what it sees besides a site's tokens."""
 
 from __future__ import annotations
 

@@ -14,7 +14,10 @@ NAME = "this process"
 
 
 class InProcessFleet:
-    """A fleet of one worker, which makes a dispatched unit in the next `poll`."""
+    """A fleet of one worker, which makes a dispatched unit in the next `poll`.
+
+    No command uses it: `Driver(config).run(InProcessFleet(config))` generates without Ray, in one process.
+    """
 
     def __init__(self, config: GenerateConfig) -> None:
         self.worker = UnitWorker(config)
