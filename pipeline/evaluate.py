@@ -1,7 +1,7 @@
 """Evaluation: adapters -> table, plots and report, next to CFG, CFG on the first steps only, and no guidance.
 
-python -m pipeline.evaluate adapter_dir=runs/mnist_dit guidance_scale=[1.5,2,3]
-python -m pipeline.evaluate adapter_dir=[runs/lora,runs/offset] output_dir=runs/compared
+python -m pipeline.evaluate adapter_dir=runs/mnist_dit 'guidance_scale=[1.5,2,3]'
+python -m pipeline.evaluate 'adapter_dir=[runs/lora,runs/offset]' output_dir=runs/compared
 
 Interrupted, the same command continues. Several GPUs share the work through Ray, several cores by processes.
 

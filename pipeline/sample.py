@@ -1,6 +1,6 @@
 """Sample: adapter -> images, an unguided, a guided and a one-pass row from the same noise.
 
-python -m pipeline.sample adapter_dir=runs/mnist_dit class_labels=[0,1,2] guidance_scale=2 output=grid.png
+python -m pipeline.sample adapter_dir=runs/mnist_dit 'class_labels=[0,1,2]' guidance_scale=2 output=grid.png
 """
 
 from __future__ import annotations
