@@ -1,4 +1,4 @@
-"""Every family through the whole line: generated, trained on, sampled in one pass."""
+"""Every family through all commands: generated, trained on, sampled in one pass."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_dataset_is_whole_and_tells_what_was_found(dataset: Dataset) -> None
 
 
 def test_untrained_the_student_is_the_unguided_teacher(dataset: Dataset) -> None:
-    """At the first step the noise is the same, and so what the untouched pipeline predicts at scale 1 is known."""
+    """The noise at the first step is the same, so that the untouched pipeline's prediction at scale 1 is known."""
     teacher = dataset.info.teacher
     pipe: Any = load_pipeline(teacher.pretrained_model_name_or_path)
     row = next(row for row in dataset.manifest.to_pylist() if row["trajectory"] == 0)

@@ -13,7 +13,7 @@ from stages.base.hooks import Call, count_evaluations, watch_steps
 
 
 class Doubling(nn.Module):
-    """A denoiser that takes something out of the dictionary it is given."""
+    """A denoiser that removes an entry of the dictionary it receives."""
 
     def forward(self, sample: Tensor, timestep: Any, extras: dict[str, Tensor], return_dict: bool = True) -> Any:
         output = 2 * sample + extras.pop("shift")
@@ -57,7 +57,7 @@ def test_a_latent_is_seen_as_it_was_though_the_next_is_written_into_it() -> None
 
 
 class OfLists(nn.Module):
-    """A denoiser that is given its samples in a list, as Z-Image's."""
+    """A denoiser that takes its samples in a list, like Z-Image's."""
 
     def forward(self, x: list[Tensor], t: Any) -> list[Tensor]:
         return x

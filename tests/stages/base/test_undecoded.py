@@ -27,7 +27,7 @@ def images_of(pipe: Any, **options: Any) -> torch.Tensor:
 
 
 class Flagging(nn.Module):
-    """A safety checker that blanks what it is shown, and keeps the sizes of that."""
+    """A safety checker that blanks its images, and keeps their sizes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -77,7 +77,7 @@ def test_precision_and_recall_differ_when_half_is_missing() -> None:
 
 
 def test_a_ball_reaches_its_third_neighbour() -> None:
-    """Points 0, 1, 2, ... on a line have radii of at least 2, and the first one's third neighbour is at 3."""
+    """Points 0, 1, 2, ... on a line have radii of at least 2; the first one's third neighbour is at 3."""
     line = torch.arange(10.0)[:, None]
     assert share_inside(torch.tensor([[-3.0]]), line) == 1
     assert share_inside(torch.tensor([[-3.1]]), line) == 0

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("layout_found_once")
 
 
 def records(root: Path | str) -> dict[str, dict[str, torch.Tensor]]:
-    """Every tensor of a dataset by key."""
+    """Return every tensor of a dataset by key."""
     dataset = Dataset(root)
     found = {}
     for row in dataset.manifest.to_pylist():
@@ -51,7 +51,7 @@ def assert_same_records(one: Path | str, other: Path | str) -> None:
 
 
 class Faulty(InProcessFleet):
-    """Fails at a unit as often as it is told to, and can stop the whole run after so many units."""
+    """Fails at a unit the given number of times, and can stop the whole run after a number of units."""
 
     def __init__(self, config: GenerateConfig, faults: dict[int, int], die_after: int | None = None) -> None:
         super().__init__(config)
@@ -200,7 +200,7 @@ def test_a_moved_commit_is_made_again_in_a_finished_dataset(
 def test_a_commit_that_goes_while_a_run_goes_on_is_told_and_made_again(
     damaged: Path, tiny_teacher: Path, unit: int
 ) -> None:
-    """As by a repair at the same time."""
+    """A repair at the same time removes it."""
     config = generate_config(tiny_teacher, damaged, num_trajectories=15)
 
     class Taken(InProcessFleet):
@@ -350,7 +350,7 @@ def test_a_growing_dataset_stays_readable_and_goes_on(damaged: Path, tiny_teache
 def test_a_killed_publication_is_made_up_for(
     damaged: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed before each of the three files: the snapshot's manifest, the newest manifest, the description."""
+    """Killed before each of the three files: the snapshot's manifest, the newest manifest, dataset.json."""
     old = Dataset(damaged)
     config = generate_config(tiny_teacher, damaged, num_trajectories=16)
     with pytest.raises(KeyboardInterrupt):

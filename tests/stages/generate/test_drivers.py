@@ -1,4 +1,4 @@
-"""Several drivers on one folder, in step by step: whatever they ask for, none mixes what it makes with another's."""
+"""Several drivers on one folder, interleaved poll by poll: none mixes its units with another's."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ pytestmark = pytest.mark.usefixtures("layout_found_once")
 
 
 class Interrupted(InProcessFleet):
-    """Lets something happen before one of its polls: the first loads the teacher, each other makes a unit."""
+    """Calls a function before one of its polls: the first poll loads the teacher, each other makes a unit."""
 
-    def __init__(self, config: GenerateConfig, poll: int, happens: Callable[[], Any]) -> None:
+    def __init__(self, config: GenerateConfig, poll: int, interrupt: Callable[[], Any]) -> None:
         super().__init__(config)
-        self.poll_of_it, self.happens = poll, happens
+        self.polls_left, self.interrupt = poll, interrupt
 
     def poll(self, timeout: float) -> list[Event]:
-        if self.poll_of_it == 0:
-            self.happens()
-        self.poll_of_it -= 1
+        if self.polls_left == 0:
+            self.interrupt()
+        self.polls_left -= 1
         return super().poll(timeout)
 
 
@@ -46,7 +46,7 @@ class Interrupted(InProcessFleet):
 def test_of_two_configurations_one_is_refused_before_it_commits(
     tiny_teacher: Path, tmp_path: Path, shared_dataset: Path, poll: int
 ) -> None:
-    """The other begins while the teacher is loaded, or while the first unit is sampled, and makes everything."""
+    """The other driver starts while the teacher is loaded, or while the first unit is sampled, and makes everything."""
     config, other = (generate_config(tiny_teacher, tmp_path / "data", seed=seed) for seed in (1, 0))
     with pytest.raises(UserError, match="another configuration: seed=0, not 1"):
         Driver(config).run(Interrupted(config, poll, lambda: generate(other)))
@@ -56,7 +56,7 @@ def test_of_two_configurations_one_is_refused_before_it_commits(
 
 
 def test_a_commit_of_another_plan_is_never_published(tiny_teacher: Path, tmp_path: Path, shared_dataset: Path) -> None:
-    """As where a worker committed just after another driver described something else."""
+    """A worker commits just after another driver wrote another dataset.json."""
     config = generate_config(tiny_teacher, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         Driver(config).run(Faulty(config, {}, die_after=1))
@@ -146,20 +146,20 @@ def test_a_file_of_classes_that_changes_under_way_changes_nothing_and_is_named_a
 
 
 @pytest.mark.parametrize(
-    ("asked", "made", "message"),
+    ("requested", "made", "message"),
     [
         ({"num_trajectories": 18}, {"num_trajectories": 16}, "has grown since this run began"),
         ({"class_labels": [0, 1, 3]}, {"class_labels": [0, 1]}, "has grown since this run began"),
     ],
 )
 def test_as_many_units_of_something_else_are_not_taken_for_ones_own(
-    tiny_teacher: Path, tmp_path: Path, asked: dict[str, Any], made: dict[str, Any], message: str
+    tiny_teacher: Path, tmp_path: Path, requested: dict[str, Any], made: dict[str, Any], message: str
 ) -> None:
-    one, other = (generate_config(tiny_teacher, tmp_path, **changes) for changes in (asked, made))
+    one, other = (generate_config(tiny_teacher, tmp_path, **changes) for changes in (requested, made))
     with pytest.raises(UserError, match=message):
         Driver(one).run(Interrupted(one, 0, lambda: generate(other)))
-    told_of_it = json.loads((tmp_path / "generation.json").read_text())
-    assert told_of_it["trajectories"] == other.num_trajectories  # the other's, not that of who was refused
+    summary = json.loads((tmp_path / "generation.json").read_text())
+    assert summary["trajectories"] == other.num_trajectories  # the other driver's, not the refused one's
 
 
 def test_more_classes_for_no_more_trajectories_are_refused(tiny_teacher: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every family through the recorder: what is stored is what the untouched pipeline does."""
+"""Every family through the recorder: the records equal the untouched pipeline."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def layout(pipe: Any, family: str) -> Layout:
 
 @pytest.fixture(scope="module")
 def recorded(pipe: Any, family: str, layout: Layout) -> tuple[Recording, Tensor]:
-    """Two prompts at two scales in one batch: the recording, and the final latents."""
+    """Record two prompts at two scales in one batch; return the recording and the final latents."""
     with undecoded(pipe) as latents, record(pipe, layout, 2) as recorder:
         sample(pipe, ask(family, 0, 1), PerSampleScale(torch.tensor(SCALES)))
     return recorder.recording(), latents[0]
@@ -61,7 +61,7 @@ def test_a_mixed_batch_ends_where_the_untouched_pipeline_ends(
 
 
 def predictions(denoiser: Any, layout: Layout, seen: Pass) -> Tensor:
-    """A pass of its own for these inputs, the guided channels of it."""
+    """Return the guided channels of a separate pass for these inputs."""
     caller = Caller(layout.arguments, torch.device("cpu"))
     with torch.no_grad():
         output = denoiser(**caller.nested(seen.latent, seen.timestep, seen.cond), return_dict=False)

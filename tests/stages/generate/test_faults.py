@@ -1,4 +1,7 @@
-"""What can happen to a worker, made to happen to real ones: nothing that is committed is lost, and nothing is there twice."""
+"""Faults injected into real workers.
+
+No committed unit is lost, and none is made twice.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,7 @@ def test_a_worker_killed_at_any_moment_of_a_unit_loses_nothing(
 def test_what_goes_wrong_in_a_worker_is_tried_again(
     tiny_teacher: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Errors, no memory, units without an end; and clocks, the driver's and a worker's, that jump by days."""
+    """Errors, no memory, hanging units; and clocks, the driver's and a worker's, that jump by days."""
     faults: Faults = {
         STARTING: {0: (RAISE, 1)},
         LOADING: {0: (RAISE, 1)},
@@ -152,7 +155,7 @@ def test_nodes_that_die_stand_still_and_join(tiny_teacher: Path, tmp_path: Path,
         2,
         2,
     )
-    assert info["shards"] == [9, 8]  # what came late lost, and took its shard away
+    assert info["shards"] == [9, 8]  # the late attempt lost, and removed its shard
     assert_nothing_lost_or_twice(tmp_path, undisturbed)
     for fault in ("dies in the middle of a unit", "stands still, and goes on later", "joins when none is left"):
         survived(f"a node that {fault}", "node")

@@ -1,4 +1,7 @@
-"""What is found of pipelines that each do something in a way of their own; all of the zoo is in tests/test_pipelines.py."""
+"""The layouts found for pipelines with peculiar guidance.
+
+tests/test_pipelines.py covers the whole zoo.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,7 @@ def test_a_denoiser_that_sees_more_than_its_arguments_is_refused() -> None:
 
     def drift(module: nn.Module, args: Any, output: Any) -> Any:
         rows.append(len(output[0]))
-        change = 1.0 + (rows[-1] == 6)  # as if it had a state for the samples of the pipeline's call
+        change = 1.0 + (rows[-1] == 6)  # simulates a state for the samples of the pipeline's call
         return (output[0] * change,) if isinstance(output, tuple) else type(output)(sample=output.sample * change)
 
     pipe.unet.register_forward_hook(drift)

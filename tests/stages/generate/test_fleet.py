@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def test_one_worker_makes_the_records_of_the_twin(tiny_teacher: Path, shared_dataset: Path, tmp_path: Path) -> None:
-    """Two of them do so in test_faults.py, whatever happens to them."""
+    """test_faults.py tests two workers, with faults."""
     config = generate_config(tiny_teacher, tmp_path)
     summary = Driver(config).run(RayFleet(config))
     assert (summary["trajectories"], summary["records"], summary["units_committed"]) == (12, 48, 4)

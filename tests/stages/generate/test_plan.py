@@ -127,7 +127,7 @@ def test_what_no_run_could_carry_out_is_refused_by_name(tiny_teacher: Path, chan
 
 
 def as_made(made: Plan, *earlier: PlanEntry) -> PlanEntry:
-    """What `dataset.json` tells of a plan that comes after earlier ones."""
+    """Return the entry of `dataset.json` for a plan that follows earlier ones."""
     trajectories = made.num_trajectories - sum(plan.trajectories for plan in earlier)
     return planned(trajectories=trajectories, conditions=len(made.conditions))
 

@@ -23,7 +23,7 @@ STATES = Counter({"sampling": 1, "loading": 2, "idle": 0})
 
 
 def info(teacher: Path) -> None:
-    """Four units, of which one was there before."""
+    """Four units, one of them made earlier."""
     reporter = ProgressReporter(Plan(generate_config(teacher, "nowhere")), (1, 12))
     for event in EVENTS:
         reporter.see(event, STATES)

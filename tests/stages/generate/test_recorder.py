@@ -20,7 +20,7 @@ REQUEST = Request([{"class_label": 1}, {"class_label": 7}], [0, 1], STEPS, {})
 
 
 def recorded(pipe: Any, steps: Tensor | None = None) -> tuple[Recording, Tensor]:
-    """Two classes at two scales in one batch: the recording, and the final latents."""
+    """Record two classes at two scales in one batch; return the recording and the final latents."""
     layout = find_layout(pipe, REQUEST)
     with undecoded(pipe) as latents, record(pipe, layout, 2, steps) as recorder:
         sample(pipe, REQUEST, PerSampleScale(torch.tensor(SCALES)))
@@ -28,7 +28,7 @@ def recorded(pipe: Any, steps: Tensor | None = None) -> tuple[Recording, Tensor]
 
 
 def run_alone(pipe: Any, i: int) -> Tensor:
-    """The untouched pipeline for one class at one scale: its final latent."""
+    """Run the untouched pipeline for one class at one scale; return its final latent."""
     with undecoded(pipe) as latents:
         sample(pipe, Request(REQUEST.conditions[i : i + 1], [i], STEPS, {}), SCALES[i])
     return latents[0][0]
@@ -79,7 +79,7 @@ def test_only_the_steps_asked_for_are_kept() -> None:
 
 
 class ClosedForm(ModelMixin, ConfigMixin):
-    """A denoiser whose guided prediction is known: x / 2 + label for a class, x / 2 without."""
+    """A denoiser with a known guided prediction: x / 2 + label for a class, x / 2 without."""
 
     @register_to_config
     def __init__(self, sample_size: int = 8, in_channels: int = 4, out_channels: int = 4) -> None:

@@ -38,9 +38,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def planned(folder: Path, info: dict[str, Any], **changes: Any) -> Plan:
+def planned(folder: Path, teacher: dict[str, Any], **changes: Any) -> Plan:
     config = generate_config(folder, Path("nowhere"), prompts=str(folder.parent / "prompts.txt"), **changes)
-    config.teacher = replace(config.teacher, **info)
+    config.teacher = replace(config.teacher, **teacher)
     return Plan(config)
 
 
@@ -59,24 +59,24 @@ def test_the_plan_has_the_steps_that_the_pipeline_makes(teacher: Path, scheduler
 
 
 def test_steps_to_record_are_drawn_from_all_that_are_made(teacher: Path) -> None:
-    info = {"num_inference_steps": 5, "num_trajectories": 200, "num_recorded_steps": 3}
-    plan = planned(teacher, {"scheduler": "HeunDiscreteScheduler"}, **info)
+    options = {"num_inference_steps": 5, "num_trajectories": 200, "num_recorded_steps": 3}
+    plan = planned(teacher, {"scheduler": "HeunDiscreteScheduler"}, **options)
     assert {step for i in range(200) for step in plan.trajectory(i).steps or []} == set(range(9))
     assert plan.records_per_trajectory == 3
     with pytest.raises(
         UserError, match="num_recorded_steps=10: at most 9, which the teacher takes of num_inference_st"
     ):
-        planned(teacher, {"scheduler": "HeunDiscreteScheduler"}, **info | {"num_recorded_steps": 10})
+        planned(teacher, {"scheduler": "HeunDiscreteScheduler"}, **options | {"num_recorded_steps": 10})
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(None, 8), (0.5, 5), (1.0, 10)])
 def test_a_pipeline_that_begins_later_is_asked(teacher: Path, strength: float | None, steps: int) -> None:
     call = {} if strength is None else {"strength": strength}
-    message = TeacherConfig(str(teacher), pipeline_class="StableDiffusionImg2ImgPipeline", call=call)
-    assert count_steps(message, 10) == steps
-    assert count_steps(replace(message, scheduler="HeunDiscreteScheduler"), 10) == 2 * steps - 1
+    teacher_config = TeacherConfig(str(teacher), pipeline_class="StableDiffusionImg2ImgPipeline", call=call)
+    assert count_steps(teacher_config, 10) == steps
+    assert count_steps(replace(teacher_config, scheduler="HeunDiscreteScheduler"), 10) == 2 * steps - 1
     with pytest.raises(UserError, match="num_inference_steps=10: no step is left of them"):
-        count_steps(replace(message, call={"strength": 0.01}), 10)
+        count_steps(replace(teacher_config, call={"strength": 0.01}), 10)
 
 
 @pytest.mark.parametrize(

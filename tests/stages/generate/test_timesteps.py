@@ -110,7 +110,7 @@ def test_the_scheduler_is_as_it_was_afterwards(scheduler: Any) -> None:
 
 
 def test_noise_levels_that_are_not_understood_are_refused() -> None:
-    scheduler = HeunDiscreteScheduler()  # it takes each noise level twice
+    scheduler = HeunDiscreteScheduler()  # it uses each noise level twice
     with (
         pytest.raises(UserError, match="HeunDiscreteScheduler: .*shift_timesteps=false"),
         shifted_timesteps(scheduler, 0.5),

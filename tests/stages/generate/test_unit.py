@@ -22,7 +22,7 @@ from tests.conftest import generate_config
 
 
 def describe(plan: Plan, facts: dict[str, Any]) -> str:
-    """Describe in `dataset.json` what a loaded worker is to make, as its driver would; the digest of the plan."""
+    """Write `dataset.json` for a loaded worker, as its driver would; return the plan's digest."""
     info = DatasetInfo(complete=False, teacher=read_fields(TeacherFacts, facts))
     root = open_folder(plan.config.output_dir)
     return plan_digests(begin_plan(root, info, describe_plan(plan, [], info.teacher.guidance_rule)))[0][1]

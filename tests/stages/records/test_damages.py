@@ -1,4 +1,4 @@
-"""Every damage of tests/support/damages.py is found, named, never read in silence, and repaired."""
+"""Every damage of tests/support/damages.py is found and named, never read silently, and repaired."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ UNREADABLE = [name for name in SEALED if "tensor" in name or "header" in name or
 
 @pytest.fixture(autouse=True)
 def nothing_gets_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run in a folder of its own, and fail if unpickling or a name in a shard made a file."""
+    """Run in a separate folder, and fail if unpickling or a name in a shard made a file."""
     monkeypatch.chdir(tmp_path)
     outside = [Path("/tmp") / ESCAPED, *(folder / ESCAPED for folder in (tmp_path, *tmp_path.parents))]
     yield
@@ -67,7 +67,7 @@ def test_damage_is_found_and_named_in_a_line(damaged: Path, damage: Damage) -> N
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damage_is_never_read_in_silence(damaged: Path, shared_dataset: Path, damage: Damage) -> None:
-    """A reader returns the original samples, and refuses the others or leaves them out by choice."""
+    """A reader returns the original samples, and refuses the others or skips them by choice."""
     known = records(shared_dataset)
     damage(damaged)
     for check_sizes in (True, False):

@@ -100,8 +100,8 @@ def test_offsets_of_timesteps_outside_the_sample_are_refused(damaged: Path, plac
     row = dataset.manifest.to_pylist()[0]
     header = json.dumps({"timestep": {"dtype": "I64", "shape": [1], "data_offsets": place}}).encode()
     content = bytearray((damaged / row["shard"]).read_bytes())
-    info = len(header).to_bytes(8, "little") + header
-    content[row["offset"] : row["offset"] + len(info)] = info
+    prefix = len(header).to_bytes(8, "little") + header
+    content[row["offset"] : row["offset"] + len(prefix)] = prefix
     (damaged / row["shard"]).write_bytes(content)
     with pytest.raises(UserError, match=f"expected the timesteps of {row['key']}"):
         dataset.timesteps(row)

@@ -37,7 +37,7 @@ def mend(root: Path, grace: float = DAY, deep: bool = True) -> list[dict[str, st
 
 
 def put(root: Path, name: str, age: float = 2 * DAY) -> str:
-    """Write an orphan that is some seconds old."""
+    """Write an orphan of this age in seconds."""
     (root / name).write_bytes(b"orphan")
     os.utime(root / name, (time.time() - age,) * 2)
     return name
@@ -106,11 +106,11 @@ def test_what_is_committed_between_the_look_and_the_repair_is_kept(damaged: Path
 
 
 class KilledError(Exception):
-    """Stands in for a kill: nothing after it happens."""
+    """Simulates a kill: nothing after it runs."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Die before, within or after the n-th move, write or removal."""
+    """Raise before, within or after the n-th move, write or removal."""
     steps = iter(range(number + 1))
 
     def step() -> None:
@@ -192,7 +192,10 @@ def test_a_repair_of_manifests_killed_at_any_moment_continues(
 def test_units_made_again_are_unfinished_until_they_are_published(
     damaged: Path, tiny_teacher: Path, shared_dataset: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Killed before each file that generation writes after a repair, it is unfinished to readers and `verify`."""
+    """A kill before each file that generation writes after a repair.
+
+    Readers and `verify` find the dataset unfinished.
+    """
     DAMAGES["a flipped bit in a payload"](damaged)
     mend(damaged)
     config = generate_config(tiny_teacher, damaged)

@@ -60,8 +60,8 @@ def test_what_is_not_a_sample_is_refused(tensors: bytes, metadata: bytes) -> Non
 
 
 def test_the_description_is_of_one_record() -> None:
-    info = tensor_specs(trajectory())
-    assert info["latent"] == TensorSpec("float16", [4, 2, 2])
-    assert info["guidance_cosine"] == info["guidance_delta"] == TensorSpec("float32", [])
-    assert info["timestep"] == TensorSpec("int64", [])
-    assert info["cond.class_labels"] == TensorSpec("int64", [])
+    specs = tensor_specs(trajectory())
+    assert specs["latent"] == TensorSpec("float16", [4, 2, 2])
+    assert specs["guidance_cosine"] == specs["guidance_delta"] == TensorSpec("float32", [])
+    assert specs["timestep"] == TensorSpec("int64", [])
+    assert specs["cond.class_labels"] == TensorSpec("int64", [])

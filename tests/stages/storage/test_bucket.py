@@ -110,7 +110,7 @@ def test_a_request_that_times_out_is_retried(s3: FaultyS3) -> None:
     survived("an answer that takes too long", "storage")
 
 
-# What may come of a conditional write whose answer tells nothing, or the wrong thing.
+# Outcomes of a conditional write whose answer is missing or wrong.
 AMBIGUOUS = {
     "409 and nothing is there": [Fault("PUT", "commit", 409)],
     "412 and nothing is there": [Fault("PUT", "commit", 412)],

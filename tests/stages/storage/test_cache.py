@@ -183,7 +183,7 @@ def test_concurrent_readers_of_a_shard_wait_for_one_fetch(s3: FaultyS3, tmp_path
     with ThreadPoolExecutor(6) as threads:
         read = list(threads.map(lambda cache: content_of(cache, folder, shard), caches))
     assert read == [bytes(SIZE)] * 6
-    assert s3.count("GET", "shards") == 2  # the one that was refused, and the one that was not
+    assert s3.count("GET", "shards") == 2  # the refused one and the successful one
 
 
 def read_at_random(root: Path, data: Path, made: list[Shard], seed: int) -> None:

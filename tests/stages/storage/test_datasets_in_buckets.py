@@ -41,7 +41,7 @@ ADDRESS = "s3://bucket/data/tiny"
 
 @pytest.fixture
 def uploaded(s3: FaultyS3, shared_dataset: Path) -> str:
-    """The shared dataset in a bucket."""
+    """A copy of the shared dataset in a bucket."""
     for path in shared_dataset.rglob("*.*"):
         s3.put(f"data/tiny/{path.relative_to(shared_dataset)}", path.read_bytes())
     s3.requests.clear()

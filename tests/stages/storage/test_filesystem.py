@@ -50,7 +50,7 @@ def rename(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "renames that replace":
         monkeypatch.setattr(
             filesystem, "RENAME_NOREPLACE", 1 << 20
-        )  # an unknown flag: EINVAL, as where it is not known
+        )  # an unknown flag: EINVAL, as on systems without it
     return str(request.param)
 
 
@@ -131,7 +131,7 @@ def test_a_dataset_is_made_trained_on_and_mended_without_locks_links_and_syncs(
 
 
 def test_a_cache_that_cannot_be_written_to_is_refused_when_it_is_opened(tmp_path: Path) -> None:
-    (tmp_path / ".lock").mkdir()  # as root may write where another may not
+    (tmp_path / ".lock").mkdir()  # root may write anywhere
     with pytest.raises(StorageError, match="cannot be written: Is a directory: name another cache_dir, or none"):
         ShardCache(tmp_path, 1 << 20)
 

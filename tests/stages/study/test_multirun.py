@@ -59,9 +59,9 @@ def test_every_combination_is_a_run_named_by_its_values(tmp_path: Path) -> None:
         "seed=1,scale_range=2.5,4",
     ]
     assert runs[3].compared == {"seed": "1", "scale_range": "[2.5,4]"}
-    info = parse(TrainConfig, runs[3].overrides)
-    assert (info.seed, info.scale_range, info.learning_rate, info.adapter.rank) == (1, [2.5, 4.0], 0.5, 3)
-    assert (info.output_dir, info.resume_from_checkpoint) == (str(runs[3].folder), "latest")
+    parsed = parse(TrainConfig, runs[3].overrides)
+    assert (parsed.seed, parsed.scale_range, parsed.learning_rate, parsed.adapter.rank) == (1, [2.5, 4.0], 0.5, 3)
+    assert (parsed.output_dir, parsed.resume_from_checkpoint) == (str(runs[3].folder), "latest")
 
 
 @pytest.mark.parametrize(
