@@ -55,7 +55,7 @@ def dataset(family: str, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return Dataset(generate(config))
 
 
-def test_the_dataset_is_whole_and_tells_what_was_found(dataset: Dataset) -> None:
+def test_the_dataset_is_whole_and_records_the_layout(dataset: Dataset) -> None:
     found = verify(dataset.root)
     assert found["ok"]
     assert found["records"] == 6 * 4
@@ -111,7 +111,7 @@ def test_the_adapter_found_its_conditions_in_the_records(dataset: Dataset) -> No
     assert json.dumps(student.adapter.metadata.to_json())
 
 
-def test_negative_prompts_are_seen_in_one_pass_as_they_were_recorded(dataset: Dataset) -> None:
+def test_negative_prompts_are_seen_in_one_pass_as_recorded(dataset: Dataset) -> None:
     """The pipeline encodes them by its own rules; neither the evaluations nor the noise notice it."""
     adapter = Student.create(
         dataset, small_adapter(conditions=["timestep", "negative_tokens"]), load_base(dataset)

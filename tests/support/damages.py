@@ -270,5 +270,5 @@ SEALED: dict[str, Damage] = {
         )))
     ),
     "another scale than the commit states, sealed": sealed(rows=lambda rows: [rows[0] | {"scale": 9.0}, *rows[1:]]),
-    "a description that is none, sealed": sealed(lambda held: [(held[0][0], b"[" * 100_000), *held[1:]]),
+    "an invalid description, sealed": sealed(lambda held: [(held[0][0], b"[" * 100_000), *held[1:]]),
 }  # fmt: skip

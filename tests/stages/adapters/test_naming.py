@@ -28,7 +28,7 @@ def test_every_layer_has_a_unique_name(shape: Shape) -> None:
     assert sum(heights) == sum(len(up) for _, up in weights.values())
 
 
-def test_a_base_without_a_naming_is_recognized() -> None:
+def test_a_base_without_a_naming_is_refused() -> None:
     assert {shape.config for shape in SHAPES} - {shape.config for shape in NAMED} == {"dit_xl_2_256", "dit_xl_2_512"}
     with pytest.raises(
         UserError, match="format=kohya: nobody has published names for the layers of a DiTTransformer2D"

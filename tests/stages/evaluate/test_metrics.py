@@ -34,20 +34,20 @@ def gaussian(mean: float, deviation: float, n: int = 20_000, seed: int = 0) -> t
     return deviation * torch.randn(n, 2, generator=torch.Generator().manual_seed(seed)) + mean
 
 
-def test_the_distance_of_two_gaussians_is_the_known_one() -> None:
+def test_the_distance_of_two_gaussians_is_exact() -> None:
     """|m|^2 + trace(A + B - 2 sqrt(AB)) for features N(0, 1) and N(m, s^2) in each of two dimensions."""
     found = frechet_distance(gaussian(0, 1), gaussian(3, 2, seed=1))
     assert found == pytest.approx(2 * 9 + 2 * (1 + 4 - 2 * 2), rel=0.03)
 
 
-def test_the_kernel_distance_of_two_points_is_the_known_one() -> None:
+def test_the_kernel_distance_of_two_points_is_exact() -> None:
     """k(x, y) = (x y / 2 + 1)^3 in two dimensions; for sets of one point each, k(a, a) + k(b, b) - 2 k(a, b)."""
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
     expected = (1 / 2 + 1) ** 3 + (4 / 2 + 1) ** 3 - 2 * 1
     assert kernel_distance(a.expand(50, 2), b.expand(70, 2)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_identical_sets_are_at_no_distance_and_cover_each_other() -> None:
+def test_identical_sets_have_no_distance_and_cover_each_other() -> None:
     one = gaussian(0, 1, n=500)
     assert abs(frechet_distance(one, one)) < 1e-6
     assert share_inside(one, one) == 1

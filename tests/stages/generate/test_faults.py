@@ -81,7 +81,7 @@ def test_a_worker_killed_at_any_moment_of_a_unit_loses_nothing(
     all_survived(faults, tmp_path)
 
 
-def test_what_goes_wrong_in_a_worker_is_tried_again(
+def test_units_of_a_failing_worker_are_retried(
     tiny_teacher: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Errors, no memory, hanging units; and clocks, the driver's and a worker's, that jump by days."""
@@ -105,13 +105,13 @@ class NeverStartingFleet(RayFleet):
     worker_class = NeverStarts  # type: ignore[assignment]
 
 
-def test_a_worker_that_can_never_be_made_ends_the_run(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_worker_that_cannot_be_constructed_ends_the_run(tiny_teacher: Path, tmp_path: Path) -> None:
     config = generate_config(tiny_teacher, tmp_path)
     with pytest.raises(
         UserError, match="no worker could load the teacher in 3 attempts: RayActorError: ImportError: no such library$"
     ):
         Driver(config).run(NeverStartingFleet(config))
-    survived("an error in each constructor: told in one line", "worker")
+    survived("an error in each constructor: one-line error", "worker")
 
 
 def test_a_disk_that_is_full_for_a_while(tiny_teacher: Path, small_disk: Path, undisturbed: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_disk_that_is_full_for_a_while(tiny_teacher: Path, small_disk: Path, u
     survived("a full disk, under Ray", "storage")
 
 
-def test_a_unit_that_always_kills_is_quarantined_and_takes_no_other_along(
+def test_a_unit_that_always_kills_its_worker_is_quarantined_alone(
     tiny_teacher: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     always = 99
@@ -140,11 +140,11 @@ def test_a_unit_that_always_kills_is_quarantined_and_takes_no_other_along(
     config = generate_config(tiny_teacher, tmp_path / "data", **UNITS)
     assert Driver(config).run(InProcessFleet(config))["units_missing"] == []
     assert_nothing_lost_or_twice(tmp_path, undisturbed)
-    survived("a unit that kills each worker that it is given to", "worker")
+    survived("a unit that kills each of its workers", "worker")
     survived("a unit that fails each time", "worker")
 
 
-def test_nodes_that_die_stand_still_and_join(tiny_teacher: Path, tmp_path: Path, undisturbed: Path) -> None:
+def test_nodes_that_die_stop_and_join(tiny_teacher: Path, tmp_path: Path, undisturbed: Path) -> None:
     overrides = [sys.executable, "-m", "tests.support.cluster_faults", str(tiny_teacher), str(tmp_path)]
     ran = subprocess.run(overrides, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]

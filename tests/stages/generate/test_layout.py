@@ -88,7 +88,7 @@ def guided(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any], dict[st
     return pipe, {}, rule
 
 
-def test_any_rule_is_recorded_as_it_acts_with_a_scale_per_sample(guided: Any) -> None:
+def test_any_rule_is_recorded_by_its_effect_with_a_scale_per_sample(guided: Any) -> None:
     pipe, arguments, rule = guided
     layout = find_layout(pipe, ask(0, **arguments))
     assert layout.scale_per_sample
@@ -116,7 +116,7 @@ def test_another_rule_gives_other_targets() -> None:
         assert float((other - plain).norm() / plain.norm()) > 10 * TOLERANCE
 
 
-def test_the_conditional_part_is_found_wherever_it_lies() -> None:
+def test_the_conditional_part_is_found_at_any_position() -> None:
     null_first = find_layout(build("stable_diffusion"), ask(0))
     assert (null_first.calls, null_first.chunks, null_first.chunk) == (1, 2, 1)
     classes = Request([{"class_label": 3}], [0], STEPS, {})
@@ -156,7 +156,7 @@ def test_scales_that_cannot_be_mixed_are_noticed() -> None:
     assert not find_layout(pipe, ask(0)).scale_per_sample
 
 
-def test_a_pipeline_that_turns_the_prediction_is_refused() -> None:
+def test_a_pipeline_that_changes_the_prediction_is_refused() -> None:
     class Turning(type(build("stable_diffusion"))):  # type: ignore[misc]
         def __call__(self, *args: Any, guidance_scale: float = 1.0, **kwargs: Any) -> Any:
             step = self.scheduler.step
@@ -249,6 +249,6 @@ def test_a_target_is_what_the_denoiser_would_have_had_to_predict() -> None:
     assert target.tolist() == [[1.0] * 4 + [-1.0] * 6]
 
 
-def test_a_layout_is_read_back_from_json_as_it_was() -> None:
+def test_a_layout_is_read_back_from_json_unchanged() -> None:
     layout = find_layout(build("chroma"), ask(0, height=32, width=32, max_sequence_length=32))
     assert read_fields(LayoutFacts, json.loads(json.dumps(asdict(layout)))) == LayoutFacts(**vars(layout))

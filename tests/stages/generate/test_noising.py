@@ -102,7 +102,7 @@ def noised_by_hand(scheduler: Any, clean: Tensor, noise: Tensor, step: int) -> T
     return (clean + sigma * noise) / (1 + sigma**2) ** 0.5
 
 
-def test_latents_are_the_pipelines_own_samples_noised_by_hand(
+def test_latents_are_the_pipelines_own_noised_samples(
     pipe: Any, family: str, layout: Layout, mixed: tuple[Recording, Any]
 ) -> None:
     recording, _ = mixed
@@ -127,7 +127,7 @@ def predictions(denoiser: Any, layout: Layout, seen: Pass) -> Tensor:
     return as_target(predictions_of(output), layout.target_channels)
 
 
-def test_targets_are_guidance_by_hand_at_these_latents(
+def test_targets_equal_guidance_computed_at_these_latents(
     pipe: Any, family: str, layout: Layout, mixed: tuple[Recording, list[tuple[Any, Tensor]]]
 ) -> None:
     recording, steps = mixed
@@ -163,7 +163,7 @@ def test_scales_of_one_batch_equal_separate_runs(
         torch.testing.assert_close(recording.guidance_delta[own], alone.guidance_delta, atol=1e-8, rtol=1e-2)
 
 
-def test_the_pipeline_is_as_it_was_afterwards(pipe: Any, family: str, layout: Layout) -> None:
+def test_the_pipeline_is_unchanged_afterwards(pipe: Any, family: str, layout: Layout) -> None:
     before = clean_alone(pipe, layout, ask(family, 0), 3.0)
     recorded(pipe, layout, ask(family, 0), 3.0)
     assert torch.equal(clean_alone(pipe, layout, ask(family, 0), 3.0), before)
@@ -171,7 +171,7 @@ def test_the_pipeline_is_as_it_was_afterwards(pipe: Any, family: str, layout: La
     assert not denoiser_of(pipe)[1]._forward_pre_hooks
 
 
-def test_noise_follows_from_the_seed_and_the_step_alone() -> None:
+def test_noise_depends_on_the_seed_and_the_step_alone() -> None:
     like = torch.zeros(3, 4, 8, 8, dtype=torch.float16)
     together = noise_of([1, 2, 2**62], 3, like)
     assert together.dtype == torch.float32
@@ -190,7 +190,7 @@ def test_a_scheduler_that_cannot_noise_is_refused() -> None:
         check_noising(pipe, layout, ask("dit", 0))
 
 
-def test_a_denoiser_that_is_given_something_else_is_refused() -> None:
+def test_a_denoiser_with_other_inputs_than_noised_latents_is_refused() -> None:
     pipe = tiny_dit()
 
     def shrink(module: Any, args: Any, kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ def clock_time(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_clock_adds_up_what_is_spent_even_where_it_ends_in_an_error() -> None:
+def test_a_clock_adds_up_times_even_after_errors() -> None:
     clock = Clock()
     for _ in range(2):
         with pytest.raises(RuntimeError), clock.spent_on("teacher"):
@@ -27,7 +27,7 @@ def test_a_clock_adds_up_what_is_spent_even_where_it_ends_in_an_error() -> None:
     assert clock["writing"] == 0
 
 
-def test_the_teachers_share_is_of_the_time_that_workers_were_there(clock_time: list[float]) -> None:
+def test_the_teachers_share_is_of_the_workers_time(clock_time: list[float]) -> None:
     run_profile = Profile()
     run_profile.see(Loaded({}, "one"))
     clock_time[0] = 10
@@ -45,7 +45,7 @@ def test_the_teachers_share_is_of_the_time_that_workers_were_there(clock_time: l
     assert summary["workers"] == {"one": {"units": 2, "records": 10}, "two": {"units": 1, "records": 7}}
 
 
-def test_a_worker_that_is_lost_is_there_until_then_and_counts_once(clock_time: list[float]) -> None:
+def test_a_lost_worker_counts_once_and_its_time_ends_there(clock_time: list[float]) -> None:
     run_profile = Profile()
     run_profile.see(Loaded({}, "one"))
     clock_time[0] = 4

@@ -58,7 +58,7 @@ def test_the_plan_has_the_steps_that_the_pipeline_makes(teacher: Path, scheduler
     assert len(steps) == plan.steps_per_trajectory
 
 
-def test_steps_to_record_are_drawn_from_all_that_are_made(teacher: Path) -> None:
+def test_recorded_steps_are_drawn_from_all_steps(teacher: Path) -> None:
     options = {"num_inference_steps": 5, "num_trajectories": 200, "num_recorded_steps": 3}
     plan = planned(teacher, {"scheduler": "HeunDiscreteScheduler"}, **options)
     assert {step for i in range(200) for step in plan.trajectory(i).steps or []} == set(range(9))
@@ -70,7 +70,7 @@ def test_steps_to_record_are_drawn_from_all_that_are_made(teacher: Path) -> None
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(None, 8), (0.5, 5), (1.0, 10)])
-def test_a_pipeline_that_begins_later_is_asked(teacher: Path, strength: float | None, steps: int) -> None:
+def test_a_pipeline_that_starts_later_is_asked_for_its_steps(teacher: Path, strength: float | None, steps: int) -> None:
     call = {} if strength is None else {"strength": strength}
     teacher_config = TeacherConfig(str(teacher), pipeline_class="StableDiffusionImg2ImgPipeline", call=call)
     assert count_steps(teacher_config, 10) == steps
@@ -96,7 +96,7 @@ def test_more_steps_than_a_scheduler_can_make_are_refused(
         count_steps(TeacherConfig(str(teacher), scheduler=name), num_inference_steps)
 
 
-def test_flows_that_count_from_one_to_zero_take_any_number_of_steps() -> None:
+def test_flows_with_timesteps_from_one_to_zero_take_any_number_of_steps() -> None:
     flow = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1)
     shifting = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     for scheduler, steps in ((flow, 50), (shifting, 1200)):

@@ -28,7 +28,7 @@ def describe(plan: Plan, facts: dict[str, Any]) -> str:
     return plan_digests(begin_plan(root, info, describe_plan(plan, [], info.teacher.guidance_rule)))[0][1]
 
 
-def test_a_worker_loads_once_and_commits_what_it_sampled(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_worker_loads_once_and_commits_its_samples(tiny_teacher: Path, tmp_path: Path) -> None:
     config = generate_config(tiny_teacher, tmp_path, records_per_sample=3)
     worker, plan = UnitWorker(config), Plan(config)
     facts = worker.load(plan.conditions[0])

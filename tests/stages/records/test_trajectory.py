@@ -54,7 +54,7 @@ def test_parts_hold_every_record_once_in_order() -> None:
     ("tensors", "metadata"),
     [(b"not safetensors", b"{}"), (b"", b"no json"), (trajectory().to_members()["safetensors"], b"{}")],
 )
-def test_what_is_not_a_sample_is_refused(tensors: bytes, metadata: bytes) -> None:
+def test_anything_other_than_a_sample_is_refused(tensors: bytes, metadata: bytes) -> None:
     with pytest.raises(ValueError, match="not a sample"):
         from_members(tensors, metadata)
 

@@ -148,7 +148,9 @@ def test_one_dataset_serves_all_runs(shared_dataset: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.long
-def test_over_ray_a_run_is_trained_and_then_left_alone(shared_dataset: Path, tmp_path: Path, ray_cluster: None) -> None:
+def test_over_ray_a_run_is_trained_and_then_left_unchanged(
+    shared_dataset: Path, tmp_path: Path, ray_cluster: None
+) -> None:
     compared = ["adapter.sites=[attention],[feed_forward]"]
     overrides = [f"data_dir={shared_dataset}", f"output_dir={tmp_path}", "adapter.variant=offset", *SMALL, *compared]
     _, (one, _) = combinations(overrides)

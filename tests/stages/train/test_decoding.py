@@ -23,7 +23,7 @@ def decoder(dataset: Dataset, tiny_teacher: Path) -> Decoder:
     return Decoder(str(tiny_teacher), dataset, [*map(SelectedSample, dataset.manifest.to_pylist())], "cpu")
 
 
-def test_there_is_a_column_for_each_record_and_it_gets_less_noisy(decoder: Decoder, dataset: Dataset) -> None:
+def test_each_record_has_a_column_and_they_get_less_noisy(decoder: Decoder, dataset: Dataset) -> None:
     assert len(decoder.batch) == COLUMNS
     timesteps = decoder.batch.timestep.tolist()
     assert timesteps[0] > 700
