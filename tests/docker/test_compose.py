@@ -135,7 +135,7 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Iterator[Callable[[list[str], list[str]], subprocess.Popen]]:
+def run_service(tmp_path: Path) -> Iterator[Callable[[list[str], list[str]], subprocess.Popen]]:
     """Start a service's command on this machine, with free local hosts and ports, and additional arguments."""
     import tempfile
 
@@ -165,28 +165,28 @@ def here(tmp_path: Path) -> Iterator[Callable[[list[str], list[str]], subprocess
 
 @pytest.mark.long
 def test_head_worker_and_driver_work_together(
-    services: dict[str, Any], here: Callable[[list[str], list[str]], subprocess.Popen], tmp_path: Path
+    services: dict[str, Any], run_service: Callable[[list[str], list[str]], subprocess.Popen], tmp_path: Path
 ) -> None:
     """Run the three commands unchanged, token included, but for hosts, ports, size and folder of the dataset."""
 
-    def said() -> str:
+    def logs() -> str:
         return "\n".join(log.read_text() for log in sorted(tmp_path.glob("*.log")))
 
     local = ["--node-ip-address=127.0.0.1", f"--ray-client-server-port={free_port()}"]
     elsewhere = ["--dashboard-port={dashboard}", "--dashboard-agent-listen-port={agent}", "--temp-dir={temp}"]
-    head = here(services["head"]["command"], [*local, *elsewhere])
+    head = run_service(services["head"]["command"], [*local, *elsewhere])
     check = services["head"]["healthcheck"]
     for _ in range(check["retries"]):
-        if here(check["test"][1:], []).wait(60) == 0:
+        if run_service(check["test"][1:], []).wait(60) == 0:
             break
-        assert head.poll() is None, said()
+        assert head.poll() is None, logs()
         time.sleep(1)
     else:
-        pytest.fail(said())
+        pytest.fail(logs())
     more = ["--num-cpus=1", f"--dashboard-agent-listen-port={free_port()}"]
-    here(services["worker"]["command"], ["--node-ip-address=127.0.0.1", *more])
+    run_service(services["worker"]["command"], ["--node-ip-address=127.0.0.1", *more])
     small = ["num_trajectories=4", "trajectories_per_unit=2", "num_inference_steps=2", "num_workers=1", "device=cpu"]
-    driver = here(services["generate"]["command"], [*small, f"output_dir={tmp_path / 'data'}"])
-    assert driver.wait(300) == 0, said()
+    driver = run_service(services["generate"]["command"], [*small, f"output_dir={tmp_path / 'data'}"])
+    assert driver.wait(300) == 0, logs()
     assert json.loads((tmp_path / "data" / "generation.json").read_text())["trajectories"] == 4
-    assert shlex.join(small) in said()
+    assert shlex.join(small) in logs()

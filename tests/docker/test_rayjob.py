@@ -47,14 +47,14 @@ def workers(cluster: dict[str, Any]) -> dict[str, Any]:
 
 def test_kuberay_knows_every_field(job: dict[str, Any], cluster: dict[str, Any], workers: dict[str, Any]) -> None:
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    here = {
+    levels = {
         "spec": job["spec"],
         "cluster": cluster,
         "autoscaler": cluster["autoscalerOptions"],
         "head": cluster["headGroupSpec"],
         "workers": workers,
     }
-    for level, fields in here.items():
+    for level, fields in levels.items():
         assert set(fields) <= set(FIELDS[level].split())
     for group in (cluster["headGroupSpec"], workers):
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
@@ -104,7 +104,7 @@ def test_versions_and_images_are_the_projects_own(cluster: dict[str, Any], worke
         assert f"USER {container['securityContext']['runAsUser']}:" in stages()[target]
 
 
-def test_there_is_one_gpu_for_every_teacher(job: dict[str, Any], workers: dict[str, Any]) -> None:
+def test_there_is_exactly_one_gpu_for_every_teacher(job: dict[str, Any], workers: dict[str, Any]) -> None:
     config = understood(job["spec"]["entrypoint"].split())
     assert isinstance(config, GenerateConfig)
     gpus = int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])

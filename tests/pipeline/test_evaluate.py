@@ -61,9 +61,9 @@ def test_a_killed_evaluation_resumes_and_equals_an_undisturbed_one(
     overrides = [f"{key}={value}" for key, value in TEN_PARTS.items()]
     command = [sys.executable, "-m", "pipeline.evaluate", f"adapter_dir={tiny_adapter}", f"output_dir={tmp_path}"]
     log = tmp_path / "log.txt"
-    with log.open("w") as said:
+    with log.open("w") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen([*command, *overrides], cwd=ROOT, env=environment, stdout=said, stderr=said)
+        process = subprocess.Popen([*command, *overrides], cwd=ROOT, env=environment, stdout=output, stderr=output)
     while len(parts_in(tmp_path)) < 2:
         assert process.poll() is None, log.read_text()
         time.sleep(0.005)
@@ -134,10 +134,10 @@ def test_worker_processes_end_with_the_evaluation(how: signal.Signals, tiny_adap
     overrides = [f"{key}={value}" for key, value in (TEN_PARTS | {"num_samples": 2000}).items()]
     command = [sys.executable, "-m", "pipeline.evaluate", f"adapter_dir={tiny_adapter}", f"output_dir={tmp_path}"]
     log = tmp_path / "log.txt"
-    with log.open("w") as said:
+    with log.open("w") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "2"}
         process = subprocess.Popen(
-            [*command, *overrides], cwd=ROOT, env=environment, stdout=said, stderr=said, start_new_session=True
+            [*command, *overrides], cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
         )
     while len(parts_in(tmp_path)) < 2:
         assert process.poll() is None, log.read_text()
@@ -160,8 +160,8 @@ def test_the_command_adds_the_results_to_the_model_card_and_says_so(
 ) -> None:
     folder = shutil.copytree(tiny_adapter, tmp_path / "tiny")
     main(EvaluateConfig(adapter_dir=[str(folder)], **TEN_PARTS))
-    said = f"model card: {folder}/README.md and adapter_config.json beside it now hold these results"
-    assert capsys.readouterr().out.splitlines()[-1] == said
+    expected = f"model card: {folder}/README.md and adapter_config.json beside it now hold these results"
+    assert capsys.readouterr().out.splitlines()[-1] == expected
     metadata = json.loads((folder / "adapter_config.json").read_text())
     assert "error_by_timestep" not in json.dumps(metadata)
     assert "| one_pass | 3 |" in (folder / "README.md").read_text()

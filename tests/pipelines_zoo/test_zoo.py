@@ -93,8 +93,8 @@ def seeing(step: Callable[..., Any], seen: list[Tensor]) -> Callable[..., Any]:
 
 def distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     """Return the relative distance of the last predictions; infinite if one is not a number."""
-    apart = float((one[-1] - other[-1]).norm() / other[-1].norm().clamp(min=1e-12))
-    return apart if apart == apart else float("inf")
+    relative = float((one[-1] - other[-1]).norm() / other[-1].norm().clamp(min=1e-12))
+    return relative if relative == relative else float("inf")
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -46,7 +46,7 @@ from tests.support.families import WIDTH, clip, enliven, unet, vae
 
 def pictured(**others: Any) -> tuple[Condition, ...]:
     """Add a picture to the prompts of every specimen, and its further conditions."""
-    return tuple({**asked, "image": picture(seed), **others} for seed, asked in enumerate(PROMPTS))
+    return tuple({**prompt, "image": picture(seed), **others} for seed, prompt in enumerate(PROMPTS))
 
 
 def upscale() -> Any:

@@ -37,7 +37,7 @@ def adapter(pipe: Any, request: pytest.FixtureRequest) -> GuidanceAdapter:
     return adapter_for(pipe.unet, request.param).attach(pipe)
 
 
-def apart(one: Tensor, other: Tensor) -> float:
+def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
@@ -73,14 +73,14 @@ def cut_and_leave_the_first(pipe: Any, kwargs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("change", [cut, cut_and_take_the_last, cut_and_take_the_half, cut_and_leave_the_first])
-def test_guidance_that_a_callback_cuts_off_is_gone_from_that_step(
+def test_guidance_that_a_callback_cuts_off_ends_at_that_step(
     pipe: Any, adapter: GuidanceAdapter, change: Any, n: int
 ) -> None:
     found = final(pipe, n=n, **after(1, change))
     with adapter.guidance_schedule([3.0, 3.0, 1.0, 1.0]):
         expected = final(pipe, n=n)
     torch.testing.assert_close(found, expected)
-    assert apart(found, final(pipe, n=n)) > 1e-4 + 10 * apart(found, expected)
+    assert difference(found, final(pipe, n=n)) > 1e-4 + 10 * difference(found, expected)
 
 
 def test_diffusers_own_cutoff(pipe: Any, adapter: GuidanceAdapter) -> None:
@@ -157,7 +157,7 @@ def test_prompts_that_a_callback_changes(pipe: Any, adapter: GuidanceAdapter, do
     found = final(pipe, **after(1, swap))
     expected = final(pipe, **after(1, lambda pipe, kwargs: kwargs["prompt_embeds"].copy_(embeds)))
     torch.testing.assert_close(found, expected)
-    assert apart(found, final(pipe)) > 1e-3
+    assert difference(found, final(pipe)) > 1e-3
 
 
 def test_a_warning_names_changes_of_a_callback_without_effect(pipe: Any, adapter: GuidanceAdapter) -> None:

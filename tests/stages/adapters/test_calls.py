@@ -124,13 +124,13 @@ def test_the_embedded_scale_is_the_recorded_one_unless_both_are_named(name: str)
     arguments = {key: value for key, value in ZOO[name].arguments.items() if not key.endswith("_scale")}
     embedded = Run(name, pipe, **arguments, true_cfg_scale=1.0, guidance_scale=1.0).given("guidance")[0]
     as_recorded = [embedded * 2.5] * STEPS
-    info = {
+    cases = {
         "the adapter's by the usual name": {"guidance_scale": 4.0},
         "the adapter's by the pipeline's": {"true_cfg_scale": 4.0},
     }
     ends = []
-    for asked in info.values():
-        pipe_call = dict(arguments) | asked
+    for call_options in cases.values():
+        pipe_call = dict(arguments) | call_options
         run = call(pipe, pipe_call, ZOO[name].conditions[0]["prompt"])
         assert run.given("guidance") == pytest.approx(as_recorded)
         assert run.rows == {1}

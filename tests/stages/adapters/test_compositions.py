@@ -242,7 +242,7 @@ def test_a_negative_prompt_that_was_not_trained_on_warns_once(pipe: Any, adapter
         final(pipe, negative_prompt="grey")
 
 
-def test_the_negative_prompt_it_was_trained_with_does_not_warn(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_the_negative_prompt_of_the_training_does_not_warn(pipe: Any, adapter: GuidanceAdapter) -> None:
     adapter.metadata = replace(adapter.metadata, arguments={"negative_prompt": "blurry"})
     adapter.attach(pipe)
     with warnings.catch_warnings():

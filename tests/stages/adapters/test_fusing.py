@@ -315,8 +315,8 @@ def test_an_adapter_that_cannot_be_fused_runs_by_hooks_and_warns_once(
 def test_a_scale_per_image_runs_by_hooks_and_the_next_call_is_fused(pipe: Any, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe)
     two, five = final(pipe, 2.0), final(pipe, 5.0)
-    said = pytest.warns(UserWarning, match="the images of a batch have scales of their own")
-    with said, adapter.guidance_scale([2.0, 5.0]):
+    warned = pytest.warns(UserWarning, match="the images of a batch have scales of their own")
+    with warned, adapter.guidance_scale([2.0, 5.0]):
         both = final(pipe)
     assert adapter.fused is False
     torch.testing.assert_close(both, torch.stack([two[0], five[1]]), atol=1e-2, rtol=1e-2)

@@ -271,10 +271,10 @@ def test_blocks_that_autograd_reruns_in_its_own_thread_are_guided(pipe: Any) -> 
             backward(loss)
         return [parameter.grad.clone() for parameter in adapter.sites.parameters() if parameter.grad is not None]
 
-    here = gradients(lambda loss: loss.backward())
-    elsewhere = gradients(lambda loss: at_once(loss.backward))
-    assert here
-    for one, other in zip(here, elsewhere, strict=True):
+    same_thread = gradients(lambda loss: loss.backward())
+    other_thread = gradients(lambda loss: at_once(loss.backward))
+    assert same_thread
+    for one, other in zip(same_thread, other_thread, strict=True):
         torch.testing.assert_close(one, other)
 
 

@@ -60,7 +60,7 @@ def in_both(unet: nn.Module) -> Any:
         pytest.param(in_both, "lora", marks=pytest.mark.long),
     ],
 )
-def test_a_wrapped_denoiser_is_looked_through(pipe: Any, wrap: Any, variant: str) -> None:
+def test_a_wrapped_denoiser_is_unwrapped(pipe: Any, wrap: Any, variant: str) -> None:
     torch.compiler.reset()
     adapter = adapter_for(pipe.unet, variant)
     plain, bare = predict(pipe.unet), pipe.unet
@@ -175,10 +175,10 @@ def test_an_attached_pipeline_is_not_kept_alive(variant: str) -> None:
     pipe: Any = build("stable_diffusion")
     adapter = adapter_for(pipe.unet, variant).attach(pipe)
     expected = final(pipe)
-    gone = [weakref.ref(pipe), weakref.ref(pipe.unet)]
+    references = [weakref.ref(pipe), weakref.ref(pipe.unet)]
     del pipe
     gc.collect()
-    assert [reference() for reference in gone] == [None, None]
+    assert [reference() for reference in references] == [None, None]
     anew: Any = build("stable_diffusion")
     adapter.attach(anew)
     assert torch.equal(final(anew), expected)

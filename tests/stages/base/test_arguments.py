@@ -14,8 +14,8 @@ from stages.records.fields import read_fields
 CPU = torch.device("cpu")
 
 
-def roundtrip(value: Any, rows: int = 1, asked: int = 1) -> Any:
-    return decoded(json.loads(json.dumps(encoded(value, rows))), CPU)(asked)
+def roundtrip(value: Any, rows: int = 1, samples: int = 1) -> Any:
+    return decoded(json.loads(json.dumps(encoded(value, rows))), CPU)(samples)
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_nested_constants_come_back_unchanged() -> None:
     for value in ([(1, 2), [3, None]], (1.5, "word", True), None, "word"):
         assert roundtrip(value) == value
         assert type(roundtrip(value)) is type(value)
-    assert roundtrip([[(1, 4, 4)]] * 2, rows=2, asked=3) == [[(1, 4, 4)]] * 3
-    assert roundtrip([1, 2], rows=2, asked=3) == [1, 2]
+    assert roundtrip([[(1, 4, 4)]] * 2, rows=2, samples=3) == [[(1, 4, 4)]] * 3
+    assert roundtrip([1, 2], rows=2, samples=3) == [1, 2]
     with pytest.raises(TypeError, match="a object"):
         encoded(object(), 1)
 

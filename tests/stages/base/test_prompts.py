@@ -182,13 +182,13 @@ def test_a_file_without_prompts_is_named(tmp_path: Path, name: str, content: str
         ({"text": ["a", "b"]}, "no column `prompt`; its columns are text"),
     ],
 )
-def test_a_parquet_files_other_columns_are_named(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+def test_invalid_columns_of_a_parquet_file_are_named(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     pq.write_table(pa.table(columns), tmp_path / "p.parquet")
     with pytest.raises(UserError, match=rf"p\.parquet.*{message}"):
         read_prompts(str(tmp_path / "p.parquet"))
 
 
-def test_duplicate_columns_are_refused_if_their_names_matter(tmp_path: Path) -> None:
+def test_duplicate_columns_are_refused_if_they_belong_to_prompts(tmp_path: Path) -> None:
     one, other = pa.array(["a cat"]), pa.array([3])
     pq.write_table(pa.Table.from_arrays([one, other, other], ["prompt", "note", "note"]), tmp_path / "p.parquet")
     assert prompts_in(str(tmp_path / "p.parquet")) == ["a cat"]

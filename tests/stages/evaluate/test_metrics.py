@@ -57,9 +57,9 @@ def test_the_kernel_distance_of_a_set_to_itself_is_the_estimators_own_bias() -> 
     """The bias is -2 / n times the excess of k(x, x) over k(x, y): negligible next to any real distance."""
     one = gaussian(0, 1, n=500)
     kernel = (one @ one.T / 2 + 1) ** 3
-    alike = kernel.diagonal().mean()
+    same = kernel.diagonal().mean()
     others = (kernel.sum() - kernel.diagonal().sum()) / (500 * 499)
-    assert kernel_distance(one, one) == pytest.approx(float(-2 / 500 * (alike - others)), rel=1e-3)
+    assert kernel_distance(one, one) == pytest.approx(float(-2 / 500 * (same - others)), rel=1e-3)
     assert abs(kernel_distance(one, one)) < 0.02 * kernel_distance(one, one + 1)
 
 

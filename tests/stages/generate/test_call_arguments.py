@@ -43,9 +43,7 @@ TEACHER = TeacherConfig("somewhere", height=64)
         (StableDiffusionXLPipeline, {"negative_prompt_2": True}, "negative_prompt_2=True: not a text"),
     ],
 )
-def test_an_argument_that_an_option_decides_is_refused_by_the_options_name(
-    kind: Any, arguments: dict[str, Any], message: str
-) -> None:
+def test_an_invalid_call_argument_is_refused_by_its_name(kind: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=f"^teacher.call.{message}") as error:
         check_arguments(kind, arguments, TEACHER)
     assert "\n" not in str(error.value)
@@ -58,10 +56,10 @@ def test_an_argument_that_an_option_decides_is_refused_by_the_options_name(
         (StableDiffusionXLPipeline, {"original_size": [64, 64], "clip_skip": 1}),
         (QwenImagePipeline, {"guidance_scale": 3.5, "max_sequence_length": 32}),
         (WanPipeline, {"num_frames": 5, "guidance_scale_2": 3.0}),
-        (None, {"whatever": 3}),
+        (None, {"anything": 3}),
     ],
 )
-def test_an_argument_that_no_option_decides_is_passed_on(kind: Any, arguments: dict[str, Any]) -> None:
+def test_a_valid_call_argument_is_accepted(kind: Any, arguments: dict[str, Any]) -> None:
     check_arguments(kind, arguments, TEACHER)
 
 

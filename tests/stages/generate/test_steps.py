@@ -108,7 +108,7 @@ def test_flows_with_timesteps_from_one_to_zero_take_any_number_of_steps() -> Non
     torch.testing.assert_close(timesteps, torch.linspace(1, 0.1, 10))
 
 
-def test_a_scheduler_that_cannot_be_asked_is_left_to_the_pipeline(teacher: Path, tmp_path: Path) -> None:
+def test_the_pipeline_runs_a_scheduler_that_cannot_count_its_steps(teacher: Path, tmp_path: Path) -> None:
     pipe: Any = StableDiffusionPipeline.from_pretrained(teacher)
     pipe.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())

@@ -49,8 +49,10 @@ def test_the_effect_of_guidance_is_measured_before_records_are_rounded(tiny_teac
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 def test_the_batch_size_changes_nothing_but_rounding(tiny_teacher: Path, trajectory: str) -> None:
     together, plan = teacher(tiny_teacher, trajectory=trajectory, storage_dtype="float32")
-    apart, _ = teacher(tiny_teacher, trajectory=trajectory, storage_dtype="float32", batch_size=2)
-    for one, other in zip(together.run(plan.unit(0)).trajectories, apart.run(plan.unit(0)).trajectories, strict=True):
+    separate, _ = teacher(tiny_teacher, trajectory=trajectory, storage_dtype="float32", batch_size=2)
+    for one, other in zip(
+        together.run(plan.unit(0)).trajectories, separate.run(plan.unit(0)).trajectories, strict=True
+    ):
         torch.testing.assert_close(one.latent, other.latent, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(one.target, other.target, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(one.guidance_cosine, other.guidance_cosine, atol=1e-5, rtol=0)
@@ -148,9 +150,9 @@ def test_a_mistyped_dtype_is_refused() -> None:
         dtype_named("half", "storage_dtype")
 
 
-def text_teacher(tmp_path: Path, **info: Any) -> Teacher:
+def text_teacher(tmp_path: Path, **options: Any) -> Teacher:
     config = generate_config(save("stable_diffusion", tmp_path / "teacher"), tmp_path)
-    config.teacher = replace(config.teacher, **info)
+    config.teacher = replace(config.teacher, **options)
     return Teacher(config, {"prompt": PROMPTS[0]})
 
 
@@ -162,7 +164,7 @@ def test_call_arguments_reach_the_pipeline(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("info", "message"),
+    ("options", "message"),
     [
         ({"call": {"negative_promt": "x"}}, "teacher.call.negative_promt: .* did you mean negative_prompt"),
         ({"scheduler": "MagicScheduler"}, "teacher.scheduler=MagicScheduler: diffusers .* has no such class"),
@@ -173,13 +175,13 @@ def test_call_arguments_reach_the_pipeline(tmp_path: Path) -> None:
         ({"offload_text_encoder": True}, "there is no GPU"),
     ],
 )
-def test_an_invalid_teacher_option_is_named(tmp_path: Path, info: Any, message: str) -> None:
-    if "guider" in info:
+def test_an_invalid_teacher_option_is_named(tmp_path: Path, options: Any, message: str) -> None:
+    if "guider" in options:
         with pytest.raises(UserError, match=message):
-            new_guider(dict(info["guider"]))
+            new_guider(dict(options["guider"]))
         return
     with pytest.raises(UserError, match=message):
-        text_teacher(tmp_path, **info)
+        text_teacher(tmp_path, **options)
 
 
 def test_a_guider_makes_the_modular_pipeline_the_teacher(tmp_path: Path) -> None:

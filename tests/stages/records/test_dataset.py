@@ -87,7 +87,7 @@ def test_a_flipped_bit_is_found_at_reading(damaged: Path) -> None:
         dataset.read(file, row)
 
 
-def test_a_snapshot_that_is_not_there_is_refused(dataset: Dataset) -> None:
+def test_a_missing_snapshot_is_refused(dataset: Dataset) -> None:
     with pytest.raises(UserError, match=f"has no snapshot 000000000000, only {dataset.fingerprint[:12]}"):
         Dataset(str(dataset.root), snapshot="0" * 64)
     assert Dataset(str(dataset.root), snapshot=dataset.fingerprint).newest

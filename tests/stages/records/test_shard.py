@@ -59,7 +59,7 @@ def test_a_file_is_hashed_whole() -> None:
     assert hash_file(io.BytesIO(content)) == hashlib.sha256(content).hexdigest()
 
 
-def test_members_are_read_without_their_offsets(dataset: Dataset) -> None:
+def test_members_are_read_without_an_index(dataset: Dataset) -> None:
     row = dataset.manifest.to_pylist()[0]
     content = Path(dataset.root.where(row["shard"])).read_bytes()
     found = list(read_members(io.BytesIO(content), len(content)))

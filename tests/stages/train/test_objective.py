@@ -58,7 +58,7 @@ def test_flow_matching_counts_its_noise_by_the_timestep() -> None:
     torch.testing.assert_close(losses("noise_weighted", [0.25, 0.75], FLOW), torch.tensor([9 * 0.25, 9 * 0.75]))
 
 
-def test_the_weight_is_the_angle_by_which_guidance_turns_the_prediction() -> None:
+def test_the_weight_grows_with_the_angle_by_which_guidance_turns_the_prediction() -> None:
     weighted = losses("guidance_weighted", [999, 0], guidance_cosine=[1.0, -0.5])
     assert torch.equal(weighted, torch.tensor([0.0, 9 * 0.75]))
 
