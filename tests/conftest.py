@@ -1,4 +1,4 @@
-"""Tiny pipelines with random weights, one Ray, one small dataset and one small adapter: made once for the whole run."""
+"""Session fixtures: tiny pipelines with random weights, one Ray, one small dataset, one small adapter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stages.train.config import TrainConfig
 from stages.train.trainer import Trainer
 from tests.support.faulty_s3 import FaultyS3
 
-torch.set_num_threads(1)  # these matrices are so small that a second thread only waits
+torch.set_num_threads(1)  # with matrices this small a second thread only waits
 VARIANTS = [
     "offset",
     "cross_attention",
@@ -36,20 +36,20 @@ VARIANTS = [
 
 
 def mostly_long(values: Sequence[str], kept: Sequence[str]) -> list[Any]:
-    """Values to parametrize by, of which `make test` takes a few, and `make test-all` all."""
+    """Mark all but a few of these parameters as long: `make test` runs the few, `make test-all` runs all."""
     return [value if value in kept else pytest.param(value, marks=pytest.mark.long) for value in values]
 
 
 def small_adapter(variant: str = "lora", **changes: Any) -> AdapterConfig:
-    """A configuration of a few thousand parameters, at all the sites that a variant can have."""
+    """Return a configuration of a few thousand parameters, at all the sites that a variant can have."""
     sites = None if variant == "embedding" else ["attention", "feed_forward"]
     return AdapterConfig(variant, **{"sites": sites, "hidden_size": 16, "rank": 4} | changes)
 
 
 def tiny_dit(out_channels: int = 4) -> DiTPipeline:
-    """A DiT of two blocks on latents `[4, 8, 8]` with ten classes; 8 output channels make it learn a variance.
+    """Make a DiT of two blocks on latents `[4, 8, 8]` with ten classes; with 8 output channels it learns a variance.
 
-    Stock initialisation makes a DiT that all but ignores its class: here the conditions matter.
+    Stock initialisation makes a DiT that nearly ignores its class; here the conditions matter.
     """
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
@@ -83,7 +83,7 @@ def tiny_dit(out_channels: int = 4) -> DiTPipeline:
 
 
 def save_pipeline(pipe: DiTPipeline, folder: Path) -> Path:
-    """Save a DiT as the ones on a model hub are: with the names of its classes."""
+    """Save a DiT with the names of its classes, like those on a model hub."""
     pipe.save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
     index["id2label"] = {str(i): str(i) for i in range(10)}
@@ -92,7 +92,7 @@ def save_pipeline(pipe: DiTPipeline, folder: Path) -> Path:
 
 
 def generate_config(teacher: Path, output: Path | str, **changes: Any) -> GenerateConfig:
-    """Twelve trajectories of four steps in four units."""
+    """Return a configuration of twelve trajectories of four steps in four units."""
     defaults = {
         "num_trajectories": 12,
         "num_inference_steps": 4,
@@ -104,7 +104,7 @@ def generate_config(teacher: Path, output: Path | str, **changes: Any) -> Genera
 
 
 def generate(config: GenerateConfig) -> Path:
-    """A whole dataset, made in this process."""
+    """Make a whole dataset in this process."""
     Driver(config).run(InProcessFleet(config))
     return Path(config.output_dir)
 
@@ -125,7 +125,7 @@ def train_config(data: Path | str, output: Path, **changes: Any) -> TrainConfig:
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of `tiny_dit()`."""
+    """The folder of a pipeline with `tiny_dit()`."""
     return save_pipeline(tiny_dit(), tmp_path_factory.mktemp("teacher") / "tiny_dit")
 
 
@@ -136,7 +136,7 @@ def layouts() -> dict[str, Any]:
 
 @pytest.fixture
 def layout_found_once(layouts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """How a teacher guides is found once for all the tests that load it and are about something else."""
+    """Find a teacher's layout once for all the tests that load this teacher and test something else."""
     find = teacher.find_layout
 
     def find_once(pipe: Any, request: Any, expected_steps: int | None = None) -> Any:
@@ -160,7 +160,7 @@ def other_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_dataset(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished dataset of `tiny_teacher`, to be read only."""
+    """A finished dataset of `tiny_teacher`, read-only by convention."""
     return generate(generate_config(tiny_teacher, tmp_path_factory.mktemp("data") / "tiny"))
 
 
@@ -177,7 +177,7 @@ def damaged(shared_dataset: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_adapter(shared_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a briefly trained adapter, to be read only."""
+    """The folder of a briefly trained adapter, read-only by convention."""
     config = train_config(shared_dataset, tmp_path_factory.mktemp("runs") / "tiny")
     Trainer(config).run()
     return Path(config.output_dir)
@@ -194,25 +194,25 @@ def s3_server() -> Iterator[FaultyS3]:
 
 @pytest.fixture
 def s3(s3_server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    """The server with an empty bucket of the name `bucket`, told to whoever asks the environment."""
+    """The server with an empty bucket named `bucket`; the environment variables point to it."""
     with s3_server.empty_bucket(monkeypatch) as server:
         yield server
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of one megabyte, as only root can have it."""
+    """A disk of one megabyte, mounted if the tests run as root."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("nothing can be mounted here; where the size of files is limited instead, test_driver.py tells")
+        pytest.skip("cannot mount a file system; test_driver.py limits the file size instead")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(disk: Path, room: int) -> Path:
-    """Write a file on a small disk, until there is only so much room left."""
+    """Write a file on a small disk, until only this much space is left."""
     ballast = disk / "ballast"
     free = os.statvfs(disk)
     ballast.write_bytes(bytes(free.f_bavail * free.f_frsize - room))
@@ -221,7 +221,7 @@ def fill(disk: Path, room: int) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One real Ray for all tests that need it; its GPU is made up, so that what is asked of one can be looked at."""
+    """One real Ray for all tests that need it; its GPU is fictitious, so that GPU requests can be checked."""
     import ray
 
     from stages.generate import fleet  # noqa: F401  sets what ray reads at import

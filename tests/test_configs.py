@@ -1,4 +1,4 @@
-"""Every configuration that ships says only what its command knows."""
+"""Every shipped configuration has only keys that its command knows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stages.train.config import TrainConfig
 from tests.support.real_shapes import SHAPES
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-PIPELINES = {  # of the families that are tried tiny in tests/pipelines_zoo
+PIPELINES = {  # of the families that tests/pipelines_zoo builds tiny
     "cogview4": "CogView4Pipeline",
     "flux2_klein_base": "Flux2KleinPipeline",
     "flux_dev": "FluxPipeline",
@@ -35,7 +35,7 @@ PIPELINES = {  # of the families that are tried tiny in tests/pipelines_zoo
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "generate").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_teachers_configuration_is_understood(path: Path) -> None:
+def test_a_teachers_configuration_is_valid(path: Path) -> None:
     config = parse(GenerateConfig, ["--config", str(path), "output_dir=data"])
     check_bounds(config)
     assert config.teacher.pretrained_model_name_or_path
@@ -43,7 +43,7 @@ def test_a_teachers_configuration_is_understood(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_teachers_pipeline_takes_what_its_call_is_told(name: str) -> None:
+def test_a_teachers_pipeline_takes_its_call_arguments(name: str) -> None:
     config = parse(GenerateConfig, ["--config", str(CONFIGS / "generate" / f"{name}.yaml"), "output_dir=data"])
     kind = getattr(diffusers, PIPELINES[name])
     check_arguments(kind, config.teacher.call, config.teacher)
@@ -52,19 +52,19 @@ def test_a_teachers_pipeline_takes_what_its_call_is_told(name: str) -> None:
 
 
 def test_every_family_has_a_configuration_and_a_shape() -> None:
-    here = {path.stem for path in (CONFIGS / "generate").glob("*.yaml")}
-    assert here == {shape.config for shape in SHAPES} | PIPELINES.keys() | {"mnist_dit", "mnist_sd"}
+    configs = {path.stem for path in (CONFIGS / "generate").glob("*.yaml")}
+    assert configs == {shape.config for shape in SHAPES} | PIPELINES.keys() | {"mnist_dit", "mnist_sd"}
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_variants_configuration_is_understood(path: Path) -> None:
+def test_a_variants_configuration_is_valid(path: Path) -> None:
     config = parse(TrainConfig, ["--config", str(path), "data_dir=data", "output_dir=run"])
     check_bounds(config)
     assert config.adapter.variant == path.stem
     assert path.stem in GuidanceAdapter.variants
 
 
-def test_the_study_of_the_claims_is_understood() -> None:
+def test_the_study_of_the_claims_is_valid() -> None:
     plan = parse(StudyFile, ["--config", str(CONFIGS / "study" / "claims.yaml")])
     for overrides in plan.datasets.values():
         check_bounds(parse(GenerateConfig, [*overrides, "output_dir=data"]))

@@ -1,4 +1,4 @@
-"""What a contributor runs beside the tests: make, the hooks of pre-commit, the workflow of GitHub."""
+"""A contributor's checks beside the tests: make, the hooks of pre-commit, the workflow of GitHub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORKFLOW = ROOT / ".github" / "workflows" / "test.yaml"
 
 
 def recipe(target: str) -> list[str]:
-    """The commands of a target, as a shell reads them."""
+    """Return the commands of a target, split as by a shell."""
     found = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", MAKEFILE, re.M)
     assert found, target
     return [line.strip().replace("$(VENV)", ".venv") for line in found[1].splitlines()]
@@ -57,14 +57,14 @@ def test_the_workflow_runs_make_test_on_every_python_from_the_oldest_on() -> Non
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed here")
-def test_make_alone_lists_every_target_with_a_line() -> None:
+def test_make_alone_lists_every_target_with_a_description() -> None:
     done = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)
     lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
     assert {target for _, target, _ in lines} == targets()
-    assert all(told for _, _, told in lines)
+    assert all(description for _, _, description in lines)
 
 
 def test_types_are_shipped() -> None:
-    """`tests/docker/test_install.py` looks for them where the project is installed."""
+    """`tests/docker/test_install.py` checks that they are installed with the project."""
     for package in ("pipeline", "stages"):
         assert (ROOT / package / "py.typed").exists()

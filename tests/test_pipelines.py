@@ -1,4 +1,4 @@
-"""The zoo from end to end: recorded, trained on, sampled in one pass; or refused in one line before anything is paid for."""
+"""The zoo from end to end: recorded, trained on, sampled in one pass; or refused in one line before any work."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SHIFT = 0.5 * GOLDEN_RATIO  # of the first unit
 
 
 def config_of(specimen: Specimen, folder: Path, **changes: Any) -> GenerateConfig:
-    """Two conditions, each with two trajectories, in one unit."""
+    """Return a configuration of two conditions, each with two trajectories, in one unit."""
     conditions = list(specimen.conditions)
     if "class_label" in conditions[0]:
         asked: dict[str, Any] = {"class_labels": [condition["class_label"] for condition in conditions]}
@@ -65,7 +65,7 @@ def config_of(specimen: Specimen, folder: Path, **changes: Any) -> GenerateConfi
 
 
 def load_whole(dataset: Dataset, specimen: Specimen) -> Any:
-    """The untouched pipeline of a dataset's teacher."""
+    """Load the untouched pipeline of a dataset's teacher."""
     pipe: Any = load_pipeline(dataset.info.teacher.pretrained_model_name_or_path)
     if getattr(getattr(specimen.build(), "vae", None), "use_tiling", False):
         pipe.vae.enable_tiling()
@@ -77,7 +77,7 @@ def layout_of(dataset: Dataset) -> Layout:
 
 
 class Run:
-    """One call of a pipeline: of each step its calls and what the scheduler received, and the latents that it ended with.
+    """One call of a pipeline: each step's denoiser calls and scheduler inputs, and the final latents.
 
     Args:
         scale: the pipeline's number; None for no guidance.
@@ -112,13 +112,13 @@ class Run:
 
 @contextmanager
 def predicting(pipe: Any, targets: Tensor, channels: Sequence[int]) -> Iterator[None]:
-    """Within it, the pipeline's denoisers predict these targets `[steps, ...]`, one after the other, for one sample."""
+    """Make the pipeline's denoisers predict these targets `[steps, ...]` in turn within the context, for one sample."""
     left = list(targets)
 
     def predict(module: nn.Module, args: Any, output: Any) -> None:
         prediction = output if isinstance(output, Tensor) else output[0]
         target = left.pop(0).flatten()
-        parts = [prediction] if len(channels) == 1 else predictions_of(output)  # a list's tensors would be copies
+        parts = [prediction] if len(channels) == 1 else predictions_of(output)  # the tensors of a list would be copies
         for part, count in zip(parts, channels, strict=False):
             into = part[0][:count] if count > 0 else part[0][count:]
             own, target = target[: into.numel()], target[into.numel() :]
@@ -134,8 +134,8 @@ def predicting(pipe: Any, targets: Tensor, channels: Sequence[int]) -> Iterator[
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
-    apart = float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-6))
-    return apart < TOLERANCE
+    distance = float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-6))
+    return distance < TOLERANCE
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in REFUSALS])
@@ -148,7 +148,7 @@ def test_a_pipeline_works(name: str, tmp_path: Path) -> None:
 
 
 def check_records(dataset: Dataset, specimen: Specimen) -> None:
-    """They hold what the untouched pipeline does, and who predicts them in one pass ends where two passes end."""
+    """Check that the records equal the untouched pipeline, and that predicting them in one pass gives its result."""
     layout, pipe = layout_of(dataset), load_whole(dataset, specimen)
     rows = sorted(dataset.manifest.to_pylist(), key=lambda row: (row["trajectory"], row["key"]))
     for trajectory in (0, 1):
@@ -161,17 +161,20 @@ def check_records(dataset: Dataset, specimen: Specimen) -> None:
         expected = [layout.target(received, one) for received, one in zip(guided.received, seen, strict=True)]
         assert len(targets) == len(expected)
         for target, handed in zip(targets, expected, strict=True):
-            assert close(target, handed[0]), "records are not what the untouched pipeline does"
+            assert close(target, handed[0]), "the records differ from the untouched pipeline"
         with predicting(pipe, targets, layout.target_channels):
             one_pass = Run(pipe, layout, request, None, specimen.shifted)
         assert [[layout.arguments.rows(call.inputs) for call in calls] for calls in one_pass.calls] == [[1]] * len(
             targets
         )
-        assert close(one_pass.end, guided.end), "a perfect student does not end where two passes end"
+        assert close(one_pass.end, guided.end), "a perfect student does not reproduce two passes"
 
 
 def check_training(dataset: Dataset, specimen: Specimen, denoiser: str, folder: Path) -> None:
-    """It trains; untrained, one pass is no guidance; trained, it is the same fused and by hooks, and is exported."""
+    """Check that an adapter trains: untrained, one pass is no guidance; trained, it is exported.
+
+    Fused and with hooks, the trained adapter gives the same.
+    """
     layout, pipe = layout_of(dataset), load_whole(dataset, specimen)
     data = Path(dataset.root.where("manifest.parquet")).parent
     config = train_config(data, folder, max_train_steps=2, validation_share=0.5, denoiser=denoiser)
@@ -183,7 +186,7 @@ def check_training(dataset: Dataset, specimen: Specimen, denoiser: str, folder: 
     one_pass = Run(pipe, layout, request, SCALE, specimen.shifted)
     untrained.detach()
     assert [len(calls) for calls in one_pass.calls] == [1] * len(one_pass.calls)
-    assert close(one_pass.end, unguided.end), "untrained, one pass is not without guidance"
+    assert close(one_pass.end, unguided.end), "untrained, one pass differs from no guidance"
     Trainer(config).run()
     adapter = GuidanceAdapter.from_pretrained(folder)
     adapter.attach(pipe)

@@ -1,9 +1,9 @@
-"""What another busy process costs an evaluation on the CPU.
+"""How much another busy process slows an evaluation on the CPU.
 
     python -m tests.benchmarks.evaluation_beside_work ADAPTER num_samples=200 batch_size=20
 
-The other words are those of pipeline.evaluate. Prints one JSON object: seconds of the whole command, and an image's without guidance
-and guided, alone and beside a loop that never rests; `null` where it took longer than five minutes.
+Further arguments are those of pipeline.evaluate. Prints one JSON object: seconds of the whole command and of an image
+without guidance and with it, alone and beside a busy loop; `null` if the command took longer than five minutes.
 """
 
 from __future__ import annotations

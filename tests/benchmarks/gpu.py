@@ -1,8 +1,8 @@
-"""Every benchmark that needs a GPU, one behind the other in processes of their own, into one JSON file. `gpu.sh` runs it.
+"""Run every benchmark that needs a GPU, each in a process of its own, and write one JSON file. `gpu.sh` runs it.
 
 python -m tests.benchmarks.gpu FILE [seconds in all] [tiny]
 
-`tiny` takes small denoisers, on which all of it runs on a CPU.
+`tiny` selects small denoisers, which run on a CPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safeten
 
 
 def metadata() -> Iterator[Row]:
-    """The device, and the versions that measure on it."""
+    """Yield the device, and the versions of the packages."""
     gpu = torch.cuda.is_available()
     versions = {}
     for name in PACKAGES:
@@ -44,7 +44,7 @@ def metadata() -> Iterator[Row]:
 
 
 def training_memory(config: str) -> Iterator[Row]:
-    """The peak of a step with the base as it is and quantised: measured on a GPU, else by the model of it."""
+    """Yield the peak of a step with the plain base and the quantised one: measured on a GPU, modelled elsewhere."""
     for quantization in QUANTIZATIONS:
         setup = Setup(shape_named(config), quantization=quantization)
         row: Row = {"quantization": quantization, "goal": goal_of(setup)}
@@ -59,7 +59,7 @@ def of_shape(work: Callable[..., Row], config: str, *settings: float) -> Iterato
 
 
 def parts(tiny: bool) -> list[Part]:
-    """What is worth most comes first; compiling, which takes longest, last."""
+    """Return the parts, the most valuable first; compiling takes longest and comes last."""
     prefix, lock, steps = ("tiny_", 0.1, 2) if tiny else ("", 6.0, 8)
     sdxl, dit, sd15, sd3 = (f"{prefix}{config}" for config in ("sdxl", "dit_xl_2_256", "sd15", "sd3"))
     few, many = (2, 4) if tiny else (4, 32)

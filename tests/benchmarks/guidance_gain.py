@@ -1,8 +1,8 @@
-"""What an adapter's guidance gain changes: the same weights with it and without, from the same noise.
+"""The effect of an adapter's guidance gain: the same weights with it and without, from the same noise.
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.guidance_gain ADAPTER 'guidance_scale=[1.5,2,3,4]'
 
-The other words are those of pipeline.evaluate.
+Further arguments are those of pipeline.evaluate.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def main(name_or_path: str, overrides: list[str]) -> None:
         if row["method"] == "cfg":
             cfg = row["frechet_distance"]
         if row["method"] == "one_pass":
-            message = "without" if row["adapter"] == without.name else "with"
+            gained = "without" if row["adapter"] == without.name else "with"
             distance = row["frechet_distance"]
             print(
-                f"{row['guidance_scale']:5g}  {message:7}  {row['gap_closed']:10.4f}  {distance:16.2f}  {distance / cfg:10.3f}"
+                f"{row['guidance_scale']:5g}  {gained:7}  {row['gap_closed']:10.4f}  {distance:16.2f}  {distance / cfg:10.3f}"
             )
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a clock that waits for the GPU, and measurements that take turns."""
+"""Shared parts of the benchmarks: a clock that waits for the GPU, and interleaved measurements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def device_name() -> str:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds, with all that the GPU was given meanwhile."""
+    """Return the seconds that `work` takes, including its work on the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -27,7 +27,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def take_turns(kinds: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
-    """What each kind measures, round by round, until so many seconds are over; at least a few rounds."""
+    """Measure each kind once per round until the seconds are over, for at least a few rounds."""
     taken: dict[str, list[float]] = {name: [] for name in kinds}
     start = time.perf_counter()
     while len(next(iter(taken.values()))) < LEAST_ROUNDS or time.perf_counter() - start < seconds:
@@ -37,11 +37,11 @@ def take_turns(kinds: dict[str, Callable[[], float]], seconds: float) -> dict[st
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """The median and the ends, to four digits."""
-    info = {"median": statistics.median(values), "from": min(values), "to": max(values)}
-    return {name: float(f"{value:.4g}") for name, value in info.items()}
+    """Return median, minimum and maximum, to four digits."""
+    values_by_name = {"median": statistics.median(values), "from": min(values), "to": max(values)}
+    return {name: float(f"{value:.4g}") for name, value in values_by_name.items()}
 
 
 def ratios(values: list[float], base: list[float]) -> dict[str, float]:
-    """The spread of one kind over another, each round for itself."""
+    """Return the spread of one kind's ratio to another, round by round."""
     return spread([value / other for value, other in zip(values, base, strict=True)])

@@ -1,9 +1,11 @@
-"""What one pass with an adapter costs over the bare, unguided denoiser, and over CFG's, at a real denoiser's shape; all take turns.
+"""The cost of one pass with an adapter over the unguided denoiser and over CFG, at a real denoiser's shape.
 
-python -m tests.benchmarks.one_pass_time sd15|sdxl|dit_xl_2_256|sd3|tiny_... [eager|compiled] [latent size] [seconds] [batch size ...]
+python -m tests.benchmarks.one_pass_time sd15|sdxl|dit_xl_2_256|sd3|tiny_...
+    [eager|compiled] [latent size] [seconds] [batch size ...]
 
-Weights are random: time does not depend on them. CFG is one pass of the doubled batch. The default adapter runs fused into the
-base's weights, and unfused, by hooks; beside it run the published baselines. Prints one JSON object for each batch size.
+The measurements are interleaved. Weights are random: time does not depend on them. CFG is one pass of the doubled
+batch. The default adapter runs fused into the base's weights, and unfused with hooks, beside the published baselines.
+Prints one JSON object for each batch size.
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ from tests.benchmarks.tiny_shapes import shape_named
 from tests.support.real_shapes import Shape, inputs_of, metadata_of, parameters
 
 SCALES = (2.0, 5.0)
-PASSES = 4  # of one measurement, as a sampler has them: queued one behind the other
+PASSES = 4  # of one measurement, queued one after the other as a sampler queues them
 BATCH_SIZES = (1, 8)
 DEFAULT, BASELINES = "lora", ("offset", "cross_attention", "embedding")
 Clock = Callable[[], float]
 
 
 def new_denoiser(shape: Shape) -> nn.Module:
-    """With random weights, on the GPU in bf16 where there is one."""
+    """Make a denoiser with random weights, on the GPU in bf16 if there is one."""
     torch.manual_seed(0)
     if not torch.cuda.is_available():
         return shape.build().eval().requires_grad_(False)
@@ -43,7 +45,7 @@ def new_denoiser(shape: Shape) -> nn.Module:
 
 
 def new_adapter(variant: str, shape: Shape, denoiser: nn.Module) -> GuidanceAdapter:
-    """As if it were trained: no weight is zero, because kernels are faster on zeros."""
+    """Make an adapter whose weights are not zero, like a trained one's, because kernels are faster on zeros."""
     like, inputs = next(denoiser.parameters()), inputs_of(shape, denoiser, 1)
     adapter = GuidanceAdapter.for_denoiser(AdapterConfig(variant), denoiser, metadata_of(shape), inputs)
     for parameter in adapter.sites.parameters():
@@ -53,7 +55,7 @@ def new_adapter(variant: str, shape: Shape, denoiser: nn.Module) -> GuidanceAdap
 
 
 def pass_clock(run: nn.Module, shape: Shape, n: int) -> Clock:
-    """Measures seconds of one pass of n samples; the first of a turn is not counted."""
+    """Return a function that times one pass of n samples, after one that does not count."""
     inputs = unflatten(inputs_of(shape, uncompiled(run), n)) | {"return_dict": False}
 
     @torch.no_grad()
@@ -65,8 +67,8 @@ def pass_clock(run: nn.Module, shape: Shape, n: int) -> Clock:
 
 
 @contextmanager
-def riding(adapter: GuidanceAdapter, denoiser: nn.Module) -> Iterator[GuidanceAdapter]:
-    """Within it, the adapter is attached."""
+def attached(adapter: GuidanceAdapter, denoiser: nn.Module) -> Iterator[GuidanceAdapter]:
+    """Attach the adapter within the context."""
     try:
         yield adapter.attach(denoiser)
     finally:
@@ -78,7 +80,10 @@ def allocated() -> int:
 
 
 class Eager:
-    """The denoiser without its adapter, with it fused and unfused, and with the baselines, which run at batch size 1 alone."""
+    """The denoiser without its adapter, with it fused and unfused, and with the baselines.
+
+    The baselines run at batch size 1 only.
+    """
 
     def __init__(self, shape: Shape, denoiser: nn.Module, n: int) -> None:
         self.denoiser = denoiser
@@ -89,8 +94,8 @@ class Eager:
         self.extra_bytes = 0
 
     def fused(self) -> float:
-        """Of a pass; fusing another scale is measured on the way."""
-        with riding(self.adapters[DEFAULT], self.denoiser) as adapter:
+        """Time a pass after fusing another scale; keep the time of the fusing too."""
+        with attached(self.adapters[DEFAULT], self.denoiser) as adapter:
             before = allocated()
             adapter.fuse(SCALES[0])
             self.extra_bytes = allocated() - before
@@ -98,7 +103,7 @@ class Eager:
             return self.bare()
 
     def unfused(self, variant: str) -> float:
-        with riding(self.adapters[variant], self.denoiser) as adapter, adapter.guidance_scale(SCALES[0]):
+        with attached(self.adapters[variant], self.denoiser) as adapter, adapter.guidance_scale(SCALES[0]):
             return self.bare()
 
     def clocks(self) -> dict[str, Clock]:
@@ -112,14 +117,14 @@ class Eager:
 
 
 def eager(shape: Shape, denoiser: nn.Module, n: int, seconds: float) -> dict[str, Any]:
-    """Every kind of pass at one batch size, in milliseconds and over the bare one and CFG's; what fusing takes."""
+    """Measure every kind of pass at one batch size, in milliseconds and over the bare one and CFG, and the fusing."""
     kinds = Eager(shape, denoiser, n)
     taken = take_turns(kinds.clocks(), seconds)
     default = kinds.adapters[DEFAULT]
     return {
         "batch": n,
         "mode": "eager",
-        **info(taken),
+        **summarized(taken),
         "adapter_share": round(parameters(default) / parameters(denoiser), 5),
         "layers": len(default.shapes),
         "fuse_ms": spread([1000 * value for value in kinds.fuse_seconds]),
@@ -128,12 +133,15 @@ def eager(shape: Shape, denoiser: nn.Module, n: int, seconds: float) -> dict[str
 
 
 def compiled(shape: Shape, denoiser: nn.Module, n: int, seconds: float) -> dict[str, Any]:
-    """The compiled denoiser without its adapter and with it fused, at one scale and another in turn, over the eager one."""
+    """Compare the compiled denoiser without its adapter and with it fused to the eager one.
+
+    Fused passes switch between the scales.
+    """
     adapter, scales = new_adapter(DEFAULT, shape, denoiser), itertools.cycle(SCALES)
     torch.compiler.reset()
-    backend = "inductor" if torch.cuda.is_available() else "eager"  # on a CPU compiling takes longer than it is worth
+    backend = "inductor" if torch.cuda.is_available() else "eager"  # compiling for a CPU takes too long
     run: Any = torch.compile(denoiser, backend=backend, dynamic=False)
-    with riding(adapter, run):
+    with attached(adapter, run):
         adapter.fuse(SCALES[0])
         plain, clock = pass_clock(denoiser, shape, n), pass_clock(run, shape, n)
         before = counters["stats"]["unique_graphs"]
@@ -145,7 +153,7 @@ def compiled(shape: Shape, denoiser: nn.Module, n: int, seconds: float) -> dict[
             return clock()
 
         def bare() -> float:
-            adapter.fuse(1.0)  # the base's own weights; unfused, hooks would come back
+            adapter.fuse(1.0)  # the base's own weights; unfusing would bring back the hooks
             return clock()
 
         taken = take_turns({"eager": plain, "bare": bare, "fused": fused}, seconds)
@@ -153,15 +161,15 @@ def compiled(shape: Shape, denoiser: nn.Module, n: int, seconds: float) -> dict[
     return {
         "batch": n,
         "mode": "compiled",
-        **info(taken),
+        **summarized(taken),
         "compile_seconds": round(compiling, 1),
         "graphs": graphs - before,
         "recompiled": recompiled,
     }
 
 
-def info(taken: dict[str, list[float]]) -> dict[str, Any]:
-    """Milliseconds and ratios of what took turns."""
+def summarized(taken: dict[str, list[float]]) -> dict[str, Any]:
+    """Return the milliseconds and ratios of interleaved measurements."""
     bases = {f"over_{base}": taken[base] for base in ("bare", "cfg", "eager") if base in taken}
     kinds = {
         kind: {"ms": spread([1000 * value for value in values])}
@@ -177,7 +185,7 @@ MODES = {"eager": eager, "compiled": compiled}
 def measured(
     config: str, mode: str, latent_size: str, seconds: float, sizes: tuple[int, ...]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each batch size."""
+    """Yield a row for each batch size."""
     shape = shape_named(config)
     if latent_size:
         shape = replace(shape, latent=(*shape.latent[:-2], int(latent_size), int(latent_size)))

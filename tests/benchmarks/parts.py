@@ -1,6 +1,7 @@
-"""Parts of a long measurement, one behind the other in processes of their own, within one time and into one JSON file.
+"""Run the parts of a long measurement one after the other, each in its own process, and write one JSON file.
 
-A part that fails, dies or runs out of its time keeps the rows that it had told by then, and the others go on.
+All parts share one time limit. A part that fails, dies or runs out of time keeps the rows that it had sent, and the
+others continue.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Part:
     """Some rows of the file.
 
     Attributes:
-        limit: seconds that it may take; work, arguments: what gives the rows.
+        limit: in seconds.
+        work, arguments: the function that yields the rows, and its arguments.
     """
 
     name: str
@@ -36,16 +38,19 @@ class Part:
 
 
 class Child:
-    """The process of a part. It loads its modules at once, and begins when it is told to, so that loading costs no time of its own."""
+    """The process of a part.
+
+    It loads its modules at once and then waits for a start signal, so that loading does not count as the part's time.
+    """
 
     def __init__(self, part: Part) -> None:
-        self.rows, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.get_context("spawn").Process(target=carry_out, args=(part, theirs))
+        self.rows, remote = multiprocessing.Pipe()
+        self.process = multiprocessing.get_context("spawn").Process(target=carry_out, args=(part, remote))
         self.process.start()
-        theirs.close()
+        remote.close()
 
     def result(self, limit: float) -> Row:
-        """Its rows, the seconds it took, and what ended it before its end, if anything did."""
+        """Return the rows, the seconds, and the error that ended the part early, if any."""
         start, rows, error = time.monotonic(), [], None
         try:
             self.rows.send("begin")
@@ -54,13 +59,13 @@ class Child:
                 if left <= 0 or not self.rows.poll(left):
                     error = f"stopped after {limit:.0f} s"
                     break
-                info = self.rows.recv()
-                if info == DONE:
+                message = self.rows.recv()
+                if message == DONE:
                     break
-                if isinstance(info, str):
-                    error = info
+                if isinstance(message, str):
+                    error = message
                     break
-                rows.append(info)
+                rows.append(message)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join(5)
             error = f"its process ended with status {self.process.exitcode}"
@@ -69,29 +74,29 @@ class Child:
         return {"seconds": round(time.monotonic() - start, 1), "rows": rows, "error": error}
 
     def stop(self) -> None:
-        """End it with all that it started: compilers."""
+        """Kill the process and its children, such as compilers."""
         assert self.process.pid is not None
-        with suppress(ProcessLookupError):  # it has no group of its own before it begins
+        with suppress(ProcessLookupError):  # it has no process group before it starts
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.join()
 
 
-def carry_out(part: Part, info: Connection) -> None:
-    """In the process of a part: send its rows, and at the end a word: `DONE`, or what went wrong."""
+def carry_out(part: Part, connection: Connection) -> None:
+    """Run a part in its own process: send its rows, then `DONE` or the error."""
     os.setsid()
-    info.recv()
+    connection.recv()
     try:
         for row in part.work(*part.arguments):
-            info.send(row)
-        info.send(DONE)
+            connection.send(row)
+        connection.send(DONE)
     except Exception as error:
-        info.send(f"{type(error).__name__}: {error}"[:500])
+        connection.send(f"{type(error).__name__}: {error}"[:500])
         raise
 
 
 def run(file: Path, seconds: float, chosen: list[Part]) -> Row:
-    """Carry out all parts within so many seconds, and write what they told."""
+    """Run all parts within this many seconds, and write their rows."""
     end = time.monotonic() + seconds
     result: Row = {"parts": {}}
     waiting = [Child(chosen[0])]

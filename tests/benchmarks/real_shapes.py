@@ -1,12 +1,12 @@
-"""Recording and training at full size with random weights: what recording costs, records per second, step time, memory.
+"""Recording and training at full size with random weights: cost of recording, records per second, step time, memory.
 
 python -m tests.benchmarks.real_shapes sd15|sdxl|dit_xl_2_256|tiny_... [batch size] [steps] [variant]
 
-SDXL needs a GPU; `tiny_sdxl` shows on a CPU that the script runs. Prints one JSON object with the device's name.
+SDXL needs a GPU; `tiny_sdxl` checks the script on a CPU. Prints one JSON object with the device's name.
 
-The text encoders are tiny ones of the right width, because what they cost is paid once per batch; the denoiser and the latents have
-the published shapes. Records are made up and lie in memory. A training step is told over its floor: the frozen base's own forward
-pass, and its backward pass down to every site.
+The text encoders are tiny ones of the right width, because their cost is paid once per batch; the denoiser and the
+latents have the published shapes. Records are made up and stay in memory. A training step is compared with its floor:
+the frozen base's own forward pass, and its backward pass down to every site.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from tests.support.families import NO_CHECKER, PROMPTS, clip, vae
 from tests.support.real_shapes import POOLED, TOKENS, Shape
 
 MADE_UP = 4  # batches of records
-SECONDS = 10.0  # of each measurement
+SECONDS = 10.0  # per measurement
 
 
 def pipeline(shape: Shape) -> Any:
-    """With a denoiser of this shape; the VAE only tells the latents' size."""
+    """Make a pipeline with a denoiser of this shape; the VAE only gives the size of the latents."""
     denoiser, small = new_denoiser(shape), vae(blocks=4)
     if TOKENS not in shape.cond:
         pipe: Any = DiTPipeline(transformer=denoiser, vae=small, scheduler=DDIMScheduler())
@@ -67,7 +67,7 @@ def pipeline(shape: Shape) -> Any:
 
 
 def recording(shape: Shape, batch_size: int, steps: int, seconds: float) -> dict[str, Any]:
-    """A batch of trajectories, recorded and brought to the CPU, and the bare pipeline on the same batch, taking turns."""
+    """Record a batch of trajectories and move it to the CPU, interleaved with the bare pipeline on the same batch."""
     pipe = pipeline(shape)
     conditions = [{"class_label": i, "prompt": PROMPTS[i % len(PROMPTS)]} for i in range(batch_size)]
     request = Request(conditions, list(range(batch_size)), steps, {})
@@ -99,7 +99,7 @@ def recording(shape: Shape, batch_size: int, steps: int, seconds: float) -> dict
 
 @contextmanager
 def unadapted(adapter: GuidanceAdapter, denoiser: nn.Module) -> Iterator[None]:
-    """Within it each site adds a number in place of the adapter, so that gradients are wanted where the adapter wants them."""
+    """Replace the adapter at each site by adding a number, so that gradients reach the same sites."""
     number = torch.zeros((), device=next(denoiser.parameters()).device, requires_grad=True)
 
     def add(module: nn.Module, args: Any, output: Any) -> Any:
@@ -116,7 +116,7 @@ def unadapted(adapter: GuidanceAdapter, denoiser: nn.Module) -> Iterator[None]:
 
 
 def waiting_in(step: Callable[[], None]) -> str | None:
-    """What in a step makes the GPU wait; None where nothing does, or where there is no GPU."""
+    """Return the reason why a step makes the GPU wait, or None, also without a GPU."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.set_sync_debug_mode("error")
@@ -130,7 +130,7 @@ def waiting_in(step: Callable[[], None]) -> str | None:
 
 
 def training(shape: Shape, batch_size: int, seconds: float, variant: str = DEFAULT) -> dict[str, Any]:
-    """Training steps and their floor, taking turns, with a base in bf16 where there is a GPU, and nothing saved on memory."""
+    """Measure training steps and their floor, interleaved, with a base in bf16 on a GPU and without memory savings."""
     device, precision = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "no")
     training = Training(Setup(shape, variant, "none", precision, gradient_checkpointing=False), device, batch_size)
     student, made_up = training.student, [records(shape, batch_size) for _ in range(MADE_UP)]
@@ -171,7 +171,7 @@ def forget_peak() -> None:
 
 
 def peak() -> int | None:
-    """The most bytes of the GPU's memory since they were forgotten; None where there is no GPU."""
+    """Return the peak bytes of the GPU's memory since the last reset, or None without a GPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 

@@ -1,4 +1,4 @@
-"""What recording costs: a recorded unit over the bare guided pipeline on the same batch, the two taking turns.
+"""The cost of recording: a recorded unit over the bare guided pipeline on the same batch, interleaved.
 
 python -m tests.benchmarks.recording_overhead [folder or hub id of a class-conditional pipeline] [batch size] [device]
 """

@@ -1,13 +1,14 @@
-"""How far the driver carries: its share of a unit's time at up to 256 workers, its memory, and the time to resume.
+"""How far the driver scales: its share of a unit's time at up to 256 workers, its memory, and the time to resume.
 
-python -m tests.benchmarks.scale [workers: 1,8,64,256] [units per worker] [units of the memory] [commits of the resuming]
+python -m tests.benchmarks.scale [workers: 1,8,64,256] [units per worker] [units for memory] [commits for resuming]
 
-Real actors of one real Ray on this machine, which is told of a core for each; instead of sampling they sleep for two
-seconds, and they commit to a real folder. Nobody begins before all are loaded, so that their start is not measured. Efficiency is
-units times two seconds over workers times the time from the first dispatch to the end.
+Ray and its actors are real and run on this machine, with one declared core per actor. In place of sampling they sleep
+for two seconds, and they commit to a real folder. No unit starts before all workers are loaded, so that their start is not
+measured. Efficiency is units times two seconds over workers times the time from the first dispatch to the end.
 
-Memory and resuming need no Ray: in a fresh process each, a driver makes so many units of one sample with a fleet that has
-made whatever it is told to, and publishes them; another begins where all but one are there, until it dispatches that one.
+Memory and resuming need no Ray, and are measured in fresh processes. One driver makes and publishes units of one
+sample, with a fleet that commits each unit at once. Another starts with all units but one committed, and runs until it
+dispatches the last.
 
 Prints one JSON object; fails if a goal is missed.
 """
@@ -40,12 +41,12 @@ from tests.support.sleeping_worker import FACTS, SleepingWorker, made_up_commit,
 
 TEACHER = Path("stages/embedded/mnist_dit")
 UNIT_SECONDS = 2.0
-EFFICIENCY, MOST_WORKERS = 0.95, 64  # more share two cores with the driver, and are told without a goal
+EFFICIENCY, MOST_WORKERS = 0.95, 64  # beyond these, workers starve the driver of cores, and no goal applies
 MOST_BYTES, MOST_SECONDS = 1 << 30, 60.0
 
 
 class SleepingFleet(RayFleet):
-    """Waits until all are loaded, and takes the time of the driver from then on."""
+    """Waits until all workers are loaded, and measures the driver's time from then on."""
 
     worker_class = SleepingWorker  # type: ignore[assignment]
     begun: tuple[float, float] | None = None
@@ -90,7 +91,7 @@ class StoppedError(Exception):
 
 
 class MadeUpFleet:
-    """Has made a unit as soon as it is told to. Commits are not synced: a million of them would take hours."""
+    """Commits a unit as soon as it is dispatched, without syncing: a million syncs would take hours."""
 
     def __init__(self, root: Path, stops_at: int | None = None) -> None:
         self.root, self.stops_at, self.digest = root, stops_at, ""
@@ -121,13 +122,13 @@ class MadeUpFleet:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process now (`VmRSS`), or the most there were (`VmHWM`)."""
+    """Return the bytes of this process now (`VmRSS`), or their peak (`VmHWM`)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def memory(root: Path, units: int) -> dict[str, Any]:
-    """Of a run from its beginning to its end, above what the process had before."""
+    """Return the memory of a run, above that of the process before it."""
     config = sleeping_config(TEACHER, root, 0.0, units)
     before, start = resident("VmRSS"), time.perf_counter()
     driver = Driver(config)
@@ -143,7 +144,7 @@ def memory(root: Path, units: int) -> dict[str, Any]:
 
 
 def run_up_to(root: Path, unit: int) -> float:
-    """Seconds until a driver dispatches a unit, all before which are made or get made; there it stops."""
+    """Return the seconds until a driver dispatches a unit after making all earlier ones; it stops there."""
     config = sleeping_config(TEACHER, root, 0.0, unit + 1)
     start = time.perf_counter()
     with suppress(StoppedError):
@@ -152,13 +153,13 @@ def run_up_to(root: Path, unit: int) -> float:
 
 
 def silent(work: Any, *given: Any) -> Any:
-    """A driver tells a line of each unit."""
-    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+    """Run without the driver's line for each unit."""
+    with Path(os.devnull).open("w") as sink, redirect_stderr(sink):
         return work(*given)
 
 
 def fresh(work: Any, *given: Any) -> Any:
-    """What a function gives in a process of its own."""
+    """Return the result of a function that runs in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(silent, work, *given).result()
 
@@ -170,23 +171,23 @@ def carried(root: Path, units: int) -> dict[str, Any]:
 
 
 def resumed(root: Path, commits: int) -> dict[str, Any]:
-    """From `Driver(config)` to the first dispatch, where one unit is left beside so many."""
+    """Return the seconds from `Driver(config)` to the first dispatch, with one unit left after this many commits."""
     fresh(run_up_to, root, commits)
     return {"commits": commits, "seconds_to_resume": round(fresh(run_up_to, root, commits), 2)}
 
 
 def missed(info: dict[str, Any]) -> list[str]:
-    """The goals that are not kept."""
-    found = [
+    """Return the goals that are missed."""
+    goals = [
         f"{one['workers']} workers: an efficiency of {one['efficiency']}"
         for one in info["workers"]
         if one["workers"] <= MOST_WORKERS and one["efficiency"] < EFFICIENCY
     ]
     if info.get("memory", {}).get("bytes_at_the_peak", 0) > MOST_BYTES:
-        found.append("memory")
+        goals.append("memory")
     if info.get("resume", {}).get("seconds_to_resume", 0) > MOST_SECONDS:
-        found.append("time to resume")
-    return found
+        goals.append("time to resume")
+    return goals
 
 
 def main(workers: str = "1,8,64,256", each: str = "10", units: str = "1000000", commits: str = "100000") -> None:
@@ -197,8 +198,8 @@ def main(workers: str = "1,8,64,256", each: str = "10", units: str = "1000000", 
         info["memory"] = carried(root / "memory", int(units))
         info["resume"] = resumed(root / "resume", int(commits))
         print(json.dumps(info, indent=2))
-    if found := missed(info):
-        sys.exit(f"error: goals are missed: {', '.join(found)}")
+    if goals := missed(info):
+        sys.exit(f"error: goals are missed: {', '.join(goals)}")
 
 
 if __name__ == "__main__":

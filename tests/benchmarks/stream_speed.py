@@ -1,15 +1,16 @@
-"""How many records a second the training stream reads from the page cache, beside a loader in the reference's manner.
+"""Records per second that the training stream reads from the page cache, beside a loader in the reference's style.
 
 python -m tests.benchmarks.stream_speed [trajectories of 16 KB records] [epochs]
 
-The reference's manner: a folder per trajectory, and for each record a memmap and a pickle opened. Both hand out the
-same records, shuffled, in batches of 64, in one process. Of 4 KB records there are four times as many trajectories, so
-as many bytes: with the default number more than the largest window, so that every record is read from its file in every
-epoch. The stream's first epoch is told apart, because its memory is touched for the first time there. Of the others the
-fastest counts, and so it does of as many pieces of the reference's epoch: what else runs on the machine slows some.
+The reference's style is a folder per trajectory, with a memmap and a pickle opened for each record. Both loaders give
+the same records, shuffled, in batches of 64, in one process. With 4 KB records there are four times as many
+trajectories, so as many bytes. The default number exceeds the largest window, so that every epoch reads every record
+from its file. The stream's first epoch is listed separately, because it touches its memory for the first time. Of the
+other epochs the fastest counts, as does the fastest of as many pieces of the reference's epoch, because other processes
+slow some.
 
-Prints one JSON object: records a second by the clock and by the process's CPU time, to which both threads of the stream
-add, and the CPU time of each part of the work.
+Prints one JSON object: records per second by the clock and by the process's CPU time, which includes both threads of
+the stream, and the CPU time of each part of the work.
 """
 
 from __future__ import annotations
@@ -41,14 +42,17 @@ from stages.train.window import Memory, load
 from tests.support import made_up
 
 BATCH_SIZE, STEPS, TRAJECTORIES_PER_SHARD = 64, 20, 50
-RECORDS = [("16 KB", (4, 32, 32), 1), ("4 KB", (4, 16, 16), 4)]  # latent and target in fp16, their shape, times as many
+RECORDS = [
+    ("16 KB", (4, 32, 32), 1),
+    ("4 KB", (4, 16, 16), 4),
+]  # name, shape of latent and target in fp16, factor of the number
 WINDOWS = {"1 GiB": 1 << 30, "128 MiB": 1 << 27}
-PIECE = 4000  # records, of the reference's epoch
-MEASURED_SAMPLES = 1000  # of which the parts of the work are timed
+PIECE = 4000  # records of the reference's epoch per measurement
+MEASURED_SAMPLES = 1000  # for the times of the parts
 
 
 def trajectory(index: int, shape: tuple[int, ...]) -> Trajectory:
-    """Its scale is its number, so that scale and timestep tell the records apart."""
+    """Make a trajectory whose scale is its number, so that scale and timestep identify a record."""
     generator = np.random.default_rng(index)
     latent, target = (
         torch.from_numpy(generator.integers(0, 15000, (STEPS, *shape), dtype=np.int16)).view(torch.float16)
@@ -69,7 +73,7 @@ def write_dataset(root: Path, count: int, shape: tuple[int, ...]) -> Dataset:
 
 
 def write_folders(root: Path, count: int, shape: tuple[int, ...]) -> list[Path]:
-    """The same records, a folder per trajectory."""
+    """Write the same records, with a folder per trajectory."""
     folders = [root / f"{i:06d}" for i in range(count)]
     for i, folder in enumerate(folders):
         folder.mkdir(parents=True)
@@ -98,20 +102,20 @@ class Folders(ItemDataset):
 
 
 def reference_batches(folders: list[Path]) -> Iterator[Batch]:
-    """One epoch."""
+    """Yield the batches of one epoch."""
     for latent, target, timestep, scale, label in DataLoader(Folders(folders), BATCH_SIZE, shuffle=True):
         yield Batch(latent, timestep, target, scale, {"class_labels": label})
 
 
 def stream_batches(dataset: Dataset, shuffle_bytes: int) -> Iterator[Batch]:
-    """Epochs without end."""
+    """Yield the batches of endless epochs."""
     return iter(
         RecordStream(dataset, [*map(SelectedSample, dataset.manifest.to_pylist())], BATCH_SIZE, 0, shuffle_bytes)
     )
 
 
 def speed(batches: Iterator[Batch], records: int) -> dict[str, int]:
-    """Over about so many records."""
+    """Return the speed over about this many records."""
     wall, cpu = time.perf_counter(), time.process_time()
     done = sum(len(batch) for batch in islice(batches, -(-records // BATCH_SIZE)))
     return {
@@ -132,7 +136,7 @@ def stream_speed(dataset: Dataset, shuffle_bytes: int, epochs: int) -> dict[str,
 
 
 def parts(dataset: Dataset) -> dict[str, float]:
-    """CPU microseconds a record: of the file, its checksum, its decoding, the copy into the window, and the gather."""
+    """Return CPU microseconds per record: read, checksum, decoding, copy into the window, and gather."""
     rows = dataset.manifest.to_pylist()[:MEASURED_SAMPLES]
     spent = dict.fromkeys(("read", "crc32", "decode"), 0.0)
 

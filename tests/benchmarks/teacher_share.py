@@ -1,9 +1,10 @@
-"""How much of the time of a worker is its teacher's: encoding and writing go on beside it, so that the rest should be next to nothing.
+"""The teacher's share of a worker's time. Encoding and writing run beside it, so that the rest should be near zero.
 
 python -m tests.benchmarks.teacher_share [trajectories: 2000] [workers: 1] [output_dir]
 
-The digits' teacher under real Ray, from its loading to the last commit. Prints one JSON object: the profile of `generation.json`, and
-how many units there were; fails if more than 3% is not the teacher's. Give the workers no more cores than there are to spare: one writes while it samples.
+Runs the digits' teacher under real Ray, from its loading to the last commit. Prints one JSON object: the profile of
+`generation.json` and the number of units. Fails if more than 3% is not the teacher's. Leave idle cores beside the
+workers, because a worker writes while it samples.
 """
 
 from __future__ import annotations

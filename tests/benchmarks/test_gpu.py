@@ -1,4 +1,4 @@
-"""The measurements for a GPU, at small size on a CPU, where neither Ray nor pyarrow can be imported; and the scripts around them."""
+"""The measurements for a GPU, at small size on a CPU without Ray and pyarrow, and their scripts."""
 
 from __future__ import annotations
 
@@ -18,27 +18,30 @@ import sys, json
 sys.modules["pyarrow"] = sys.modules["ray"] = None
 from tests.benchmarks.gpu import parts
 one_compiled = [part for part in parts(tiny=True) if not part.name.startswith("compiled") or "dit" in part.name]
-told = {part.name: list(part.work(*part.arguments)) for part in one_compiled}
-print(json.dumps(told))
+rows = {part.name: list(part.work(*part.arguments)) for part in one_compiled}
+print(json.dumps(rows))
 """
 
 
 @pytest.fixture(scope="module")
-def info() -> dict[str, list[dict[str, Any]]]:
-    """The rows of every part, in one process, because each would import torch and diffusers; of those that compile only one runs."""
-    overrides = [sys.executable, "-W", "ignore", "-c", IN_ONE_PROCESS]
-    done = subprocess.run(overrides, cwd=ROOT, capture_output=True, text=True, timeout=600)
+def results() -> dict[str, list[dict[str, Any]]]:
+    """The rows rows_of every part, from one process, because each would import torch and diffusers.
+
+    Of the parts that compile, only one runs.
+    """
+    command = [sys.executable, "-W", "ignore", "-c", IN_ONE_PROCESS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def of(info: dict[str, list[dict[str, Any]]], kind: str) -> list[dict[str, Any]]:
-    return [row for name, rows in info.items() if name.split()[0] == kind for row in rows]
+def rows_of(results: dict[str, list[dict[str, Any]]], kind: str) -> list[dict[str, Any]]:
+    return [row for name, rows in results.items() if name.split()[0] == kind for row in rows]
 
 
 @pytest.mark.long
-def test_passes_are_told_over_the_bare_one_and_over_cfg(info: dict[str, list[dict[str, Any]]]) -> None:
-    rows = of(info, "one_pass_time")
+def test_passes_are_compared_with_the_bare_one_and_with_cfg(results: dict[str, list[dict[str, Any]]]) -> None:
+    rows = rows_of(results, "one_pass_time")
     assert [(row["shape"], row["batch"]) for row in rows] == [
         (shape, n) for shape in ("tiny SDXL", "tiny DiT", "tiny SD 1.5", "tiny SD 3.5") for n in (1, 8)
     ]
@@ -52,8 +55,8 @@ def test_passes_are_told_over_the_bare_one_and_over_cfg(info: dict[str, list[dic
 
 
 @pytest.mark.long
-def test_another_scale_compiles_nothing_anew(info: dict[str, list[dict[str, Any]]]) -> None:
-    rows = of(info, "compiled")
+def test_another_scale_does_not_recompile(results: dict[str, list[dict[str, Any]]]) -> None:
+    rows = rows_of(results, "compiled")
     assert [row["batch"] for row in rows] == [1, 8]
     for row in rows:
         assert row["graphs"] >= 1
@@ -62,16 +65,16 @@ def test_another_scale_compiles_nothing_anew(info: dict[str, list[dict[str, Any]
 
 
 @pytest.mark.long
-def test_memory_training_and_recording_are_told(info: dict[str, list[dict[str, Any]]]) -> None:
-    plain, quantised = of(info, "training_memory")
+def test_memory_training_and_recording_are_measured(results: dict[str, list[dict[str, Any]]]) -> None:
+    plain, quantised = rows_of(results, "training_memory")
     assert plain["peak"] > 0
     assert ("torchao" in quantised.get("error", "")) == ("peak" not in quantised)
-    for row in of(info, "training"):
+    for row in rows_of(results, "training"):
         assert row["step_over_floor"]["median"] > 0
         assert row["records_per_second"]["from"] <= row["records_per_second"]["to"]
-    assert [row["batch_size"] for row in of(info, "recording")] == [2, 4]
-    assert all(row["recorded_over_bare"]["median"] > 0 for row in of(info, "recording"))
-    assert of(info, "metadata")[0]["versions"]["torch"]
+    assert [row["batch_size"] for row in rows_of(results, "recording")] == [2, 4]
+    assert all(row["recorded_over_bare"]["median"] > 0 for row in rows_of(results, "recording"))
+    assert rows_of(results, "metadata")[0]["versions"]["torch"]
 
 
 @pytest.mark.parametrize("name", ["gpu.sh", "gpu_wheels.sh"])

@@ -16,7 +16,7 @@ def test_the_same_weights_are_measured_with_their_gain_and_without(
     adapter = GuidanceAdapter.from_pretrained(tiny_adapter)
     adapter.metadata = replace(adapter.metadata, guidance_gain=1.5)
     for parameter in adapter.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)  # so that it does something
+        torch.nn.init.normal_(parameter, std=0.05)  # an untrained adapter changes nothing
     adapter.save_pretrained(tmp_path / "adapter")
     overrides = ["num_samples=4", "num_inference_steps=2", "guidance_scale=[2,3]"]
     guidance_gain.main(str(tmp_path / "adapter"), overrides)

@@ -1,4 +1,4 @@
-"""What is left of a measurement whose parts go wrong."""
+"""The result of a measurement with failing parts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def dying() -> Iterator[Row]:
     os._exit(7)
 
 
-def test_a_part_that_goes_wrong_keeps_its_rows_and_costs_the_others_nothing(tmp_path: Path) -> None:
+def test_a_failed_part_keeps_its_rows_and_does_not_affect_the_others(tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     chosen = [
         Part("failing", 60, failing),
@@ -51,7 +51,7 @@ def test_a_part_that_goes_wrong_keeps_its_rows_and_costs_the_others_nothing(tmp_
     assert not Path(f"/proc/{info['endless']['rows'][0]['pid']}").exists()
 
 
-def test_no_part_goes_on_beyond_the_time_of_all(tmp_path: Path) -> None:
+def test_no_part_exceeds_the_time_of_all(tmp_path: Path) -> None:
     info = run(tmp_path / "out.json", 4, [Part("endless", 60, endless), Part("good", 60, good, (1,))])
     assert [part["error"] for part in info["parts"].values()] == ["stopped after 4 s", "stopped after 0 s"]
     assert info["seconds"] < 60

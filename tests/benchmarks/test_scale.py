@@ -22,12 +22,12 @@ from tests.benchmarks.scale import (
 )
 from tests.support.sleeping_worker import sleeping_config
 
-FLOOR = 0.5  # at units a tenth as long, on cores that others use too
-AT_ONCE = 64  # commits in memory, so that it shows soon what is kept of each
+FLOOR = 0.5  # with units a tenth as long, on shared cores
+AT_ONCE = 64  # commits in memory: with few, growth per commit shows early
 
 
 def held(root: Path, units: int) -> int:
-    """Bytes that Python and Arrow hold at most in a driver's run: what is resident beside differs between machines."""
+    """Return the peak bytes that Python and Arrow hold in a driver's run; resident memory differs between machines."""
     commits.COMMITS_AT_ONCE = manifest.ROWS_PER_BATCH = AT_ONCE
     config = sleeping_config(TEACHER, root, 0.0, units)
     tracemalloc.start()
@@ -37,16 +37,18 @@ def held(root: Path, units: int) -> int:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
-def test_workers_are_kept_at_work(tmp_path: Path) -> None:
+def test_workers_stay_busy(tmp_path: Path) -> None:
     info = efficiency(tmp_path, workers=4, units_per_worker=10, seconds=0.2)
     assert info["units"] == 40
     assert FLOOR < info["efficiency"] <= 1
 
 
 @pytest.mark.long
-def test_a_unit_takes_no_more_of_the_drivers_memory_than_a_million_may(tmp_path: Path) -> None:
+def test_the_drivers_memory_per_unit_allows_a_million_units(tmp_path: Path) -> None:
     peaks = [fresh(held, tmp_path / str(units), units) for units in (1000, 2000, 3000)]
-    grown = min(more - fewer for fewer, more in pairwise(peaks))  # where no table of the interpreter's own doubles
+    grown = min(
+        more - fewer for fewer, more in pairwise(peaks)
+    )  # the minimum leaves out a doubling of the interpreter's tables
     assert 0 < grown < 1000 * MOST_BYTES / 1_000_000
 
 
@@ -56,7 +58,7 @@ def test_memory_and_the_time_to_resume_are_measured(tmp_path: Path) -> None:
     assert resumed(tmp_path / "resumed", 1000)["seconds_to_resume"] > 0
 
 
-def test_a_goal_that_is_missed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missed_goal_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     info = {
         "workers": [{"workers": 64, "efficiency": 0.96}, {"workers": 256, "efficiency": 0.5}],
         "memory": {"bytes_at_the_peak": 1 << 29},

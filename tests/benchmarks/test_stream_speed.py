@@ -25,7 +25,7 @@ def test_the_measurement_runs_at_small_size(capsys: pytest.CaptureFixture[str]) 
             assert min(stream.values()) > 0
 
 
-def test_both_loaders_hand_out_every_record_once(tmp_path: Path) -> None:
+def test_both_loaders_yield_every_record_once(tmp_path: Path) -> None:
     dataset, folders = write_dataset(tmp_path / "dataset", 16, SHAPE), write_folders(tmp_path / "folders", 16, SHAPE)
     epochs = [list(islice(stream_batches(dataset, 1 << 20), 5)), list(reference_batches(folders))]
     ours, theirs = (records(batches) for batches in epochs)

@@ -1,4 +1,4 @@
-"""The memory model against real memory, for a small UNet on a CPU, and what it says of the goals."""
+"""The memory model against real memory, for a small UNet on a CPU, and the goals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SDXL = shape_named("sdxl")
 
 
 def small_unet() -> UNet2DConditionModel:
-    """Laid out as SDXL's, 48 M parameters."""
+    """Make a UNet with SDXL's layout and 48 M parameters."""
     return UNet2DConditionModel(
         block_out_channels=(64, 128, 256),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -39,37 +39,40 @@ SMALL = Shape("small", "small", small_unet, (4, 80, 80), {TOKENS: [77, 256]})
 
 
 def resident(field: str) -> int:
-    """Bytes of this process now (`VmRSS`), or the most there were (`VmHWM`)."""
+    """Return the bytes of this process now (`VmRSS`), or their peak (`VmHWM`)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def measured(setup: Setup) -> tuple[int, int]:
-    """Bytes between two steps and at the peak of one, above what the process had before the student was made."""
+    """Return the bytes between two steps and at the peak of one, above those before the student was made."""
     torch.set_num_threads(1)
     few = replace(setup.shape, latent=(4, 16, 16))
-    Training(replace(setup, shape=few), "cpu").step()  # loads the code of the kernels, which is not counted
+    Training(replace(setup, shape=few), "cpu").step()  # loads the kernels' code, which does not count
     gc.collect()
     before = resident("VmRSS")
     training = Training(setup, "cpu")
     training.step()
     at_rest = resident("VmRSS")
-    CLEAR_REFS.write_text("5")  # sets the peak back
+    CLEAR_REFS.write_text("5")  # resets the peak
     training.step()
     return at_rest - before, resident("VmHWM") - before
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="only Linux tells the peak of one step")
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="only Linux reports the peak of one step")
 @pytest.mark.parametrize(("quantization", "gradient_checkpointing"), [("none", False), ("none", True), ("int8", True)])
 def test_the_model_agrees_with_a_measured_run(
     monkeypatch: pytest.MonkeyPatch, quantization: str, gradient_checkpointing: bool
 ) -> None:
-    """What a step adds within 10%; with what stays between steps, where the process's own objects come on top, within 12%."""
+    """The bytes that a step adds agree within 10%.
+
+    Those between steps agree within 12%, because the process's own objects are included.
+    """
     if quantization == "int8":
         pytest.importorskip("torchao")
     for threshold in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        monkeypatch.setenv(threshold, str(1 << 16))  # what is freed goes back to the system at once
+        monkeypatch.setenv(threshold, str(1 << 16))  # freed memory returns to the system at once
     setup = Setup(SMALL, "lora", quantization, "no", gradient_checkpointing)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
         at_rest, peak = fresh.submit(measured, setup).result()
@@ -81,7 +84,7 @@ def test_the_model_agrees_with_a_measured_run(
 
 @pytest.mark.long
 @pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_sdxl_keeps_its_goals(quantization: str) -> None:
+def test_sdxl_meets_its_goals(quantization: str) -> None:
     if quantization == "int8":
         pytest.importorskip("torchao")
     model = modelled(Setup(SDXL, quantization=quantization))
@@ -93,7 +96,7 @@ def test_sdxl_keeps_its_goals(quantization: str) -> None:
 
 
 @pytest.mark.parametrize(("goal", "kept"), [(1 << 30, True), (1 << 10, False)])
-def test_a_goal_that_is_not_kept_is_a_failure(
+def test_a_missed_goal_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], goal: int, kept: bool
 ) -> None:
     monkeypatch.setattr(training_memory, "GOALS", {("tiny_sdxl", "offset"): {"none": goal}})

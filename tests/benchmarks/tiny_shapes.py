@@ -1,4 +1,4 @@
-"""Small counterparts of some real denoisers, on which the benchmarks run where there is no GPU."""
+"""Small counterparts of some real denoisers, for running the benchmarks without a GPU."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ TINY_SHAPES = [
 
 
 def shape_named(config: str) -> Shape:
-    """One of the real shapes, or a tiny one."""
+    """Return a real shape, or a tiny one, by name."""
     return next(shape for shape in [*TINY_SHAPES, *SHAPES] if shape.config == config)

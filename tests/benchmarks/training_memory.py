@@ -1,12 +1,13 @@
-"""What a training step takes of memory at a real denoiser's shape: measured where there is a GPU, and by a model of it.
+"""The memory of a training step at a real denoiser's shape: measured on a GPU, and by a model.
 
 python -m tests.benchmarks.training_memory sdxl|sd15|dit_xl_2_256|tiny_sdxl [variant] [none|int8 ...]
 
-One record at a time, base in bf16, gradient checkpointing, with the base as it is and with its linear layers in 8 bits. Weights are random:
-memory does not depend on them. Prints one JSON object, in bytes; exit status 1 if a peak is above its goal.
+The step trains on one record, with the base in bf16 and gradient checkpointing, once with the plain base and once with
+its linear layers in 8 bits. Weights are random: memory does not depend on them. Prints one JSON object, in bytes; exit
+status 1 if a peak is above its goal.
 
-The model runs the same step on fake tensors, which have storages without memory, and counts the bytes of those that live. It does not
-see what a kernel works in (cuDNN, cuBLAS), nor the GPU's context, nor what the allocator keeps besides.
+The model runs the same step on fake tensors, which have storages without memory, and counts the bytes of the live ones.
+It leaves out the workspaces of kernels (cuDNN, cuBLAS), the GPU's context, and the allocator's reserve.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Setup:
-    """A denoiser's shape, and the options of training that its memory depends on; fp16's loss scale cannot be modelled."""
+    """A denoiser's shape, and the options of training that affect its memory.
+
+    The loss scale of fp16 cannot be modelled.
+    """
 
     shape: Shape
     variant: str = "lora"
@@ -90,7 +94,7 @@ class Training:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within it, modules are made in this precision: a fake one cannot be cast."""
+    """Make modules in this precision within the context, because a fake module cannot be cast."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -104,16 +108,16 @@ def records(shape: Shape, n: int) -> Batch:
     cond = conditions_of(shape, n, torch.device("cpu"), torch.float32)
     return Batch(
         latent, torch.tensor([500] * n), target, torch.tensor([2.0] * n), cond
-    )  # of known values also when fake
+    )  # `torch.tensor` keeps its values on a fake tensor
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made within it, for as long as they live.
+    """Counts the bytes of all tensors made within the context, for as long as they live.
 
-    Torch's own `MemTracker` does not take frozen parameters.
+    Torch's own `MemTracker` rejects frozen parameters.
 
     Attributes:
-        live, peak: bytes now, and the most there were; whoever starts a phase may set `peak` back.
+        live, peak: bytes now, and their maximum; `peak` may be reset at the start of a phase.
     """
 
     def __init__(self) -> None:
@@ -127,7 +131,7 @@ class LiveBytes(TorchDispatchMode):
         return output
 
     def count(self, tensors: Any) -> int:
-        """Add tensors, those that were made before it; the bytes of those that it did not know."""
+        """Count tensors that were made earlier, too; return the bytes of those that were not yet counted."""
         before = self.live
         for storage in chain.from_iterable(get_untyped_storages(t) for t in tensors if isinstance(t, Tensor)):
             if storage not in self._counted:
@@ -142,7 +146,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def modelled(setup: Setup) -> dict[str, Any]:
-    """The bytes of a step's parts and its peak; `activations` is what the forward pass leaves for the backward pass, `blocks` where."""
+    """Return the bytes of a step's parts and its peak.
+
+    `activations` is what the forward pass keeps for the backward pass; `blocks` splits it by block.
+    """
     memory = LiveBytes()
     with FakeTensorMode():
         training = Training(setup, "cpu")
@@ -167,7 +174,7 @@ def modelled(setup: Setup) -> dict[str, Any]:
 
 
 def norms_in_fp32(denoiser: nn.Module) -> None:
-    """As autocast has them on a GPU: on a CPU, where the model runs, it leaves them in half precision."""
+    """Run norms in fp32, as autocast does on a GPU but not on the CPU, where the model runs."""
     for module in denoiser.modules():
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             for parameter in module.parameters(recurse=False):
@@ -176,7 +183,7 @@ def norms_in_fp32(denoiser: nn.Module) -> None:
 
 
 def optimizer_state(training: Training, memory: LiveBytes) -> int:
-    """Make it, as the first step does; its bytes."""
+    """Make the optimizer's state, as the first step does; return its bytes."""
     before = memory.live
     for parameter in training.student.adapter.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -186,7 +193,7 @@ def optimizer_state(training: Training, memory: LiveBytes) -> int:
 
 @contextmanager
 def kept_by_blocks(denoiser: nn.Module, memory: LiveBytes) -> Iterator[dict[str, int]]:
-    """Bytes that live after each block's forward pass and did not before, by the block's name."""
+    """Collect the bytes that each block's forward pass leaves alive, by the block's name."""
     kept: dict[str, int] = {}
     handles = []
     for name, block in blocks_of(denoiser):
@@ -204,7 +211,7 @@ def kept_by_blocks(denoiser: nn.Module, memory: LiveBytes) -> Iterator[dict[str,
 
 
 def blocks_of(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The denoiser's own modules, with its lists of blocks opened."""
+    """Yield the denoiser's own modules, with the members of its lists of blocks."""
     for name, module in denoiser.named_children():
         if isinstance(module, nn.ModuleList):
             yield from ((f"{name}.{i}", block) for i, block in enumerate(module))
@@ -213,7 +220,7 @@ def blocks_of(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def measured(setup: Setup) -> int:
-    """The most bytes that a few steps allocate on the GPU."""
+    """Return the peak bytes that a few steps allocate on the GPU."""
     gc.collect()
     training = Training(setup, "cuda")
     training.step()
@@ -228,7 +235,7 @@ def goal_of(setup: Setup) -> int | None:
 
 
 def row(setup: Setup) -> dict[str, Any]:
-    """With `peak`, which is measured where it can be, and its `goal`, None where there is none."""
+    """Return a row with `peak`, measured if possible, and its `goal`, or None."""
     model = modelled(setup)
     peak = measured(setup) if torch.cuda.is_available() else model["peak"]
     return {"quantization": setup.quantization, "peak": peak, "goal": goal_of(setup), "model": model}

@@ -1,4 +1,4 @@
-"""What the tests of docker/ share: the files, and the project's commands that they hold."""
+"""Shared parts of the tests of docker/: the files, and the project's commands in them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def load(name: str) -> Any:
 
 
 def pinned(package: str) -> str:
-    """The version that constraints.txt names."""
+    """Return the version in constraints.txt."""
     found = re.search(rf"^{package}==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
     assert found, package
     return found[1]
 
 
 def stages() -> dict[str, str]:
-    """The instructions of each stage of the Dockerfile, without comments, continued lines joined."""
+    """Return the instructions of each stage of the Dockerfile, without comments, with continued lines joined."""
     lines = [line for line in (DOCKER / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
     text = "\n".join(lines).replace("\\\n", " ")
     parts = re.split(r"^FROM \S+ AS (\w+)$", text, flags=re.M)[1:]
@@ -40,21 +40,21 @@ def stages() -> dict[str, str]:
 
 
 def shipped() -> list[str]:
-    """What .dockerignore lets into a build."""
+    """Return the files that .dockerignore lets into a build."""
     return [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
 
 
 def commands_in_comments(name: str) -> list[list[str]]:
-    """Commands of the project that a file's comments tell, quoted in a shell's manner or not."""
+    """Return the project's commands in a file's comments, in shell quotes or not."""
     comments = re.findall(r"^# +(.*)$", (DOCKER / name).read_text(), re.M)
     found = [re.search(r"python -m pipeline[^']*", comment) for comment in comments]
     return [shlex.split(command[0]) for command in found if command]
 
 
-def understood(words: list[str]) -> GenerateConfig | TrainConfig:
-    """The configuration that a command, up to its end, gives; refused as the command itself would refuse it."""
-    module = words[words.index("-m") + 1]
-    files, rest = files_and_overrides(words[words.index("-m") + 2 :])
+def understood(arguments: list[str]) -> GenerateConfig | TrainConfig:
+    """Parse a command, up to its end, into its configuration; raise the command's own errors."""
+    module = arguments[arguments.index("-m") + 1]
+    files, rest = files_and_overrides(arguments[arguments.index("-m") + 2 :])
     config = parse(
         CONFIGURATIONS[module], [*(word for file in files for word in ("--config", str(ROOT / file))), *rest]
     )
@@ -64,8 +64,8 @@ def understood(words: list[str]) -> GenerateConfig | TrainConfig:
     return config
 
 
-def start_options(words: list[str]) -> dict[str, Any]:
-    """What `ray start` understands of the words after it."""
+def start_options(arguments: list[str]) -> dict[str, Any]:
+    """Parse the arguments of `ray start`."""
     from ray.scripts.scripts import start
 
-    return start.make_context("start", list(words)).params
+    return start.make_context("start", list(arguments)).params

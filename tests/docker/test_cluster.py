@@ -1,4 +1,4 @@
-"""cluster.yaml, by what `ray up` itself checks."""
+"""cluster.yaml, validated by the checks of `ray up`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def prepared(cluster: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def test_ray_takes_it(cluster: dict[str, Any]) -> None:
+def test_ray_accepts_it(cluster: dict[str, Any]) -> None:
     prepared(cluster)
     gpu = cluster["available_node_types"]["gpu"] | {"max_worker": 8}
     with pytest.raises(ValidationError):
@@ -33,7 +33,7 @@ def test_ray_takes_it(cluster: dict[str, Any]) -> None:
 
 
 def test_nothing_is_installed_over_the_image(cluster: dict[str, Any]) -> None:
-    """Ray's defaults would: a nightly build of itself."""
+    """Ray's defaults would install a nightly build of Ray."""
     config = prepared(cluster)
     for step in ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"):
         assert config[step] == []
@@ -49,7 +49,7 @@ def test_only_workers_are_spot_and_every_node_may_use_the_bucket(cluster: dict[s
     assert all(node["IamInstanceProfile"]["Arn"] and node["ImageId"] for node in types.values())
 
 
-def test_the_command_of_its_first_lines_fits_the_cluster(cluster: dict[str, Any]) -> None:
+def test_the_command_in_its_first_lines_fits_the_cluster(cluster: dict[str, Any]) -> None:
     (command,) = commands_in_comments("cluster.yaml")
     config = understood(command)
     assert isinstance(config, GenerateConfig)
@@ -58,6 +58,6 @@ def test_the_command_of_its_first_lines_fits_the_cluster(cluster: dict[str, Any]
     assert config.num_workers == gpu["max_workers"] * gpu["resources"]["GPU"] == cluster["max_workers"]
 
 
-def test_the_nodes_of_the_image_can_be_started(cluster: dict[str, Any]) -> None:
+def test_the_nodes_start_commands_are_valid(cluster: dict[str, Any]) -> None:
     for command in prepared(cluster)["head_start_ray_commands"][1:]:
         assert start_options(command.split("ray start ")[1].split())["head"]

@@ -1,4 +1,4 @@
-"""compose.yaml: against the published schema, against the Dockerfile, and its own commands run on this machine."""
+"""compose.yaml: against the published schema and the Dockerfile; its commands run on this machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BIN = Path(sys.executable).parent
 
 
 def substituted(text: str) -> str:
-    """As Docker Compose reads it where no variable is set."""
+    """Return a text as Docker Compose reads it with no variable set."""
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text).replace("$$", "$")
 
 
@@ -42,7 +42,7 @@ def services() -> dict[str, Any]:
     return yaml.safe_load(substituted((DOCKER / "compose.yaml").read_text()))["services"]
 
 
-def test_it_keeps_the_published_schema(tmp_path: Path) -> None:
+def test_it_matches_the_published_schema(tmp_path: Path) -> None:
     """The schema of the compose specification comes with check-jsonschema."""
     words = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec"]
     done = subprocess.run([*words, DOCKER / "compose.yaml"], capture_output=True, text=True)
@@ -52,7 +52,7 @@ def test_it_keeps_the_published_schema(tmp_path: Path) -> None:
     assert subprocess.run([*words, wrong], capture_output=True).returncode == 1
 
 
-def test_every_image_of_ours_is_a_target_of_the_dockerfile(services: dict[str, Any]) -> None:
+def test_every_own_image_is_a_target_of_the_dockerfile(services: dict[str, Any]) -> None:
     built = {name: service for name, service in services.items() if "build" in service}
     assert set(built) == {"head", "worker", "gpu-worker", "generate", "train"}
     for service in built.values():
@@ -68,7 +68,7 @@ def test_every_other_image_is_pinned(services: dict[str, Any]) -> None:
         assert ":" in service["image"]
 
 
-def test_each_waits_for_what_it_needs(services: dict[str, Any]) -> None:
+def test_each_service_waits_for_those_it_needs(services: dict[str, Any]) -> None:
     for service in services.values():
         for name, dependency in service.get("depends_on", {}).items():
             assert name in services
@@ -80,7 +80,7 @@ def test_each_waits_for_what_it_needs(services: dict[str, Any]) -> None:
     assert order == ["generate", "bucket", "store"]
 
 
-def test_the_commands_are_understood_and_meet_in_the_dataset(services: dict[str, Any]) -> None:
+def test_the_commands_are_valid_and_share_the_dataset(services: dict[str, Any]) -> None:
     generated, trained = understood(services["generate"]["command"]), understood(services["train"]["command"])
     assert isinstance(generated, GenerateConfig)
     assert isinstance(trained, TrainConfig)
@@ -90,13 +90,13 @@ def test_the_commands_are_understood_and_meet_in_the_dataset(services: dict[str,
     assert any(trained.output_dir.startswith(volume.split(":")[1]) for volume in services["train"]["volumes"])
 
 
-def test_rays_own_options_are_understood(services: dict[str, Any]) -> None:
+def test_rays_own_options_are_valid(services: dict[str, Any]) -> None:
     head, worker = (start_options(services[name]["command"][2:]) for name in ("head", "worker"))
     assert (head["head"], head["port"], head["num_cpus"], head["block"]) == (True, 6379, 0, True)
     assert (worker["address"], worker["block"]) == (f"head:{head['port']}", True)
 
 
-def test_the_shell_of_the_store_and_the_bucket_is_clean(services: dict[str, Any], tmp_path: Path) -> None:
+def test_shellcheck_accepts_the_commands_of_store_and_bucket(services: dict[str, Any], tmp_path: Path) -> None:
     for name in ("store", "bucket"):
         script = tmp_path / name
         script.write_text("#!/bin/sh\n" + services[name]["command"][0])
@@ -105,7 +105,10 @@ def test_the_shell_of_the_store_and_the_bucket_is_clean(services: dict[str, Any]
 
 
 def test_obstore_reads_the_development_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a store on this machine: the names are right, plain http is allowed, and a commit is made once only."""
+    """Write to a store on this machine.
+
+    The variables' names are right, plain http is allowed, and only the first commit wins.
+    """
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -132,8 +135,8 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Iterator[Callable[[list[str], list[str]], subprocess.Popen]]:
-    """Starts a service's command on this machine: its hosts and ports become free ones here, and words are added."""
+def run_service(tmp_path: Path) -> Iterator[Callable[[list[str], list[str]], subprocess.Popen]]:
+    """Start a service's command on this machine, with free local hosts and ports, and additional arguments."""
     import tempfile
 
     ports = {"6379": free_port(), "8265": free_port(), "52365": free_port()}
@@ -151,7 +154,7 @@ def here(tmp_path: Path) -> Iterator[Callable[[list[str], list[str]], subprocess
         started.append(process)
         return process
 
-    # Short: Ray's sockets lie in it, and their paths may have 107 characters.
+    # A short path, because it holds Ray's sockets, whose paths are limited to 107 characters.
     with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as temp:
         yield start
         for process in reversed(started):
@@ -162,28 +165,28 @@ def here(tmp_path: Path) -> Iterator[Callable[[list[str], list[str]], subprocess
 
 @pytest.mark.long
 def test_head_worker_and_driver_work_together(
-    services: dict[str, Any], here: Callable[[list[str], list[str]], subprocess.Popen], tmp_path: Path
+    services: dict[str, Any], run_service: Callable[[list[str], list[str]], subprocess.Popen], tmp_path: Path
 ) -> None:
-    """The three commands as they are, token and all, but for hosts, ports, the size of the dataset and where it goes."""
+    """Run the three commands unchanged, token included, but for hosts, ports, size and folder of the dataset."""
 
-    def said() -> str:
+    def logs() -> str:
         return "\n".join(log.read_text() for log in sorted(tmp_path.glob("*.log")))
 
     local = ["--node-ip-address=127.0.0.1", f"--ray-client-server-port={free_port()}"]
     elsewhere = ["--dashboard-port={dashboard}", "--dashboard-agent-listen-port={agent}", "--temp-dir={temp}"]
-    head = here(services["head"]["command"], [*local, *elsewhere])
+    head = run_service(services["head"]["command"], [*local, *elsewhere])
     check = services["head"]["healthcheck"]
     for _ in range(check["retries"]):
-        if here(check["test"][1:], []).wait(60) == 0:
+        if run_service(check["test"][1:], []).wait(60) == 0:
             break
-        assert head.poll() is None, said()
+        assert head.poll() is None, logs()
         time.sleep(1)
     else:
-        pytest.fail(said())
+        pytest.fail(logs())
     more = ["--num-cpus=1", f"--dashboard-agent-listen-port={free_port()}"]
-    here(services["worker"]["command"], ["--node-ip-address=127.0.0.1", *more])
+    run_service(services["worker"]["command"], ["--node-ip-address=127.0.0.1", *more])
     small = ["num_trajectories=4", "trajectories_per_unit=2", "num_inference_steps=2", "num_workers=1", "device=cpu"]
-    driver = here(services["generate"]["command"], [*small, f"output_dir={tmp_path / 'data'}"])
-    assert driver.wait(300) == 0, said()
+    driver = run_service(services["generate"]["command"], [*small, f"output_dir={tmp_path / 'data'}"])
+    assert driver.wait(300) == 0, logs()
     assert json.loads((tmp_path / "data" / "generation.json").read_text())["trajectories"] == 4
-    assert shlex.join(small) in said()
+    assert shlex.join(small) in logs()

@@ -1,4 +1,4 @@
-"""The images, as far as they can be judged without building them."""
+"""The images, checked without building them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ BIN = Path(sys.executable).parent
 TARGETS = ["generate", "train", "test"]
 
 
-def test_hadolint_finds_nothing() -> None:
+def test_hadolint_accepts_it() -> None:
     done = subprocess.run([BIN / "hadolint", DOCKER / "Dockerfile"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("script", ["docker/install.sh", "docker/slurm.sbatch", ".ci/run"])
-def test_shellcheck_finds_nothing(script: str) -> None:
+def test_shellcheck_accepts_it(script: str) -> None:
     done = subprocess.run([BIN / "shellcheck", ROOT / script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -33,14 +33,14 @@ def test_the_base_has_the_cuda_that_torch_is_built_for() -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_target_installs_itself_and_runs_without_root(target: str) -> None:
+def test_a_target_installs_its_dependencies_and_runs_without_root(target: str) -> None:
     stage = stages()[target]
     assert re.findall(r"install\.sh (\w+) (\w+)", stage) == [("dependencies", target), ("project", target)]
     assert re.findall(r"^USER (.*)$", stage, re.M) == ["1000:1000"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_what_a_target_takes_from_here_is_there_and_is_let_in(target: str) -> None:
+def test_files_copied_by_a_target_exist_and_are_not_ignored(target: str) -> None:
     stage = stages()[target]
     sources = re.findall(r"type=bind,source=([^,]+)", stage) + re.findall(r"^COPY (?:--\S+ )*(\S+) ", stage, re.M)
     for source in sources:
@@ -48,7 +48,7 @@ def test_what_a_target_takes_from_here_is_there_and_is_let_in(target: str) -> No
         assert source == "." or source.split("/")[0] in shipped()
 
 
-def test_all_that_is_let_in_is_there() -> None:
+def test_every_file_of_the_build_context_exists() -> None:
     assert [name for name in shipped() if not (ROOT / name).exists()] == []
 
 

@@ -1,4 +1,4 @@
-"""What an image's RUN lines install, in a clean virtual environment: the same script, from the same files."""
+"""An image's RUN lines, run in a clean virtual environment: the same script with the same files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.docker.files import ROOT, pinned, shipped, stages
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that .dockerignore lets into a build."""
+    """Copy the files that .dockerignore lets into a build."""
     folder = tmp_path_factory.mktemp("context")
     for name in shipped():
         if (ROOT / name).is_dir():
@@ -29,7 +29,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mounted(context: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that the dependencies are installed from."""
+    """Copy the files that the dependencies are installed from."""
     folder = tmp_path_factory.mktemp("mounted")
     for source in re.findall(r"type=bind,source=([^,]+)", stages()["train"]):
         (folder / source).parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def mounted(context: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(context: Path, mounted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with what the image `train` has; it takes about a minute."""
+    """The interpreter of an environment with the packages of the image `train`; making it takes about a minute."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=120)
     python = folder / "bin" / "python"
@@ -48,29 +48,35 @@ def python(context: Path, mounted: Path, tmp_path_factory: pytest.TempPathFactor
     return python
 
 
-def run(words: list[str | Path], cwd: Path, timeout: float = 600) -> str:
+def run(arguments: list[str | Path], cwd: Path, timeout: float = 600) -> str:
     clean = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(Path.home())}
-    kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}  # where wheels come from
+    kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}  # the source of wheels
     done = subprocess.run(
-        list(map(str, words)), cwd=cwd, env=clean | kept, capture_output=True, text=True, timeout=timeout
+        list(map(str, arguments)), cwd=cwd, env=clean | kept, capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.mark.long
-def test_training_runs_with_what_its_image_has(
+def test_training_runs_with_the_packages_of_its_image(
     python: Path, context: Path, shared_dataset: Path, tmp_path: Path
 ) -> None:
     assert "max_train_steps" in run([python, "-m", "pipeline.train", "--help"], tmp_path)
     config = context / "configs" / "train" / "offset.yaml"
-    words = [f"data_dir={shared_dataset}", "output_dir=run", "max_train_steps=2", "validation_share=0.2", "device=cpu"]
-    run([python, "-m", "pipeline.train", "--config", config, *words], tmp_path)
+    options = [
+        f"data_dir={shared_dataset}",
+        "output_dir=run",
+        "max_train_steps=2",
+        "validation_share=0.2",
+        "device=cpu",
+    ]
+    run([python, "-m", "pipeline.train", "--config", config, *options], tmp_path)
     assert json.loads((tmp_path / "run" / "training.json").read_text())["steps"] == 2
 
 
 @pytest.mark.long
-def test_what_ships_and_what_evaluates_comes_along_and_ray_does_not(python: Path, tmp_path: Path) -> None:
+def test_embedded_files_and_evaluation_are_installed_and_ray_is_not(python: Path, tmp_path: Path) -> None:
     script = """
 import importlib.util, pathlib, pipeline.evaluate, stages.embedded, stages.evaluate.evaluation, stages.evaluate.report
 assert importlib.util.find_spec("ray") is None
@@ -95,7 +101,7 @@ def test_generation_can_be_installed_under_the_constraints(python: Path, mounted
     assert versions["boto3"] == pinned("boto3")
 
 
-def test_a_wrong_target_is_told() -> None:
+def test_a_wrong_target_is_named() -> None:
     done = subprocess.run([ROOT / "docker/install.sh", "all", "everything"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "usage:" in done.stderr

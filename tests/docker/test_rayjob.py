@@ -1,4 +1,4 @@
-"""rayjob.yaml: its pods against Kubernetes' schemas, the rest against what KubeRay knows."""
+"""rayjob.yaml: its pods against the schemas of Kubernetes, the rest against KubeRay's fields."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from stages.generate.config import GenerateConfig
 from tests.docker.files import PROJECT, load, pinned, stages, understood
 
-# The fields of the custom resource ray.io/v1 of KubeRay 1.7.0, by level. Its whole schema is 1.4 MB, most of it of pods.
+# The fields of the custom resource ray.io/v1 of KubeRay 1.7.0, by level. The whole schema has 1.4 MB, mostly for pods.
 FIELDS = {
     "spec": "activeDeadlineSeconds backoffLimit clusterSelector deletionStrategy entrypoint entrypointNumCpus entrypointNumGpus "
     "entrypointResources jobId managedBy metadata preRunningDeadlineSeconds rayClusterSpec runtimeEnvYAML shutdownAfterJobFinishes "
@@ -45,24 +45,22 @@ def workers(cluster: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
-def test_every_field_is_one_that_kuberay_knows(
-    job: dict[str, Any], cluster: dict[str, Any], workers: dict[str, Any]
-) -> None:
+def test_kuberay_knows_every_field(job: dict[str, Any], cluster: dict[str, Any], workers: dict[str, Any]) -> None:
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    here = {
+    levels = {
         "spec": job["spec"],
         "cluster": cluster,
         "autoscaler": cluster["autoscalerOptions"],
         "head": cluster["headGroupSpec"],
         "workers": workers,
     }
-    for level, fields in here.items():
+    for level, fields in levels.items():
         assert set(fields) <= set(FIELDS[level].split())
     for group in (cluster["headGroupSpec"], workers):
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
 
 
-def test_the_pods_keep_kubernetes_schema_and_nothing_in_them_is_unknown(
+def test_the_pods_match_the_schema_of_kubernetes_without_unknown_fields(
     cluster: dict[str, Any], workers: dict[str, Any]
 ) -> None:
     for group in (cluster["headGroupSpec"], workers):
@@ -73,7 +71,7 @@ def test_the_pods_keep_kubernetes_schema_and_nothing_in_them_is_unknown(
 @pytest.mark.skipif(
     "RAYJOB_CRD" not in os.environ, reason="RAYJOB_CRD names no file with KubeRay's ray.io_rayjobs.yaml"
 )
-def test_it_keeps_the_whole_schema_of_kuberay(job: dict[str, Any]) -> None:
+def test_it_matches_the_whole_schema_of_kuberay(job: dict[str, Any]) -> None:
     definition = yaml.safe_load(Path(os.environ["RAYJOB_CRD"]).read_text())
     (version,) = [version for version in definition["spec"]["versions"] if version["name"] == "v1"]
     schema = closed(version["schema"]["openAPIV3Schema"])
@@ -83,7 +81,7 @@ def test_it_keeps_the_whole_schema_of_kuberay(job: dict[str, Any]) -> None:
 
 
 def closed(schema: Any) -> Any:
-    """The schema, refusing what a cluster would drop without a word; in Kubernetes' manner, a field may be int or string."""
+    """Return the schema without unknown fields, which a cluster would drop silently; a field may be int or string."""
     if isinstance(schema, list):
         return [closed(part) for part in schema]
     if not isinstance(schema, dict):
@@ -106,7 +104,7 @@ def test_versions_and_images_are_the_projects_own(cluster: dict[str, Any], worke
         assert f"USER {container['securityContext']['runAsUser']}:" in stages()[target]
 
 
-def test_there_is_a_gpu_for_every_teacher_and_no_more(job: dict[str, Any], workers: dict[str, Any]) -> None:
+def test_there_is_exactly_one_gpu_for_every_teacher(job: dict[str, Any], workers: dict[str, Any]) -> None:
     config = understood(job["spec"]["entrypoint"].split())
     assert isinstance(config, GenerateConfig)
     gpus = int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])

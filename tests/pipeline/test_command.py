@@ -27,7 +27,7 @@ class Example:
     name: str = field(default=MISSING, metadata={"help": "what it is called"})
     inner: Inner = field(default_factory=Inner)
     scales: list[float] = field(default_factory=lambda: [1.0, 2.0], metadata={"help": "which scales"})
-    anything: Any = field(default=None, metadata={"help": "whatever"})
+    anything: Any = field(default=None, metadata={"help": "any value"})
     path: str | None = field(default=None, metadata={"help": "where"})
 
 

@@ -1,4 +1,4 @@
-"""Evaluation as a user runs it: killed and run again, over processes, and over real Ray."""
+"""Evaluation as a user runs it: killed and run again, in several processes, and on a real Ray."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ def test_everything_is_written(undisturbed: Evaluation) -> None:
     assert not (folder / "images").exists()
 
 
-def test_a_killed_evaluation_resumes_and_ends_like_an_undisturbed_one(
+def test_a_killed_evaluation_resumes_and_equals_an_undisturbed_one(
     undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     overrides = [f"{key}={value}" for key, value in TEN_PARTS.items()]
     command = [sys.executable, "-m", "pipeline.evaluate", f"adapter_dir={tiny_adapter}", f"output_dir={tmp_path}"]
     log = tmp_path / "log.txt"
-    with log.open("w") as said:
+    with log.open("w") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen([*command, *overrides], cwd=ROOT, env=environment, stdout=said, stderr=said)
+        process = subprocess.Popen([*command, *overrides], cwd=ROOT, env=environment, stdout=output, stderr=output)
     while len(parts_in(tmp_path)) < 2:
         assert process.poll() is None, log.read_text()
         time.sleep(0.005)
@@ -79,7 +79,7 @@ def test_a_killed_evaluation_resumes_and_ends_like_an_undisturbed_one(
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """Torch's default on two cores."""
+    """Use Torch's default on two cores."""
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
@@ -103,7 +103,7 @@ def test_processes_give_the_results_of_one_process(
     assert without_times(Evaluation(config(tiny_adapter, tmp_path)).run(evaluate_over_cores)) == without_times(
         undisturbed.rows
     )
-    assert len(started) == 2  # few parts are made in this process
+    assert len(started) == 2  # this process makes few parts
     assert torch.get_num_threads() == 2
 
 
@@ -134,17 +134,17 @@ def test_worker_processes_end_with_the_evaluation(how: signal.Signals, tiny_adap
     overrides = [f"{key}={value}" for key, value in (TEN_PARTS | {"num_samples": 2000}).items()]
     command = [sys.executable, "-m", "pipeline.evaluate", f"adapter_dir={tiny_adapter}", f"output_dir={tmp_path}"]
     log = tmp_path / "log.txt"
-    with log.open("w") as said:
+    with log.open("w") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "2"}
         process = subprocess.Popen(
-            [*command, *overrides], cwd=ROOT, env=environment, stdout=said, stderr=said, start_new_session=True
+            [*command, *overrides], cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
         )
     while len(parts_in(tmp_path)) < 2:
         assert process.poll() is None, log.read_text()
         time.sleep(0.01)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2
-    if how == signal.SIGINT:  # as a terminal sends it: to all
+    if how == signal.SIGINT:  # to the whole group, as a terminal sends it
         os.killpg(process.pid, how)
     else:
         process.send_signal(how)
@@ -160,15 +160,15 @@ def test_the_command_adds_the_results_to_the_model_card_and_says_so(
 ) -> None:
     folder = shutil.copytree(tiny_adapter, tmp_path / "tiny")
     main(EvaluateConfig(adapter_dir=[str(folder)], **TEN_PARTS))
-    said = f"model card: {folder}/README.md and adapter_config.json beside it now hold these results"
-    assert capsys.readouterr().out.splitlines()[-1] == said
+    expected = f"model card: {folder}/README.md and adapter_config.json beside it now hold these results"
+    assert capsys.readouterr().out.splitlines()[-1] == expected
     metadata = json.loads((folder / "adapter_config.json").read_text())
     assert "error_by_timestep" not in json.dumps(metadata)
     assert "| one_pass | 3 |" in (folder / "README.md").read_text()
     assert (folder / "evaluation" / "evaluation.json").exists()
 
 
-def test_the_model_card_stays_where_the_pipeline_is_not_that_of_the_training(
+def test_the_model_card_is_unchanged_if_the_pipeline_is_not_the_trained_one(
     tiny_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(tiny_adapter, tmp_path / "tiny")
@@ -178,7 +178,7 @@ def test_the_model_card_stays_where_the_pipeline_is_not_that_of_the_training(
     assert "model card" not in capsys.readouterr().out
 
 
-def test_the_library_leaves_the_adapters_folder_alone(tiny_adapter: Path, tmp_path: Path) -> None:
+def test_the_library_leaves_the_adapters_folder_unchanged(tiny_adapter: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_adapter, tmp_path / "tiny")
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     evaluate(EvaluateConfig(adapter_dir=str(folder), **TEN_PARTS))
@@ -223,7 +223,7 @@ def test_a_killed_worker_is_replaced_and_loses_nothing(
 ) -> None:
     run = Evaluation(
         config(tiny_adapter, tmp_path, batch_size=20)
-    )  # one part: the condition is looked at while it is made
+    )  # one part: the condition is checked while it is made
     fleet = KillsAWorker(run, {"num_cpus": 1})
     rows = run.run(lambda _, begin: fleet.run(begin, 1))
     assert fleet.killed == 1

@@ -1,4 +1,4 @@
-"""The command: an adapter's folder to a LoRA's."""
+"""The command: from an adapter's folder to a LoRA's."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_invalid_options_are_wrong_usage(overrides: list[str], message: str) -> 
         main(parse(ExportConfig, ["adapter_dir=a", "output=o", "guidance_scale=2", *overrides]))
 
 
-def test_an_adapter_that_is_no_lora_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_other_than_a_lora_is_refused(tmp_path: Path) -> None:
     pipe = tiny_dit()
     metadata = new_adapter(pipe).metadata
     GuidanceAdapter.for_denoiser(small_adapter("offset"), pipe.transformer, metadata).save_pretrained(

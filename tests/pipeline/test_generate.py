@@ -1,4 +1,4 @@
-"""The real command, killed and doubled."""
+"""The real command, killed and run twice at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNITS = 60
 @pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_driver_is_followed_by_two_at_once(tiny_teacher: Path, tmp_path: Path) -> None:
-    """On one cluster, as after a restart by hand and another by a scheduler."""
+    """Two drivers on one cluster, as after restarts by hand and by a scheduler."""
     config = generate_config(
         tiny_teacher, tmp_path / "data", num_trajectories=UNITS, trajectories_per_unit=1, num_inference_steps=20,
         ray_address=ray.get_runtime_context().gcs_address,
@@ -61,8 +61,8 @@ def test_a_killed_driver_is_followed_by_two_at_once(tiny_teacher: Path, tmp_path
 
 @pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_driver_that_is_told_to_end_says_so_and_what_there_is(tiny_teacher: Path, tmp_path: Path) -> None:
-    """By SIGTERM, as schedulers do; Ray's own answer to it would be a dump."""
+def test_a_terminated_driver_reports_what_was_made(tiny_teacher: Path, tmp_path: Path) -> None:
+    """The signal is SIGTERM, as schedulers send it; Ray's own handler would print a dump."""
     config = generate_config(
         tiny_teacher, tmp_path / "data", num_trajectories=9999, trajectories_per_unit=1, num_inference_steps=20,
         ray_address=ray.get_runtime_context().gcs_address,

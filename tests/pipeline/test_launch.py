@@ -1,4 +1,4 @@
-"""`accelerate launch` of the training command: one stream split between the processes."""
+"""`accelerate launch` of the training command: the processes share one stream."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORDS = [
 
 
 def train(command: list[str], *overrides: str) -> tuple[str, str]:
-    """Its output and its progress lines."""
+    """Return the output and the progress lines."""
     done = subprocess.run(
         [sys.executable, "-m", *command, *WORDS, *overrides],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,

@@ -1,4 +1,4 @@
-"""The whole line as a user runs it: real commands, real Ray, the teacher that ships."""
+"""The whole command line as a user runs it: real commands, real Ray, an embedded teacher."""
 
 from __future__ import annotations
 

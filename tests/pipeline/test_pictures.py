@@ -1,4 +1,4 @@
-"""Teachers that are given a picture, by the commands: a column of paths beside the prompts."""
+"""Teachers with picture conditions, by the commands: a column of paths beside the prompts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def made(folder: Path, name: str) -> tuple[Path, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionInstructPix2PixPipeline", "WanImageToVideoPipeline"])
-def test_a_picture_goes_through_the_whole_line(name: str, tmp_path: Path) -> None:
+def test_a_picture_goes_through_all_commands(name: str, tmp_path: Path) -> None:
     data, rows = made(tmp_path, name)
     dataset = Dataset(data)
     assert len(dataset.manifest) == 4

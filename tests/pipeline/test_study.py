@@ -124,7 +124,7 @@ def test_a_folder_is_locked_for_one_study_at_a_time(study_file: Path, tmp_path: 
 def test_an_interruption_ends_running_commands_and_starts_no_other(
     study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Only the study's process is interrupted, as by SIGTERM; a terminal would interrupt all."""
+    """Only the study's process is interrupted, as by SIGTERM; a terminal would interrupt the whole group."""
     study = json.loads(study_file.read_text())
     study["datasets"]["other"] = study["datasets"]["tiny"]
     study_file.write_text(json.dumps(study))

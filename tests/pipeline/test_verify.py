@@ -50,7 +50,7 @@ def test_every_problem_is_listed(damaged: Path, capsys: pytest.CaptureFixture[st
     assert f"shards/{shards[1].name}: expected" in output
 
 
-def test_what_a_repair_tells_last_finishes_the_dataset(
+def test_the_command_that_a_repair_prints_last_finishes_the_dataset(
     damaged: Path,
     shared_dataset: Path,
     tiny_teacher: Path,
@@ -73,13 +73,15 @@ def test_what_a_repair_tells_last_finishes_the_dataset(
     (damaged / "config.yaml").write_text(to_yaml(generate_config(tiny_teacher, "elsewhere")))
     with pytest.raises(UserError, match="makes the rest$") as caught:
         main(VerifyConfig(str(damaged)))
-    overrides = shlex.split(re.search("`python -m pipeline.generate (.*)`", str(caught.value))[1])  # type: ignore[index]
+    command = re.search("`python -m pipeline.generate (.*)`", str(caught.value))
+    assert command is not None
+    overrides = shlex.split(command[1])
     pipeline.generate.main(parse(GenerateConfig, overrides))
     main(VerifyConfig(str(damaged)))
     assert_same_records(damaged, shared_dataset)
 
 
-def test_a_repair_that_leaves_nothing_to_make_ends_well(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_repair_that_leaves_nothing_to_make_succeeds(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (damaged / "manifest.parquet").unlink()
     (damaged / "shards" / "00001-0badcafe.tar").write_bytes(b"orphan")
     main(VerifyConfig(str(damaged), repair=True))
@@ -96,12 +98,12 @@ def test_a_repair_that_leaves_nothing_to_make_ends_well(damaged: Path, capsys: p
     assert "shards/00001-0badcafe.tar: expected a commit record that names it, found none: removed: 6 bytes" in output
 
 
-def test_a_grace_below_nothing_is_refused(damaged: Path) -> None:
+def test_a_negative_grace_is_refused(damaged: Path) -> None:
     with pytest.raises(UserError, match="grace=-1: at least 0"):
         main(VerifyConfig(str(damaged), grace=-1))
 
 
-def test_a_report_that_could_be_nowhere_is_refused_before_anything_is_read(
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_read(
     damaged: Path, tmp_path: Path, s3: FaultyS3, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -130,7 +132,7 @@ def test_a_report_goes_to_its_output(damaged: Path, tmp_path: Path, s3: FaultyS3
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "commits/00001.json", "shards/*"])
-def test_what_this_user_may_not_read_is_neither_damage_nor_set_aside(
+def test_files_of_another_user_are_neither_damage_nor_set_aside(
     damaged: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Files of another user. Root may read everything, so the test raises the system's error itself."""
@@ -161,19 +163,21 @@ def read_all(folder: Path) -> Iterator[object]:
     yield from read_commits(dataset.root)
 
 
-def test_what_a_reader_tells_of_an_unfinished_dataset_finishes_it(
+def test_the_command_in_a_readers_error_finishes_the_dataset(
     damaged: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stages.generate.fleet.RayFleet", InProcessFleet)
     (damaged / "commits" / "00001.json").unlink()
     with pytest.raises(UserError, match=r"unfinished, 3 of 4 units are there: `.*` makes the rest$") as caught:
         Dataset(damaged)
-    overrides = shlex.split(re.search("`python -m pipeline.generate (.*)`", str(caught.value))[1])  # type: ignore[index]
+    command = re.search("`python -m pipeline.generate (.*)`", str(caught.value))
+    assert command is not None
+    overrides = shlex.split(command[1])
     pipeline.generate.main(parse(GenerateConfig, overrides))
     assert len(Dataset(damaged).manifest) == 12
 
 
-def test_a_repair_of_what_can_only_be_read_is_refused_before_anything_is_read(
+def test_a_repair_of_a_read_only_dataset_is_refused_before_anything_is_read(
     damaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("stages.storage.files.sync", lambda _: fail_as(errno.EROFS))

@@ -1,4 +1,4 @@
-"""Pipelines of several stages, each with a denoiser and a scheduler of its own."""
+"""Pipelines of several stages, each with its own denoiser and scheduler."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.families import WIDTH, clip, enliven, unet, vae
 
 
 def prior_transformer() -> PriorTransformer:
-    """Guided, it makes an image embedding of a text."""
+    """Makes an image embedding of a text, with guidance."""
     prior = PriorTransformer(
         num_attention_heads=2, attention_head_dim=12, embedding_dim=WIDTH, num_layers=2, num_embeddings=12
     )
@@ -40,7 +40,7 @@ def unclip_scheduler(**changes: Any) -> UnCLIPScheduler:
 
 
 def kandinsky_2() -> Any:
-    """A prior makes an image embedding of the text first, guided by a scale of its own."""
+    """A prior first makes an image embedding of the text, with a guidance scale of its own."""
     text, eye = clip(projection=True), clip_vision(WIDTH)
     return KandinskyV22CombinedPipeline(
         unet=simple_unet(addition_embed_type="image", encoder_hid_dim_type="image_proj"),
@@ -56,7 +56,7 @@ def kandinsky_2() -> Any:
 
 
 def kandinsky_2_prior() -> Any:
-    """Embeddings `[n, width]` in place of latents, and the prediction of what is clean."""
+    """Embeddings `[n, width]` in place of latents, and sample prediction."""
     return KandinskyV22PriorPipeline(
         prior=prior_transformer(),
         scheduler=unclip_scheduler(),
@@ -66,7 +66,7 @@ def kandinsky_2_prior() -> Any:
 
 
 def stable_cascade_prior() -> Any:
-    """Guided here, and decoded elsewhere."""
+    """The prior is guided; another pipeline decodes."""
     prior = StableCascadeUNet(
         conditioning_dim=32,
         block_out_channels=(32, 32),
@@ -84,7 +84,7 @@ def stable_cascade_prior() -> Any:
 
 
 def stable_unclip() -> Any:
-    """An image embedding of the text comes in as the class of a UNet."""
+    """The UNet takes an image embedding of the text as its class."""
     prior_text, text = clip(projection=True), clip()
     return StableUnCLIPPipeline(
         prior_tokenizer=prior_text["tokenizer"],

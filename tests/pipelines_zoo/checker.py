@@ -1,4 +1,4 @@
-"""A safety checker that approves of everything, in the place of one that comes with a large model."""
+"""A safety checker that approves everything, in place of one that needs a large model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from diffusers.configuration_utils import register_to_config
 
 
 class Approving(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Pipelines of Cosmos refuse to run without a checker."""
+    """The pipelines of Cosmos require a checker."""
 
     @register_to_config
     def __init__(self) -> None:
         super().__init__()
-        self.nothing = torch.nn.Parameter(torch.zeros(1))  # files of weights without a weight cannot be read
+        self.nothing = torch.nn.Parameter(torch.zeros(1))  # a weights file without tensors cannot be read
 
     def check_text_safety(self, prompt: str) -> bool:
         return True

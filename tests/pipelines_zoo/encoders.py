@@ -1,4 +1,7 @@
-"""Tiny encoders of texts and pictures with random weights, made from configurations, beyond those of `tests/support/families.py`."""
+"""Tiny encoders of texts and pictures with random weights, made from configurations.
+
+They complement those of `tests/support/families.py`.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ CHAT = """{%- for message in messages -%}
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
 
-DESCRIBE = (  # what many pipelines put before a prompt, and count the tokens of
+DESCRIBE = (  # the template that many pipelines put before a prompt; they count its tokens
     "system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of "
     "the objects and background:\nuser\nassistant\n"
 )
@@ -75,10 +78,10 @@ VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2
 
 
 def bytes_tokenizer(*texts: str, start: bool = False) -> Any:
-    """Reads every text, byte by byte where it must, and chats as Qwen does.
+    """Make a tokenizer that reads every text, with bytes for unknown words, and has Qwen's chat template.
 
-    The words of `texts` become tokens too, so that long ones stay short. With `start` a token comes before every text,
-    so that none is empty.
+    The words of `texts` become tokens too, so that long ones stay short. With `start` it puts a token before every
+    text, so that none is empty.
     """
     tokenizer = copy.deepcopy(_bytes_tokenizer(texts))
     if start:
@@ -88,7 +91,7 @@ def bytes_tokenizer(*texts: str, start: bool = False) -> Any:
 
 
 def language_model_sizes(tokenizer: Any) -> dict[str, Any]:
-    """Of a decoder of two layers that serves as text encoder."""
+    """Return the sizes of a decoder of two layers for use as a text encoder."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
@@ -140,7 +143,7 @@ def qwen2_5_vl_text(tokenizer: Any, **changes: Any) -> Qwen2_5_VLTextConfig:
 
 
 def qwen2_5_vl(*texts: str, processor: bool = False) -> dict[str, Any]:
-    """With a processor of pictures, of which it sees few patches, where the pipeline has one."""
+    """Make a model and, if the pipeline has one, a processor of pictures with few patches."""
     tokenizer = bytes_tokenizer(EDIT, *texts)
     text = qwen2_5_vl_text(tokenizer).to_dict()
     config = Qwen2_5_VLConfig(text_config=text, vision_config=VISION, **vision_tokens(tokenizer))
@@ -149,7 +152,7 @@ def qwen2_5_vl(*texts: str, processor: bool = False) -> dict[str, Any]:
 
 
 def clip_vision(width: int = 8, size: int = 32, patch: int = 8) -> dict[str, Any]:
-    """For images `[size, size]`: `(size / patch)^2 + 1` tokens."""
+    """Make an encoder of images `[size, size]` into `(size / patch)^2 + 1` tokens."""
     config = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=width,
@@ -166,7 +169,7 @@ def clip_vision(width: int = 8, size: int = 32, patch: int = 8) -> dict[str, Any
 
 
 def two_clips() -> dict[str, Any]:
-    """Two encoders and tokenizers, the second with a pooled embedding, as Stable Diffusion XL has them."""
+    """Make two encoders and tokenizers, the second with a pooled embedding, as in Stable Diffusion XL."""
     one, two = clip(), clip(projection=True)
     return {**one, "tokenizer_2": two["tokenizer"], "text_encoder_2": two["text_encoder"]}
 
@@ -198,7 +201,7 @@ def gemma(**changes: Any) -> dict[str, Any]:
 
 
 def vision_tokens(tokenizer: Any) -> dict[str, int]:
-    """The ids by which a configuration tells the tokens of pictures."""
+    """Return the token ids that mark pictures in a configuration."""
     tokens = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
     return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in tokens.items()}
 
@@ -212,7 +215,7 @@ def qwen3_vl(model: Any = Qwen3VLForConditionalGeneration, layers: int = 2, **vi
 
 
 class PictureProcessor(Qwen2VLProcessor):  # type: ignore[misc]
-    """Without videos, which take another library."""
+    """A processor without videos, which need another library."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
@@ -221,7 +224,7 @@ class PictureProcessor(Qwen2VLProcessor):  # type: ignore[misc]
 
 
 def picture_processor(tokenizer: Any) -> Any:
-    """Makes every picture into 2x2 tokens."""
+    """Make a processor that turns every picture into 2x2 tokens."""
     pixels = {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}
     return PictureProcessor(Qwen2VLImageProcessor(size=pixels), tokenizer, chat_template=CHAT)
 

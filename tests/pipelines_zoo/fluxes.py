@@ -1,4 +1,4 @@
-"""Flux, and the image transformers descended from it."""
+"""Flux, and image transformers derived from it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def flux_parts(**changes: Any) -> dict[str, Any]:
 
 
 def flux() -> Any:
-    """An embedded guidance, and one by two passes beside it."""
+    """Embedded guidance, and guidance by two passes beside it."""
     return FluxPipeline(**flux_parts())
 
 
@@ -90,7 +90,7 @@ def flux2_vae() -> nn.Module:
 
 
 def flux2_klein() -> Any:
-    """Position ids of texts and pictures, modulation that the blocks share, attention and feed-forward in one."""
+    """Position ids for texts and pictures, modulation shared by the blocks, attention and feed-forward in one layer."""
     return Flux2KleinPipeline(
         transformer=flux2_transformer(2 * WIDTH, guidance=False),
         vae=flux2_vae(),
@@ -100,7 +100,7 @@ def flux2_klein() -> Any:
 
 
 def flux2() -> Any:
-    """Guidance by an embedding alone: no two passes."""
+    """Embedded guidance only, without two passes."""
     return Flux2Pipeline(
         transformer=flux2_transformer(2 * WIDTH, guidance=True),
         vae=flux2_vae(),
@@ -110,7 +110,7 @@ def flux2() -> Any:
 
 
 def bria() -> Any:
-    """Both rows in one call, position ids that belong to no sample."""
+    """Both rows in one call; position ids without a batch dimension."""
     transformer = BriaTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -126,7 +126,7 @@ def bria() -> Any:
 
 
 def bria_fibo() -> Any:
-    """A list of every layer of the text encoder, and a mask inside a dictionary of arguments."""
+    """The outputs of every layer of the text encoder as a list, and a mask inside a dictionary of arguments."""
     transformer = BriaFiboTransformer2DModel(
         patch_size=1,
         in_channels=4,

@@ -1,4 +1,4 @@
-"""Every specimen of every file of this folder that has a ZOO."""
+"""All specimens: the ZOO of every file in this folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.pipelines_zoo.specimen import Specimen
 
 
 def gather() -> dict[str, Specimen]:
-    """By name, which no two files may share."""
+    """Return the specimens by name; no two files may share a name."""
     found: dict[str, Specimen] = {}
     for module in pkgutil.iter_modules(tests.pipelines_zoo.__path__):
         if module.name.startswith("test_"):

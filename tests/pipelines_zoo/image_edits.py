@@ -40,7 +40,7 @@ LONG = tuple(asked | {"prompt": f"{asked['prompt']}, " * 12} for asked in PICTUR
 
 
 def flux_kontext() -> Any:
-    """The picture's tokens after the latent's, of which the prediction is cut."""
+    """The picture's tokens follow the latent's, and are cut from the prediction."""
     return FluxKontextPipeline(**flux_parts())
 
 
@@ -75,7 +75,10 @@ def qwen_transformer(**changes: Any) -> nn.Module:
 
 
 def deep_vae(doublings: int = 5, in_channels: int = 3) -> nn.Module:
-    """Its latents are 2^doublings smaller than the images: pipelines that edit scale every picture to 1024x1024."""
+    """Make a VAE whose latents are 2^doublings smaller than the images.
+
+    Pipelines that edit scale every picture to 1024x1024.
+    """
     return AutoencoderKLQwenImage(
         base_dim=2,
         z_dim=4,
@@ -98,17 +101,17 @@ def qwen_edit_parts() -> dict[str, Any]:
 
 
 def qwen_image_edit() -> Any:
-    """A text encoder that sees the picture."""
+    """A text encoder that reads the picture too."""
     return QwenImageEditPipeline(**qwen_edit_parts())
 
 
 def qwen_image_edit_plus() -> Any:
-    """Several pictures for one prompt, and one prompt a call."""
+    """Several pictures for one prompt, and one prompt per call."""
     return QwenImageEditPlusPipeline(**qwen_edit_parts())
 
 
 def qwen_image_layered() -> Any:
-    """An image with transparency, taken apart into layers."""
+    """An image with transparency, split into layers."""
     parts = qwen_edit_parts() | {
         "transformer": qwen_transformer(use_additional_t_cond=True, use_layer3d_rope=True),
         "vae": deep_vae(),
@@ -121,12 +124,12 @@ def longcat_image_edit() -> Any:
 
 
 def kandinsky5_from_picture() -> Any:
-    """The picture beside the latent in more channels, which are denoised in place."""
+    """The picture in additional channels beside the latent, which is denoised in place."""
     return Kandinsky5I2IPipeline(**kandinsky5_parts(visual_cond=True))
 
 
 def joyimage_edit() -> Any:
-    """The picture before the latent, as a frame of its own; the target has them both."""
+    """The picture is a frame before the latent's; the target includes both."""
     transformer = JoyImageEditTransformer3DModel(
         patch_size=[1, 2, 2],
         in_channels=4,
@@ -159,7 +162,7 @@ def joyimage_edit() -> Any:
 
 
 def dreamlite() -> Any:
-    """A latent beside an empty one, a mask, guidance at every scale, one prompt a call."""
+    """A latent beside an empty one, a mask, guidance at every scale, one prompt per call."""
     unet = DreamLiteUNetModel(
         sample_size=8,
         in_channels=4,

@@ -1,4 +1,4 @@
-"""Transformers that make images from text: those beyond `tests/support/families.py`."""
+"""Transformers that make images from text, beyond those of `tests/support/families.py`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SHORT = {"max_sequence_length": 32}
 
 
 def stirred(denoiser: nn.Module) -> nn.Module:
-    """With larger weights everywhere, where the stock ones leave the condition too faint beside the latent."""
+    """Enlarge all weights, where the stock ones make the condition too weak beside the latent."""
     return enliven(lively(denoiser))
 
 
@@ -64,7 +64,7 @@ def shifting() -> Any:
 
 
 def lumina2() -> Any:
-    """The scheduler is handed minus the prediction, and time runs from 0 to 1."""
+    """The scheduler receives the negated prediction, and time runs from 0 to 1."""
     transformer = Lumina2Transformer2DModel(
         sample_size=4,
         in_channels=4,
@@ -99,7 +99,7 @@ def z_image_transformer() -> nn.Module:
 
 
 def z_image() -> Any:
-    """Lists of latents and of texts, minus the prediction, and a scale of 0 that means none."""
+    """Lists of latents and of texts, the negated prediction, and a scale of 0 for no guidance."""
     return ZImagePipeline(
         transformer=z_image_transformer(), vae=vae(16, 2), scheduler=FlowMatchEulerDiscreteScheduler(), **qwen3()
     )
@@ -128,7 +128,7 @@ def sana_parts(**changes: Any) -> dict[str, Any]:
 
 
 def small_dc() -> nn.Module:
-    """Its latents are twice smaller than the images."""
+    """Make an autoencoder whose latents are twice smaller than the images."""
     return AutoencoderDC(
         in_channels=3,
         latent_channels=4,
@@ -150,12 +150,12 @@ def small_dc() -> nn.Module:
 
 
 def sana() -> Any:
-    """Linear attention, and feed-forward by convolutions."""
+    """Linear attention, and convolutional feed-forward layers."""
     return SanaPipeline(**sana_parts())
 
 
 def cogview4() -> Any:
-    """Texts as long as the longest, without a mask, and two calls per step."""
+    """Texts padded to the longest, without a mask, and two calls per step."""
     transformer = CogView4Transformer2DModel(
         patch_size=2,
         in_channels=4,
@@ -175,7 +175,7 @@ def cogview4() -> Any:
 
 
 def aura_flow() -> Any:
-    """Attention of its own class, and time as a fraction."""
+    """An attention class of its own, and time as a fraction."""
     transformer = AuraFlowTransformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -195,7 +195,10 @@ def aura_flow() -> Any:
 
 
 def hidream() -> Any:
-    """Four text encoders, layers of one of them before the batch, experts, and images of one area alone, hence large patches."""
+    """Four text encoders, layers of one of them before the batch, and experts.
+
+    All images have one area, hence large patches.
+    """
     one, two, three = clip(projection=True, length=32), clip(projection=True, length=32), t5()
     four = language_model(LlamaForCausalLM, LlamaConfig, bytes_tokenizer(start=True), attn_implementation="eager")
     transformer = HiDreamImageTransformer2DModel(
@@ -229,7 +232,7 @@ def hidream() -> Any:
 
 
 def hunyuan_image() -> Any:
-    """A guider inside, and another one for prompts that quote a text."""
+    """A guider as a component, and another one for prompts that quote a text."""
     transformer = HunyuanImageTransformer2DModel(
         in_channels=4,
         out_channels=4,
@@ -267,7 +270,7 @@ def hunyuan_image() -> Any:
 
 
 def lumina() -> Any:
-    """Guidance of three channels of four, a learned variance, and the conditional half first."""
+    """Guidance on three of four channels, a learned variance, and the conditional half first."""
     transformer = LuminaNextDiT2DModel(
         sample_size=8,
         patch_size=2,
@@ -287,7 +290,7 @@ def lumina() -> Any:
 
 
 def cogview3_plus() -> Any:
-    """Velocities on a schedule with zero signal at its end."""
+    """Velocities on a schedule with zero terminal SNR."""
     transformer = CogView3PlusTransformer2DModel(
         patch_size=2,
         in_channels=4,
@@ -308,12 +311,12 @@ def cogview3_plus() -> Any:
 
 
 def sana_pag() -> Any:
-    """A third part of the batch, with its attention perturbed."""
+    """A third part of the batch with perturbed attention."""
     return SanaPAGPipeline(**sana_parts())
 
 
 class Guard(ModelMixin, ConfigMixin):
-    """Finds everything harmless; stands in for a safety checker of a package that is not installed."""
+    """Approves everything, in place of a safety checker from a package that is not installed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -327,7 +330,7 @@ class Guard(ModelMixin, ConfigMixin):
 
 
 def cosmos2() -> Any:
-    """A preconditioned prediction, on scales of noise up to 80."""
+    """A preconditioned prediction, on noise scales up to 80."""
     transformer = CosmosTransformer3DModel(
         in_channels=4,
         out_channels=4,
@@ -340,7 +343,7 @@ def cosmos2() -> Any:
         max_size=(4, 32, 32),
         patch_size=(1, 2, 2),
         rope_scale=(2.0, 1.0, 1.0),
-        concat_padding_mask=False,  # resizes it by torchvision
+        concat_padding_mask=False,  # resizes it with torchvision
     )
     return Cosmos2TextToImagePipeline(
         transformer=stirred(transformer),
@@ -352,7 +355,7 @@ def cosmos2() -> Any:
 
 
 def sana_sprint() -> Any:
-    """Guidance by an embedding alone, on a schedule of angles."""
+    """Embedded guidance only, on a schedule of angles."""
     return SanaSprintPipeline(
         **sana_parts(guidance_embeds=True, guidance_embeds_scale=10.0, qk_norm="rms_norm_across_heads")
         | {"scheduler": SCMScheduler()}
@@ -360,14 +363,14 @@ def sana_sprint() -> Any:
 
 
 def stable_diffusion_35() -> Any:
-    """As SD 3.5: normalised queries and keys, and a second attention to the latent alone in the first block."""
+    """As SD 3.5: normalised queries and keys, and a second attention on the latent only in the first block."""
     parts = stable_diffusion_3().components
     config = dict(parts["transformer"].config) | {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}
     return StableDiffusion3Pipeline(**parts | {"transformer": enliven(SD3Transformer2DModel.from_config(config))})
 
 
 def amused() -> Any:
-    """Tokens of an image, masked and predicted: no latent that is denoised."""
+    """Masked tokens of an image are predicted; no latent is denoised."""
     transformer = UVit2DModel(
         hidden_size=16,
         use_bias=False,

@@ -42,7 +42,7 @@ from tests.support.families import clip, t5, unet, vae
 
 
 def hunyuan_video_from_picture(**changes: Any) -> Any:
-    """The picture as tokens among those of the text, and as channels of the latent."""
+    """The picture as tokens among the text's, and as channels of the latent."""
     pooled = clip(length=77)
     return HunyuanVideoImageToVideoPipeline(
         transformer=hunyuan_video_transformer(in_channels=4 + 4 + 1, image_condition_type="latent_concat", **changes),
@@ -68,7 +68,7 @@ def kandinsky_5_from_picture() -> Any:
 
 
 def cogvideox_from_picture() -> Any:
-    """Rotary positions as well as learned ones."""
+    """Rotary positions beside learned ones."""
     transformer = cogvideox_transformer(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -89,12 +89,12 @@ def cogvideox_from_video() -> Any:
 
 
 def ltx_from_picture() -> Any:
-    """A timestep for each token: the first frame has no noise, and its latents do not reach the scheduler."""
+    """A timestep per token: the first frame has no noise, and its latents skip the scheduler."""
     return ltx(LTXImageToVideoPipeline)
 
 
 def ltx_condition() -> Any:
-    """Tokens that are known keep their own timestep; the scheduler is handed all of them."""
+    """Known tokens keep their own timestep; the scheduler receives all tokens."""
     return ltx(LTXConditionPipeline)
 
 

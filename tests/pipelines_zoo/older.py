@@ -60,7 +60,7 @@ def hunyuan_dit(kind: type, **changes: Any) -> Any:
     two = t5()
     return kind(
         transformer=enliven(transformer),
-        vae=vae(blocks=4),  # the rotary table takes eight for granted
+        vae=vae(blocks=4),  # the rotary table assumes eight
         scheduler=DDPMScheduler(),
         tokenizer_2=two["tokenizer"],
         text_encoder_2=two["text_encoder"],
@@ -73,7 +73,7 @@ def hunyuan_dit(kind: type, **changes: Any) -> Any:
 
 
 def latte() -> Any:
-    """Frames are folded into the batch and out of it, from block to block."""
+    """Frames move into the batch and out of it, from block to block."""
     transformer = LatteTransformer3DModel(
         sample_size=8,
         num_layers=2,
@@ -96,7 +96,7 @@ def latte() -> Any:
 
 
 def allegro() -> Any:
-    """Rotary tables as tuples of tuples of tensors."""
+    """Rotary tables as nested tuples of tensors."""
     transformer = AllegroTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -123,7 +123,7 @@ def allegro() -> Any:
 
 
 def stable_audio() -> Any:
-    """Sound: latents `[n, channels, length]`, times in place of sizes, and timesteps that are not whole."""
+    """Sound: latents `[n, channels, length]`, times in place of sizes, and fractional timesteps."""
     transformer = StableAudioDiTModel(
         sample_size=16,
         in_channels=4,
@@ -162,7 +162,7 @@ def stable_audio() -> Any:
 
 
 def audio_ldm_2() -> Any:
-    """Sound: two texts, of which a language model writes one further, and a vocoder after the decoder."""
+    """Sound: two texts, one of them extended by a language model, and a vocoder after the decoder."""
     tokenizer = trained(RobertaTokenizer)
     tokenizer.model_max_length = 32
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 1, "num_hidden_layers": 1}

@@ -46,15 +46,15 @@ def cosmos_transformer(**changes: Any) -> Any:
         "patch_size": (1, 2, 2),
         "rope_scale": (2.0, 1.0, 1.0),
         "extra_pos_embed_type": "learnable",
-        "concat_padding_mask": False,  # resizes it by torchvision
+        "concat_padding_mask": False,  # resizes it with torchvision
     }
     transformer = lively(CosmosTransformer3DModel(**config | changes))
-    nn.init.normal_(transformer.proj_out.weight, std=5.0)  # what it predicts is small beside noise of scale 80
+    nn.init.normal_(transformer.proj_out.weight, std=5.0)  # its predictions are small beside noise of scale 80
     return enliven(transformer)
 
 
 def cosmos() -> Any:
-    """Preconditioned: what the scheduler is handed is computed from the prediction and the noisy latent."""
+    """Preconditioned: the scheduler's input is computed from the prediction and the noisy latent."""
     vae = AutoencoderKLCosmos(
         latent_channels=4,
         encoder_block_out_channels=(8, 8, 8, 8),
@@ -73,7 +73,7 @@ def cosmos() -> Any:
 
 
 def cosmos_2_from_picture() -> Any:
-    """The known frames are put back into the prediction at each step."""
+    """Each step replaces the known frames of the prediction."""
     return Cosmos2VideoToWorldPipeline(
         transformer=cosmos_transformer(in_channels=4 + 1),
         vae=wan_vae(),
@@ -84,7 +84,7 @@ def cosmos_2_from_picture() -> Any:
 
 
 def cosmos_2_5() -> Any:
-    """The hidden states of every layer of the text encoder, side by side."""
+    """The hidden states of every layer of the text encoder, concatenated."""
     return Cosmos2_5_PredictBasePipeline(
         transformer=cosmos_transformer(in_channels=4 + 1, text_embed_dim=2 * WIDTH),
         vae=wan_vae(),

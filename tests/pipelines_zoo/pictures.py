@@ -13,12 +13,12 @@ from stages.base.pictures import to_picture
 
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="pictures-")  # gone when the interpreter ends
+    return tempfile.TemporaryDirectory(prefix="pictures-")  # deleted when the interpreter ends
 
 
 @functools.cache
 def picture(seed: int = 0, size: int = 32) -> str:
-    """The path of a PNG file `[size, size]` of coloured squares."""
+    """Return the path of a PNG file `[size, size]` of coloured squares."""
     squares = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     path = Path(_folder().name, f"{seed}-{size}.png")
     to_picture(squares).resize((size, size), 0).save(path)
@@ -27,7 +27,7 @@ def picture(seed: int = 0, size: int = 32) -> str:
 
 @functools.cache
 def mask(size: int = 32) -> str:
-    """The path of a PNG file `[size, size]` whose right half is white."""
+    """Return the path of a PNG file `[size, size]` whose right half is white."""
     half = (torch.arange(size) >= size // 2).float().expand(1, size, size) * 2 - 1
     path = Path(_folder().name, f"mask-{size}.png")
     to_picture(half).save(path)
@@ -36,7 +36,7 @@ def mask(size: int = 32) -> str:
 
 @functools.cache
 def video(seed: int = 0, frames: int = 5, size: int = 32) -> str:
-    """The path of a GIF file of coloured squares that change from frame to frame, each `[size, size]`."""
+    """Return the path of a GIF file of coloured squares that change from frame to frame, each `[size, size]`."""
     noise = torch.rand(frames, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     first, *rest = [to_picture(squares).resize((size, size), 0) for squares in noise]
     path = Path(_folder().name, f"{seed}-{frames}-{size}.gif")

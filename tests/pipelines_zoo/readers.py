@@ -1,4 +1,4 @@
-"""Image transformers whose prompts are read by a model of language and pictures."""
+"""Image transformers whose prompts are encoded by a vision-language model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ from tests.support.families import WIDTH, clip, qwen_image, vae
 
 
 def ovis_image() -> Any:
-    """Two calls per step on Flux's architecture, with gated feed-forward."""
+    """Two calls per step on Flux's architecture, with gated feed-forward layers."""
     transformer = OvisImageTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -88,12 +88,12 @@ def longcat_parts() -> dict[str, Any]:
 
 
 def longcat_image() -> Any:
-    """Guidance that keeps the norm at most, and an argument that only the conditional call has."""
+    """Guidance that limits the norm, and an argument of the conditional call only."""
     return LongCatImagePipeline(vae=vae(16), **longcat_parts())
 
 
 def flat_vae(channels: int, blocks: int) -> nn.Module:
-    """Without attention, which is slow on large images."""
+    """Make a VAE without attention, which is slow on large images."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
@@ -134,12 +134,12 @@ def kandinsky5_parts(channels: int = 4, **changes: Any) -> dict[str, Any]:
 
 
 def kandinsky5() -> Any:
-    """Channels last, and images of a million pixels alone."""
+    """Channels last, and images of a million pixels only."""
     return Kandinsky5T2IPipeline(**kandinsky5_parts())
 
 
 def krea2() -> Any:
-    """Several layers of the text encoder beside each other."""
+    """Several layers of the text encoder, concatenated."""
     transformer = Krea2Transformer2DModel(
         in_channels=16,
         num_layers=2,
@@ -170,7 +170,7 @@ def krea2() -> Any:
 
 
 def nucleus_image() -> Any:
-    """Experts, and texts whose keys are cached."""
+    """Experts, and cached keys of texts."""
     transformer = NucleusMoEImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
@@ -203,8 +203,8 @@ def ideogram_transformer() -> nn.Module:
 
 
 def ideogram4() -> Any:
-    """A denoiser of its own for the unconditional pass, guidance at every scale, text and latent in one sequence."""
-    text = qwen3_vl(Qwen3VLModel, layers=36)  # of which the pipeline takes 13
+    """A separate denoiser for the unconditional pass, guidance at every scale, text and latent in one sequence."""
+    text = qwen3_vl(Qwen3VLModel, layers=36)  # the pipeline takes 13 of them
     del text["processor"]
     return Ideogram4Pipeline(
         transformer=ideogram_transformer(),
@@ -216,7 +216,7 @@ def ideogram4() -> Any:
 
 
 def ernie_image() -> Any:
-    """Lengths of texts in place of a mask."""
+    """Text lengths in place of a mask."""
     transformer = ErnieImageTransformer2DModel(
         hidden_size=32,
         num_attention_heads=2,
@@ -267,7 +267,7 @@ def qwen_image_21() -> Any:
 
 
 def glm_reader() -> dict[str, Any]:
-    """Writes an image in tokens of 32x32 pixels, from the seed of a call's first sample alone."""
+    """Make a model that writes an image in tokens of 32x32 pixels, from the seed of a call's first sample only."""
     tokenizer = bytes_tokenizer()
     tokens = {"image_token": "<|image|>", "grid_bos_token": "<|grid_bos|>", "grid_eos_token": "<|grid_eos|>"}
     tokenizer.add_special_tokens(
@@ -292,7 +292,7 @@ def glm_reader() -> dict[str, Any]:
 
 
 def glm_image() -> Any:
-    """Tokens of the image, written beforehand, which the unconditional call leaves out, and text in quotes."""
+    """Image tokens written beforehand, which the unconditional call omits, and text in quotes."""
     transformer = GlmImageTransformer2DModel(
         patch_size=2,
         in_channels=4,

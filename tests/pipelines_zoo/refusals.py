@@ -1,4 +1,4 @@
-"""The specimens that are refused, each with words of its line."""
+"""The refused specimens, each with a part of its error message."""
 
 from __future__ import annotations
 

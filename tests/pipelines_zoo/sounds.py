@@ -27,18 +27,20 @@ from tests.pipelines_zoo.specimen import Specimen
 from tests.pipelines_zoo.video_encoders import chat_tokenizer
 from tests.support.families import WIDTH, enliven, lively, t5
 
-TOLD = SFT_GEN_PROMPT + DEFAULT_DIT_INSTRUCTION + "- bpm: N/A - timesignature: N/A - keyscale: N/A - duration: seconds"
+TEMPLATE = (
+    SFT_GEN_PROMPT + DEFAULT_DIT_INSTRUCTION + "- bpm: N/A - timesignature: N/A - keyscale: N/A - duration: seconds"
+)
 
 
 def ace_step() -> Any:
-    """Adaptive projected guidance with momentum of its own, against a learned embedding; timesteps from 1 to 0."""
+    """Adaptive projected guidance with its own momentum, against a learned embedding; timesteps from 1 to 0."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"head_dim": 8, "sliding_window": 16}
     transformer = AceStepTransformer1DModel(
         **sizes, num_hidden_layers=2, in_channels=24, audio_acoustic_hidden_dim=8, patch_size=2
     )
     for layer in transformer.layers:
-        nn.init.normal_(layer.cross_attn.to_out[0].weight, std=1.0)  # it averages over many tokens of a template
+        nn.init.normal_(layer.cross_attn.to_out[0].weight, std=1.0)  # it averages over a template's many tokens
     encoder = AceStepConditionEncoder(
         **sizes,
         text_hidden_dim=WIDTH,
@@ -58,7 +60,7 @@ def ace_step() -> Any:
             sampling_rate=4,
         ).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1),
-        **language_model(Qwen3Model, Qwen3Config, chat_tokenizer(TOLD)),
+        **language_model(Qwen3Model, Qwen3Config, chat_tokenizer(TEMPLATE)),
     )
 
 
@@ -78,7 +80,7 @@ def longcat_audio() -> Any:
 
 
 def stable_audio_3() -> Any:
-    """The duration conditions too; timesteps from 1 to 0."""
+    """The duration is a condition too; timesteps from 1 to 0."""
     transformer = StableAudio3DiTModel(
         io_channels=8,
         patch_size=1,

@@ -1,4 +1,4 @@
-"""What the zoo tells of a pipeline: how it is built tiny, and what its call needs."""
+"""A specimen of the zoo: how to build a tiny pipeline, and the arguments of its call."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Specimen:
     """A pipeline of diffusers with random weights, small enough to run in a second.
 
     Attributes:
-        make: builds it, from the random numbers that torch draws next.
-        arguments: what its call needs besides conditions, steps and scale: small images, short prompts.
+        make: builds it, with torch's global random numbers.
+        arguments: of its call besides conditions, steps and scale: small images, short prompts.
         conditions: of two samples.
         shifted: whether its scheduler's timesteps can be shifted.
     """
@@ -31,7 +31,7 @@ class Specimen:
     shifted: bool = True
 
     def build(self) -> Any:
-        """The pipeline, quiet, the same each time."""
+        """Build the pipeline without progress bars, and with the same weights each time."""
         torch.manual_seed(0)
         pipe = self.make()
         pipe.set_progress_bar_config(disable=True)

@@ -7,6 +7,6 @@ from tests.pipelines_zoo.refusals import REFUSALS
 from tests.pipelines_zoo.table import page
 
 
-def test_the_page_is_what_the_tests_show() -> None:
+def test_the_page_is_up_to_date() -> None:
     assert REFUSALS.keys() <= gather().keys()
     assert (Path(__file__).parent / "README.md").read_text() == page()

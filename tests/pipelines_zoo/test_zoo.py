@@ -1,4 +1,7 @@
-"""Every specimen is built, saved, loaded and guided, and its condition matters: or else its other tests show nothing."""
+"""Every specimen is built, saved, loaded and guided, and its condition matters.
+
+Otherwise its other tests would show nothing.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ pytestmark = pytest.mark.zoo
 ZOO = gather()
 SCALES_OF_STAGES = ("prior_guidance_scale", "decoder_guidance_scale", "max_guidance_scale")
 CLEARLY = 0.01
-OUTPUTS = {"StableDiffusionLDM3DPipeline": "np"}  # tensors, wherever they can be had
+OUTPUTS = {"StableDiffusionLDM3DPipeline": "np"}  # tensors, if the pipeline can return them
 
 
 def frames(path: str) -> list[Image.Image]:
@@ -36,26 +39,26 @@ OPENED: dict[str, Callable[[str], Any]] = {"image": Image.open, "mask_image": Im
 
 
 def info(condition: Condition) -> dict[str, Any]:
-    """A condition as a call takes it: one of each kind by itself, as some pipelines ask, pictures opened."""
+    """Return a condition as call arguments: a list of one where the pipeline requires it, with pictures opened."""
     info = {key: OPENED[key](value) if key in OPENED else value for key, value in condition.items()}
     return {"class_labels": [info.pop("class_label")], **info} if "class_label" in info else info
 
 
 def guided_by(pipe: Any, scale: float) -> dict[str, Any]:
-    """What tells a pipeline its scale: an argument, several, or none where a guider inside has been told."""
+    """Return the call arguments that set a scale: one, several, or none if the pipeline's guider is set."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     keyword = next((name for name in SCALE_KEYWORDS if name in parameters), None)
     scales = [keyword] if keyword else [name for name in SCALES_OF_STAGES if name in parameters]
     arguments = dict.fromkeys(scales, scale)
     if scale == 1 and "pag_scale" in parameters:
-        arguments["pag_scale"] = 0.0  # some cannot have their own guidance alone
+        arguments["pag_scale"] = 0.0  # some require their own kind of guidance to be off as well
     if not scales:
         pipe.guider.guidance_scale = scale
     return arguments
 
 
 def predictions(pipe: Any, specimen: Specimen, scale: float, place: int) -> list[Tensor]:
-    """What the schedulers of a pipeline are handed in two steps, for the sample at a place."""
+    """Return the inputs of the pipeline's schedulers in two steps, for the sample at a position."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     arguments: dict[str, Any] = dict(specimen.arguments) | info(specimen.conditions[place])
     arguments["generator"] = torch.Generator().manual_seed(0)
@@ -63,7 +66,7 @@ def predictions(pipe: Any, specimen: Specimen, scale: float, place: int) -> list
     arguments |= dict.fromkeys([name for name in steps if name not in specimen.arguments], 2)
     if "output_type" in parameters:
         arguments["output_type"] = OUTPUTS.get(type(pipe).__name__, "pt")
-    torch.manual_seed(0)  # some encode their picture with noise that no generator draws
+    torch.manual_seed(0)  # some encode their picture with noise from the global generator
     with watched(pipe) as seen, torch.no_grad():
         pipe(**arguments, **guided_by(pipe, scale))
     return seen
@@ -71,7 +74,7 @@ def predictions(pipe: Any, specimen: Specimen, scale: float, place: int) -> list
 
 @contextmanager
 def watched(pipe: Any) -> Iterator[list[Tensor]]:
-    """Within it, what is handed to `step` of a scheduler of the pipeline, or of a copy of one, is kept in the list."""
+    """Collect the inputs of `step` of the pipeline's schedulers and their copies within the context."""
     seen: list[Tensor] = []
     with ExitStack() as stack:
         for kind in {type(part) for part in vars(pipe).values() if isinstance(part, SchedulerMixin)}:
@@ -80,7 +83,7 @@ def watched(pipe: Any) -> Iterator[list[Tensor]]:
 
 
 def seeing(step: Callable[..., Any], seen: list[Tensor]) -> Callable[..., Any]:
-    @functools.wraps(step)  # pipelines look at its signature
+    @functools.wraps(step)  # pipelines inspect its signature
     def see(scheduler: Any, model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.append(model_output.detach().clone())
         return step(scheduler, model_output, *args, **kwargs)
@@ -89,9 +92,9 @@ def seeing(step: Callable[..., Any], seen: list[Tensor]) -> Callable[..., Any]:
 
 
 def distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """How far the last predictions are apart, relative to their size; infinite where one is not a number."""
-    apart = float((one[-1] - other[-1]).norm() / other[-1].norm().clamp(min=1e-12))
-    return apart if apart == apart else float("inf")
+    """Return the relative distance of the last predictions; infinite if one is not a number."""
+    relative = float((one[-1] - other[-1]).norm() / other[-1].norm().clamp(min=1e-12))
+    return relative if relative == relative else float("inf")
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -102,7 +105,7 @@ def test_a_specimen_is_saved_loaded_and_guided(name: str, tmp_path: Path) -> Non
     assert type(pipe).__name__ == name.split(" ")[0]
     try:
         guided = predictions(pipe, specimen, 3.0, 0)
-    except NameError as missing:  # pipelines import what they need where it is installed, and use it anywhere
+    except NameError as missing:  # pipelines import optional packages if installed, and use them unconditionally
         pytest.skip(f"needs a package that is not installed: {missing}")
     assert CLEARLY < distance(predictions(pipe, specimen, 1.0, 0), guided) < float("inf")
     assert CLEARLY < distance(predictions(pipe, specimen, 3.0, 1), guided) < float("inf")
@@ -110,5 +113,5 @@ def test_a_specimen_is_saved_loaded_and_guided(name: str, tmp_path: Path) -> Non
     loaded: Any = DiffusionPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     if getattr(getattr(pipe, "vae", None), "use_tiling", False):
-        loaded.vae.enable_tiling()  # which is not saved
+        loaded.vae.enable_tiling()  # it is not saved
     assert distance(predictions(loaded, specimen, 3.0, 0), guided) < 1e-4

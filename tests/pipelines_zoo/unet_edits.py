@@ -1,4 +1,4 @@
-"""Pipelines with a UNet, or Stable Diffusion 3, that edit a picture or start from one."""
+"""Pipelines with a UNet, and Stable Diffusion 3, that edit a picture or start from one."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ from tests.support.families import WIDTH, clip, enliven, unet, vae
 
 
 def pictured(**others: Any) -> tuple[Condition, ...]:
-    """The prompts of every specimen, each with a picture, and what else each needs."""
-    return tuple({**asked, "image": picture(seed), **others} for seed, asked in enumerate(PROMPTS))
+    """Add a picture to the prompts of every specimen, and its further conditions."""
+    return tuple({**prompt, "image": picture(seed), **others} for seed, prompt in enumerate(PROMPTS))
 
 
 def upscale() -> Any:
-    """The noise level comes in as a class, the picture as three channels."""
+    """The noise level is a class, and the picture three channels."""
     return stable_diffusion(
         StableDiffusionUpscalePipeline,
         unet=unet(in_channels=7, num_class_embeds=100),
@@ -60,7 +60,7 @@ def upscale() -> Any:
 
 
 def depth_to_image() -> Any:
-    """The depth that a network of its own tells of the picture comes in as a fifth channel."""
+    """The picture's depth, from a separate network, is a fifth channel."""
     config = DPTConfig(
         image_size=32,
         patch_size=8,
@@ -129,7 +129,7 @@ def stable_video_diffusion() -> Any:
         timestep_type="continuous",
         use_karras_sigmas=True,
     )
-    eye = clip_vision(WIDTH, 224, patch=56)  # the size that the pipeline resizes to
+    eye = clip_vision(WIDTH, 224, patch=56)  # the pipeline resizes to this size
     return StableVideoDiffusionPipeline(
         vae=autoencoder.eval(),
         image_encoder=eye["image_encoder"],
@@ -162,12 +162,12 @@ def i2vgen() -> Any:
 
 
 def pia() -> Any:
-    """The picture and its mask come in as five channels more, by weights of the motion adapter."""
+    """The picture and its mask are five additional channels, with weights of the motion adapter."""
     adapter = motion(conv_in_channels=9)
     return PIAPipeline(vae=vae(), unet=unet(), motion_adapter=adapter, scheduler=ddim(), **clip())
 
 
-ALL_STEPS = {"strength": 1.0}  # less of it cuts the first ones
+ALL_STEPS = {"strength": 1.0}  # a lower strength skips the first steps
 ZOO: dict[str, Specimen] = {
     "StableDiffusionInstructPix2PixPipeline": Specimen(
         lambda: stable_diffusion(StableDiffusionInstructPix2PixPipeline, unet=unet(in_channels=8)),

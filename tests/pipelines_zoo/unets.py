@@ -45,13 +45,13 @@ def ddim(**changes: Any) -> DDIMScheduler:
 
 
 def stable_diffusion(kind: type, **changes: Any) -> Any:
-    """Of a class that takes what Stable Diffusion is made of, or what `changes` says in its place."""
+    """Make a pipeline of a class from the components of Stable Diffusion, some replaced by `changes`."""
     parts = {"vae": vae(), "unet": unet(), "scheduler": ddim(beta_schedule="scaled_linear"), **clip(), **NO_CHECKER}
     return fitted(kind, parts | changes)
 
 
 def fitted(kind: type, parts: dict[str, Any]) -> Any:
-    """A pipeline of those parts that its class takes."""
+    """Make a pipeline from those components that its class takes."""
     wanted = inspect.signature(kind.__init__).parameters
     return kind(**{name: part for name, part in parts.items() if name in wanted})
 
@@ -62,7 +62,7 @@ def stable_diffusion_xl(kind: type, **changes: Any) -> Any:
 
 
 def remade(kind: type, family: str, **changes: Any) -> Any:
-    """With remade-attention guidance, of the parts of a family."""
+    """Make a pipeline with perturbed-attention guidance from the components of a family."""
     return fitted(kind, families.FAMILIES[family]().components | changes)
 
 
@@ -101,7 +101,7 @@ def kandinsky_3() -> Any:
 
 
 def simple_unet(**changes: Any) -> nn.Module:
-    """The blocks of Kandinsky 2 and DeepFloyd IF, which also predict a variance."""
+    """Make a UNet with the blocks of Kandinsky 2 and DeepFloyd IF, which also predict a variance."""
     config = {
         "out_channels": 8,
         "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),

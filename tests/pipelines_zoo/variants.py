@@ -1,4 +1,4 @@
-"""What was made from Stable Diffusion: other guidance, other inputs, other outputs."""
+"""Derivatives of Stable Diffusion: other guidance, other inputs, other outputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def text_to_video() -> Any:
 
 
 def depth_too() -> Any:
-    """Pictures of six channels, the last three of them depth."""
+    """Pictures of six channels, the last three for depth."""
     autoencoder = AutoencoderKL.from_config(vae().config, in_channels=6, out_channels=6).eval()
     return stable_diffusion(StableDiffusionLDM3DPipeline, vae=autoencoder, image_encoder=None)
 

@@ -1,4 +1,4 @@
-"""Encoders of texts and pictures that pipelines of videos and sounds have, beyond those of `encoders.py`."""
+"""Encoders of texts and pictures for pipelines of videos and sounds, beyond those of `encoders.py`."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from tests.support.families import WIDTH, lively, trained
 
 
 def chat_tokenizer(text: str = "") -> Any:
-    """Reads every text, and puts a token before it.
+    """Make a tokenizer that reads every text, and puts a token before it.
 
-    The words of `text` become tokens too, and whatever it has in angle brackets, so that a long one stays short.
+    The words of `text` and its markers in angle brackets become tokens too, so that a long template stays short.
     """
     tokenizer = trained(Qwen2Tokenizer, 600, text)
     tokenizer.add_special_tokens({"additional_special_tokens": [*CHAT_TOKENS, *re.findall("<[^<>]+>", text)]})
@@ -80,7 +80,7 @@ def t5gemma2() -> dict[str, Any]:
 
 
 def llava(template: str, patches: int) -> dict[str, Any]:
-    """For a template with `<image>` in it, which stands for `patches` squared tokens."""
+    """Make a model for a template with `<image>`, which stands for `patches` squared tokens."""
     tokenizer = chat_tokenizer(template)
     picture = clip_vision(patch=2, size=2 * patches)
     config = LlavaConfig(

@@ -68,7 +68,7 @@ def hunyuan_video_vae() -> Any:
 
 
 def hunyuan_video(pipeline: Any = HunyuanVideoPipeline, **changes: Any) -> Any:
-    """True guidance by two calls beside a guidance embedding; the text goes through a refiner."""
+    """True guidance by two calls beside an embedded one; the text passes through a refiner."""
     pooled = clip(length=77)
     return pipeline(
         transformer=hunyuan_video_transformer(**changes),
@@ -110,7 +110,7 @@ def cogvideox_vae() -> Any:
 
 
 def cogvideox() -> Any:
-    """Latents with the frames before the channels; text and video in one sequence."""
+    """Latents with frames before channels; text and video in one sequence."""
     return CogVideoXPipeline(
         transformer=cogvideox_transformer(), vae=cogvideox_vae(), scheduler=CogVideoXDDIMScheduler(), **t5()
     )
@@ -134,7 +134,7 @@ def ltx_transformer() -> Any:
 
 
 def ltx_vae() -> Any:
-    """Its latents are 4 times smaller than the frames, and 4 times fewer."""
+    """Make a VAE whose latents are 4 times smaller than the frames, and 4 times fewer."""
     return AutoencoderKLLTXVideo(
         latent_channels=8,
         block_out_channels=(8, 8, 8, 8),
@@ -168,7 +168,7 @@ def ltx2_connectors() -> Any:
 
 
 def ltx2_parts() -> dict[str, Any]:
-    """What decodes video and sound."""
+    """Make the decoders of video and sound."""
     video = AutoencoderKLLTX2Video(
         latent_channels=4,
         block_out_channels=(8,),
@@ -200,7 +200,7 @@ def ltx2_parts() -> dict[str, Any]:
 
 
 def ltx2() -> Any:
-    """Video and sound denoised together, each with a scheduler of its own: the second is a copy."""
+    """Video and sound denoised together, each with its own scheduler: the second is a copy."""
     transformer = LTX2VideoTransformer3DModel(
         in_channels=4,
         out_channels=4,
@@ -262,7 +262,7 @@ def mochi() -> Any:
 
 
 def hunyuan_video_1_5(pipeline: Any, **changes: Any) -> Any:
-    """Two encoders: of the whole prompt, and of the words that it has in quotation marks; a guider as a component."""
+    """Two encoders, for the whole prompt and for its words in quotation marks; a guider as a component."""
     transformer = HunyuanVideo15Transformer3DModel(
         in_channels=4 + 4 + 1,
         out_channels=4,
@@ -310,7 +310,7 @@ def hunyuan_video_1_5_from_text() -> Any:
 
 
 def kandinsky_5(pipeline: Any, **changes: Any) -> Any:
-    """Channels last; the text is padded to the longest prompt of a call, and nothing masks what was added."""
+    """Channels last; the text is padded to the longest prompt of a call, without a mask."""
     transformer = Kandinsky5Transformer3DModel(
         in_visual_dim=4,
         out_visual_dim=4,
@@ -334,7 +334,7 @@ def kandinsky_5(pipeline: Any, **changes: Any) -> Any:
         tokenizer_2=pooled["tokenizer"],
         text_encoder_2=pooled["text_encoder"],
     )
-    pipe.register_modules(**qwen2_5_vl(pipe.prompt_template[:400]))  # it cuts off 128 tokens, and must have them
+    pipe.register_modules(**qwen2_5_vl(pipe.prompt_template[:400]))  # it cuts off 128 tokens, and fails with fewer
     return pipe
 
 

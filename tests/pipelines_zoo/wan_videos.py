@@ -1,4 +1,4 @@
-"""Tiny pipelines of Wan and of what was made from it."""
+"""Tiny pipelines of Wan and of its derivatives."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def wan_transformer(kind: Any = WanTransformer3DModel, **changes: Any) -> Any:
 
 
 def wan_vae(channels: int = 4, **changes: Any) -> Any:
-    """Its latents are 4 times smaller than the frames, and 2 times fewer, where `changes` do not say otherwise."""
+    """Make a VAE whose latents are 4 times smaller than the frames and 2 times fewer, unless `changes` differ."""
     config = {
         "base_dim": 8,
         "z_dim": channels,
@@ -78,7 +78,7 @@ def wan_vae(channels: int = 4, **changes: Any) -> Any:
 
 
 def wan_2_2() -> Any:
-    """Two denoisers, each for its part of the timesteps."""
+    """Two denoisers, each for a range of timesteps."""
     return WanPipeline(
         transformer=wan_transformer(),
         transformer_2=wan_transformer(),
@@ -113,7 +113,7 @@ def skyreels(pipeline: Any = SkyReelsV2Pipeline, **changes: Any) -> Any:
 
 
 def skyreels_diffusion_forcing() -> Any:
-    """A timestep for each frame, and a scheduler for each."""
+    """A timestep and a scheduler per frame."""
     return skyreels(SkyReelsV2DiffusionForcingPipeline)
 
 
@@ -123,14 +123,14 @@ def skyreels_image_to_video() -> Any:
 
 
 def wan_2_2_small() -> Any:
-    """One denoiser for all timesteps; a timestep for each token."""
+    """One denoiser for all timesteps; a timestep per token."""
     return WanPipeline(
         transformer=wan_transformer(), expand_timesteps=True, vae=wan_vae(), scheduler=unipc(), **t5("umt5")
     )
 
 
 def wan_vace() -> Any:
-    """What controls it goes through blocks of its own, beside the others."""
+    """The control passes through separate blocks beside the others."""
     latents, masks = 2 * 4, 4 * 4
     transformer = wan_transformer(
         WanVACETransformer3DModel, num_layers=3, vace_layers=[0, 2], vace_in_channels=latents + masks
@@ -144,7 +144,7 @@ def wan_video_to_video() -> Any:
 
 
 def lucy_edit() -> Any:
-    """The video that is edited as further channels of the latent."""
+    """The edited video as further channels of the latent."""
     return LucyEditPipeline(
         transformer=wan_transformer(in_channels=4 + 4), vae=wan_vae(), scheduler=unipc(), **t5("umt5")
     )
@@ -161,7 +161,7 @@ def chrono_edit() -> Any:
 
 
 def any_flow() -> Any:
-    """Told where a step ends as well as where it starts; frames before channels."""
+    """The denoiser takes a step's end beside its start; frames before channels."""
     return AnyFlowPipeline(
         transformer=wan_transformer(AnyFlowTransformer3DModel),
         vae=wan_vae(),
@@ -171,7 +171,7 @@ def any_flow() -> Any:
 
 
 def helios() -> Any:
-    """Frames that were made before condition the next ones."""
+    """Earlier frames condition the next ones."""
     config = {
         "patch_size": (1, 2, 2),
         "num_attention_heads": 2,

@@ -1,4 +1,4 @@
-"""Every family through the whole line: generated, trained on, sampled in one pass."""
+"""Every family through all commands: generated, trained on, sampled in one pass."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def dataset(family: str, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return Dataset(generate(config))
 
 
-def test_the_dataset_is_whole_and_tells_what_was_found(dataset: Dataset) -> None:
+def test_the_dataset_is_whole_and_records_the_layout(dataset: Dataset) -> None:
     found = verify(dataset.root)
     assert found["ok"]
     assert found["records"] == 6 * 4
@@ -67,7 +67,7 @@ def test_the_dataset_is_whole_and_tells_what_was_found(dataset: Dataset) -> None
 
 
 def test_untrained_the_student_is_the_unguided_teacher(dataset: Dataset) -> None:
-    """At the first step the noise is the same, and so what the untouched pipeline predicts at scale 1 is known."""
+    """The noise at the first step is the same, so that the untouched pipeline's prediction at scale 1 is known."""
     teacher = dataset.info.teacher
     pipe: Any = load_pipeline(teacher.pretrained_model_name_or_path)
     row = next(row for row in dataset.manifest.to_pylist() if row["trajectory"] == 0)
@@ -111,7 +111,7 @@ def test_the_adapter_found_its_conditions_in_the_records(dataset: Dataset) -> No
     assert json.dumps(student.adapter.metadata.to_json())
 
 
-def test_negative_prompts_are_seen_in_one_pass_as_they_were_recorded(dataset: Dataset) -> None:
+def test_negative_prompts_are_seen_in_one_pass_as_recorded(dataset: Dataset) -> None:
     """The pipeline encodes them by its own rules; neither the evaluations nor the noise notice it."""
     adapter = Student.create(
         dataset, small_adapter(conditions=["timestep", "negative_tokens"]), load_base(dataset)

@@ -54,7 +54,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_command_succeeds_whatever_its_streams_are(place: str, tmp_path: Path) -> None:
+def test_a_command_succeeds_with_any_streams(place: str, tmp_path: Path) -> None:
     (tmp_path / "command.py").write_text(COMMAND, encoding="utf-8")
     overrides = f'"{sys.executable}" "{tmp_path}/command.py" output="{tmp_path}/öutput" {PLACES[place]}'
     ended = subprocess.run(

@@ -1,6 +1,8 @@
-"""What can happen to a cluster, made to happen to one of several real Ray nodes on this machine.
+"""Faults of a cluster, injected into one of several real Ray nodes on this machine.
 
-python -m tests.support.cluster_faults TEACHER FOLDER    prints what came of it as JSON; a process of its own, which joins another Ray
+python -m tests.support.cluster_faults TEACHER FOLDER    prints the outcome as JSON
+
+It runs in a process of its own, because it joins another Ray.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ QUICK = {f"health_check_{name}": value for name, value in {
 
 
 class WatchedFleet(FaultyFleet):
-    """Keeps when each event came."""
+    """Keeps the time of each event."""
 
     def __init__(self, config: Any) -> None:
         self.seen: list[tuple[float, Event]] = []
@@ -51,13 +53,15 @@ class WatchedFleet(FaultyFleet):
         return events
 
     def first(self, kind: type, since: float) -> float:
-        """Seconds from a moment to the first event of a kind after it."""
+        """Return the seconds from a moment to the next event of a class."""
         return next(moment for moment, event in self.seen if isinstance(event, kind) and moment >= since) - since
 
 
 def run(teacher: Path, folder: Path) -> dict[str, Any]:
-    """Of two nodes, one stands still with a shard written and not committed, the other dies in the middle of a unit; later
-    a third joins and makes everything; at last the first goes on, with what was made elsewhere meanwhile.
+    """Run generation on two nodes, and inject a fault into each.
+
+    The first node stops with a shard written and not committed; the second dies in the middle of a unit. A third node
+    joins and makes all units. Then the first node continues and finds its unit made elsewhere.
     """
     write_faults(folder, {SAMPLING: dict.fromkeys(range(UNITS), (SLOW, 1)), BEFORE_COMMIT: {0: (STOP_NODE, 1)}})
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": QUICK}
@@ -65,7 +69,7 @@ def run(teacher: Path, folder: Path) -> dict[str, Any]:
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     config = generate_config(teacher, folder / "data", num_trajectories=3 * UNITS, num_workers=2)
     driver, fleet = Driver(config), WatchedFleet(config)
-    driver.todo = deque(sorted(driver.todo))  # the unit whose node stands still comes while there is more to make
+    driver.todo = deque(sorted(driver.todo))  # the unit of the stopped node comes first, while others remain
     summary: dict[str, Any] = {}
     thread = threading.Thread(target=lambda: summary.update(driver.run(fleet)), daemon=True)
     thread.start()
@@ -91,7 +95,7 @@ def run(teacher: Path, folder: Path) -> dict[str, Any]:
     raylet, worker = stopped
     os.kill(worker, signal.SIGCONT)
     until(lambda: count_shards() < before, 60)
-    os.kill(raylet, signal.SIGCONT)  # only now: it finds itself given up, and takes its worker along
+    os.kill(raylet, signal.SIGCONT)  # last: Ray has declared the node dead, and it kills its worker
     return summary | {
         "seconds_to_notice": fleet.first(Failed, killed),
         "seconds_to_use_a_node": fleet.first(Loaded, joined),

@@ -1,7 +1,8 @@
-"""What can happen to a finished dataset on disk, done to it for real.
+"""Damage to a finished dataset on disk, done to real files.
 
-`DAMAGES` are by name: each function damages the dataset in a folder and tells the files that `verify` must name. `SEALED` are those that
-checksums hide, because shard, commit and manifest were written again to agree: only what they hold tells.
+`DAMAGES` maps a name to a function that damages the dataset in a folder and returns the files that `verify` must name.
+Checksums do not detect the damages in `SEALED`, because shard, commit and manifest were written again to agree: only
+the content shows them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ UNPICKLED = "unpickled"
 
 
 class Trap:
-    """Unpickled, it makes a folder in the current one."""
+    """An object that makes a folder in the working directory when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (UNPICKLED,)
@@ -47,7 +48,7 @@ def commit_of(root: Path, unit: int = UNIT) -> dict[str, Any]:
 
 
 def bytes_of_shard(change: Callable[[bytearray, list[dict[str, Any]]], bytes | bytearray]) -> Damage:
-    """Damage to a shard's bytes: a function of these, and of the samples in them."""
+    """Damage a shard's bytes by a function of the bytes and the commit's samples."""
 
     def damage(root: Path) -> list[str]:
         commit = commit_of(root)
@@ -74,7 +75,7 @@ def members_of(content: bytes) -> Members:
 
 
 def tar_of(members: Members, kind: bytes = tarfile.REGTYPE) -> tuple[bytes, dict[str, int]]:
-    """A shard of these members, the last of that kind, and the place of each one's bytes."""
+    """Return a shard of these members, the last one of the given type, and the offset of each one's bytes."""
     file, places = io.BytesIO(), {}
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, (name, content) in enumerate(members, start=1):
@@ -88,12 +89,12 @@ def tar_of(members: Members, kind: bytes = tarfile.REGTYPE) -> tuple[bytes, dict
 
 
 def members(change: Callable[[Members], Members], kind: bytes = tarfile.REGTYPE) -> Damage:
-    """Damage to what a shard's tar holds; nothing else is changed."""
+    """Damage the members of a shard's tar, and nothing else."""
     return bytes_of_shard(lambda content, _: tar_of(change(members_of(content)), kind)[0])
 
 
 def with_tensors(change: Callable[[bytes], bytes]) -> Callable[[Members], Members]:
-    """Other bytes in place of the first sample's tensors."""
+    """Replace the bytes of the first sample's tensors."""
     return lambda held: [held[0], (held[1][0], change(held[1][1])), *held[2:]]
 
 
@@ -110,7 +111,7 @@ def with_header_of_2_to_63(tensors: bytes) -> bytes:
 
 
 def retensored(**changes: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[bytes], bytes]:
-    """Tensors that are others; those that become None are left out."""
+    """Change tensors; those that become None are left out."""
 
     def change(content: bytes) -> bytes:
         tensors = safetensors.torch.load(content)
@@ -130,7 +131,7 @@ def sealed(
     kind: bytes = tarfile.REGTYPE,
     tail: bytes = b"",
 ) -> Damage:
-    """The same to a shard whose commit, and the manifest, are then written again to agree with it."""
+    """Damage a shard, then write its commit and the manifest again to agree with it."""
 
     def damage(root: Path) -> list[str]:
         commit = commit_of(root)
@@ -263,11 +264,11 @@ SEALED: dict[str, Damage] = {
     "a tensor left out, sealed": sealed(with_tensors(retensored(target=lambda _: None))),
     "a tensor of another shape, sealed": sealed(with_tensors(retensored(latent=lambda latent: latent[:, :2]))),
     "a tensor of another dtype, sealed": sealed(with_tensors(retensored(latent=lambda latent: latent.float()))),
-    "fewer records than are told, sealed": sealed(
+    "fewer records than the commit states, sealed": sealed(
         with_tensors(retensored(**dict.fromkeys(
             ("latent", "target", "timestep", "guidance_cosine", "guidance_delta"), lambda value: value[:1]
         )))
     ),
-    "another scale than is told, sealed": sealed(rows=lambda rows: [rows[0] | {"scale": 9.0}, *rows[1:]]),
-    "a description that is none, sealed": sealed(lambda held: [(held[0][0], b"[" * 100_000), *held[1:]]),
+    "another scale than the commit states, sealed": sealed(rows=lambda rows: [rows[0] | {"scale": 9.0}, *rows[1:]]),
+    "an invalid description, sealed": sealed(lambda held: [(held[0][0], b"[" * 100_000), *held[1:]]),
 }  # fmt: skip

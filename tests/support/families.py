@@ -1,6 +1,6 @@
-"""A tiny pipeline with random weights of every family, each made and saved without a download.
+"""A tiny pipeline with random weights for every family, made and saved without a download.
 
-Stock initialisation makes networks that all but ignore their condition; `enliven` makes it matter.
+Stock initialisation makes networks that nearly ignore their condition; `enliven` makes the condition matter.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from transformers import (
 )
 
 PROMPTS = ["a bold seven leaning right", "a thin zero"]
-WIDTH = 32  # of every text encoder
+WIDTH = 32  # width of every text encoder
 
 
 def enliven(denoiser: nn.Module, std: float = 0.2) -> nn.Module:
@@ -64,7 +64,7 @@ def enliven(denoiser: nn.Module, std: float = 0.2) -> nn.Module:
 
 
 def trained(kind: Any, size: int = 400, text: str = "") -> Any:
-    """A tokenizer of the class `kind` for the prompts and the words of `text`."""
+    """Return a tokenizer of the class `kind`, trained on the prompts and the words of `text`."""
     return copy.deepcopy(_trained(kind, size, text))
 
 
@@ -107,7 +107,7 @@ def t5(kind: str = "t5", width: int = WIDTH) -> dict[str, Any]:
 
 
 def vae(channels: int = 4, blocks: int = 3) -> AutoencoderKL:
-    """Its latents are 2^(blocks - 1) times smaller than the images."""
+    """Make a VAE whose latents are 2^(blocks - 1) times smaller than the images."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
@@ -330,7 +330,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         wan,
     )
 }
-# What each needs to be told: small images, short prompts.
+# The call arguments that each family needs: small images, short prompts.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "stable_diffusion_3": {"height": 32, "width": 32, "max_sequence_length": 32},
     "pixart_sigma": {"height": 32, "width": 32, "max_sequence_length": 32},
@@ -341,7 +341,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def build(family: str) -> Any:
-    """A pipeline of the family, quiet, the same each time."""
+    """Make a pipeline of the family, without progress bars and with the same weights each time."""
     torch.manual_seed(0)
     pipe = FAMILIES[family]()
     pipe.set_progress_bar_config(disable=True)

@@ -1,7 +1,9 @@
 """The faults that the tests inject, and how many of them generation and datasets survived.
 
 python -m tests.support.faults_table        prints the table of tests/README.md from the committed result
-python -m tests.support.faults_table run    runs the tests that inject faults and writes that result; fails where a fault was not survived
+python -m tests.support.faults_table run    runs the tests that inject faults and writes that result
+
+`run` fails if a fault was not survived.
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ class Fault(TypedDict):
 
 
 def survived(name: str, kind: str) -> None:
-    """Record that a fault was injected, and that everything was as it has to be afterwards. For the end of a test."""
+    """Record at the end of a test that a fault was injected, and that everything was in order afterwards."""
     if path := os.environ.get(VARIABLE):
         with Path(path).open("a") as file:
             file.write(json.dumps({"fault": name, "kind": kind}) + "\n")
 
 
 def failures(report: Path) -> list[tuple[str, str]]:
-    """Return (file, test) of each test that failed: it did not come to name its fault."""
+    """Return (file, test) of each test that failed, because it ended before it named its fault."""
     cases = ElementTree.parse(report).getroot().iter("testcase")
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     return [(case.attrib["classname"], case.attrib["name"]) for case in failed]

@@ -1,4 +1,4 @@
-"""A real S3 server on this machine, moto's, that fails when it is told to."""
+"""A real S3 server on this machine, moto's, that fails on demand."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from werkzeug.serving import make_server
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests of a method whose path and query match a pattern.
+    """A fault of the next `times` requests of a method whose path and query match a pattern.
 
     Args:
-        status: what they are answered with; `None` to answer nothing and drop the connection.
-        seconds: how long the answer takes.
-        carried_out: whether what was asked for is done all the same.
+        status: of the answer; `None` to drop the connection without an answer.
+        seconds: delay of the answer.
+        carried_out: whether the request is carried out all the same.
     """
 
     method: str
@@ -40,8 +40,8 @@ class FaultyS3:
     """The server, between `start` and `stop`.
 
     Attributes:
-        faults: yet to happen; the first that matches a request does.
-        requests: (method, path and query) of everything asked for so far.
+        faults: pending ones; the first that matches a request applies.
+        requests: (method, path and query) of every request so far.
         bucket: boto3's view of the bucket.
     """
 
@@ -63,9 +63,9 @@ class FaultyS3:
         self.server.server_close()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        asked = f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}"
-        self.requests.append((environ["REQUEST_METHOD"], asked))
-        fault = self._fault(environ["REQUEST_METHOD"], asked)
+        request = f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}"
+        self.requests.append((environ["REQUEST_METHOD"], request))
+        fault = self._fault(environ["REQUEST_METHOD"], request)
         if fault is None:
             return self.app(environ, start_response)
         if fault.carried_out:
@@ -78,20 +78,20 @@ class FaultyS3:
         start_response(f"{fault.status or 500} Fault", [("Content-Length", "0")])
         return [b""]
 
-    def _fault(self, method: str, asked: str) -> Fault | None:
+    def _fault(self, method: str, request: str) -> Fault | None:
         for fault in self.faults:
-            if fault.times and method == fault.method and re.search(fault.pattern, asked):
+            if fault.times and method == fault.method and re.search(fault.pattern, request):
                 fault.times -= 1
                 return fault
         return None
 
     def count(self, method: str, pattern: str) -> int:
-        """How many requests so far were of a method and matched a pattern."""
-        return sum(m == method and re.search(pattern, asked) is not None for m, asked in list(self.requests))
+        """Return the number of requests so far of a method that match a pattern."""
+        return sum(m == method and re.search(pattern, request) is not None for m, request in list(self.requests))
 
     @contextmanager
     def empty_bucket(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-        """A new bucket of the name `bucket`; the usual environment variables tell where it is."""
+        """Make a new bucket named `bucket`, and point the usual environment variables to it."""
         monkeypatch.setenv("AWS_ENDPOINT_URL", self.url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
@@ -104,7 +104,7 @@ class FaultyS3:
         self.bucket.delete()
 
     def names(self, prefix: str = "") -> list[str]:
-        """Of all objects."""
+        """Return the names of all objects."""
         return [entry.key for entry in self.bucket.objects.filter(Prefix=prefix)]
 
     def put(self, name: str, content: bytes) -> None:

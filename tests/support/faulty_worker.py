@@ -1,4 +1,4 @@
-"""A worker to which what can happen to one happens, each fault once or for ever, in a real process of Ray."""
+"""A worker with injected faults, each once or every time, in a real process of Ray."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stages.storage.disk import DiskFolder
 from tests.support.faults_table import survived
 
 STOPPED_FILE = "stopped.json"
-FAULTS_FILE = "faults.json"  # beside the dataset: {moment: {unit: [what, how often]}}
+FAULTS_FILE = "faults.json"  # beside the dataset: {moment: {unit: [fault, times]}}
 STARTING, LOADING, SAMPLING, BEFORE_WRITE, DURING_WRITE, BEFORE_COMMIT, AFTER_COMMIT = MOMENTS = (
     "starting", "loading", "sampling", "before_write", "during_write", "before_commit", "after_commit",
 )  # fmt: skip
@@ -44,7 +44,7 @@ class InjectedError(RuntimeError):
 
 
 class FaultyFolder(DiskFolder):
-    """A folder whose worker can be struck between the bytes of a shard, and before and after its commit."""
+    """A folder that injects faults between the bytes of a shard, and before and after its commit."""
 
     def __init__(self, address: str, worker: FaultyWorker) -> None:
         super().__init__(address)
@@ -71,7 +71,7 @@ class FaultyWorker(TeacherWorker):
         super().__init__(config)
         self.place_of_faults = Path(config.output_dir).parent
         self.faults = json.loads((self.place_of_faults / FAULTS_FILE).read_text())
-        self.here = threading.local()  # one unit may be written while another still is
+        self.thread = threading.local()  # several units may be written at once
         self.committing = threading.RLock()  # another unit's SIGKILL waits for it, or AFTER_COMMIT might never happen
         self.strike(STARTING, 0)
 
@@ -86,41 +86,41 @@ class FaultyWorker(TeacherWorker):
         super().sample(unit)
 
     def commit(self, index: int) -> tuple[int, dict[str, float]]:
-        self.here.writing = index
+        self.thread.writing = index
         self.strike(BEFORE_WRITE)
         return super().commit(index)
 
     def strike(self, moment: str, unit: int | None = None) -> None:
-        """Let happen what is to happen at a moment of a unit, by default of the one that is written."""
-        unit = self.here.writing if unit is None else unit
-        what, times = self.faults.get(moment, {}).get(str(unit), (None, 0))
-        if what is None or not self._take(f"{moment}-{unit}", times):
+        """Inject the fault of a moment of a unit, by default of the unit being written."""
+        unit = self.thread.writing if unit is None else unit
+        fault, times = self.faults.get(moment, {}).get(str(unit), (None, 0))
+        if fault is None or not self._take(f"{moment}-{unit}", times):
             return
-        if what == KILL:
+        if fault == KILL:
             with self.committing:
                 os.kill(os.getpid(), signal.SIGKILL)
-        elif what == HANG:
+        elif fault == HANG:
             time.sleep(3600)
-        elif what == SLOW:
+        elif fault == SLOW:
             time.sleep(1)
-        elif what == STOP_NODE:
+        elif fault == STOP_NODE:
             self.stop_node()
-        elif what == FILL_MEMORY:
+        elif fault == FILL_MEMORY:
             fill_memory()
-        elif what == JUMP:
+        elif fault == JUMP:
             time.time = jumping_clock()
-        elif what == RAISE:
+        elif fault == RAISE:
             raise InjectedError(f"{moment} unit {unit}")
 
     def stop_node(self) -> None:
-        """Stop this process and that of its node; who lets them go on finds their numbers in a file."""
+        """Stop this process and its node's, and write their process ids to a file for resuming them."""
         stopped = [os.getppid(), os.getpid()]
         (self.place_of_faults / STOPPED_FILE).write_text(json.dumps(stopped))
         for pid in stopped:
             os.kill(pid, signal.SIGSTOP)
 
     def _take(self, name: str, times: int) -> bool:
-        """Whether a fault has yet to happen, over all workers."""
+        """Return whether a fault has yet to happen, counted over all workers."""
         for i in range(times):
             with suppress(FileExistsError):
                 (self.place_of_faults / f"{name}-{i}").touch(exist_ok=False)
@@ -133,7 +133,7 @@ class FaultyFleet(RayFleet):
 
 
 def fill_memory() -> None:
-    """Ask for memory until the system refuses it to this process."""
+    """Allocate memory until the system refuses it to this process."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20), limits[1]))
@@ -146,7 +146,7 @@ def fill_memory() -> None:
 
 
 def jumping_clock() -> Callable[[], float]:
-    """A `time.time` that jumps by days, forwards and backwards, whenever it is asked."""
+    """Return a `time.time` that jumps by days, forwards and backwards, at each call."""
     now, jumps = time.time, cycle([3 * DAYS, -5 * DAYS, 0.0, -400 * DAYS, 400 * DAYS])
     return lambda: now() + next(jumps)
 
@@ -156,12 +156,12 @@ def write_faults(folder: Path, faults: Faults) -> None:
 
 
 def happened(folder: Path) -> list[str]:
-    """The faults that did happen: `MOMENT-UNIT-NUMBER`."""
+    """Return the faults that did happen, as `MOMENT-UNIT-NUMBER`."""
     return sorted(path.name for path in folder.iterdir() if path.name.startswith(MOMENTS))
 
 
 def all_survived(faults: Faults, folder: Path) -> None:
-    """Tell the table of each that did happen."""
+    """Record in the table each fault that did happen."""
     for name in happened(folder):
         moment, unit, _ = name.split("-")
         survived(f"{WORDS[faults[moment][int(unit)][0]]} {WORDS[moment]}", "worker")

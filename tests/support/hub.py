@@ -1,4 +1,7 @@
-"""A model hub of a few routes on 127.0.0.1: what the hub's own client asks for when it uploads and downloads small files."""
+"""A model hub on 127.0.0.1 with a few routes.
+
+It serves the requests of the hub's own client for uploading and downloading small files.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub() -> Iterator[tuple[str, type[Hub]]]:
-    """The address of a running hub, and what it was given."""
+    """Run a hub; give its address and the hub."""
     handler = type("FreshHub", (Hub,), {"repos": {}, "commits": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

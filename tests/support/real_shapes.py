@@ -1,4 +1,4 @@
-"""The real denoisers' shapes on the meta device: what an adapter and a record take there, without any weights.
+"""The real denoisers' shapes on the meta device: sizes of adapters and records without any weights.
 
 python -m tests.support.real_shapes families    prints the table of the families in stages/generate/README.md
 python -m tests.support.real_shapes variants    prints the table of the variants' sizes in stages/adapters/README.md
@@ -82,13 +82,15 @@ PIXART = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A denoiser as its makers configured it.
+    """A published denoiser's configuration.
 
     Attributes:
-        config: of `configs/generate`; title: of the table; latent: `[c, ...]` of one record as the denoiser is given it.
-        cond: shape of what a trajectory stores of its condition, by the denoiser's names.
-        calls: how a guided step is laid out.
-        constants: the denoiser's other arguments, the same in every call, as `dataset.json` tells them.
+        config: file of `configs/generate`.
+        title: name in the table.
+        latent: `[c, ...]` of one record, in the denoiser's layout.
+        cond: shape of the conditions that a trajectory stores, by the denoiser's names.
+        calls: layout of a guided step.
+        constants: the denoiser's other arguments, the same in every call, as `dataset.json` stores them.
     """
 
     config: str
@@ -101,12 +103,12 @@ class Shape:
 
     @property
     def record_bytes(self) -> int:
-        """Of one record, in half precision: its latent and its target."""
+        """Return the bytes of one record in half precision: its latent and its target."""
         return 2 * 2 * torch.Size(self.latent).numel()
 
     @property
     def condition_bytes(self) -> int:
-        """Of one trajectory, in half precision."""
+        """Return the bytes of one trajectory's conditions in half precision."""
         return 2 * sum(torch.Size(shape).numel() for shape in self.cond.values())
 
 
@@ -129,7 +131,7 @@ SHAPES = [
 
 @cache
 def on_meta(config: str) -> nn.Module:
-    """The denoiser of one of `SHAPES`; no memory is taken."""
+    """Make the denoiser of one of `SHAPES` on the meta device, without memory."""
     shape = next(shape for shape in SHAPES if shape.config == config)
     with torch.device("meta"):
         return shape.build()
@@ -140,13 +142,13 @@ def parameters(module: nn.Module) -> int:
 
 
 def metadata_of(shape: Shape) -> AdapterMetadata:
-    """What an adapter is told of records of this shape."""
+    """Return the metadata of an adapter for records of this shape."""
     tensors = {name: {"dtype": "float16" if sizes else "int64", "shape": sizes} for name, sizes in shape.cond.items()}
     return AdapterMetadata(conditions=find_conditions(tensors, 1000), scale_range=[1.0, 6.0])
 
 
 def conditions_of(shape: Shape, n: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What n records of this shape hold of their conditions, made up, by the denoiser's names; a mask masks nothing."""
+    """Make up the conditions of n records of this shape, by the denoiser's names; masks mask nothing."""
 
     def made_up(name: str, sizes: list[int]) -> Tensor:
         if not sizes:
@@ -157,13 +159,13 @@ def conditions_of(shape: Shape, n: int, device: torch.device, dtype: torch.dtype
 
 
 def arguments_of(shape: Shape, denoiser: nn.Module) -> Arguments:
-    """How a call's arguments are laid out."""
+    """Return the layout of a call's arguments."""
     places = {name: Axis() for name in (latent_name(denoiser), *shape.cond)}
     return Arguments(latent_name(denoiser), "timestep", places, shape.constants)
 
 
 def inputs_of(shape: Shape, denoiser: nn.Module, n: int) -> dict[str, Any]:
-    """The arguments of one call for n samples, flat, made up, where the denoiser is and in its precision."""
+    """Make up the flat arguments of one call for n samples, on the denoiser's device and in its precision."""
     like = next(denoiser.parameters())
     return {
         latent_name(denoiser): torch.randn(n, *shape.latent, device=like.device, dtype=like.dtype),
@@ -174,7 +176,7 @@ def inputs_of(shape: Shape, denoiser: nn.Module, n: int) -> dict[str, Any]:
 
 
 def adapter_for(shape: Shape, config: AdapterConfig) -> GuidanceAdapter:
-    """An adapter for the real denoiser, on the meta device too."""
+    """Make an adapter for the real denoiser, also on the meta device."""
     denoiser = on_meta(shape.config)
     with torch.device("meta"):
         return GuidanceAdapter.for_denoiser(config, denoiser, metadata_of(shape), inputs_of(shape, denoiser, 3))
@@ -216,7 +218,7 @@ def table() -> str:
 
 
 def sizes() -> str:
-    """Return the table of what each variant adds to three bases with its default settings."""
+    """Return the table of the parameters that each variant adds to three bases with its default settings."""
     shapes = [shape for shape in SHAPES if shape.config in ("dit_xl_2_256", "sd15", "sdxl")]
 
     def cells(variant: str) -> list[str]:

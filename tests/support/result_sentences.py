@@ -1,4 +1,4 @@
-"""What the pages say in sentences of the committed results, outside of tables that a command writes."""
+"""Sentences of the pages that state figures of the committed results, outside of generated tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUMBERS = (
 
 
 def sentences() -> list[tuple[str, str]]:
-    """Each page with a part of a sentence that it must hold."""
+    """Return pairs of a page and a part of a sentence that it must contain."""
     first = [*demo(), *claims()]
     works = f"{len(gather()) - len(REFUSALS)} of the {len(gather())} pipelines"
     refused = f"Of {len(gather())} guided pipelines that were tried, generation refuses {len(REFUSALS)}"

@@ -49,7 +49,7 @@ def study_rows(evaluation: str) -> list[Row]:
 
 
 def comparison(rows: list[Row]) -> str:
-    """Rows of an evaluation, some of their columns."""
+    """Return the rows of an evaluation, with some of their columns."""
     return markdown_table(cells_of([{key: row[key] for key in COLUMNS if key in row} for row in rows]))
 
 
@@ -58,7 +58,7 @@ def per_scale(rows: list[Row], key: str, decimals: int) -> str:
 
 
 def variants() -> str:
-    """One row per variant, its values at each scale; without guidance and with two passes beside them."""
+    """Return one row per variant, with its values at each scale, beside no guidance and two passes."""
     rows = study_rows("variants")
     none, guided = ([row for row in rows if row["method"] == method] for method in ("none", "cfg"))
     cells = [["variant", "parameters", "gap closed", "Frechet distance", "time"]]
@@ -71,14 +71,14 @@ def variants() -> str:
 
 
 def by_name(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """The rows of each adapter, by the size of its gap closed."""
+    """Return the rows of each adapter, sorted by gap closed."""
     names = dict.fromkeys(row["name"] for row in rows if row["method"] == "one_pass")
     own = [(name, [row for row in rows if row["name"] == name]) for name in names]
     return sorted(own, key=lambda pair: statistics.fmean(row["gap_closed"] for row in pair[1]))
 
 
 def default() -> str:
-    """The means over the seeds of the default adapter beside CFG, by scale, with their largest deviation."""
+    """Return the means over the seeds of the default adapter beside CFG, by scale, with their largest deviation."""
     rows = read("default/digits.json")["rows"]
     cells = [["scale", "gap closed", "largest deviation", "Frechet distance", "of CFG"]]
     for guided in (row for row in rows if row["method"] == "cfg"):
@@ -94,12 +94,12 @@ def default() -> str:
 
 
 def claims() -> str:
-    """The claims of the study, in its words."""
+    """Return the claims of the study, as it words them."""
     return to_markdown([Claim(**claim) for claim in read("claims/claims.json")["claims"]])
 
 
 def scale() -> str:
-    """What the driver takes by the number of workers."""
+    """Return the driver's share by the number of workers."""
     cells = [["workers", "units", "share of the workers' time in units", "CPU time of the driver per unit"]]
     for row in read("scale/scale.json")["workers"]:
         milliseconds = f"{row['driver_cpu_milliseconds_per_unit']:.1f} ms"
@@ -108,7 +108,7 @@ def scale() -> str:
 
 
 def teachers() -> str:
-    """What guidance does for the teachers that ship, by scale: measured when they were trained."""
+    """Return the effect of guidance on the embedded teachers, by scale, as measured when they were trained."""
     measured = {name: json.loads((EMBEDDED / name / "training.json").read_text())["guidance"] for name in TEACHERS}
     scales = [f"{row['guidance_scale']:g}" for row in measured[TEACHERS[0]]]
     cells = [["model", "measure by scale", *scales]]

@@ -1,4 +1,4 @@
-"""Commands that do nothing of their own: those that only sleep are killed and interrupted."""
+"""Commands that only sleep, so that tests can kill and interrupt them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ time.sleep(60)
 
 
 def write_commands(folder: Path, code: str) -> None:
-    """Make each command that is run in the folder do this."""
+    """Write a stub for each command that runs in the folder."""
     (folder / "pipeline").mkdir()
     (folder / "pipeline" / "__init__.py").touch()
     for command in COMMANDS:
@@ -25,12 +25,12 @@ def write_commands(folder: Path, code: str) -> None:
 
 
 def write_sleepers(folder: Path) -> None:
-    """Make the commands that are run in the folder take their time: each writes a file, named by its process."""
+    """Write commands that sleep after each has written a file named by its process."""
     write_commands(folder, SLEEP)
 
 
 def as_soon_as_they_sleep(folder: Path, number: int, act: Callable[[int], None]) -> None:
-    """Call `act` with the id of one of the processes, once so many sleep in the folder."""
+    """Call `act` with the id of one of the processes, once the given number of them sleep in the folder."""
 
     def watch() -> None:
         while len(found := list(folder.glob("*.pid"))) < number:

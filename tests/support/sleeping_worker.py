@@ -1,4 +1,4 @@
-"""A worker that sleeps where a teacher would sample, and loads so little that hundreds fit on one machine."""
+"""A worker that sleeps in place of sampling, and loads so little that hundreds fit on one machine."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from stages.generate.planned import Unit
 from stages.storage.files import create
 from stages.storage.sealing import seal
 
-# The facts of a made-up teacher, as JSON: to build them as a dataclass takes torch.
+# The facts of a made-up teacher, as JSON, because the dataclass would import torch.
 FACTS: dict[str, Any] = json.loads(Path(__file__).with_name("teacher_facts.json").read_text())
 
 
 def sleeping_config(teacher: Path, output: Path, seconds: float, units: int, workers: int = 1) -> GenerateConfig:
-    """Units of one trajectory of one record."""
+    """Return a configuration whose units hold one trajectory of one record."""
     return GenerateConfig(
         TeacherConfig(str(teacher), variant=f"{seconds:g}"),
         str(output),
@@ -36,7 +36,7 @@ def sleeping_config(teacher: Path, output: Path, seconds: float, units: int, wor
 
 
 def made_up_commit(unit: int, plan: str | None) -> dict[str, Any]:
-    """A commit record of one sample, as `commit_unit` would leave it."""
+    """Make up a commit record of one sample, as `commit_unit` writes it."""
     sample = {
         "key": f"{unit:09d}_0000", "offset": 1536, "size": 16384, "checksum": unit, "trajectory": unit, "records": 1,
         "scale": 1.0 + unit % 5, "timestep_min": 1.0, "timestep_max": 999.0, "class_label": unit % 10, "prompt": None,
@@ -50,7 +50,7 @@ def made_up_commit(unit: int, plan: str | None) -> dict[str, Any]:
 
 
 class SleepingWorker:
-    """A worker without shards. Its commits are real: written and synced like any other."""
+    """A worker without shards, whose commits are real: written and synced like any other."""
 
     def __init__(self, config: GenerateConfig) -> None:
         self.seconds, self.root = float(str(config.teacher.variant)), Path(config.output_dir)
@@ -77,7 +77,7 @@ class NeverStarts(SleepingWorker):
 
 
 class Refuses(SleepingWorker):
-    """Names the teacher, as a real one does whose folder is missing."""
+    """Fails to load with an error that names the teacher, like a real worker whose teacher is missing."""
 
     def __init__(self, config: GenerateConfig) -> None:
         super().__init__(config)
@@ -88,7 +88,7 @@ class Refuses(SleepingWorker):
 
 
 class KilledOnce(SleepingWorker):
-    """SIGKILL in the middle of the first unit that any of them samples."""
+    """Sends itself SIGKILL in the first unit that any worker samples."""
 
     def sample(self, unit: Unit) -> None:
         super().sample(unit)
@@ -98,7 +98,7 @@ class KilledOnce(SleepingWorker):
 
 
 class Placed(SleepingWorker):
-    """A worker that reports where Ray has put it, and with what."""
+    """A worker that reports its Ray node and its resources."""
 
     def load(self, example: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -1,10 +1,11 @@
-"""SIGKILL at random moments to the workers of a run of generation, to its driver, or to both, and what is there in the end.
+"""SIGKILL at random moments to the workers of a generation run, its driver, or both, and a check of the dataset.
 
 python -m tests.support.soak 120 [FOLDER]
 
-A real Ray on this machine, the real command with a tiny teacher and many small units. Whenever the command was killed, it is
-given again; whenever all is made, it is told to make more. So many seconds after the first worker is there, it is left in peace;
-then everything is hashed, and compared with what an undisturbed run makes. Prints one JSON line.
+Runs the real command on a real Ray on this machine, with a tiny teacher and many small units. It starts the command
+again after each kill, and asks for more trajectories whenever all are made. The kills end after the given seconds,
+counted from the first worker's start. Then it verifies every hash, and compares the records with those of an
+undisturbed run. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ from tests.conftest import generate, generate_config, save_pipeline, tiny_dit
 from tests.stages.generate.test_driver import assert_same_records
 
 WORKER, DRIVER, BOTH = "worker", "driver", "both"
-SECONDS_BETWEEN = 2.0  # kills, on average
-TRAJECTORIES_AT_ONCE = 400  # more of them each time, in units of two
-MOST_SECONDS = 240.0  # that a run left in peace may take
+SECONDS_BETWEEN = 2.0  # mean time between kills
+TRAJECTORIES_AT_ONCE = 400  # added each time, in units of two
+MOST_SECONDS = 240.0  # limit for the undisturbed rest of the run
 
 
 def start_command(config: GenerateConfig, log: Path) -> subprocess.Popen[bytes]:
-    """`python -m pipeline.generate` as a process in a group of its own; what it says is added to a file."""
+    """Start `python -m pipeline.generate` in a process group of its own; append its output to a file."""
     file = log.with_suffix(".yaml")
     file.write_text(to_yaml(config))
-    overrides = [sys.executable, "-m", "pipeline.generate", "--config", str(file)]
+    command = [sys.executable, "-m", "pipeline.generate", "--config", str(file)]
     with log.open("ab") as output:
-        return subprocess.Popen(overrides, stdout=output, stderr=output, start_new_session=True)
+        return subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
 
 
 def kill_command(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to a command and whatever else is in its group."""
+    """Send SIGKILL to a command's process group."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -63,7 +64,7 @@ def until(reached: Callable[[], bool], seconds: float = 300) -> None:
 
 
 def worker_processes() -> list[psutil.Process]:
-    """The workers of the Ray that this process started."""
+    """Return the workers of the Ray that this process started."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
@@ -73,9 +74,9 @@ def worker_processes() -> list[psutil.Process]:
 
 
 def soak(config: GenerateConfig, folder: Path, seconds: float, seed: int = 0) -> dict[str, Any]:
-    """Kill for so many seconds, then let the command come to its end; how often what was killed.
+    """Inject kills for this many seconds, then let the command finish; return the number of kills of each kind.
 
-    `config` tells at the end how much there is.
+    At the end `config` holds the number of trajectories that were made.
     """
     chance, log = random.Random(seed), folder / "log"
     kills, commands = Counter({WORKER: 0, DRIVER: 0, BOTH: 0}), 1
@@ -89,12 +90,12 @@ def soak(config: GenerateConfig, folder: Path, seconds: float, seed: int = 0) ->
                 process, commands = start_command(config, log), commands + 1
             time.sleep(chance.expovariate(1 / SECONDS_BETWEEN))
             if workers := worker_processes():
-                what = chance.choices((WORKER, DRIVER, BOTH), (3, 1, 1))[0]
-                if what != DRIVER:
+                target = chance.choices((WORKER, DRIVER, BOTH), (3, 1, 1))[0]
+                if target != DRIVER:
                     chance.choice(workers).kill()
-                if what != WORKER:
+                if target != WORKER:
                     kill_command(process)
-                kills[what] += 1
+                kills[target] += 1
         while process.wait(MOST_SECONDS):
             process, commands = start_command(config, log), commands + 1
     finally:
@@ -103,7 +104,7 @@ def soak(config: GenerateConfig, folder: Path, seconds: float, seed: int = 0) ->
 
 
 def check(dataset: Path, undisturbed: Path) -> None:
-    """Everything is there, once, and as it would have been."""
+    """Check that the dataset is whole, without duplicates, and equal to an undisturbed one."""
     assert verify(dataset)["ok"]
     assert_same_records(dataset, undisturbed)
     keys = Dataset(dataset).manifest["key"].to_pylist()

@@ -1,8 +1,8 @@
-"""What stock tools make of exported files: run as a script, it can import nothing of this project.
+"""Load exported files with stock tools, as a script that can import nothing of this project.
 
-Standard input: JSON, a list of jobs: `pipe` (a pipeline's folder), `arguments` of its call, `format`, `file` (the
-export) and `expected` (a safetensors file with the images of the fused pipeline). Standard output: for each job in
-turn, the largest difference from what is expected, in parts of the largest number there.
+Reads from standard input a JSON list of jobs: `pipe` (a pipeline's folder), `arguments` of its call, `format`, `file`
+(the export) and `expected` (a safetensors file with the images of the fused pipeline). Prints for each job in turn the
+largest difference from the expected images, relative to their largest value.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 
 def images(pipe: Any, arguments: dict[str, Any]) -> torch.Tensor:
-    """What two steps without guidance give, for two conditions, each from its own noise: latents where it gives any."""
+    """Return the result of two unguided steps for two conditions, each from its own noise: latents if it has any."""
     scale = "true_cfg_scale" if "true_cfg_scale" in type(pipe).__call__.__annotations__ else "guidance_scale"
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     kind = "latent" if "prompt" in arguments else "np"
@@ -29,7 +29,7 @@ def images(pipe: Any, arguments: dict[str, Any]) -> torch.Tensor:
 
 
 def load(pipe: Any, format: str, file: Path) -> None:
-    """As the last line of `pipeline.export` tells."""
+    """Load as the last line printed by `pipeline.export` says."""
     if format == "peft":
         from peft import PeftModel
 

@@ -48,7 +48,7 @@ def test_nothing_is_written_without_the_variable(tmp_path: Path, monkeypatch: py
 
 
 def test_the_committed_result_names_the_faults_of_the_tests() -> None:
-    """A fault that was added or renamed since asks for `python -m tests.support.faults_table run`."""
+    """If this fails after a fault was added or renamed, run `python -m tests.support.faults_table run`."""
     faults = json.loads(RESULT.read_text())
     assert {fault["kind"] for fault in faults} == set(KINDS)
     assert all(fault["injected"] == fault["survived"] > 0 for fault in faults)

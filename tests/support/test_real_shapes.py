@@ -1,4 +1,4 @@
-"""The real denoisers' shapes, without their weights: what the tables of the pages show."""
+"""The shapes of the real denoisers, without weights, and the pages' tables of them."""
 
 from __future__ import annotations
 

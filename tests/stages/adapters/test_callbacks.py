@@ -37,7 +37,7 @@ def adapter(pipe: Any, request: pytest.FixtureRequest) -> GuidanceAdapter:
     return adapter_for(pipe.unet, request.param).attach(pipe)
 
 
-def apart(one: Tensor, other: Tensor) -> float:
+def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
@@ -73,12 +73,14 @@ def cut_and_leave_the_first(pipe: Any, kwargs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("change", [cut, cut_and_take_the_last, cut_and_take_the_half, cut_and_leave_the_first])
-def test_guidance_that_is_cut_is_gone_from_there(pipe: Any, adapter: GuidanceAdapter, change: Any, n: int) -> None:
+def test_guidance_that_a_callback_cuts_off_ends_at_that_step(
+    pipe: Any, adapter: GuidanceAdapter, change: Any, n: int
+) -> None:
     found = final(pipe, n=n, **after(1, change))
     with adapter.guidance_schedule([3.0, 3.0, 1.0, 1.0]):
         expected = final(pipe, n=n)
     torch.testing.assert_close(found, expected)
-    assert apart(found, final(pipe, n=n)) > 1e-4 + 10 * apart(found, expected)
+    assert difference(found, final(pipe, n=n)) > 1e-4 + 10 * difference(found, expected)
 
 
 def test_diffusers_own_cutoff(pipe: Any, adapter: GuidanceAdapter) -> None:
@@ -90,7 +92,7 @@ def test_diffusers_own_cutoff(pipe: Any, adapter: GuidanceAdapter) -> None:
     torch.testing.assert_close(final(pipe, n=1, callback_on_step_end=several), expected)
 
 
-def test_a_cutoff_where_the_batch_has_other_embeddings_too() -> None:
+def test_a_cutoff_with_further_embeddings_in_the_batch() -> None:
     pipe = build("stable_diffusion_xl")
     adapter = adapter_for(pipe.unet).attach(pipe)
     callback = SDXLCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
@@ -99,7 +101,7 @@ def test_a_cutoff_where_the_batch_has_other_embeddings_too() -> None:
         torch.testing.assert_close(found, final(pipe))
 
 
-def test_a_scale_that_is_turned_is_the_adapters(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_a_changed_scale_is_the_adapters(pipe: Any, adapter: GuidanceAdapter) -> None:
     seen: list[float] = []
 
     def turn(pipe: Any, kwargs: dict[str, Any]) -> None:
@@ -112,7 +114,7 @@ def test_a_scale_that_is_turned_is_the_adapters(pipe: Any, adapter: GuidanceAdap
     assert seen == [6.0]
 
 
-def test_a_scale_for_each_image_is_turned_for_each(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_a_scale_per_image_is_changed_for_each(pipe: Any, adapter: GuidanceAdapter) -> None:
     def turn(pipe: Any, kwargs: dict[str, Any]) -> None:
         pipe._guidance_scale = pipe._guidance_scale * 0.5
 
@@ -122,7 +124,7 @@ def test_a_scale_for_each_image_is_turned_for_each(pipe: Any, adapter: GuidanceA
         torch.testing.assert_close(found, final(pipe), atol=1e-4, rtol=1e-4)
 
 
-def test_a_schedule_is_cut_too_and_its_scales_are_seen(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_a_schedule_is_cut_off_too_and_callbacks_see_its_scales(pipe: Any, adapter: GuidanceAdapter) -> None:
     seen: list[float] = []
 
     def look(pipe: Any, i: int, timestep: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def test_a_schedule_is_cut_too_and_its_scales_are_seen(pipe: Any, adapter: Guida
         torch.testing.assert_close(found, final(pipe))
 
 
-def test_a_callback_that_only_looks_changes_nothing(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_a_callback_that_only_reads_changes_nothing(pipe: Any, adapter: GuidanceAdapter) -> None:
     seen: list[float] = []
     look = after(1, lambda pipe, kwargs: seen.append(pipe.guidance_scale))
     assert torch.equal(final(pipe, 4.0, **look), final(pipe, 4.0))
@@ -146,7 +148,7 @@ def test_a_callback_that_only_looks_changes_nothing(pipe: Any, adapter: Guidance
 
 
 @pytest.mark.parametrize("doubled", [False, True])
-def test_prompts_that_are_changed_on_the_way(pipe: Any, adapter: GuidanceAdapter, doubled: bool) -> None:
+def test_prompts_that_a_callback_changes(pipe: Any, adapter: GuidanceAdapter, doubled: bool) -> None:
     embeds = torch.randn(2, 12, 32) * 5
 
     def swap(pipe: Any, kwargs: dict[str, Any]) -> None:
@@ -155,10 +157,10 @@ def test_prompts_that_are_changed_on_the_way(pipe: Any, adapter: GuidanceAdapter
     found = final(pipe, **after(1, swap))
     expected = final(pipe, **after(1, lambda pipe, kwargs: kwargs["prompt_embeds"].copy_(embeds)))
     torch.testing.assert_close(found, expected)
-    assert apart(found, final(pipe)) > 1e-3
+    assert difference(found, final(pipe)) > 1e-3
 
 
-def test_what_a_callback_changes_besides_is_said_not_to_count(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_a_warning_names_changes_of_a_callback_without_effect(pipe: Any, adapter: GuidanceAdapter) -> None:
     def rescale(pipe: Any, kwargs: dict[str, Any]) -> None:
         pipe._guidance_rescale = 0.7
 
@@ -167,7 +169,7 @@ def test_what_a_callback_changes_besides_is_said_not_to_count(pipe: Any, adapter
     assert torch.equal(found, final(pipe))
 
 
-def test_a_callback_that_fails_leaves_the_pipeline_as_it_was(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_a_failing_callback_leaves_the_pipeline_unchanged(pipe: Any, adapter: GuidanceAdapter) -> None:
     before = final(pipe)
 
     def fail(pipe: Any, kwargs: dict[str, Any]) -> None:
@@ -178,7 +180,7 @@ def test_a_callback_that_fails_leaves_the_pipeline_as_it_was(pipe: Any, adapter:
     assert torch.equal(final(pipe), before)
 
 
-def test_a_callback_turns_a_guider_or_cuts_it_off() -> None:
+def test_a_callback_changes_a_guider_or_cuts_it_off() -> None:
     specimen = gather()["MotifVideoPipeline"]
     pipe = specimen.build()
     metadata = AdapterMetadata(conditions={}, base=Base(denoiser_subfolder="transformer"), scale_range=[1.0, 9.0])
@@ -206,7 +208,7 @@ def test_a_callback_turns_a_guider_or_cuts_it_off() -> None:
     assert pipe.guider._enabled
 
 
-def test_nothing_is_said_where_nothing_is_changed(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_nothing_is_warned_about_if_nothing_is_changed(pipe: Any, adapter: GuidanceAdapter) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         final(pipe, **after(1, cut))

@@ -1,4 +1,4 @@
-"""What a call of an attached pipeline requests is done, refused, or warned about."""
+"""Options of an attached pipeline's call are applied, refused, or warned about."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Run:
         specimen = ZOO[name]
         self.steps: list[list[Call]] = []
         self.latents: list[Tensor] = []
-        info = dict(specimen.arguments) | {"prompt": specimen.conditions[0]["prompt"]} | arguments
+        options = dict(specimen.arguments) | {"prompt": specimen.conditions[0]["prompt"]} | arguments
         parameters = inspect.signature(type(pipe).__call__).parameters
-        info |= {"generator": torch.Generator().manual_seed(0), "num_inference_steps": STEPS}
-        info |= {"output_type": "latent"} if "output_type" in parameters else {}
+        options |= {"generator": torch.Generator().manual_seed(0), "num_inference_steps": STEPS}
+        options |= {"output_type": "latent"} if "output_type" in parameters else {}
         with watch_steps(pipe, self._see, self.latents.append):
-            pipe(**info)
+            pipe(**options)
 
     def _see(self, calls: list[Call], handed: Tensor, timestep: Any) -> None:
         self.steps.append(list(calls))
@@ -67,14 +67,14 @@ class Run:
 ZOO = gather()
 
 
-def on(pipe: Any, component: str | None = None, **metadata: Any) -> GuidanceAdapter:
+def adapter_on(pipe: Any, component: str | None = None, **metadata: Any) -> GuidanceAdapter:
     """Create an adapter with random weights for a component of a pipeline."""
     name = component or next(iter(denoisers_of(pipe)))
-    known = {"conditions": {}, "base": Base(denoiser_subfolder=name), "scale_range": [1.0, 9.0]} | metadata
-    return adapter_for(denoisers_of(pipe)[name], "lora", metadata=AdapterMetadata(**known))
+    options = {"conditions": {}, "base": Base(denoiser_subfolder=name), "scale_range": [1.0, 9.0]} | metadata
+    return adapter_for(denoisers_of(pipe)[name], "lora", metadata=AdapterMetadata(**options))
 
 
-def said(call: Any) -> list[str]:
+def warnings_of(call: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
@@ -89,7 +89,7 @@ def test_every_setting_of_the_guidance_is_switched_off(name: str) -> None:
     pipe = ZOO[name].build()
     off = {"guidance_scale": 1.0, "pag_scale": 0.0}
     plain = Run(name, pipe, **off)
-    adapter = on(pipe, no_guidance=off, guidance_rule={"name": "ClassifierFreeGuidance", "pag_scale": 3.0})
+    adapter = adapter_on(pipe, no_guidance=off, guidance_rule={"name": "ClassifierFreeGuidance", "pag_scale": 3.0})
     untrained = GuidanceAdapter.for_denoiser(adapter.config, pipe.unet, adapter.metadata).attach(pipe)
     one = Run(name, pipe, guidance_scale=4.0)
     untrained.detach()
@@ -97,14 +97,14 @@ def test_every_setting_of_the_guidance_is_switched_off(name: str) -> None:
     assert torch.equal(one.end, plain.end)
     adapter.attach(pipe)
     assert not torch.allclose(Run(name, pipe, guidance_scale=4.0).end, plain.end)
-    assert "pag_scale=1.0 does not change the guidance" in said(lambda: Run(name, pipe, pag_scale=1.0))[0]
+    assert "pag_scale=1.0 does not change the guidance" in warnings_of(lambda: Run(name, pipe, pag_scale=1.0))[0]
 
 
-def test_guidance_that_is_off_at_zero_counts_from_there() -> None:
+def test_guidance_that_is_off_at_zero_counts_from_zero() -> None:
     name = "ZImagePipeline"
     pipe = ZOO[name].build()
     plain = Run(name, pipe, guidance_scale=0.0)
-    adapter = on(pipe, no_guidance={"guidance_scale": 0.0}, scale_offset=1.0, timestep="t").attach(pipe)
+    adapter = adapter_on(pipe, no_guidance={"guidance_scale": 0.0}, scale_offset=1.0, timestep="t").attach(pipe)
     assert torch.equal(Run(name, pipe, guidance_scale=0.0).end, plain.end)
     at_half, at_three = (Run(name, pipe, guidance_scale=scale) for scale in (0.5, 3.0))
     assert at_three.rows == {1}
@@ -120,17 +120,17 @@ def test_guidance_that_is_off_at_zero_counts_from_there() -> None:
 def test_the_embedded_scale_is_the_recorded_one_unless_both_are_named(name: str) -> None:
     pipe = ZOO[name].build()
     default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
-    adapter = on(pipe, arguments={"guidance_scale": 2.5}, no_guidance={"true_cfg_scale": 1.0}).attach(pipe)
+    adapter = adapter_on(pipe, arguments={"guidance_scale": 2.5}, no_guidance={"true_cfg_scale": 1.0}).attach(pipe)
     arguments = {key: value for key, value in ZOO[name].arguments.items() if not key.endswith("_scale")}
     embedded = Run(name, pipe, **arguments, true_cfg_scale=1.0, guidance_scale=1.0).given("guidance")[0]
     as_recorded = [embedded * 2.5] * STEPS
-    info = {
+    cases = {
         "the adapter's by the usual name": {"guidance_scale": 4.0},
         "the adapter's by the pipeline's": {"true_cfg_scale": 4.0},
     }
     ends = []
-    for asked in info.values():
-        pipe_call = dict(arguments) | asked
+    for call_options in cases.values():
+        pipe_call = dict(arguments) | call_options
         run = call(pipe, pipe_call, ZOO[name].conditions[0]["prompt"])
         assert run.given("guidance") == pytest.approx(as_recorded)
         assert run.rows == {1}
@@ -164,7 +164,7 @@ def wan() -> Any:
 
 def test_each_denoiser_has_its_adapter_and_its_scale(wan: Any) -> None:
     plain = Run(WAN, wan, guidance_scale=1.0)
-    noisy, late = on(wan, "transformer").attach(wan), on(wan, "transformer_2").attach(wan)
+    noisy, late = adapter_on(wan, "transformer").attach(wan), adapter_on(wan, "transformer_2").attach(wan)
     assert torch.equal(Run(WAN, wan, guidance_scale=1.0).end, plain.end)
     both = Run(WAN, wan, guidance_scale=3.0, guidance_scale_2=5.0)
     assert both.rows == {1}
@@ -178,7 +178,7 @@ def test_each_denoiser_has_its_adapter_and_its_scale(wan: Any) -> None:
     assert not any(torch.allclose(end, both.end, atol=1e-6) for end in unlike)
     torch.testing.assert_close(unlike[0], Run(WAN, wan, guidance_scale=3.0, guidance_scale_2=3.0).end)
     late.detach()
-    assert said(lambda: Run(WAN, wan, guidance_scale=3.0)) == [
+    assert warnings_of(lambda: Run(WAN, wan, guidance_scale=3.0)) == [
         "transformer_2 carries no adapter, so its steps run without guidance: attach the adapter made for it too"
     ]
     torch.testing.assert_close(Run(WAN, wan, guidance_scale=3.0).end, unlike[1])
@@ -188,7 +188,7 @@ def test_each_denoiser_has_its_adapter_and_its_scale(wan: Any) -> None:
 
 
 def test_schedules_and_fused_scales_of_two_denoisers(wan: Any) -> None:
-    noisy, late = on(wan, "transformer").attach(wan), on(wan, "transformer_2").attach(wan)
+    noisy, late = adapter_on(wan, "transformer").attach(wan), adapter_on(wan, "transformer_2").attach(wan)
     expected = Run(WAN, wan, guidance_scale=3.0, guidance_scale_2=5.0).end
     with noisy.guidance_schedule([3.0] * STEPS), late.guidance_schedule([5.0] * STEPS):
         torch.testing.assert_close(Run(WAN, wan).end, expected)
@@ -198,7 +198,7 @@ def test_schedules_and_fused_scales_of_two_denoisers(wan: Any) -> None:
 
 
 def test_a_callback_cuts_the_guidance_of_both(wan: Any) -> None:
-    noisy, late = on(wan, "transformer").attach(wan), on(wan, "transformer_2").attach(wan)
+    noisy, late = adapter_on(wan, "transformer").attach(wan), adapter_on(wan, "transformer_2").attach(wan)
 
     def cut(pipe: Any, i: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         if i == 0:
@@ -214,14 +214,14 @@ def test_a_callback_cuts_the_guidance_of_both(wan: Any) -> None:
 def test_an_adapter_of_the_second_denoiser_needs_a_pipeline_that_has_one() -> None:
     pipe = build("wan")
     with pytest.raises(UserError, match="WanPipeline has no transformer_2, which the adapter was made for"):
-        on(pipe, base=Base(denoiser_subfolder="transformer_2")).attach(pipe)
+        adapter_on(pipe, base=Base(denoiser_subfolder="transformer_2")).attach(pipe)
 
 
 # Guiders
 
 
 @pytest.mark.parametrize("name", ["HunyuanImagePipeline", "MotifVideoPipeline"])
-def test_a_guider_is_out_of_the_way_for_the_call(name: str) -> None:
+def test_a_guider_is_disabled_for_the_call(name: str) -> None:
     pipe = ZOO[name].build()
     guider = pipe.guider
     number = guider.guidance_scale
@@ -229,7 +229,7 @@ def test_a_guider_is_out_of_the_way_for_the_call(name: str) -> None:
     plain = Run(name, pipe)
     guider.enable()
     guided = Run(name, pipe)
-    adapter = on(pipe).attach(pipe)
+    adapter = adapter_on(pipe).attach(pipe)
     assert "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
     assert torch.equal(Run(name, pipe, guidance_scale=1.0).end, plain.end)
     four = Run(name, pipe, guidance_scale=4.0)
@@ -290,7 +290,7 @@ def test_a_pipeline_that_guides_in_another_way_is_refused(kind: Any, setting: st
     assert type(pipe) is kind
 
 
-def test_a_pipeline_that_lacks_what_was_recorded_is_refused() -> None:
+def test_a_pipeline_without_the_recorded_arguments_is_refused() -> None:
     pipe = build("stable_diffusion")
     metadata = replace(
         METADATA,
@@ -303,10 +303,10 @@ def test_a_pipeline_that_lacks_what_was_recorded_is_refused() -> None:
         adapter_for(pipe.unet, metadata=metadata).attach(pipe)
 
 
-def test_a_scale_that_means_something_else_is_refused() -> None:
+def test_a_scale_with_another_meaning_is_refused() -> None:
     pipe = ZOO["FluxPipeline (true CFG)"].build()
     filling = FluxFillPipeline(**{name: part for name, part in pipe.components.items() if name in FILLING})
-    adapter = on(pipe, base=Base(denoiser_subfolder="transformer", pipeline_class="FluxPipeline"))
+    adapter = adapter_on(pipe, base=Base(denoiser_subfolder="transformer", pipeline_class="FluxPipeline"))
     with pytest.raises(UserError, match="FluxFillPipeline guides by guidance_scale, .* by true_cfg_scale"):
         adapter.attach(filling)
 
@@ -314,7 +314,7 @@ def test_a_scale_that_means_something_else_is_refused() -> None:
 FILLING = inspect.signature(FluxFillPipeline.__init__).parameters
 
 
-def test_a_pipeline_that_guides_alike_is_taken() -> None:
+def test_a_pipeline_with_the_same_guidance_is_accepted() -> None:
     pipe = build("stable_diffusion")
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     adapter_for(pipe.unet, metadata=STABLE_DIFFUSION).attach(pipe).attach(other)
@@ -323,45 +323,45 @@ def test_a_pipeline_that_guides_alike_is_taken() -> None:
 # Settings, negatives, classes
 
 
-def test_a_setting_of_guidance_that_was_not_recorded_is_said_to_do_nothing() -> None:
+def test_a_warning_names_a_guidance_setting_that_was_not_recorded() -> None:
     pipe = build("stable_diffusion")
     recorded = replace(METADATA, guidance_rule={"pipeline": "StableDiffusionPipeline", "guidance_rescale": 0.5})
     adapter_for(pipe.unet, metadata=recorded).attach(pipe)
     options = {"prompt": PROMPTS, "num_inference_steps": 1, "output_type": "latent"}
-    assert said(lambda: pipe(**options, guidance_rescale=0.7)) == [
+    assert warnings_of(lambda: pipe(**options, guidance_rescale=0.7)) == [
         "guidance_rescale=0.7 does not change the guidance of this adapter, which was recorded with "
         "guidance_rescale=0.5: leave it out, or train an adapter on such records"
     ]
-    assert not said(lambda: pipe(**options, guidance_rescale=0.5))
-    assert not said(lambda: pipe(**options, guidance_scale=3.0, clip_skip=None))
+    assert not warnings_of(lambda: pipe(**options, guidance_rescale=0.5))
+    assert not warnings_of(lambda: pipe(**options, guidance_scale=3.0, clip_skip=None))
 
 
 @pytest.mark.parametrize(
     "given",
     [{"negative_prompt_2": "blurry"}, {"negative_target_size": (64, 64)}, {"negative_prompt": [" ", "blurry"]}],
 )
-def test_whatever_is_negative_is_said_to_do_nothing(given: dict[str, Any]) -> None:
+def test_a_warning_names_negative_arguments_without_effect(given: dict[str, Any]) -> None:
     pipe = build("stable_diffusion_xl")
     adapter_for(pipe.unet).attach(pipe)
     options = {"prompt": PROMPTS, "num_inference_steps": 1, "output_type": "latent"}
-    (info,) = said(lambda: pipe(**options, **given))
-    assert info.startswith(next(iter(given)))
-    assert "does nothing" in info
+    (message,) = warnings_of(lambda: pipe(**options, **given))
+    assert message.startswith(next(iter(given)))
+    assert "does nothing" in message
 
 
-def test_classes_beside_those_trained_on_are_said_to_be() -> None:
+def test_a_warning_names_classes_that_were_not_trained_on() -> None:
     pipe = tiny_dit()
     adapter = new_adapter(pipe.transformer, "lora")
     adapter.metadata = replace(adapter.metadata, sampled={"class_labels": [0, 1, 2]})
     adapter.attach(pipe)
-    assert not said(lambda: pipe([0, 2], num_inference_steps=1, output_type="latent"))
-    assert said(lambda: pipe([0, 7], num_inference_steps=1, output_type="latent")) == [
+    assert not warnings_of(lambda: pipe([0, 2], num_inference_steps=1, output_type="latent"))
+    assert warnings_of(lambda: pipe([0, 7], num_inference_steps=1, output_type="latent")) == [
         "class_labels=7 is not among the classes that this adapter was trained on (0, 1, 2): name one of these, "
         "or train on records of it"
     ]
 
 
-def test_scales_in_the_call_may_differ_from_image_to_image() -> None:
+def test_the_scales_of_a_call_may_differ_between_images() -> None:
     pipe = build("stable_diffusion")
     adapter = adapter_for(pipe.unet).attach(pipe)
 

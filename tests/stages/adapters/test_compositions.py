@@ -95,7 +95,7 @@ def lora(pipe: Any, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("variant", ["gated_mlp", "lora", "full"])
-def test_a_lora_can_come_before_or_after_and_go(pipe: Any, lora: Path, variant: str) -> None:
+def test_a_lora_can_be_loaded_before_or_after_and_unloaded(pipe: Any, lora: Path, variant: str) -> None:
     adapter = adapter_for(pipe.unet, variant).attach(pipe)
     alone = final(pipe)
     pipe.load_lora_weights(lora)
@@ -208,7 +208,7 @@ def test_model_offloading_on_a_gpu(pipe: Any, adapter: GuidanceAdapter) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_costs_no_more_than_the_base_loses(pipe: Any, variant: str, dtype: torch.dtype) -> None:
+def test_half_precision_loses_no_more_than_the_base_does(pipe: Any, variant: str, dtype: torch.dtype) -> None:
     adapter = adapter_for(pipe.unet, variant).attach(pipe)
     guided, plain = final(pipe), final(pipe, 1.0)
     adapter.detach()
@@ -232,7 +232,7 @@ def test_compiled_without_a_graph_break(pipe: Any, variant: str) -> None:
     torch.testing.assert_close(final(pipe, 1.0), plain)
 
 
-def test_a_negative_prompt_that_it_was_not_trained_for_warns_once(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_a_negative_prompt_that_was_not_trained_on_warns_once(pipe: Any, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe)
     without = final(pipe)
     with pytest.warns(UserWarning, match=r"negative_prompt \(blurry\) does nothing: .* not trained to see negative"):
@@ -242,7 +242,7 @@ def test_a_negative_prompt_that_it_was_not_trained_for_warns_once(pipe: Any, ada
         final(pipe, negative_prompt="grey")
 
 
-def test_the_negative_prompt_it_was_trained_with_does_not_warn(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_the_negative_prompt_of_the_training_does_not_warn(pipe: Any, adapter: GuidanceAdapter) -> None:
     adapter.metadata = replace(adapter.metadata, arguments={"negative_prompt": "blurry"})
     adapter.attach(pipe)
     with warnings.catch_warnings():
@@ -261,7 +261,7 @@ def test_prompts_may_be_longer_than_in_training(pipe: Any, length: int) -> None:
     adapter.detach()
 
 
-def test_attached_to_what_is_compiled_already(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_attached_to_a_compiled_denoiser(pipe: Any, adapter: GuidanceAdapter) -> None:
     torch.compiler.reset()
     adapter.attach(pipe)
     guided = final(pipe)

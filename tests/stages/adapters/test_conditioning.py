@@ -21,18 +21,18 @@ def conditioning() -> Conditioning:
     return Conditioning(16, {"class_labels": {"kind": "label", "classes": 10}}, 1.0)
 
 
-def ask(
-    known: Conditioning, scale: torch.Tensor, timestep: torch.Tensor, inputs: dict[str, torch.Tensor]
+def conditions_for(
+    conditioner: Conditioning, scale: torch.Tensor, timestep: torch.Tensor, inputs: dict[str, torch.Tensor]
 ) -> Conditions:
-    return known(scale, timestep, known.embed(inputs))
+    return conditioner(scale, timestep, conditioner.embed(inputs))
 
 
 def test_scale_timestep_and_class_each_matter() -> None:
-    known = conditioning()
+    conditioner = conditioning()
 
     def vector(scale: float, timestep: int, label: int) -> torch.Tensor:
         labels = {"class_labels": torch.tensor([label])}
-        return ask(known, torch.tensor([scale]), torch.tensor([timestep]), labels).vector
+        return conditions_for(conditioner, torch.tensor([scale]), torch.tensor([timestep]), labels).vector
 
     start = vector(2.0, 500, 3)
     assert start.shape == (1, 16)
@@ -51,34 +51,36 @@ def test_the_curves_of_a_scale_are_0_at_no_guidance_and_rise_from_there() -> Non
     assert (curves.diff(dim=0) > 0).all()
 
 
-def test_the_scale_alone_is_known_without_a_parameter() -> None:
+def test_the_scale_alone_is_embedded_without_a_parameter() -> None:
     scale, timestep = torch.tensor([1.5, 3.0]), torch.tensor([9, 9])
     alone = ScaleAlone()
     assert not alone.state_dict()
-    assert torch.equal(ask(alone, scale, timestep, {}).curves, scale_curves(scale))
+    assert torch.equal(conditions_for(alone, scale, timestep, {}).curves, scale_curves(scale))
     labels = {"class_labels": torch.tensor([3, 4])}
-    assert torch.equal(ask(conditioning(), scale, timestep, labels).curves, scale_curves(scale))
+    assert torch.equal(conditions_for(conditioning(), scale, timestep, labels).curves, scale_curves(scale))
 
 
-def test_each_is_a_part_of_its_own() -> None:
-    known = ask(conditioning(), torch.tensor([2.0]), torch.tensor([9]), {"class_labels": torch.tensor([3])})
-    assert known.parts.shape == (1, 3, 16)
-    torch.testing.assert_close(known.vector, torch.nn.functional.silu(known.parts.sum(1)))
+def test_each_condition_is_a_separate_part() -> None:
+    labels = {"class_labels": torch.tensor([3])}
+    conditions = conditions_for(conditioning(), torch.tensor([2.0]), torch.tensor([9]), labels)
+    assert conditions.parts.shape == (1, 3, 16)
+    torch.testing.assert_close(conditions.vector, torch.nn.functional.silu(conditions.parts.sum(1)))
     blind = Conditioning(16, {}, 1.0, sees_timestep=False)
-    one, other = (ask(blind, torch.tensor([2.0]), torch.tensor([t]), {}) for t in (9, 900))
+    one, other = (conditions_for(blind, torch.tensor([2.0]), torch.tensor([t]), {}) for t in (9, 900))
     assert one.parts.shape == (1, 1, 16)
     assert torch.equal(one.vector, other.vector)
 
 
-def test_samples_of_a_batch_do_not_touch() -> None:
-    known = conditioning()
+def test_samples_of_a_batch_are_independent() -> None:
+    conditioner = conditioning()
     scale, timestep = torch.tensor([2.0, 3.0]), torch.tensor([10, 900])
     labels = torch.tensor([1, 2])
-    together = ask(known, scale, timestep, {"class_labels": labels}).vector
-    apart = [
-        ask(known, scale[i : i + 1], timestep[i : i + 1], {"class_labels": labels[i : i + 1]}).vector for i in range(2)
+    together = conditions_for(conditioner, scale, timestep, {"class_labels": labels}).vector
+    separate = [
+        conditions_for(conditioner, scale[i : i + 1], timestep[i : i + 1], {"class_labels": labels[i : i + 1]}).vector
+        for i in range(2)
     ]
-    torch.testing.assert_close(torch.cat(apart), together)
+    torch.testing.assert_close(torch.cat(separate), together)
 
 
 FLOAT, INT = "float16", "int64"
@@ -109,7 +111,7 @@ def test_conditions_are_found_by_dtype_and_shape_not_by_name() -> None:
     assert negative == {"words": WORDS, "negative.words": WORDS | {"kind": "negative_tokens"}}
 
 
-def test_an_adapter_sees_what_it_is_told_to_see() -> None:
+def test_an_adapter_sees_the_chosen_conditions() -> None:
     label = {"anything": {"kind": "label", "classes": 7}}
     both = {"whole": WHOLE, "words": WORDS}
     assert choose_conditions(label, ["timestep", "pooled", "tokens"]) == label
@@ -125,52 +127,54 @@ def test_an_adapter_sees_what_it_is_told_to_see() -> None:
         choose_conditions(both, ["negative_tokens"])
 
 
-def test_a_condition_that_is_not_given_is_named() -> None:
+def test_a_missing_condition_is_named() -> None:
     with pytest.raises(UserError, match="trained with class_labels, and this call of the denoiser has none"):
         conditioning().embed({})
 
 
 @pytest.mark.parametrize("kind", ["mean", "tokens"])
-def test_padding_that_the_mask_tells_changes_nothing(kind: str) -> None:
+def test_masked_padding_changes_nothing(kind: str) -> None:
     torch.manual_seed(0)
-    known = Conditioning(16, {"words": {"kind": kind, "width": 32}}, 1.0)
-    overrides, scale, timestep = torch.randn(1, 5, 32), torch.tensor([2.0]), torch.tensor([9])
-    short = ask(known, scale, timestep, {"words": overrides, "words_mask": torch.ones(1, 5)})
-    padded = torch.cat([overrides, 100 * torch.randn(1, 3, 32)], dim=1)
+    conditioner = Conditioning(16, {"words": {"kind": kind, "width": 32}}, 1.0)
+    words, scale, timestep = torch.randn(1, 5, 32), torch.tensor([2.0]), torch.tensor([9])
+    short = conditions_for(conditioner, scale, timestep, {"words": words, "words_mask": torch.ones(1, 5)})
+    padded = torch.cat([words, 100 * torch.randn(1, 3, 32)], dim=1)
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
-    longer = ask(known, scale, timestep, {"words": padded, "words_mask": mask})
+    longer = conditions_for(conditioner, scale, timestep, {"words": padded, "words_mask": mask})
     torch.testing.assert_close(longer.vector, short.vector)
-    assert not torch.allclose(ask(known, scale, timestep, {"words": padded}).vector, short.vector, atol=1e-3)
+    assert not torch.allclose(
+        conditions_for(conditioner, scale, timestep, {"words": padded}).vector, short.vector, atol=1e-3
+    )
     if kind == "tokens":
         assert longer.tokens is not None
         assert longer.tokens.shape == (1, 8, 16)
         assert torch.equal(longer.mask, mask.bool())
 
 
-def test_positive_and_negative_tokens_lie_side_by_side_each_with_its_mask() -> None:
-    overrides = {"kind": "tokens", "width": 32}
-    known = Conditioning(16, {"words": overrides, "negative.words": overrides | {"kind": "negative_tokens"}}, 1.0)
+def test_positive_and_negative_tokens_are_concatenated_with_their_masks() -> None:
+    words = {"kind": "tokens", "width": 32}
+    conditioner = Conditioning(16, {"words": words, "negative.words": words | {"kind": "negative_tokens"}}, 1.0)
     inputs = {"words": torch.randn(1, 3, 32), "negative.words": torch.randn(1, 2, 32)}
-    seen = ask(known, torch.tensor([2.0]), torch.tensor([9]), inputs)
+    seen = conditions_for(conditioner, torch.tensor([2.0]), torch.tensor([9]), inputs)
     assert seen.tokens is not None
     assert (seen.tokens.shape, seen.mask) == ((1, 5, 16), None)
-    masked = ask(
-        known, torch.tensor([2.0]), torch.tensor([9]), inputs | {"negative.words_mask": torch.tensor([[1, 0]])}
+    masked = conditions_for(
+        conditioner, torch.tensor([2.0]), torch.tensor([9]), inputs | {"negative.words_mask": torch.tensor([[1, 0]])}
     )
     assert masked.mask.tolist() == [[True, True, True, True, False]]
 
 
-def test_timesteps_count_to_a_thousand_whatever_the_denoiser_counts_to() -> None:
+def test_timesteps_are_scaled_to_a_thousand() -> None:
     torch.manual_seed(0)
     counting = Conditioning(16, {}, 1.0)
     torch.manual_seed(0)
     fractions = Conditioning(16, {}, 1e-3)
     scale = torch.tensor([2.0])
-    one = ask(fractions, scale, torch.tensor([0.5]), {}).vector
-    torch.testing.assert_close(one, ask(counting, scale, torch.tensor([500]), {}).vector)
+    one = conditions_for(fractions, scale, torch.tensor([0.5]), {}).vector
+    torch.testing.assert_close(one, conditions_for(counting, scale, torch.tensor([500]), {}).vector)
 
 
-def test_masks_are_told_by_their_shape() -> None:
+def test_masks_are_recognized_by_their_shape() -> None:
     inputs = {
         "clip": torch.randn(2, 5, 32),
         "clip_counts": torch.tensor([[1, 1, 1, 0, 0]] * 2),
@@ -186,11 +190,11 @@ def test_masks_are_told_by_their_shape() -> None:
     assert mask_of("negative.clip", inputs) is None
 
 
-def test_several_embeddings_of_a_token_are_as_many_tokens() -> None:
+def test_several_embeddings_of_a_token_become_several_tokens() -> None:
     torch.manual_seed(0)
-    known = Conditioning(16, {"layers": {"kind": "tokens", "width": 32}}, 1.0)
+    conditioner = Conditioning(16, {"layers": {"kind": "tokens", "width": 32}}, 1.0)
     layers, counts = torch.randn(1, 3, 2, 32), torch.tensor([[1, 1, 0]])
-    seen = ask(known, torch.tensor([2.0]), torch.tensor([9]), {"layers": layers, "counts": counts})
+    seen = conditions_for(conditioner, torch.tensor([2.0]), torch.tensor([9]), {"layers": layers, "counts": counts})
     assert seen.tokens is not None
     assert seen.tokens.shape == (1, 6, 16)
     assert seen.mask.tolist() == [[True, True, True, True, False, False]]

@@ -1,4 +1,4 @@
-"""One contract, run over every variant."""
+"""The contract that every variant fulfils."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_every_variant_is_here() -> None:
+def test_every_variant_is_tested() -> None:
     assert sorted(GuidanceAdapter.variants) == sorted(VARIANTS)
 
 
-def test_untrained_it_changes_nothing_bit_for_bit(variant: str) -> None:
+def test_untrained_it_leaves_the_output_bit_for_bit_unchanged(variant: str) -> None:
     denoiser = tiny_dit().transformer
     before = predict(denoiser)
     adapter = new_adapter(denoiser, variant, trained=False).attach(denoiser)
@@ -61,7 +61,7 @@ def test_untrained_it_changes_nothing_bit_for_bit(variant: str) -> None:
         assert torch.equal(predict(denoiser), before)
 
 
-def test_trained_it_changes_the_output_and_detached_nothing(variant: str) -> None:
+def test_trained_it_changes_the_output_until_it_is_detached(variant: str) -> None:
     denoiser = tiny_dit().transformer
     keys, weights, before = list(denoiser.state_dict()), fingerprint(denoiser), predict(denoiser)
     adapter = new_adapter(denoiser, variant).attach(denoiser)
@@ -108,19 +108,19 @@ def test_one_scale_serves_several_images_of_a_prompt(variant: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:guidance_scale 7")
-def test_a_gain_asks_it_for_more_but_not_beyond_its_training(variant: str) -> None:
+def test_the_gain_raises_scales_but_not_past_the_trained_maximum(variant: str) -> None:
     denoiser = tiny_dit().transformer
     adapter = new_adapter(denoiser, variant).attach(denoiser)
-    wanted, asked = [1.0, 1.5, 5.0, 7.0], [1.0, 1.75, 6.0, 7.0]
+    requested, amplified = [1.0, 1.5, 5.0, 7.0], [1.0, 1.75, 6.0, 7.0]
     adapter.metadata = replace(adapter.metadata, guidance_gain=1.0)
-    with adapter.guidance_scale(asked):
+    with adapter.guidance_scale(amplified):
         expected = predict(denoiser)
     adapter.metadata = replace(adapter.metadata, guidance_gain=1.5)
-    with adapter.guidance_scale(wanted):
+    with adapter.guidance_scale(requested):
         assert torch.equal(predict(denoiser), expected)
 
 
-def test_a_batch_that_the_scales_do_not_fit_is_refused(variant: str) -> None:
+def test_a_batch_of_another_size_than_the_scales_is_refused(variant: str) -> None:
     denoiser = tiny_dit().transformer
     adapter = new_adapter(denoiser, variant).attach(denoiser)
     with (
@@ -149,7 +149,7 @@ def test_the_conditioning_is_computed_once_per_forward(variant: str) -> None:
     assert len(calls) == 1
 
 
-def test_it_comes_back_from_its_folder_bit_for_bit(variant: str, tmp_path: Path) -> None:
+def test_it_is_loaded_from_its_folder_bit_for_bit(variant: str, tmp_path: Path) -> None:
     denoiser = tiny_dit().transformer
     adapter = new_adapter(denoiser, variant)
     adapter.save_pretrained(tmp_path)
@@ -201,7 +201,7 @@ def test_a_base_of_other_shapes_is_refused_with_its_first_site(variant: str) -> 
     first = next(iter(adapter.shapes))
     with pytest.raises(UserError, match=rf"at {first} it was made for width 16, the base has width 24"):
         adapter.attach(wider)
-    if variant != "embedding":  # it sits at no site: how deep the base is does not matter to it
+    if variant != "embedding":  # without sites it does not depend on the base's depth
         deeper = type(pipe.transformer).from_config({**pipe.transformer.config, "num_layers": 3})
         with pytest.raises(UserError, match="for 2 transformer_blocks, the base has 3"):
             adapter.attach(deeper)
@@ -220,7 +220,7 @@ def test_a_base_of_other_shapes_is_refused_with_its_first_site(variant: str) -> 
     ],
     ids=["no json", "no adapter", "empty weights", "no weights"],
 )
-def test_a_folder_that_is_none_of_an_adapter_is_named(variant: str, tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_folder_without_an_adapter_is_named(variant: str, tmp_path: Path, name: str, content: bytes) -> None:
     new_adapter(tiny_dit().transformer, variant).save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match="not an adapter"):

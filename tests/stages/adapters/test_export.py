@@ -34,7 +34,7 @@ from tests.support.families import ARGUMENTS, FAMILIES, PROMPTS, WIDTH, build
 SCALE, HIDDEN_SIZE = 3.0, 16
 DIT = "dit"
 EVERY = [*FAMILIES, DIT]
-NOT_BY_DIFFUSERS = ("pixart_sigma", DIT)  # diffusers loads no LoRA into these
+NOT_BY_DIFFUSERS = ("pixart_sigma", DIT)  # diffusers loads no LoRA into these pipelines
 KOHYA_BY_DIFFUSERS = ("stable_diffusion", "stable_diffusion_v", "stable_diffusion_xl", "qwen_image", "wan")
 
 
@@ -144,8 +144,8 @@ def test_a_process_without_this_project_loads_it(
     assert differences[family, format] < 1e-5
 
 
-# Where ComfyUI looks for the change of a diffusers layer: the name of the layer that holds it, and the first row, in
-# heights of the change. From `mmdit_to_diffusers`, `pixart_to_diffusers` and `flux_to_diffusers` of
+# Where ComfyUI puts the change of a diffusers layer: the name of the layer, and the first row in multiples of the
+# change's height. From `mmdit_to_diffusers`, `pixart_to_diffusers` and `flux_to_diffusers` of
 # comfy/utils.py (Comfy-Org/ComfyUI, 09708eae), and of Chroma's guidance layers from comfy/ldm/chroma/layers.py and
 # comfy/ldm/flux/layers.py.
 QKV = {"to_q": 0, "to_k": 1, "to_v": 2}
@@ -229,9 +229,7 @@ def as_comfyui_does(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", list(COMFYUI))
-def test_comfyui_finds_the_change_of_every_layer_under_the_name_that_it_knows(
-    exported: dict[str, Exported], family: str
-) -> None:
+def test_comfyui_finds_the_change_of_every_layer_by_its_own_name(exported: dict[str, Exported], family: str) -> None:
     adapter, file = exported[family].adapter, exported[family].files["kohya"]
     changes = as_comfyui_does(load_file(file))
     found = set()
@@ -249,14 +247,14 @@ def test_comfyui_finds_the_change_of_every_layer_under_the_name_that_it_knows(
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_v", "stable_diffusion_xl", "qwen_image"])
-def test_what_comfyui_knows_by_diffusers_own_name_keeps_it(exported: dict[str, Exported], family: str) -> None:
+def test_layers_that_comfyui_knows_by_diffusers_names_keep_them(exported: dict[str, Exported], family: str) -> None:
     """Names of `unet_to_diffusers` in comfy/utils.py, and of comfy/ldm/qwen_image/model.py."""
     by_original_name = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
     names = {by_original_name.get(layer, layer).replace(".", "_") for layer in exported[family].adapter.shapes}
     assert as_comfyui_does(load_file(exported[family].files["kohya"])).keys() == names
 
 
-def test_where_a_part_of_a_stack_is_not_adapted_it_does_not_change(tmp_path: Path) -> None:
+def test_the_unadapted_part_of_a_stacked_layer_does_not_change(tmp_path: Path) -> None:
     sites = ("single_transformer_blocks.*.attn.to_k", "single_transformer_blocks.*.proj_mlp", "*.add_v_proj")
     adapter = new_adapter(build("chroma"), sites)
     changes = as_comfyui_does(load_file(adapter.export_lora(tmp_path / "lora.safetensors", SCALE, "kohya")))
@@ -268,7 +266,7 @@ def test_where_a_part_of_a_stack_is_not_adapted_it_does_not_change(tmp_path: Pat
     torch.testing.assert_close(changes["double_blocks_0_txt_attn_qkv"], torch.cat([none, none, value]))
 
 
-def test_the_header_tells_what_it_is(tmp_path: Path) -> None:
+def test_the_header_describes_the_export(tmp_path: Path) -> None:
     table = [{"strength": 0.5, "guidance_scale": 2.1}, {"strength": 1.0, "guidance_scale": 3.0}]
     tokens = {"encoder_hidden_states": {"kind": "tokens", "width": 1024}}
     info = {"prediction_type": "v_prediction", "guidance_gain": 1.05, "dial": {"3": table}, "conditions": tokens}
@@ -306,12 +304,14 @@ def test_the_header_names_an_architecture(exported: dict[str, Exported], family:
         ("stable_diffusion_3", "kohya", "loaded by ComfyUI, sd-scripts"),
     ],
 )
-def test_what_loads_it_is_told(exported: dict[str, Exported], family: str, format: str, info: str) -> None:
+def test_the_way_to_load_an_export_is_stated(
+    exported: dict[str, Exported], family: str, format: str, info: str
+) -> None:
     assert info in how_to_load(exported[family].adapter, exported[family].files[format], format)
 
 
 @pytest.mark.parametrize(("family", "others"), [("pixart_sigma", "peft or kohya"), (DIT, "peft")])
-def test_what_diffusers_loads_nowhere_is_refused(
+def test_an_export_that_diffusers_cannot_load_is_refused(
     exported: dict[str, Exported], family: str, others: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=f"format=diffusers: diffusers loads no LoRA into a .*: use format={others}$"):
@@ -319,7 +319,7 @@ def test_what_diffusers_loads_nowhere_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_where_the_pipeline_is_not_known_the_denoiser_loads_it(exported: dict[str, Exported]) -> None:
+def test_without_a_known_pipeline_the_denoiser_loads_it(exported: dict[str, Exported]) -> None:
     done, base = exported["wan"], exported["wan"].adapter.metadata.base
     metadata = replace(done.adapter.metadata, base=replace(base, pipeline_class=None))
     line = how_to_load(LoRA(done.adapter.config, done.adapter.shapes, metadata), done.files["diffusers"], "diffusers")
@@ -350,7 +350,7 @@ def adapter() -> LoRA:
         ("out.safetensors", SCALE, "peft", "format=peft writes a folder: name one"),
     ],
 )
-def test_what_cannot_be_exported_is_refused_before_anything_is_written(
+def test_an_impossible_export_is_refused_before_anything_is_written(
     adapter: LoRA, tmp_path: Path, name: str, scale: float, format: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
@@ -373,7 +373,7 @@ def test_a_layer_without_a_published_name_is_refused(tmp_path: Path) -> None:
         adapter.export_lora(tmp_path / "out.safetensors", SCALE, "kohya")
 
 
-def test_an_adapters_own_folder_is_not_written_into(adapter: LoRA, tmp_path: Path) -> None:
+def test_an_adapters_own_folder_is_not_written_to(adapter: LoRA, tmp_path: Path) -> None:
     adapter.save_pretrained(tmp_path)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(UserError, match="holds an adapter of this project: name another folder"):
@@ -389,11 +389,11 @@ def test_a_scale_outside_the_training_warns(adapter: LoRA, tmp_path: Path) -> No
         adapter.export_lora(tmp_path, 8.0, "peft")
 
 
-def test_a_file_is_written_whole_or_not_at_all(adapter: LoRA, tmp_path: Path) -> None:
+def test_an_export_is_written_whole_or_not_at_all(adapter: LoRA, tmp_path: Path) -> None:
     adapter.export_lora(tmp_path, SCALE, "peft")
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # stands in for a full disk: either refuses in the middle
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # simulates a full disk: both fail in the middle of a write
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(StorageError, match="cannot be written: File too large"):

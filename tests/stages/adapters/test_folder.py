@@ -26,7 +26,7 @@ def adapter() -> GuidanceAdapter:
     return new_adapter(tiny_dit().transformer, "offset")
 
 
-def test_the_folder_tells_what_a_user_needs_to_know(tiny_adapter: Path) -> None:
+def test_the_folder_holds_what_a_user_needs_to_know(tiny_adapter: Path) -> None:
     info = json.loads((tiny_adapter / CONFIG_FILE).read_text())
     assert info["adapter"]["variant"] == "lora"
     assert info["adapter"]["conditions"] == []
@@ -38,7 +38,7 @@ def test_the_folder_tells_what_a_user_needs_to_know(tiny_adapter: Path) -> None:
     assert info["training"]["steps"] == 12
 
 
-def test_the_card_has_the_header_that_hubs_read(tiny_adapter: Path) -> None:
+def test_the_card_has_the_header_for_hubs(tiny_adapter: Path) -> None:
     _, header, text = (tiny_adapter / CARD_FILE).read_text().split("---\n", 2)
     info = yaml.safe_load(header)
     assert info["base_model_relation"] == "adapter"
@@ -52,7 +52,7 @@ def test_the_card_has_the_header_that_hubs_read(tiny_adapter: Path) -> None:
     assert "Measured" not in text
 
 
-def test_the_card_tells_what_was_measured(adapter: GuidanceAdapter, tmp_path: Path) -> None:
+def test_the_card_shows_the_measurements(adapter: GuidanceAdapter, tmp_path: Path) -> None:
     row = {"guidance_scale": 2.0, "effective_scale": 1.9, "frechet_distance": 20.4, "gap_closed": 0.9}
     row["denoiser_evaluations"] = 25.0
     rows = [row | {"method": "cfg"}, row | {"method": "one_pass"}]
@@ -68,7 +68,7 @@ def test_the_card_tells_what_was_measured(adapter: GuidanceAdapter, tmp_path: Pa
     }
 
 
-def test_the_card_tells_what_strength_does(adapter: GuidanceAdapter, tmp_path: Path) -> None:
+def test_the_card_shows_the_effect_of_strength(adapter: GuidanceAdapter, tmp_path: Path) -> None:
     dial = [{"strength": 0.5, "guidance_scale": 4.0}, {"strength": 1.0, "guidance_scale": 7.321}]
     adapter.metadata = replace(adapter.metadata, dial={"7.5": dial})
     adapter.save_pretrained(tmp_path)
@@ -83,7 +83,7 @@ def test_a_save_that_fails_leaves_the_older_adapter_whole(adapter: GuidanceAdapt
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     torch.nn.init.ones_(next(adapter.parameters()))
 
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # which stands in for a full disk: either refuses in the middle
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # simulates a full disk: both fail in the middle of a write
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(StorageError, match="cannot be written: File too large"):
@@ -105,7 +105,7 @@ def test_a_save_that_fails_leaves_the_older_adapter_whole(adapter: GuidanceAdapt
         ({"base": {}}, "base.denoiser_class is missing"),
     ],
 )
-def test_metadata_that_is_not_as_it_was_written_is_refused_in_a_line(
+def test_edited_metadata_is_a_one_line_error(
     adapter: GuidanceAdapter, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     adapter.save_pretrained(tmp_path)

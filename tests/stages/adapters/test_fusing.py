@@ -1,4 +1,4 @@
-"""A fused scale: the result of hooks, at the base's own cost, and restored without a trace."""
+"""A fused scale: the result of hooks, at the base's cost, and restored exactly."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def adapter(pipe: Any) -> GuidanceAdapter:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fused_is_what_hooks_do_and_leaves_nothing(family: str) -> None:
+def test_fused_equals_hooks_and_leaves_no_trace(family: str) -> None:
     pipe = build(family)
     denoiser: Any = denoiser_of(pipe)[1]
     inputs = inputs_of(pipe, prompt=PROMPTS, **ARGUMENTS.get(family, {}))
@@ -120,7 +120,7 @@ def test_an_exception_in_the_middle_of_a_call_restores_bit_for_bit(
     assert fingerprint(pipe.unet) == fingerprint(build("stable_diffusion").unet)
 
 
-def test_a_fused_scale_is_that_of_calls_that_name_none(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_a_fused_scale_applies_to_calls_without_a_scale(pipe: Any, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe)
     three, five, plain = final(pipe, 3.0), final(pipe, 5.0), final(pipe, 1.0)
     adapter.fuse(3.0)
@@ -140,7 +140,7 @@ def test_a_fused_scale_is_that_of_calls_that_name_none(pipe: Any, adapter: Guida
     assert torch.equal(final(pipe, 1.0), plain)
 
 
-def test_strength_adds_the_change_so_many_times(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_strength_multiplies_the_change(pipe: Any, adapter: GuidanceAdapter) -> None:
     name = "down_blocks.0.resnets.0.conv1"
     weight = pipe.unet.get_submodule(name).weight
     own = weight.detach().clone()
@@ -152,7 +152,7 @@ def test_strength_adds_the_change_so_many_times(pipe: Any, adapter: GuidanceAdap
     assert unlike(final(pipe, 3.0), final(pipe, 2.0))
 
 
-def test_one_copy_is_kept_where_it_is_asked_for(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_one_copy_is_kept_on_request(pipe: Any, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe, backup_device="cpu").fuse(3.0)
     kept = vars(pipe.unet)["_guidance_attachment"].weights.originals
     assert set(kept) == set(adapter.shapes)
@@ -161,7 +161,7 @@ def test_one_copy_is_kept_where_it_is_asked_for(pipe: Any, adapter: GuidanceAdap
     assert vars(pipe.unet)["_guidance_attachment"].weights is None
 
 
-def test_no_memory_for_the_copy_changes_nothing(
+def test_a_lack_of_memory_for_the_copy_changes_nothing(
     pipe: Any, adapter: GuidanceAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, copied, to = fingerprint(pipe.unet), [], Tensor.to
@@ -229,20 +229,20 @@ def test_schedules_fuse_each_scale(pipe: Any, adapter: GuidanceAdapter) -> None:
     torch.testing.assert_close(hooked, interval, atol=1e-2, rtol=1e-2)
 
 
-def test_a_schedule_meets_the_steps_that_image_to_image_leaves_out(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_a_schedule_covers_the_steps_that_image_to_image_skips(pipe: Any, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe)
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
     adapter.attach(other)
     picture = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
-    asked = {"image": picture, "strength": 0.5, "num_inference_steps": 6}
+    options = {"image": picture, "strength": 0.5, "num_inference_steps": 6}
     with adapter.guidance_schedule([9.0] * 3 + [2.0] * 3), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        late = final(other, 1.0, **asked)
-    assert torch.equal(late, final(other, 2.0, **asked))
+        late = final(other, 1.0, **options)
+    assert torch.equal(late, final(other, 2.0, **options))
 
 
-def test_a_lora_of_the_user_composes_and_a_change_beneath_is_noticed(pipe: Any, tmp_path: Path) -> None:
+def test_a_lora_of_the_user_composes_and_changed_weights_are_noticed(pipe: Any, tmp_path: Path) -> None:
     torch.manual_seed(2)
     wrapped = copy.deepcopy(pipe.unet)
     wrapped.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v", "conv1"]))
@@ -295,7 +295,7 @@ def layer_by_layer(unet: Any) -> None:
         (layer_by_layer, "or cast one by one"),
     ],
 )
-def test_what_cannot_be_fused_runs_by_hooks_and_says_so_once(
+def test_an_adapter_that_cannot_be_fused_runs_by_hooks_and_warns_once(
     pipe: Any, adapter: GuidanceAdapter, change: Any, reason: str
 ) -> None:
     adapter.attach(pipe)
@@ -312,11 +312,11 @@ def test_what_cannot_be_fused_runs_by_hooks_and_says_so_once(
         adapter.fuse(3.0)
 
 
-def test_a_scale_for_each_image_runs_by_hooks_and_the_next_call_is_fused(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_a_scale_per_image_runs_by_hooks_and_the_next_call_is_fused(pipe: Any, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe)
     two, five = final(pipe, 2.0), final(pipe, 5.0)
-    said = pytest.warns(UserWarning, match="the images of a batch have scales of their own")
-    with said, adapter.guidance_scale([2.0, 5.0]):
+    warned = pytest.warns(UserWarning, match="the images of a batch have scales of their own")
+    with warned, adapter.guidance_scale([2.0, 5.0]):
         both = final(pipe)
     assert adapter.fused is False
     torch.testing.assert_close(both, torch.stack([two[0], five[1]]), atol=1e-2, rtol=1e-2)
@@ -327,7 +327,7 @@ def test_a_scale_for_each_image_runs_by_hooks_and_the_next_call_is_fused(pipe: A
         assert torch.equal(final(pipe), two)
 
 
-def test_a_context_fuses_for_the_denoiser_itself_too(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_a_context_also_fuses_for_direct_calls_of_the_denoiser(pipe: Any, adapter: GuidanceAdapter) -> None:
     inputs = unflatten(inputs_of(pipe, prompt=PROMPTS) | {"return_dict": False})
     adapter.attach(pipe)
     with torch.no_grad():
@@ -337,7 +337,7 @@ def test_a_context_fuses_for_the_denoiser_itself_too(pipe: Any, adapter: Guidanc
         assert torch.equal(pipe.unet(**inputs)[0], plain)
 
 
-def test_a_compiled_denoiser_takes_every_scale_without_compiling_again(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_a_compiled_denoiser_takes_every_scale_without_recompiling(pipe: Any, adapter: GuidanceAdapter) -> None:
     torch.compiler.reset()
     compiled: list[int] = []
 
@@ -358,7 +358,7 @@ def test_a_compiled_denoiser_takes_every_scale_without_compiling_again(pipe: Any
         torch.testing.assert_close(final(pipe, 9.0), scheduled, atol=1e-3, rtol=1e-3)
 
 
-def test_a_copy_is_fused_apart_from_its_original(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_a_copy_is_fused_independently_of_its_original(pipe: Any, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe).fuse(2.0)
     two, three = final(pipe, 2.0), final(pipe, 3.0)
     again = copy.deepcopy(pipe)
@@ -376,11 +376,11 @@ def test_threads_at_two_scales_share_a_denoiser(pipe: Any, adapter: GuidanceAdap
     alone = {2.0: final(pipe, 2.0), 5.0: final(other, 5.0)}
     found: dict[float, list[Tensor]] = {2.0: [], 5.0: []}
 
-    def work(mine: Any, scale: float) -> None:
+    def work(pipe: Any, scale: float) -> None:
         for _ in range(3):
             generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
             options = {"num_inference_steps": STEPS, "output_type": "latent", "generator": generators}
-            found[scale].append(mine(PROMPTS, guidance_scale=scale, **options).images)
+            found[scale].append(pipe(PROMPTS, guidance_scale=scale, **options).images)
 
     threads = [threading.Thread(target=work, args=each) for each in ((pipe, 2.0), (other, 5.0))]
     for thread in threads:
@@ -393,7 +393,7 @@ def test_threads_at_two_scales_share_a_denoiser(pipe: Any, adapter: GuidanceAdap
             torch.testing.assert_close(each / pipe.vae.config.scaling_factor, alone[scale])
 
 
-def test_only_a_lora_that_sees_the_scale_alone_is_fused(pipe: Any) -> None:
+def test_only_a_lora_conditioned_on_the_scale_alone_is_fused(pipe: Any) -> None:
     with pytest.raises(UserError, match="the adapter is not attached: attach it first"):
         everywhere(pipe).fuse(3.0)
     with pytest.raises(UserError, match="cannot be fused: the variant offset computes beside the base's layers"):
@@ -405,7 +405,7 @@ def test_only_a_lora_that_sees_the_scale_alone_is_fused(pipe: Any) -> None:
         adapter.fuse(3.0)
 
 
-def test_attached_to_the_denoiser_its_contexts_guide_before_while_and_after_a_scale_is_fused(
+def test_contexts_of_a_denoiser_guide_before_while_and_after_a_scale_is_fused(
     pipe: Any, adapter: GuidanceAdapter
 ) -> None:
     inputs = unflatten(inputs_of(pipe, prompt=PROMPTS) | {"return_dict": False})
@@ -429,7 +429,7 @@ def test_attached_to_the_denoiser_its_contexts_guide_before_while_and_after_a_sc
 
 
 @pytest.mark.filterwarnings("ignore:the guidance is not fused")
-def test_contexts_within_contexts_leave_the_outer_one_in_force(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_after_a_nested_context_the_outer_one_applies(pipe: Any, adapter: GuidanceAdapter) -> None:
     inputs = unflatten(inputs_of(pipe, prompt=PROMPTS) | {"return_dict": False})
     adapter.attach(pipe)
     with torch.no_grad(), adapter.guidance_scale([2.0, 5.0]):
@@ -443,7 +443,7 @@ def test_contexts_within_contexts_leave_the_outer_one_in_force(pipe: Any, adapte
 
 
 @pytest.mark.parametrize("held", [None, 2.0])
-def test_an_interrupted_fuse_leaves_what_was_there(
+def test_an_interrupted_fuse_leaves_the_weights_unchanged(
     pipe: Any, adapter: GuidanceAdapter, held: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter.attach(pipe)
@@ -486,7 +486,7 @@ def test_a_small_lora_fused_meanwhile_is_noticed_in_half_precision(pipe: Any, tm
     assert fingerprint(pipe.unet) == before
 
 
-def test_what_is_saved_is_the_stock_pipeline_while_a_scale_is_fused_too(
+def test_the_stock_pipeline_is_saved_while_a_scale_is_fused_too(
     pipe: Any, adapter: GuidanceAdapter, tmp_path: Path
 ) -> None:
     before = fingerprint(pipe.unet)
@@ -497,7 +497,7 @@ def test_what_is_saved_is_the_stock_pipeline_while_a_scale_is_fused_too(
     assert fingerprint(pipe.unet) == held
 
 
-def test_a_scale_of_one_can_be_held(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_a_scale_of_one_can_be_fused(pipe: Any, adapter: GuidanceAdapter) -> None:
     plain = final(pipe, 1.0)
     adapter.attach(pipe).fuse(1.0)
     generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
@@ -506,7 +506,7 @@ def test_a_scale_of_one_can_be_held(pipe: Any, adapter: GuidanceAdapter) -> None
 
 
 @pytest.mark.filterwarnings("ignore:the guidance is not fused")
-def test_hooks_in_half_precision_leave_the_adapter_as_it_was(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_hooks_in_half_precision_leave_the_adapter_unchanged(pipe: Any, adapter: GuidanceAdapter) -> None:
     pipe.to(dtype=torch.bfloat16)
     before = fingerprint(adapter)
     adapter.attach(pipe)
@@ -520,7 +520,7 @@ def test_hooks_in_half_precision_leave_the_adapter_as_it_was(pipe: Any, adapter:
     assert fingerprint(adapter) == before
 
 
-def test_autocast_does_not_reach_the_weights(pipe: Any, adapter: GuidanceAdapter) -> None:
+def test_autocast_does_not_affect_the_weights(pipe: Any, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe).fuse(3.0)
     exact = fingerprint(pipe.unet)
     with torch.autocast("cpu", torch.bfloat16):

@@ -45,7 +45,7 @@ def given_to_layers(denoiser: nn.Module, inputs: dict[str, Any]) -> dict[str, li
 
 
 def blind_layers(denoiser: nn.Module, inputs: dict[str, Any]) -> set[str]:
-    """Find by trying: linear layers whose inputs do not depend on the latent and have whole rows for each sample."""
+    """Find by experiment the linear layers whose inputs ignore the latent and have whole rows per sample."""
     rows, latent = len(inputs[latent_name(denoiser)]), latent_name(denoiser)
     one, other = (given_to_layers(denoiser, inputs | {latent: torch.randn_like(inputs[latent])}) for _ in range(2))
     return {
@@ -56,7 +56,7 @@ def blind_layers(denoiser: nn.Module, inputs: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_rule_finds_what_trying_two_latents_finds(family: str) -> None:
+def test_the_rule_finds_the_same_layers_as_the_experiment(family: str) -> None:
     pipe = build(family)
     inputs = inputs_of(pipe, prompt=[*PROMPTS, PROMPTS[0]], **ARGUMENTS.get(family, {}))
     denoiser = denoiser_of(pipe)[1]
@@ -65,7 +65,7 @@ def test_the_rule_finds_what_trying_two_latents_finds(family: str) -> None:
     assert found
 
 
-def test_of_a_dit_they_are_its_modulation() -> None:
+def test_in_a_dit_they_are_the_modulation() -> None:
     pipe = tiny_dit()
     seen = run_trial_of_layers(pipe.transformer, inputs_of(pipe, class_labels=[1, 2, 3]))
     found = find_layers(pipe.transformer, [CONDITIONING], seen)
@@ -75,7 +75,7 @@ def test_of_a_dit_they_are_its_modulation() -> None:
     assert found["transformer_blocks.0.norm1.linear"] == [16, 96]
 
 
-def test_the_meta_device_is_all_that_it_takes() -> None:
+def test_the_meta_device_suffices() -> None:
     pipe = tiny_dit()
     inputs = inputs_of(pipe, class_labels=[1, 2, 3])
     with torch.device("meta"):
@@ -108,7 +108,7 @@ def test_kinds_and_patterns() -> None:
         ([], "adapter.sites: empty: name some of conditioning, attention"),
     ],
 )
-def test_what_matches_nothing_is_named(wanted: list[str], line: str) -> None:
+def test_a_pattern_without_a_match_is_named(wanted: list[str], line: str) -> None:
     with pytest.raises(UserError, match=line):
         find_layers(tiny_dit().transformer, wanted)
 
@@ -119,6 +119,6 @@ def test_a_denoiser_that_does_not_run_without_data_is_named() -> None:
         run_trial_of_layers(transformer, {"hidden_states": torch.zeros(3, 4, 8, 8)})
 
 
-def test_the_depth_of_a_base_is_told_by_its_blocks() -> None:
+def test_the_depth_of_a_base_is_the_number_of_its_blocks() -> None:
     names = ["transformer_blocks.0.attn1.to_q", "proj_out_1"]
     assert find_blocks(tiny_dit().transformer, names) == {"transformer_blocks": 2}

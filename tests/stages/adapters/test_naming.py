@@ -14,7 +14,7 @@ NAMED = [shape for shape in SHAPES if type(on_meta(shape.config)).__name__ in NA
 
 
 @pytest.mark.parametrize("shape", NAMED, ids=lambda shape: shape.config)
-def test_every_layer_has_a_name_of_its_own(shape: Shape) -> None:
+def test_every_layer_has_a_unique_name(shape: Shape) -> None:
     denoiser, meta = on_meta(shape.config), torch.device("meta")
     naming, weights = naming_of(type(denoiser).__name__), {}
     for name, layer in adaptable_layers(denoiser).items():
@@ -28,7 +28,7 @@ def test_every_layer_has_a_name_of_its_own(shape: Shape) -> None:
     assert sum(heights) == sum(len(up) for _, up in weights.values())
 
 
-def test_what_has_no_naming_is_said_to_have_none() -> None:
+def test_a_base_without_a_naming_is_refused() -> None:
     assert {shape.config for shape in SHAPES} - {shape.config for shape in NAMED} == {"dit_xl_2_256", "dit_xl_2_512"}
     with pytest.raises(
         UserError, match="format=kohya: nobody has published names for the layers of a DiTTransformer2D"

@@ -67,7 +67,7 @@ def test_attached_twice_is_refused(pipe: DiTPipeline, adapter: GuidanceAdapter) 
         adapter.attach(pipe)
 
 
-def test_a_pipeline_carries_one_adapter_and_a_copy_the_originals(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
+def test_a_pipeline_has_one_adapter_and_its_copy_the_same_one(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe)
     again = copy.deepcopy(pipe)
     other = new_adapter(pipe.transformer, "offset")
@@ -80,7 +80,7 @@ def test_a_pipeline_carries_one_adapter_and_a_copy_the_originals(pipe: DiTPipeli
     other.attach(pipe)
 
 
-def test_a_denoiser_that_was_exchanged_is_noticed(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
+def test_a_replaced_denoiser_is_noticed(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
     adapter.attach(pipe)
     pipe.transformer = tiny_dit().transformer
     with pytest.raises(
@@ -91,7 +91,7 @@ def test_a_denoiser_that_was_exchanged_is_noticed(pipe: DiTPipeline, adapter: Gu
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), [], "much", None])
-def test_what_is_no_scale_is_named(pipe: DiTPipeline, adapter: GuidanceAdapter, scale: Any) -> None:
+def test_an_invalid_scale_is_named(pipe: DiTPipeline, adapter: GuidanceAdapter, scale: Any) -> None:
     adapter.attach(pipe)
     with pytest.raises(UserError, match="guidance_scale=.*: give a"), adapter.guidance_scale(scale):
         pass
@@ -100,13 +100,13 @@ def test_what_is_no_scale_is_named(pipe: DiTPipeline, adapter: GuidanceAdapter, 
 
 
 @pytest.mark.parametrize("schedule", [2.0, [[1.0, 2.0, 3.0], [1.0, 2.0], 1.0, 1.0]])
-def test_what_is_no_schedule_is_named(pipe: DiTPipeline, adapter: GuidanceAdapter, schedule: Any) -> None:
+def test_an_invalid_schedule_is_named(pipe: DiTPipeline, adapter: GuidanceAdapter, schedule: Any) -> None:
     adapter.attach(pipe)
     with pytest.raises(UserError, match=r"one per step|one per image"), adapter.guidance_schedule(schedule):
         final(pipe)
 
 
-def test_a_schedule_outside_the_trained_range_warns_and_the_scale_in_its_place_does_not(
+def test_a_schedule_outside_the_trained_range_warns_and_the_replaced_scale_does_not(
     pipe: DiTPipeline, adapter: GuidanceAdapter
 ) -> None:
     adapter.attach(pipe)
@@ -176,9 +176,7 @@ def test_a_schedule_may_hold_a_scale_per_image(pipe: DiTPipeline, adapter: Guida
         torch.testing.assert_close(by_schedule, final(pipe)[0])
 
 
-def test_a_schedule_of_another_length_is_refused_and_leaves_nothing(
-    pipe: DiTPipeline, adapter: GuidanceAdapter
-) -> None:
+def test_a_schedule_of_another_length_is_refused_without_a_trace(pipe: DiTPipeline, adapter: GuidanceAdapter) -> None:
     with pytest.raises(UserError, match="a schedule of scales needs a pipeline"), adapter.guidance_schedule([2.0]):
         pass
     adapter.attach(pipe)

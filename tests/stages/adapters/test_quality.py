@@ -57,13 +57,13 @@ def test_the_default_closes_a_part_of_the_gap_of_a_unet_with_prompts(tmp_path: P
     """The second teacher has convolutions, cross-attention and several scales in each batch."""
     teacher = Path("stages/embedded/mnist_sd")
     prompts = tmp_path / "prompts.txt"
-    asked = [
+    texts = [
         f"a {stroke} {digit} leaning {side}"
         for digit in ("two", "five", "eight")
         for stroke in ("thin", "bold")
         for side in ("left", "right")
     ]
-    prompts.write_text("\n".join(asked))
+    prompts.write_text("\n".join(texts))
     sizes = {"num_trajectories": 60, "num_inference_steps": 10, "trajectories_per_unit": 30, "batch_size": 30}
     shards = generate(
         generate_config(teacher, tmp_path / "data", guidance_scale=[1.0, 4.0], prompts=str(prompts), **sizes)
@@ -83,7 +83,7 @@ def test_the_default_closes_a_part_of_the_gap_of_a_unet_with_prompts(tmp_path: P
         )
     ).run()
     adapter, pipe = GuidanceAdapter.from_pretrained(tmp_path / "run"), load_pipeline(str(teacher))
-    request = Request([{"prompt": prompt} for prompt in asked], list(range(1000, 1000 + len(asked))), 10, {})
+    request = Request([{"prompt": prompt} for prompt in texts], list(range(1000, 1000 + len(texts))), 10, {})
     settings = Setting(NONE, 1.0), Setting(CFG, 3.0), Setting(ONE_PASS, 3.0)
     none, cfg, one_pass = (sample_setting(pipe, adapter, setting, request) for setting in settings)
     assert one_pass.fused

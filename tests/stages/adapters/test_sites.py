@@ -94,14 +94,14 @@ def of_layers(*names: str) -> nn.Module:
         ("Wqkv", "out_proj"),
     ],
 )
-def test_attention_is_told_by_its_projections_whatever_they_are_called(names: tuple[str, ...]) -> None:
+def test_attention_is_recognized_by_its_projections_under_any_names(names: tuple[str, ...]) -> None:
     assert is_attention(of_layers(*names))
 
 
 @pytest.mark.parametrize(
     "names", [("to_q", "to_k"), ("kv_mapper",), ("linear_1", "linear_2"), ("queue", "keyed", "valued")]
 )
-def test_what_has_not_all_three_is_no_attention(names: tuple[str, ...]) -> None:
+def test_a_module_without_all_three_projections_is_no_attention(names: tuple[str, ...]) -> None:
     assert not is_attention(of_layers(*names))
 
 
@@ -159,7 +159,7 @@ def test_sites_are_found_in_denoisers_with_classes_of_their_own(kind: str) -> No
     assert set(sites) == {name.format(i) for name, count in expected.items() for i in range(count)}
 
 
-def test_a_kind_that_a_denoiser_has_not_is_left_out_beside_one_that_it_has() -> None:
+def test_a_kind_without_sites_is_left_out_beside_one_with_sites() -> None:
     denoiser = of_layers("to_q", "to_k", "to_v")
     block = nn.ModuleDict({"attention": denoiser, "norm": nn.LayerNorm(8)})
     assert find_sites(block, ["feed_forward", "attention"]) == {"attention": [8, 8]}
@@ -177,7 +177,7 @@ def test_each_attention_of_a_list_is_a_site() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_whatever_attends_is_found(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_attention_module_is_found(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The innermost module that runs during attention is among those found by structure."""
     pipe = build(family)
     denoiser = denoiser_of(pipe)[1]
@@ -198,7 +198,7 @@ def test_whatever_attends_is_found(family: str, monkeypatch: pytest.MonkeyPatch)
     assert attending <= found
 
 
-def test_the_axis_of_the_width_is_told_by_the_shape() -> None:
+def test_the_axis_of_the_width_follows_from_the_shape() -> None:
     assert width_axis((2, 5, 8), 8) == 2
     assert width_axis((2, 8, 5), 8) == 1
     assert width_axis((2, 8, 4, 8), 8) == 1

@@ -60,7 +60,7 @@ def at_once(*works: Callable[[], Any]) -> list[Any]:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE)
-    assert not any(thread.is_alive() for thread in threads), "they wait for each other"
+    assert not any(thread.is_alive() for thread in threads), "the calls wait for each other"
     for value in found.values():
         if isinstance(value, BaseException):
             raise value
@@ -84,7 +84,7 @@ def test_requests_at_two_scales(pipe: Any, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["lora", "offset", "full"])
-def test_a_pipeline_that_carries_no_adapter_shares_the_denoiser(pipe: Any, variant: str) -> None:
+def test_a_pipeline_without_an_adapter_shares_the_denoiser(pipe: Any, variant: str) -> None:
     stock = another(pipe)
     expected = final(stock, 3.0, num_inference_steps=8)
     adapter_for(pipe.unet, variant).attach(pipe)
@@ -111,7 +111,7 @@ def test_calls_by_hooks_run_side_by_side(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("variant", ["lora", "offset"])
-def test_a_context_of_one_thread_is_not_seen_in_another(pipe: Any, variant: str) -> None:
+def test_a_context_of_one_thread_does_not_affect_another(pipe: Any, variant: str) -> None:
     other = another(pipe)
     adapter = adapter_for(pipe.unet, variant).attach(pipe).attach(other)
     alone, at_four = final(other, 2.0), final(pipe, 4.0)
@@ -124,7 +124,7 @@ def test_a_context_of_one_thread_is_not_seen_in_another(pipe: Any, variant: str)
     torch.testing.assert_close(found, alone)
 
 
-def test_a_scale_that_is_held_is_not_a_context_of_another_thread(pipe: Any) -> None:
+def test_a_fused_scale_is_not_a_context_of_another_thread(pipe: Any) -> None:
     other = another(pipe)
     adapter = everywhere(pipe).attach(pipe).attach(other).fuse(3.0)
     held = final(other)
@@ -135,7 +135,7 @@ def test_a_scale_that_is_held_is_not_a_context_of_another_thread(pipe: Any) -> N
 
 
 @pytest.mark.parametrize("variant", ["lora", "offset"])
-def test_a_task_that_is_handed_to_a_thread_takes_its_context_along(pipe: Any, variant: str) -> None:
+def test_a_task_in_a_thread_keeps_its_context(pipe: Any, variant: str) -> None:
     """Run in a copied context, as `asyncio.to_thread` and web frameworks do."""
     adapter = adapter_for(pipe.unet, variant).attach(pipe)
     expected = final(pipe, 4.0)
@@ -215,7 +215,7 @@ def test_a_schedule_in_one_thread_and_a_scale_in_another(pipe: Any) -> None:
         torch.testing.assert_close(one, of_itself)
 
 
-def test_a_schedule_that_waits_for_its_timesteps_lets_calls_of_other_threads_pass(pipe: Any) -> None:
+def test_a_schedule_waiting_for_its_timesteps_does_not_block_other_threads(pipe: Any) -> None:
     other, begun, ended = another(pipe), threading.Event(), threading.Event()
     adapter = adapter_for(pipe.unet, "cross_attention").attach(pipe).attach(other)
     expected = final(other, 2.0)
@@ -240,7 +240,7 @@ def test_a_schedule_that_waits_for_its_timesteps_lets_calls_of_other_threads_pas
 
 
 @pytest.mark.parametrize("variant", ["lora", "full"])
-def test_detached_meanwhile_it_waits_for_the_call_under_way(pipe: Any, variant: str) -> None:
+def test_detaching_waits_for_a_running_call(pipe: Any, variant: str) -> None:
     adapter, begun = adapter_for(pipe.unet, variant).attach(pipe), threading.Event()
     expected = final(pipe, 4.0)
 
@@ -257,7 +257,7 @@ def test_detached_meanwhile_it_waits_for_the_call_under_way(pipe: Any, variant: 
     assert type(pipe) is StableDiffusionPipeline
 
 
-def test_blocks_that_autograd_runs_again_in_its_own_thread_find_their_guidance(pipe: Any) -> None:
+def test_blocks_that_autograd_reruns_in_its_own_thread_are_guided(pipe: Any) -> None:
     """Run in another thread, as the backward pass on a GPU does."""
     adapter = adapter_for(pipe.unet, "offset").attach(pipe.unet)
     pipe.unet.enable_gradient_checkpointing()
@@ -271,10 +271,10 @@ def test_blocks_that_autograd_runs_again_in_its_own_thread_find_their_guidance(p
             backward(loss)
         return [parameter.grad.clone() for parameter in adapter.sites.parameters() if parameter.grad is not None]
 
-    here = gradients(lambda loss: loss.backward())
-    elsewhere = gradients(lambda loss: at_once(loss.backward))
-    assert here
-    for one, other in zip(here, elsewhere, strict=True):
+    same_thread = gradients(lambda loss: loss.backward())
+    other_thread = gradients(lambda loss: at_once(loss.backward))
+    assert same_thread
+    for one, other in zip(same_thread, other_thread, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -287,7 +287,7 @@ def test_an_adapter_of_a_copy_on_another_thread(pipe: Any) -> None:
         torch.testing.assert_close(one, of_itself)
 
 
-def test_nothing_of_a_call_stays_on_the_adapter(pipe: Any) -> None:
+def test_a_call_leaves_no_state_on_the_adapter(pipe: Any) -> None:
     adapter: GuidanceAdapter = adapter_for(pipe.unet, "offset").attach(pipe)
     final(pipe, 3.0)
     assert adapter.guidance is None
@@ -309,7 +309,7 @@ def test_a_schedule_and_a_scale_the_innermost_counts(pipe: Any) -> None:
         torch.testing.assert_close(final(pipe, 2.0), five)
 
 
-def test_who_goes_alone_waits_for_those_together_and_may_go_again() -> None:
+def test_the_exclusive_lock_waits_for_shared_ones_and_is_reentrant() -> None:
     lock, order, together = ReadersWriterLock(), [], threading.Event()
 
     def first() -> None:

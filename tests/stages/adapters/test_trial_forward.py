@@ -1,4 +1,4 @@
-"""A trial forward on made-up denoisers with frames in the batch, two streams, lists and odd layouts."""
+"""A trial forward pass on made-up denoisers with frames in the batch, two streams, lists and unusual layouts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class MadeUpBlock(nn.Module):
         if self.fold == "tokens first":
             return image + self.mlp(image.transpose(0, 1)).transpose(0, 1)
         frames = image.unflatten(1, (FRAMES, -1))
-        if self.fold == "halves":  # neither side by side nor by turns
+        if self.fold == "halves":  # neither contiguous nor alternating
             parts = frames.flatten(0, 1)
             order = torch.tensor([0, FRAMES, *range(1, FRAMES), *range(FRAMES + 1, len(parts))])
             return image + self.mlp(parts[order])[order.argsort()].view(image.shape)
@@ -180,7 +180,7 @@ def test_frames_in_the_batch_have_the_scale_of_their_sample(variant: str, fold: 
         torch.testing.assert_close(alone[0], together[i])
 
 
-def test_what_lies_otherwise_is_left_out() -> None:
+def test_other_layouts_are_left_out() -> None:
     denoiser = made_up(fold="halves")
     lora = adapter_for(denoiser, inputs(), "lora")
     assert {name.split(".")[2] for name in lora.shapes if name.startswith("blocks")} == {"attention"}
@@ -191,14 +191,14 @@ def test_what_lies_otherwise_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("looks_at_values", [False, True])
-def test_what_runs_and_what_sees_the_image_is_found_with_and_without_values(looks_at_values: bool) -> None:
+def test_modules_that_run_and_that_see_the_image_are_found_with_and_without_values(looks_at_values: bool) -> None:
     denoiser = made_up(looks_at_values=looks_at_values)
     adapter = GuidanceAdapter.for_denoiser(AdapterConfig("lora", ["conditioning"]), denoiser, metadata(), inputs())
     assert list(adapter.shapes) == ["timed"]
     assert "unused" not in adapter_for(denoiser, inputs(), "lora").shapes
 
 
-def test_looking_leaves_no_hook_and_draws_no_random_number() -> None:
+def test_a_trial_forward_leaves_no_hook_and_draws_no_random_number() -> None:
     denoiser, given = made_up(fold="frames"), inputs()
     state = torch.get_rng_state()
     run_trial(denoiser, GuidanceAdapter.get_class("lora").candidates(denoiser), given, metadata())
@@ -223,7 +223,7 @@ def test_prompts_of_different_lengths_in_a_list_take_one_scale() -> None:
 
 @pytest.mark.parametrize("text", [5, 2 * FRAMES], ids=["another length", "the same length"])
 @pytest.mark.parametrize("fold", ["none", "frames"], ids=["by gradients", "by values"])
-def test_of_two_streams_the_image_s_is_changed_in_every_block(fold: str, text: int) -> None:
+def test_every_block_changes_the_image_stream_of_two(fold: str, text: int) -> None:
     adapter = adapter_for(made_up(text_first=True, fold=fold), inputs(text=text), "offset")
     attention = {name: spot for name, spot in adapter.metadata.spots.items() if name.endswith("attention")}
     assert attention == {f"blocks.{i}.attention": {"argument": 1, "output": 1} for i in range(2)}

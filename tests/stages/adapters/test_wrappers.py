@@ -56,11 +56,11 @@ def in_both(unet: nn.Module) -> Any:
         (in_peft, "lora"),
         (in_peft, "offset"),
         (in_parallel, "offset"),
-        (compiled, "lora"),  # what hooks do there is in test_compositions.py
+        (compiled, "lora"),  # test_compositions.py tests hooks there
         pytest.param(in_both, "lora", marks=pytest.mark.long),
     ],
 )
-def test_a_wrapped_denoiser_is_looked_through(pipe: Any, wrap: Any, variant: str) -> None:
+def test_a_wrapped_denoiser_is_unwrapped(pipe: Any, wrap: Any, variant: str) -> None:
     torch.compiler.reset()
     adapter = adapter_for(pipe.unet, variant)
     plain, bare = predict(pipe.unet), pipe.unet
@@ -103,7 +103,7 @@ def test_copies_that_run_in_threads_of_their_own_are_refused(pipe: Any) -> None:
         adapter_for(pipe.unet).attach(wrapped)
 
 
-def test_what_is_compiled_is_told_apart(pipe: Any) -> None:
+def test_compiled_denoisers_are_recognized(pipe: Any) -> None:
     assert not is_compiled(pipe.unet)
     assert is_compiled(compiled(pipe.unet))
     assert hookable_module(compiled(pipe.unet)) is pipe.unet
@@ -114,7 +114,7 @@ def test_what_is_compiled_is_told_apart(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("variant", ["offset", "cross_attention"])
-def test_blocks_that_are_compiled_by_themselves(pipe: Any, variant: str) -> None:
+def test_individually_compiled_blocks(pipe: Any, variant: str) -> None:
     torch.compiler.reset()
     adapter = adapter_for(pipe.unet, variant).attach(pipe)
     expected, plain = final(pipe), final(pipe, 1.0)
@@ -128,7 +128,7 @@ def test_blocks_that_are_compiled_by_themselves(pipe: Any, variant: str) -> None
 
 
 @pytest.mark.parametrize("variant", ["lora", "offset"])
-def test_a_pipeline_with_an_adapter_says_why_it_is_not_pickled(pipe: Any, variant: str) -> None:
+def test_pickling_a_pipeline_with_an_adapter_is_a_one_line_error(pipe: Any, variant: str) -> None:
     adapter = adapter_for(pipe.unet, variant).attach(pipe)
     for save in (pickle.dumps, lambda carried: torch.save(carried, io.BytesIO())):
         with pytest.raises(
@@ -175,17 +175,17 @@ def test_an_attached_pipeline_is_not_kept_alive(variant: str) -> None:
     pipe: Any = build("stable_diffusion")
     adapter = adapter_for(pipe.unet, variant).attach(pipe)
     expected = final(pipe)
-    gone = [weakref.ref(pipe), weakref.ref(pipe.unet)]
+    references = [weakref.ref(pipe), weakref.ref(pipe.unet)]
     del pipe
     gc.collect()
-    assert [reference() for reference in gone] == [None, None]
+    assert [reference() for reference in references] == [None, None]
     anew: Any = build("stable_diffusion")
     adapter.attach(anew)
     assert torch.equal(final(anew), expected)
     adapter.detach()
 
 
-def test_another_pipeline_of_the_denoiser_goes_and_the_first_stays_guided(pipe: Any) -> None:
+def test_deleting_another_pipeline_of_the_denoiser_leaves_the_first_guided(pipe: Any) -> None:
     other = StableDiffusionPipeline.from_pipe(pipe)
     adapter = adapter_for(pipe.unet).attach(pipe).attach(other)
     expected = final(pipe)

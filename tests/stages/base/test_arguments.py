@@ -14,8 +14,8 @@ from stages.storage.fields import read_fields
 CPU = torch.device("cpu")
 
 
-def roundtrip(value: Any, rows: int = 1, asked: int = 1) -> Any:
-    return decoded(json.loads(json.dumps(encoded(value, rows))), CPU)(asked)
+def roundtrip(value: Any, rows: int = 1, samples: int = 1) -> Any:
+    return decoded(json.loads(json.dumps(encoded(value, rows))), CPU)(samples)
 
 
 @pytest.mark.parametrize(
@@ -35,12 +35,12 @@ def test_a_constant_tensor_comes_back_bit_for_bit(value: Tensor) -> None:
     assert torch.equal(found, value)
 
 
-def test_constants_of_any_nesting_come_back_as_they_were() -> None:
+def test_nested_constants_come_back_unchanged() -> None:
     for value in ([(1, 2), [3, None]], (1.5, "word", True), None, "word"):
         assert roundtrip(value) == value
         assert type(roundtrip(value)) is type(value)
-    assert roundtrip([[(1, 4, 4)]] * 2, rows=2, asked=3) == [[(1, 4, 4)]] * 3
-    assert roundtrip([1, 2], rows=2, asked=3) == [1, 2]
+    assert roundtrip([[(1, 4, 4)]] * 2, rows=2, samples=3) == [[(1, 4, 4)]] * 3
+    assert roundtrip([1, 2], rows=2, samples=3) == [1, 2]
     with pytest.raises(TypeError, match="a object"):
         encoded(object(), 1)
 
@@ -54,7 +54,7 @@ AXES = {
 
 
 @pytest.mark.parametrize("name", AXES)
-def test_samples_are_taken_first_and_put_back_where_they_were(name: str) -> None:
+def test_the_dimension_of_samples_moves_to_the_front_and_back(name: str) -> None:
     axis, value = AXES[name]
     assert axis.of_samples(value) == 4
     whole = axis.taken(value, 0, 4)
@@ -67,7 +67,7 @@ def test_samples_are_taken_first_and_put_back_where_they_were(name: str) -> None
     assert torch.equal(axis.taken(value, 1, 3), whole[1:3])
 
 
-def test_a_list_of_several_lengths_is_filled_up_and_cut_again() -> None:
+def test_a_list_of_several_lengths_is_padded_and_cut_again() -> None:
     entries = [torch.ones(length, 2) for length in (3, 1)]
     taken = Axis(listed=True).taken(entries, 0, 2)
     whole, lengths = stacked(taken)
@@ -76,7 +76,7 @@ def test_a_list_of_several_lengths_is_filled_up_and_cut_again() -> None:
     assert all(map(torch.equal, Axis(listed=True).put_back(whole, lengths), entries))
 
 
-def test_a_call_is_put_together_from_what_was_taken_of_one() -> None:
+def test_a_call_is_rebuilt_from_its_arguments() -> None:
     """Samples in a list, in the second dimension, several rows for each, beside constants in a tuple."""
     rotary = torch.arange(4.0), torch.arange(5.0)
     given = {
@@ -109,6 +109,6 @@ def test_a_call_is_put_together_from_what_was_taken_of_one() -> None:
     assert called["shapes"] == [(1, 2)] * 2
 
 
-def test_tokens_that_are_held_do_not_count_as_the_timestep() -> None:
+def test_constant_tokens_do_not_count_as_the_timestep() -> None:
     arguments = Arguments("x", "t", {"x": Axis(), "t": Axis()}, {}, ("t",))
     assert arguments.timesteps({"t": torch.tensor([[0.0, 700.0], [0.0, 700.0]])}, 2).tolist() == [700.0, 700.0]

@@ -19,7 +19,7 @@ def test_the_denoiser_is_found_and_its_inputs_bound() -> None:
         denoiser_of(nn.Identity())
 
 
-def test_a_fingerprint_tells_every_weight_name_and_dtype() -> None:
+def test_a_fingerprint_depends_on_every_weight_name_and_dtype() -> None:
     torch.manual_seed(0)
     one = nn.Linear(3, 3)
     same = nn.Linear(3, 3)

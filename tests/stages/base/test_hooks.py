@@ -13,7 +13,7 @@ from stages.base.hooks import Call, count_evaluations, watch_steps
 
 
 class Doubling(nn.Module):
-    """A denoiser that takes something out of the dictionary it is given."""
+    """A denoiser that removes an entry of the dictionary it receives."""
 
     def forward(self, sample: Tensor, timestep: Any, extras: dict[str, Tensor], return_dict: bool = True) -> Any:
         output = 2 * sample + extras.pop("shift")
@@ -21,7 +21,7 @@ class Doubling(nn.Module):
 
 
 @pytest.mark.parametrize("return_dict", [True, False])
-def test_a_call_is_seen_as_it_was_whatever_is_done_to_it_afterwards(return_dict: bool) -> None:
+def test_a_watched_call_is_not_affected_by_later_changes(return_dict: bool) -> None:
     pipe = SimpleNamespace(unet=Doubling(), scheduler=DDIMScheduler())
     pipe.scheduler.set_timesteps(2)
     latent, steps, after = torch.ones(2, 1, 2, 2), [], []
@@ -43,7 +43,7 @@ def test_a_call_is_seen_as_it_was_whatever_is_done_to_it_afterwards(return_dict:
         assert prediction.unique().tolist() == [6]
 
 
-def test_a_latent_is_seen_as_it_was_though_the_next_is_written_into_it() -> None:
+def test_a_watched_latent_is_not_affected_by_in_place_writes() -> None:
     pipe = SimpleNamespace(unet=Doubling(), scheduler=DDIMScheduler())
     pipe.scheduler.set_timesteps(3)
     latent, seen = torch.ones(1, 1, 2, 2), []
@@ -57,7 +57,7 @@ def test_a_latent_is_seen_as_it_was_though_the_next_is_written_into_it() -> None
 
 
 class OfLists(nn.Module):
-    """A denoiser that is given its samples in a list, as Z-Image's."""
+    """A denoiser that takes its samples in a list, like Z-Image's."""
 
     def forward(self, x: list[Tensor], t: Any) -> list[Tensor]:
         return x

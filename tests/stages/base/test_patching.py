@@ -22,7 +22,7 @@ def doubled(own: Any, counter: Counter, amount: int = 1) -> int:
     return int(own(2 * amount))
 
 
-def test_a_method_is_another_for_a_time_and_looks_the_same() -> None:
+def test_a_method_is_replaced_within_the_context_and_keeps_its_signature() -> None:
     counter = Counter()
     with patched(counter, "add", doubled):
         assert counter.add(3) == 6
@@ -34,7 +34,7 @@ def test_a_method_is_another_for_a_time_and_looks_the_same() -> None:
     assert "add" not in vars(counter)
 
 
-def test_a_patch_of_someone_else_is_there_again_afterwards() -> None:
+def test_an_earlier_patch_is_restored_afterwards() -> None:
     counter = Counter()
     theirs = counter.add = lambda amount=1: -1  # type: ignore[method-assign,assignment]
     with patched(counter, "add", doubled):
@@ -42,7 +42,7 @@ def test_a_patch_of_someone_else_is_there_again_afterwards() -> None:
     assert counter.add is theirs
 
 
-def test_an_attribute_is_put_back_as_it_was_past_the_setter_of_its_object() -> None:
+def test_an_attribute_is_restored_without_its_objects_setter() -> None:
     class Guarded(Counter):
         def __setattr__(self, name: str, value: object) -> None:
             assert name == "count", name
@@ -57,7 +57,7 @@ def test_an_attribute_is_put_back_as_it_was_past_the_setter_of_its_object() -> N
     assert vars(guarded) == {"count": 0}
 
 
-def test_a_deep_copy_goes_by_its_own_count_patched_or_not() -> None:
+def test_a_deep_copy_uses_its_own_counter_patched_or_not() -> None:
     for in_copies, expected in ((False, 1), (True, 2)):
         counter = Counter()
         with patched(counter, "add", doubled, in_copies):
@@ -67,7 +67,7 @@ def test_a_deep_copy_goes_by_its_own_count_patched_or_not() -> None:
         assert copied.add() == 2 * expected
 
 
-def test_the_class_of_a_scheduler_stays_what_it_was() -> None:
+def test_the_class_of_a_scheduler_stays_the_same() -> None:
     scheduler = DDIMScheduler()
     with patched(scheduler, "set_timesteps", lambda own, owner, *args, **kwargs: own(*args, **kwargs)):
         assert type(scheduler) is DDIMScheduler

@@ -58,7 +58,7 @@ def test_a_path_is_beside_the_prompts_or_in_the_working_directory(
     assert copy.deepcopy(beside).place == pickle.loads(pickle.dumps(beside)).place == beside.place
 
 
-def test_a_picture_is_upright_and_in_colours(tmp_path: Path) -> None:
+def test_a_picture_is_upright_and_in_colour(tmp_path: Path) -> None:
     turned = Image.new("L", (8, 4))
     exif = turned.getexif()
     exif[0x0112] = 6
@@ -69,7 +69,7 @@ def test_a_picture_is_upright_and_in_colours(tmp_path: Path) -> None:
     assert [frame.size for frame in frames] == [(8, 8)] * 3
 
 
-def test_every_picture_is_looked_at_before_any_is_used(tmp_path: Path) -> None:
+def test_every_picture_is_checked_before_any_is_used(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     Image.new("RGB", (8, 4)).save(tmp_path / "wide.png")
     Image.effect_noise((64, 64), 90).save(tmp_path / "whole.jpg")

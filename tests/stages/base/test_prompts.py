@@ -25,7 +25,7 @@ def test_lines_of_text_are_prompts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_tables_bring_along_what_belongs_to_a_prompt(tmp_path: Path, suffix: str) -> None:
+def test_further_columns_of_tables_belong_to_their_prompt(tmp_path: Path, suffix: str) -> None:
     path, table = tmp_path / f"prompts.{suffix}", pa.Table.from_pylist([row | {"other": 1} for row in ROWS])
     if suffix == "jsonl":
         path.write_text("\n".join(json.dumps(row) for row in table.to_pylist()))
@@ -59,7 +59,7 @@ def prompts_in(path: str) -> list[str]:
         ("p.jsonl", '{"prompt": "un café noir"}\n\n{"prompt": "a dog"}\n{"prompt": "a cow"}\n'),
     ],
 )
-def test_utf_8_is_read_with_or_without_a_mark(tmp_path: Path, mark: bytes, name: str, content: str) -> None:
+def test_utf_8_is_read_with_or_without_a_byte_order_mark(tmp_path: Path, mark: bytes, name: str, content: str) -> None:
     assert prompts_in(written(tmp_path, name, mark + content.encode())) == ["un café noir", "a dog", "a cow"]
 
 
@@ -72,7 +72,7 @@ def test_only_an_end_of_line_ends_a_prompt(tmp_path: Path, separator: str) -> No
     assert prompts_in(written(tmp_path, "p.jsonl", "\n".join(objects))) == expected
 
 
-def test_a_text_is_a_text_whatever_it_looks_like(tmp_path: Path) -> None:
+def test_a_text_stays_a_text(tmp_path: Path) -> None:
     assert prompts_in(written(tmp_path, "p.csv", "\n".join(["prompt", *LOOKS_LIKE]))) == LOOKS_LIKE
     assert prompts_in(written(tmp_path, "p.txt", "\n".join(LOOKS_LIKE))) == LOOKS_LIKE
     assert (
@@ -106,7 +106,7 @@ def test_no_other_column_matters(tmp_path: Path) -> None:
     ]
 
 
-def test_numbers_are_read_as_tables_spell_them(tmp_path: Path) -> None:
+def test_numbers_are_read_in_the_spellings_of_tables(tmp_path: Path) -> None:
     path = written(tmp_path, "p.csv", "prompt, seed ,guidance_scale,class_label\na cat, 7.0,7.5 ,+3\n")
     assert read_prompts(path) == [{"prompt": "a cat", "seed": 7, "guidance_scale": 7.5, "class_label": 3}]
     pq.write_table(pa.table({"prompt": [b"a cat"], "seed": [7.0], "class_label": ["3"]}), tmp_path / "p.parquet")
@@ -161,7 +161,7 @@ def test_numbers_are_read_as_tables_spell_them(tmp_path: Path) -> None:
         ("great_label.csv", f"prompt,class_label\na cat,{2**64}\n", "row 1: class_label="),
     ],
 )
-def test_what_holds_no_prompts_is_named(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
+def test_a_file_without_prompts_is_named(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
     if content is not None:
         written(tmp_path, name, content)
     with pytest.raises(UserError, match=f"{name}.*{message}") as error:
@@ -182,13 +182,13 @@ def test_what_holds_no_prompts_is_named(tmp_path: Path, name: str, content: str 
         ({"text": ["a", "b"]}, "no column `prompt`; its columns are text"),
     ],
 )
-def test_what_a_parquet_file_holds_instead_is_named(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+def test_invalid_columns_of_a_parquet_file_are_named(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     pq.write_table(pa.table(columns), tmp_path / "p.parquet")
     with pytest.raises(UserError, match=rf"p\.parquet.*{message}"):
         read_prompts(str(tmp_path / "p.parquet"))
 
 
-def test_columns_that_are_there_twice_are_refused_where_they_are_known(tmp_path: Path) -> None:
+def test_duplicate_columns_are_refused_if_they_belong_to_prompts(tmp_path: Path) -> None:
     one, other = pa.array(["a cat"]), pa.array([3])
     pq.write_table(pa.Table.from_arrays([one, other, other], ["prompt", "note", "note"]), tmp_path / "p.parquet")
     assert prompts_in(str(tmp_path / "p.parquet")) == ["a cat"]

@@ -20,7 +20,7 @@ def test_undecoded_keeps_the_latents_that_would_have_been_decoded() -> None:
     torch.testing.assert_close((decode(pipe, latents[0]) + 1) / 2, images)
 
 
-def test_of_a_video_the_first_frame_is_shown() -> None:
+def test_a_video_is_shown_by_its_first_frame() -> None:
     pipe = build("wan")
     with undecoded(pipe) as latents:
         sample(pipe, Request([{"prompt": PROMPTS[0]}], [0], 2, ARGUMENTS["wan"]), 1.0)

@@ -27,7 +27,7 @@ def images_of(pipe: Any, **options: Any) -> torch.Tensor:
 
 
 class Flagging(nn.Module):
-    """A safety checker that blanks what it is shown, and keeps the sizes of that."""
+    """A safety checker that blanks its images, and keeps their sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Flagging(nn.Module):
     "name", ["IFPipeline", "LDMTextToImagePipeline", "Kandinsky3Pipeline", "AnimateDiffPipeline", "TextToVideoSDPipeline",
              "AudioLDM2Pipeline", "KandinskyV22CombinedPipeline", "StableDiffusionPAGPipeline"]
 )  # fmt: skip
-def test_whatever_decodes_or_nothing_the_latents_are_kept_and_the_pipeline_is_as_before(name: str) -> None:
+def test_with_any_decoder_or_none_the_latents_are_kept_and_the_pipeline_is_restored(name: str) -> None:
     specimen = ZOO[name]
     pipe = specimen.build()
     before = {n: fingerprint(part) for n, part in pipe.components.items() if isinstance(part, nn.Module)}
@@ -74,7 +74,7 @@ def test_without_a_decoder_the_latents_are_the_images() -> None:
     torch.testing.assert_close(decode(pipe, kept[0]), images.clamp(-1, 1), atol=1e-4, rtol=1e-4)
 
 
-def test_checkers_and_watermarks_look_at_nothing_until_there_are_images() -> None:
+def test_checkers_and_watermarks_are_skipped_until_there_are_images() -> None:
     pipe: Any = build("stable_diffusion")
     plain = images_of(pipe, guidance_scale=3.0)
     checker = Flagging()
@@ -89,7 +89,7 @@ def test_checkers_and_watermarks_look_at_nothing_until_there_are_images() -> Non
     torch.testing.assert_close((decode(pipe, kept[0]) + 1) / 2, plain, atol=1e-4, rtol=1e-4)
 
 
-def test_a_checker_of_prompts_goes_on_to_check_them() -> None:
+def test_a_checker_of_prompts_still_checks_them() -> None:
     class Checker(nn.Module):
         def check_text_safety(self, prompt: str) -> bool:
             return len(prompt) > 3
@@ -107,7 +107,7 @@ def test_a_checker_of_prompts_goes_on_to_check_them() -> None:
         pipe.safety_checker.check_video_safety("frames")
 
 
-def test_what_fails_after_the_last_step_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_after_the_last_step_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, freed = build("stable_diffusion"), []
 
     def broken(*_: Any, **__: Any) -> None:
@@ -124,7 +124,7 @@ def test_what_fails_after_the_last_step_does_not_end_a_run(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("error", [RuntimeError("at the first step"), UserError("at the last step")])
-def test_what_fails_before_the_last_step_is_over_does(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_before_the_end_of_the_last_step_ends_a_run(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = build("stable_diffusion")
     calls: list[int] = []
     step = type(pipe.scheduler).step
@@ -166,7 +166,7 @@ def test_blanks_have_the_shape_of_the_images() -> None:
     assert shapes == [(1, 3, 32, 32)]
 
 
-def test_each_run_within_leaves_its_latents() -> None:
+def test_each_run_within_the_context_keeps_its_latents() -> None:
     pipe = tiny_dit()
     with undecoded(pipe) as kept:
         for seed in range(2):
@@ -175,7 +175,7 @@ def test_each_run_within_leaves_its_latents() -> None:
     assert not torch.allclose(kept[0], kept[1])
 
 
-def test_of_what_is_no_image_is_said_what_it_is() -> None:
+def test_an_output_other_than_images_is_named() -> None:
     pipe = ZOO["StableAudioPipeline"].build()
     with pytest.raises(
         UserError, match=r"StableAudioPipeline: makes no images but \[2, 31\]: it can be recorded, with preview=0"
@@ -183,7 +183,7 @@ def test_of_what_is_no_image_is_said_what_it_is() -> None:
         decode(pipe, torch.zeros(1, 4, 16))
 
 
-def test_of_a_video_the_first_frame_is_shown(tmp_path: Path) -> None:
+def test_a_video_is_shown_by_its_first_frame(tmp_path: Path) -> None:
     pipe = build("wan")
     with undecoded(pipe) as kept:
         sample(pipe, Request([{"prompt": PROMPTS[0]}], [0], 2, ARGUMENTS["wan"]), 1.0)

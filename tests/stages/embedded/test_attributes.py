@@ -20,7 +20,7 @@ from stages.evaluate.metrics import Reference
 
 
 def bar(width: float, lean: float = 0.0) -> torch.Tensor:
-    """A soft-edged bar `[1, 1, 64, 64]` of that width, sheared to the right."""
+    """Return a soft-edged bar `[1, 1, 64, 64]` of this width, sheared to the right."""
     y = torch.arange(64.0).view(-1, 1) - 31.5
     x = torch.arange(64.0).view(1, -1) - 31.5 + lean * y
     ink = torch.sigmoid(4 * (width / 2 - x.abs())) * (y.abs() < 20)

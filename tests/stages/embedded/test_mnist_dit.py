@@ -1,4 +1,4 @@
-"""The teacher that ships: is it stock, small, and one for which guidance matters?"""
+"""The embedded teacher is stock and small, and guidance changes its samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fine-tuned checkpoint of the embedded base: is it stock, of that base, and one for which guidance matters?"""
+"""The fine-tuned checkpoint of the embedded base is stock, belongs to that base, and guidance changes its samples."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_reference_is_that_of_the_base_thickened() -> None:
 
 
 def test_guidance_matters(pipe: DiTPipeline) -> None:
-    """A small version of the measurement of 2,000 samples in `training.json`; and the digits are bold."""
+    """A small version of the measurement of 2,000 samples in `training.json`; the digits must be bold, too."""
     reference = Reference("stages/embedded/digits_bold", "cpu")
     found = {}
     for scale in (1.0, 2.0):

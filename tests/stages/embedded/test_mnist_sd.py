@@ -1,4 +1,4 @@
-"""The text-to-image teacher that ships: is it stock, small, and one for which guidance matters?"""
+"""The embedded text-to-image teacher is stock and small, and guidance changes its samples."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def test_every_embedded_prompt_is_a_caption_of_its_class() -> None:
     prompts = read_prompts(str(FOLDER / "prompts.csv"))
     assert len(prompts) == 3000
     for row in prompts:
-        info = read_caption(row["prompt"])
-        assert info is not None
-        assert info[0] == row["class_label"]
+        attributes = read_caption(row["prompt"])
+        assert attributes is not None
+        assert attributes[0] == row["class_label"]
 
 
 def test_guidance_matters(pipe: StableDiffusionPipeline) -> None:

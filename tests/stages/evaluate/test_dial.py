@@ -43,7 +43,7 @@ def trained(root: Path, trajectories: int, steps: int) -> GuidanceAdapter:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> GuidanceAdapter:
-    """That it is an adapter to this teacher is all that is asked of it."""
+    """An adapter to this teacher; its quality does not matter."""
     return trained(tmp_path_factory.mktemp("digits"), trajectories=4, steps=1)
 
 

@@ -1,4 +1,4 @@
-"""The effective scale of latents whose place between CFG's is known."""
+"""The effective scale of latents whose position among CFG's is known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCALES = [1.0, 2.0, 4.0]
 
 
 def of_cfg() -> list[Tensor]:
-    """Latents `[5, 2, 3, 3]` at each scale: a path with a bend at scale 2."""
+    """Return latents `[5, 2, 3, 3]` at each scale: a path with a bend at scale 2."""
     start, first, second = torch.randn(3, 5, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     return [start, start + first, start + first + second]
 

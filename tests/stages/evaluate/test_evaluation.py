@@ -181,7 +181,7 @@ def test_several_adapters_share_the_baselines(
         (ONE_PASS, "other", "offset"),
     ]
     assert [row["fused"] for row in rows] == [None, None, True, False]  # an offset is no change of weights
-    assert rows[2]["seed"] is None  # no command trained them
+    assert rows[2]["seed"] is None  # they have no training command
     assert without_times(rows)[2] == without_times(whole.rows)[2]
     assert [info["adapter"] for info in run.metadata["adapters"]] == ["tiny", "other"]
     assert "variant" not in run.metadata

@@ -73,12 +73,12 @@ def states(samples: Samples) -> list[Tensor]:
 def test_every_family_is_guided_first_and_then_runs_conditional_passes(family: str) -> None:
     pipe = build(family)
     request = Request([{"prompt": prompt} for prompt in PROMPTS], [0, 1], STEPS, ARGUMENTS.get(family, {}))
-    info = placed(pipe, request)
-    place = info.metadata.unconditional
-    guided = sample_setting(pipe, info, Setting(CFG, SCALE), request)
-    first = sample_setting(pipe, info, Setting(CFG_FIRST_50, SCALE), request)
+    stub = placed(pipe, request)
+    place = stub.metadata.unconditional
+    guided = sample_setting(pipe, stub, Setting(CFG, SCALE), request)
+    first = sample_setting(pipe, stub, Setting(CFG_FIRST_50, SCALE), request)
     with conditional_twice(pipe, place, guided=3):
-        reference = sample_setting(pipe, info, Setting(CFG, SCALE), request)
+        reference = sample_setting(pipe, stub, Setting(CFG, SCALE), request)
     total = len(guided.steps)
     assert first.denoiser_evaluations == 2 * (total + 3)  # ceil(50% of 5) steps twice for each of 2 images
     for state, like in zip(states(first)[:4], states(guided)[:4], strict=True):
@@ -96,8 +96,8 @@ def test_every_family_is_guided_first_and_then_runs_conditional_passes(family: s
 def test_the_later_steps_are_those_without_guidance(method: str, steps: int, guided: int) -> None:
     """Computed by hand: DDIM steps with the conditional prediction, from the state after the guided steps."""
     pipe, request = tiny_dit(), Request(CONDITIONS, [0, 1], steps, {})
-    info = placed(pipe, request)
-    cfg, first = (sample_setting(pipe, info, Setting(name, SCALE), request) for name in (CFG, method))
+    stub = placed(pipe, request)
+    cfg, first = (sample_setting(pipe, stub, Setting(name, SCALE), request) for name in (CFG, method))
     assert first.denoiser_evaluations == 2 * (steps + guided)
     latents = cfg.steps[guided].latents
     torch.testing.assert_close(first.steps[guided].latents, latents)
@@ -117,9 +117,9 @@ def test_a_scheduler_that_asks_twice_per_step_is_guided_on_half_of_its_calls() -
     pipe = build("stable_diffusion")
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     request = Request([{"prompt": PROMPTS[0]}], [0], 4, {})
-    info = placed(pipe, replace(request))
+    stub = placed(pipe, replace(request))
     evaluations = {
-        method: sample_setting(pipe, info, Setting(method, scale), request).denoiser_evaluations
+        method: sample_setting(pipe, stub, Setting(method, scale), request).denoiser_evaluations
         for method, scale in ((NONE, 1.0), (CFG, SCALE), (CFG_FIRST_50, SCALE))
     }
     assert evaluations == {NONE: 7, CFG: 14, CFG_FIRST_50: 7 + 4}
@@ -127,8 +127,8 @@ def test_a_scheduler_that_asks_twice_per_step_is_guided_on_half_of_its_calls() -
 
 def test_a_batch_that_is_not_doubled_is_unchanged() -> None:
     pipe, request = tiny_dit(), Request(CONDITIONS, [0, 1], 4, {})
-    info = placed(pipe, request)
-    none, first = (sample_setting(pipe, info, Setting(name, 1.0), request) for name in (NONE, CFG_FIRST_50))
+    stub = placed(pipe, request)
+    none, first = (sample_setting(pipe, stub, Setting(name, 1.0), request) for name in (NONE, CFG_FIRST_50))
     assert torch.equal(none.latents, first.latents)
     assert none.denoiser_evaluations == first.denoiser_evaluations
 
@@ -168,7 +168,7 @@ def test_the_denoiser_keeps_its_signature() -> None:
 
 
 def test_guidance_ends_for_every_denoiser_of_a_pipeline() -> None:
-    """Wan 2.2 goes on with its second denoiser: there CFG on the first steps has ended."""
+    """Wan 2.2 continues with its second denoiser after CFG on the first steps has ended."""
     specimen = gather()["WanPipeline (2.2)"]
     pipe = specimen.build()
     request = Request(list(specimen.conditions), [0, 1], 4, dict(specimen.arguments))

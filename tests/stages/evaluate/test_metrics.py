@@ -34,20 +34,20 @@ def gaussian(mean: float, deviation: float, n: int = 20_000, seed: int = 0) -> t
     return deviation * torch.randn(n, 2, generator=torch.Generator().manual_seed(seed)) + mean
 
 
-def test_the_distance_of_two_gaussians_is_the_known_one() -> None:
+def test_the_distance_of_two_gaussians_is_exact() -> None:
     """|m|^2 + trace(A + B - 2 sqrt(AB)) for features N(0, 1) and N(m, s^2) in each of two dimensions."""
     found = frechet_distance(gaussian(0, 1), gaussian(3, 2, seed=1))
     assert found == pytest.approx(2 * 9 + 2 * (1 + 4 - 2 * 2), rel=0.03)
 
 
-def test_the_kernel_distance_of_two_points_is_the_known_one() -> None:
+def test_the_kernel_distance_of_two_points_is_exact() -> None:
     """k(x, y) = (x y / 2 + 1)^3 in two dimensions; for sets of one point each, k(a, a) + k(b, b) - 2 k(a, b)."""
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
     expected = (1 / 2 + 1) ** 3 + (4 / 2 + 1) ** 3 - 2 * 1
     assert kernel_distance(a.expand(50, 2), b.expand(70, 2)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_identical_sets_are_at_no_distance_and_cover_each_other() -> None:
+def test_identical_sets_have_no_distance_and_cover_each_other() -> None:
     one = gaussian(0, 1, n=500)
     assert abs(frechet_distance(one, one)) < 1e-6
     assert share_inside(one, one) == 1
@@ -57,9 +57,9 @@ def test_the_kernel_distance_of_a_set_to_itself_is_the_estimators_own_bias() -> 
     """The bias is -2 / n times the excess of k(x, x) over k(x, y): negligible next to any real distance."""
     one = gaussian(0, 1, n=500)
     kernel = (one @ one.T / 2 + 1) ** 3
-    alike = kernel.diagonal().mean()
+    same = kernel.diagonal().mean()
     others = (kernel.sum() - kernel.diagonal().sum()) / (500 * 499)
-    assert kernel_distance(one, one) == pytest.approx(float(-2 / 500 * (alike - others)), rel=1e-3)
+    assert kernel_distance(one, one) == pytest.approx(float(-2 / 500 * (same - others)), rel=1e-3)
     assert abs(kernel_distance(one, one)) < 0.02 * kernel_distance(one, one + 1)
 
 
@@ -77,7 +77,7 @@ def test_precision_and_recall_differ_when_half_is_missing() -> None:
 
 
 def test_a_ball_reaches_its_third_neighbour() -> None:
-    """Points 0, 1, 2, ... on a line have radii of at least 2, and the first one's third neighbour is at 3."""
+    """Points 0, 1, 2, ... on a line have radii of at least 2; the first one's third neighbour is at 3."""
     line = torch.arange(10.0)[:, None]
     assert share_inside(torch.tensor([[-3.0]]), line) == 1
     assert share_inside(torch.tensor([[-3.1]]), line) == 0

@@ -1,4 +1,4 @@
-"""The teacher that is judged is the teacher that was recorded."""
+"""The evaluated teacher is the recorded teacher."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_reconfigured_scheduler_is_restored(adapter_dir: Path, tmp_path: Path)
     pipe.save_pretrained(tmp_path)
     other = load_pair(str(adapter_dir), str(tmp_path), "cpu")[0]
     assert type(other.scheduler) is DDIMScheduler
-    assert other.scheduler.config.beta_end == 0.05  # which belongs to the other base's weights
+    assert other.scheduler.config.beta_end == 0.05  # this setting belongs to the other base's weights
 
 
 def test_the_card_shows_how_to_load_the_teacher(adapter_dir: Path) -> None:

@@ -15,7 +15,7 @@ from stages.evaluate.report import table, write_report
 
 SCALES = [1.5, 3.0]
 CHROMIUM = shutil.which("chromium")
-# Reads out of the loaded page what a person would see of its pictures; console messages go to stderr.
+# Reads the visible sizes of the pictures from the loaded page; console messages go to stderr.
 PROBE = """<script>addEventListener("load", () => {
   const widths = [...document.images].map(image => image.naturalWidth);
   document.title = "widths " + widths.join(" ");

@@ -43,7 +43,7 @@ TEACHER = TeacherConfig("somewhere", height=64)
         (StableDiffusionXLPipeline, {"negative_prompt_2": True}, "negative_prompt_2=True: not a text"),
     ],
 )
-def test_what_an_option_decides_is_refused_with_its_name(kind: Any, arguments: dict[str, Any], message: str) -> None:
+def test_an_invalid_call_argument_is_refused_by_its_name(kind: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=f"^teacher.call.{message}") as error:
         check_arguments(kind, arguments, TEACHER)
     assert "\n" not in str(error.value)
@@ -56,14 +56,14 @@ def test_what_an_option_decides_is_refused_with_its_name(kind: Any, arguments: d
         (StableDiffusionXLPipeline, {"original_size": [64, 64], "clip_skip": 1}),
         (QwenImagePipeline, {"guidance_scale": 3.5, "max_sequence_length": 32}),
         (WanPipeline, {"num_frames": 5, "guidance_scale_2": 3.0}),
-        (None, {"whatever": 3}),
+        (None, {"anything": 3}),
     ],
 )
-def test_what_no_option_decides_is_passed_on(kind: Any, arguments: dict[str, Any]) -> None:
+def test_a_valid_call_argument_is_accepted(kind: Any, arguments: dict[str, Any]) -> None:
     check_arguments(kind, arguments, TEACHER)
 
 
-def test_it_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_an_invalid_argument_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     folder = save("stable_diffusion", tmp_path / "teacher")
     (tmp_path / "prompts.txt").write_text("a cat")
     for weights in folder.rglob("*.safetensors"):

@@ -39,7 +39,7 @@ def test_classes_are_read_with_or_without_a_byte_order_mark(tmp_path: Path) -> N
         ("3\n".encode("utf-16"), "it is UTF-16: save it as UTF-8"),
     ],
 )
-def test_what_is_no_class_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_an_invalid_class_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "classes.txt").write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         read_class_labels(str(tmp_path / "classes.txt"), 10)
@@ -52,12 +52,12 @@ def test_an_empty_class_file_is_named(tmp_path: Path) -> None:
         read_class_labels(str(tmp_path / "none.txt"), 10)
 
 
-def test_a_teacher_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_teacher_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pretrained_model_name_or_path=.*missing"):
         count_classes(TeacherConfig(str(tmp_path / "missing")))
 
 
-def test_a_teacher_of_prompts_asks_for_them(tmp_path: Path) -> None:
+def test_a_teacher_of_prompts_requires_them(tmp_path: Path) -> None:
     folder = save("stable_diffusion", tmp_path / "teacher")
     with pytest.raises(UserError, match=r"not class-conditional: give it prompts=FILE"):
         read_conditions(generate_config(folder, tmp_path))
@@ -90,14 +90,14 @@ def test_columns_that_a_pipeline_does_not_take_are_refused(
         check_columns(read_prompts(str(tmp_path / "p.csv")), "p.csv", kind and getattr(diffusers, kind))
 
 
-def test_pictures_alone_are_conditions_where_no_prompt_is_taken(tmp_path: Path) -> None:
+def test_pictures_alone_are_conditions_of_a_pipeline_without_prompts(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("image,seed\na.png,3\n")
     rows = read_prompts(str(tmp_path / "p.csv"))
     check_columns(rows, "p.csv", diffusers.StableVideoDiffusionPipeline)
     assert rows == [{"image": "a.png", "seed": 3}]
 
 
-def test_a_negative_prompt_is_told_once(tmp_path: Path) -> None:
+def test_a_negative_prompt_is_given_in_one_place_only(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("prompt,negative_prompt\na cat,grey\n")
     config = generate_config(save("stable_diffusion", tmp_path / "teacher"), tmp_path, prompts=str(tmp_path / "p.csv"))
     assert read_conditions(config) == [{"prompt": "a cat", "negative_prompt": "grey"}]

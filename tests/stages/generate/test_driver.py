@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("layout_found_once")
 
 
 def records(root: Path | str) -> dict[str, dict[str, torch.Tensor]]:
-    """Every tensor of a dataset by key."""
+    """Return every tensor of a dataset by key."""
     dataset = Dataset(root)
     found = {}
     for row in dataset.manifest.to_pylist():
@@ -51,7 +51,7 @@ def assert_same_records(one: Path | str, other: Path | str) -> None:
 
 
 class Faulty(InProcessFleet):
-    """Fails at a unit as often as it is told to, and can stop the whole run after so many units."""
+    """Fails at a unit the given number of times, and can stop the whole run after a number of units."""
 
     def __init__(self, config: GenerateConfig, faults: dict[int, int], die_after: int | None = None) -> None:
         super().__init__(config)
@@ -69,7 +69,7 @@ class Faulty(InProcessFleet):
         return super().poll(timeout)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_dataset(
+def test_an_interrupted_run_continues_to_the_same_dataset(
     shared_dataset: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
     config = generate_config(tiny_teacher, tmp_path)
@@ -88,15 +88,13 @@ def test_an_interrupted_run_goes_on_to_the_same_dataset(
     assert verify(tmp_path)["ok"]
 
 
-def test_a_finished_dataset_is_left_alone(damaged: Path, tiny_teacher: Path) -> None:
+def test_a_finished_dataset_is_left_unchanged(damaged: Path, tiny_teacher: Path) -> None:
     driver = Driver(generate_config(tiny_teacher, damaged))
     assert driver.finished
     assert not driver.todo
 
 
-def test_a_unit_that_fails_now_and_then_is_tried_again(
-    tiny_teacher: Path, tmp_path: Path, shared_dataset: Path
-) -> None:
+def test_a_unit_that_fails_sometimes_is_retried(tiny_teacher: Path, tmp_path: Path, shared_dataset: Path) -> None:
     config = generate_config(tiny_teacher, tmp_path)
     summary = Driver(config).run(Faulty(config, {1: 2}))
     assert (summary["units_committed"], summary["units_quarantined"]) == (4, 0)
@@ -121,7 +119,7 @@ def test_a_teacher_that_never_works_ends_the_run(tiny_teacher: Path, tmp_path: P
         Driver(config).run(Faulty(config, dict.fromkeys(range(4), 99)))
 
 
-def test_preemption_is_no_attempt(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_preemption_does_not_count_as_an_attempt(tiny_teacher: Path, tmp_path: Path) -> None:
     class Preempted(InProcessFleet):
         left = 10
 
@@ -146,7 +144,7 @@ def test_preemption_is_no_attempt(tiny_teacher: Path, tmp_path: Path) -> None:
         ({"trajectory": "diffusion"}, "trajectory=guided, not diffusion"),
     ],
 )
-def test_a_folder_of_another_configuration_is_refused_and_kept(
+def test_a_folder_of_another_configuration_is_refused_and_unchanged(
     shared_dataset: Path, tiny_teacher: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -155,7 +153,9 @@ def test_a_folder_of_another_configuration_is_refused_and_kept(
     survived("another configuration over a dataset: refused", "driver")
 
 
-def test_diffusion_trajectories_make_a_whole_dataset_that_tells_them(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_diffusion_trajectories_make_a_whole_dataset_that_records_their_kind(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
     config = generate_config(tiny_teacher, tmp_path / "one", trajectory="diffusion")
     with pytest.raises(KeyboardInterrupt):
         Driver(config).run(Faulty(config, {}, die_after=2))
@@ -197,10 +197,8 @@ def test_a_moved_commit_is_made_again_in_a_finished_dataset(
 
 
 @pytest.mark.parametrize("unit", [1, 4])
-def test_a_commit_that_goes_while_a_run_goes_on_is_told_and_made_again(
-    damaged: Path, tiny_teacher: Path, unit: int
-) -> None:
-    """As by a repair at the same time."""
+def test_a_commit_removed_during_a_run_is_reported_and_made_again(damaged: Path, tiny_teacher: Path, unit: int) -> None:
+    """A repair at the same time removes it."""
     config = generate_config(tiny_teacher, damaged, num_trajectories=15)
 
     class Taken(InProcessFleet):
@@ -215,7 +213,7 @@ def test_a_commit_that_goes_while_a_run_goes_on_is_told_and_made_again(
     assert verify(damaged)["ok"]
 
 
-def test_a_folder_in_which_nothing_was_made_takes_another_configuration(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_folder_without_units_accepts_another_configuration(tiny_teacher: Path, tmp_path: Path) -> None:
     config = generate_config(tiny_teacher, tmp_path)
     with pytest.raises(UserError, match="no unit could be made"):
         Driver(config).run(Faulty(config, dict.fromkeys(range(4), 99)))
@@ -223,7 +221,7 @@ def test_a_folder_in_which_nothing_was_made_takes_another_configuration(tiny_tea
     assert generate(generate_config(tiny_teacher, tmp_path, seed=5)) == tmp_path
 
 
-def test_how_a_dataset_is_made_may_change(shared_dataset: Path, tiny_teacher: Path) -> None:
+def test_options_that_do_not_affect_the_records_may_change(shared_dataset: Path, tiny_teacher: Path) -> None:
     assert Driver(generate_config(tiny_teacher, shared_dataset, num_workers=7, batch_size=2)).finished
 
 
@@ -254,11 +252,11 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tiny_teacher: Path, tmp_pat
     assert len(list((tmp_path / "shards").iterdir())) == 1
     Driver(config).run(InProcessFleet(config))
     assert verify(tmp_path)["ok"]
-    survived("files larger than the system takes", "storage")
+    survived("files larger than the system allows", "storage")
 
 
 @pytest.mark.parametrize("during", ["shard", "commit"])
-def test_a_disk_without_room_stops_the_run_and_the_same_command_goes_on(
+def test_a_full_disk_stops_the_run_and_the_same_command_continues(
     tiny_teacher: Path, small_disk: Path, during: str
 ) -> None:
     config = generate_config(tiny_teacher, small_disk)
@@ -276,7 +274,7 @@ def test_a_disk_without_room_stops_the_run_and_the_same_command_goes_on(
     survived(f"a full disk in the middle of a {during}", "storage")
 
 
-def test_a_teacher_that_gives_nan_is_named(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_predicts_nan_is_named(tiny_teacher: Path, tmp_path: Path) -> None:
     config = generate_config(tiny_teacher, tmp_path)
     fleet = InProcessFleet(config)
     load = fleet.worker.load
@@ -294,7 +292,7 @@ def test_a_teacher_that_gives_nan_is_named(tiny_teacher: Path, tmp_path: Path) -
     survived("a teacher that gives NaN: refused", "worker")
 
 
-def test_a_dataset_grows_and_what_was_there_stays(damaged: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_dataset_grows_and_keeps_its_records(damaged: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     old = Dataset(damaged)
     times = {path: path.stat().st_mtime_ns for path in damaged.glob("[sc]*s/*")}
     config = generate_config(tiny_teacher, damaged, num_trajectories=20)
@@ -318,7 +316,7 @@ def test_a_dataset_grows_and_what_was_there_stays(damaged: Path, tiny_teacher: P
     assert verify(damaged)["ok"]
 
 
-def test_a_unit_that_was_not_full_stays_as_it_is(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_unit_that_was_not_full_stays_unchanged(tiny_teacher: Path, tmp_path: Path) -> None:
     for count in (4, 5, 9):
         config = generate_config(tiny_teacher, tmp_path / "grown", num_trajectories=count)
         Driver(config).run(InProcessFleet(config))
@@ -328,7 +326,7 @@ def test_a_unit_that_was_not_full_stays_as_it_is(tiny_teacher: Path, tmp_path: P
     assert verify(tmp_path / "grown")["ok"]
 
 
-def test_a_growing_dataset_stays_readable_and_goes_on(damaged: Path, tiny_teacher: Path) -> None:
+def test_a_growing_dataset_stays_readable_and_its_growth_continues(damaged: Path, tiny_teacher: Path) -> None:
     old = Dataset(damaged)
     config = generate_config(tiny_teacher, damaged, num_trajectories=20)
     with pytest.raises(KeyboardInterrupt):
@@ -347,10 +345,10 @@ def test_a_growing_dataset_stays_readable_and_goes_on(damaged: Path, tiny_teache
     assert len(Dataset(damaged).manifest) == 20
 
 
-def test_a_killed_publication_is_made_up_for(
+def test_a_killed_publication_is_completed_later(
     damaged: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed before each of the three files: the snapshot's manifest, the newest manifest, the description."""
+    """Killed before each of the three files: the snapshot's manifest, the newest manifest, dataset.json."""
     old = Dataset(damaged)
     config = generate_config(tiny_teacher, damaged, num_trajectories=16)
     with pytest.raises(KeyboardInterrupt):
@@ -388,7 +386,7 @@ def test_growth_that_never_began_is_forgotten(damaged: Path, tiny_teacher: Path)
     assert verify(damaged)["ok"]
 
 
-def test_more_classes_come_after_those_that_are_there(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_more_classes_follow_the_existing_ones(tiny_teacher: Path, tmp_path: Path) -> None:
     def config(classes: Any, each: int) -> GenerateConfig:
         options = {"num_trajectories": None, "num_trajectories_per_condition": each, "class_labels": classes}
         return generate_config(tiny_teacher, tmp_path / "data", **options)
@@ -415,7 +413,7 @@ def test_more_classes_come_after_those_that_are_there(tiny_teacher: Path, tmp_pa
             Driver(asked)
 
 
-def test_a_file_of_classes_that_was_changed_is_noticed(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_changed_file_of_classes_is_noticed(tiny_teacher: Path, tmp_path: Path) -> None:
     path = tmp_path / "classes.txt"
     path.write_text("7\n3\n")
     config = generate_config(tiny_teacher, tmp_path / "data", class_labels=str(path), num_trajectories=6)
@@ -466,7 +464,7 @@ def test_a_moved_commit_is_made_again_in_every_snapshot(
         ("class_label", "three"),
     ],
 )
-def test_what_the_manifest_cannot_hold_is_refused_before_the_teacher_is_loaded(
+def test_values_that_the_manifest_cannot_hold_are_refused_before_the_teacher_is_loaded(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str, value: Any
 ) -> None:
     conditions = [{"prompt": "a cat", "class_label": 3, "seed": 2**63 - 1}, {column: value}]
@@ -490,7 +488,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_teacher_is_loa
     Driver(generate_config(tiny_teacher, "s3://bucket/data"))
 
 
-def test_a_disk_that_is_too_small_is_told_of_once_a_unit_is_made(
+def test_a_disk_that_is_too_small_is_warned_about_after_the_first_unit(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = generate_config(tiny_teacher, tmp_path)
@@ -500,7 +498,7 @@ def test_a_disk_that_is_too_small_is_told_of_once_a_unit_is_made(
     assert len([warning for warning in caught if "still to be made" in str(warning.message)]) == 1
 
 
-def test_a_teacher_told_of_in_tuples_and_arrays_is_known_again(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_teacher_whose_facts_hold_tuples_and_arrays_is_recognized(tiny_teacher: Path, tmp_path: Path) -> None:
     config = generate_config(tiny_teacher, tmp_path)
     for attempt in range(2):
         fleet = Faulty(config, {}, die_after=2 if attempt == 0 else None)

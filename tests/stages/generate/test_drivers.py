@@ -1,4 +1,4 @@
-"""Several drivers on one folder, in step by step: whatever they ask for, none mixes what it makes with another's."""
+"""Several drivers on one folder, interleaved poll by poll: none mixes its units with another's."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ pytestmark = pytest.mark.usefixtures("layout_found_once")
 
 
 class Interrupted(InProcessFleet):
-    """Lets something happen before one of its polls: the first loads the teacher, each other makes a unit."""
+    """Calls a function before one of its polls: the first poll loads the teacher, each other makes a unit."""
 
-    def __init__(self, config: GenerateConfig, poll: int, happens: Callable[[], Any]) -> None:
+    def __init__(self, config: GenerateConfig, poll: int, interrupt: Callable[[], Any]) -> None:
         super().__init__(config)
-        self.poll_of_it, self.happens = poll, happens
+        self.polls_left, self.interrupt = poll, interrupt
 
     def poll(self, timeout: float) -> list[Event]:
-        if self.poll_of_it == 0:
-            self.happens()
-        self.poll_of_it -= 1
+        if self.polls_left == 0:
+            self.interrupt()
+        self.polls_left -= 1
         return super().poll(timeout)
 
 
@@ -46,17 +46,17 @@ class Interrupted(InProcessFleet):
 def test_of_two_configurations_one_is_refused_before_it_commits(
     tiny_teacher: Path, tmp_path: Path, shared_dataset: Path, poll: int
 ) -> None:
-    """The other begins while the teacher is loaded, or while the first unit is sampled, and makes everything."""
+    """The other driver starts while the teacher is loaded, or while the first unit is sampled, and makes everything."""
     config, other = (generate_config(tiny_teacher, tmp_path / "data", seed=seed) for seed in (1, 0))
     with pytest.raises(UserError, match="another configuration: seed=0, not 1"):
         Driver(config).run(Interrupted(config, poll, lambda: generate(other)))
     assert verify(tmp_path / "data")["ok"]
     assert_same_records(tmp_path / "data", shared_dataset)
-    survived("two drivers of unlike configurations: one refused", "driver")
+    survived("two drivers with different configurations: one refused", "driver")
 
 
 def test_a_commit_of_another_plan_is_never_published(tiny_teacher: Path, tmp_path: Path, shared_dataset: Path) -> None:
-    """As where a worker committed just after another driver described something else."""
+    """A worker commits just after another driver wrote another dataset.json."""
     config = generate_config(tiny_teacher, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         Driver(config).run(Faulty(config, {}, die_after=1))
@@ -76,7 +76,7 @@ def test_a_commit_of_another_plan_is_never_published(tiny_teacher: Path, tmp_pat
     survived("a commit of another plan", "dataset")
 
 
-def test_growth_to_another_size_waits_for_what_is_under_way(damaged: Path, tiny_teacher: Path) -> None:
+def test_growth_to_another_size_waits_for_a_plan_under_way(damaged: Path, tiny_teacher: Path) -> None:
     one, other = (generate_config(tiny_teacher, damaged, num_trajectories=count) for count in (18, 20))
     late = Driver(other)
 
@@ -89,7 +89,7 @@ def test_growth_to_another_size_waits_for_what_is_under_way(damaged: Path, tiny_
     generate(one)
     generate(other)
     assert (len(Dataset(damaged).manifest), len(snapshots(open_folder(damaged)))) == (20, 3)
-    survived("two drivers that grow a dataset to unlike sizes: one refused", "driver")
+    survived("two drivers that grow a dataset to different sizes: one refused", "driver")
 
 
 def test_growth_planned_over_an_older_snapshot_is_refused(damaged: Path, tiny_teacher: Path) -> None:
@@ -103,7 +103,7 @@ def test_growth_planned_over_an_older_snapshot_is_refused(damaged: Path, tiny_te
 
 
 @pytest.mark.parametrize("poll", [0, 1, 3])
-def test_what_another_made_and_grew_meanwhile_is_taken_as_it_is(tiny_teacher: Path, tmp_path: Path, poll: int) -> None:
+def test_a_dataset_that_another_driver_made_and_grew_is_accepted(tiny_teacher: Path, tmp_path: Path, poll: int) -> None:
     config, larger = (generate_config(tiny_teacher, tmp_path, num_trajectories=count) for count in (12, 15))
     assert Driver(config).run(Interrupted(config, poll, lambda: generate(config)))["units_missing"] == []
     assert Driver(config).finished
@@ -112,7 +112,7 @@ def test_what_another_made_and_grew_meanwhile_is_taken_as_it_is(tiny_teacher: Pa
     assert len(committed_units(open_folder(tmp_path))) == 5
 
 
-def test_what_has_grown_before_it_is_published_is_left(damaged: Path, tiny_teacher: Path) -> None:
+def test_a_dataset_that_grew_before_its_publication_is_left_unchanged(damaged: Path, tiny_teacher: Path) -> None:
     one, other = (generate_config(tiny_teacher, damaged, num_trajectories=count) for count in (15, 20))
 
     def grow() -> None:
@@ -130,7 +130,7 @@ def test_what_has_grown_before_it_is_published_is_left(damaged: Path, tiny_teach
     assert verify(damaged)["trajectories"] == 20
 
 
-def test_a_file_of_classes_that_changes_under_way_changes_nothing_and_is_named_afterwards(
+def test_a_file_of_classes_that_changes_during_a_run_does_not_affect_it_and_is_named_afterwards(
     tiny_teacher: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "classes").write_text("0 1 2")
@@ -142,33 +142,33 @@ def test_a_file_of_classes_that_changes_under_way_changes_nothing_and_is_named_a
     assert verify(tmp_path / "data")["ok"]
     with pytest.raises(UserError, match="classes no longer names first the 3 that it was made of"):
         Driver(config)
-    survived("a file of classes that changes under way", "driver")
+    survived("a file of classes that changes during a run", "driver")
 
 
 @pytest.mark.parametrize(
-    ("asked", "made", "message"),
+    ("requested", "made", "message"),
     [
         ({"num_trajectories": 18}, {"num_trajectories": 16}, "has grown since this run began"),
         ({"class_labels": [0, 1, 3]}, {"class_labels": [0, 1]}, "has grown since this run began"),
     ],
 )
-def test_as_many_units_of_something_else_are_not_taken_for_ones_own(
-    tiny_teacher: Path, tmp_path: Path, asked: dict[str, Any], made: dict[str, Any], message: str
+def test_as_many_units_of_another_plan_do_not_count_as_made(
+    tiny_teacher: Path, tmp_path: Path, requested: dict[str, Any], made: dict[str, Any], message: str
 ) -> None:
-    one, other = (generate_config(tiny_teacher, tmp_path, **changes) for changes in (asked, made))
+    one, other = (generate_config(tiny_teacher, tmp_path, **changes) for changes in (requested, made))
     with pytest.raises(UserError, match=message):
         Driver(one).run(Interrupted(one, 0, lambda: generate(other)))
-    told_of_it = json.loads((tmp_path / "generation.json").read_text())
-    assert told_of_it["trajectories"] == other.num_trajectories  # the other's, not that of who was refused
+    summary = json.loads((tmp_path / "generation.json").read_text())
+    assert summary["trajectories"] == other.num_trajectories  # the other driver's, not the refused one's
 
 
-def test_more_classes_for_no_more_trajectories_are_refused(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_more_classes_without_more_trajectories_are_refused(tiny_teacher: Path, tmp_path: Path) -> None:
     generate(generate_config(tiny_teacher, tmp_path, class_labels=[0, 1]))
     with pytest.raises(UserError, match="more prompts or classes than it holds, for no more trajectories"):
         Driver(generate_config(tiny_teacher, tmp_path, class_labels=[0, 1, 3]))
 
 
-def test_a_description_put_back_from_before_growth_is_made_up_for(damaged: Path, tiny_teacher: Path) -> None:
+def test_a_restored_description_from_before_growth_is_updated(damaged: Path, tiny_teacher: Path) -> None:
     config = generate_config(tiny_teacher, damaged, num_trajectories=15)
     before = {name: (damaged / name).read_bytes() for name in ("dataset.json", "manifest.parquet")}
     generate(config)
@@ -180,7 +180,7 @@ def test_a_description_put_back_from_before_growth_is_made_up_for(damaged: Path,
     assert (verify(damaged)["ok"], verify(damaged)["trajectories"]) == (True, 15)
 
 
-def test_a_repair_leaves_what_was_published_since_it_looked(damaged: Path, tiny_teacher: Path) -> None:
+def test_a_repair_keeps_what_was_published_after_its_survey(damaged: Path, tiny_teacher: Path) -> None:
     (damaged / "manifest.parquet").write_bytes(b"")
     found = survey(open_folder(damaged), deep=True)
     generate(generate_config(tiny_teacher, damaged, num_trajectories=15))
@@ -189,7 +189,7 @@ def test_a_repair_leaves_what_was_published_since_it_looked(damaged: Path, tiny_
     assert verify(damaged)["ok"]
 
 
-def test_a_teacher_is_told_by_its_weights_not_by_how_its_path_is_written(
+def test_a_teacher_is_identified_by_its_weights_not_by_its_path(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absolute = generate_config(tiny_teacher, tmp_path / "data")
@@ -201,7 +201,7 @@ def test_a_teacher_is_told_by_its_weights_not_by_how_its_path_is_written(
     assert verify(tmp_path / "data")["ok"]
 
 
-def test_an_equal_driver_in_its_last_unit_takes_growth_for_what_it_is(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_an_equal_driver_in_its_last_unit_accepts_growth(tiny_teacher: Path, tmp_path: Path) -> None:
     one, larger = (generate_config(tiny_teacher, tmp_path, num_trajectories=count) for count in (12, 15))
 
     def make_and_grow() -> None:
@@ -212,7 +212,7 @@ def test_an_equal_driver_in_its_last_unit_takes_growth_for_what_it_is(tiny_teach
     assert verify(tmp_path)["trajectories"] == 15
 
 
-def test_who_did_not_load_ends_no_run_in_which_another_did(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_worker_that_does_not_load_ends_no_run_in_which_another_loads(tiny_teacher: Path, tmp_path: Path) -> None:
     class Beside(InProcessFleet):
         def poll(self, timeout: float) -> list[Event]:
             return [*super().poll(timeout), Failed(None, RuntimeError("no driver"), worker="other", lost=True)]

@@ -1,4 +1,4 @@
-"""Every family through the recorder: what is stored is what the untouched pipeline does."""
+"""Every family through the recorder: the records equal the untouched pipeline."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def layout(pipe: Any, family: str) -> Layout:
 
 @pytest.fixture(scope="module")
 def recorded(pipe: Any, family: str, layout: Layout) -> tuple[Recording, Tensor]:
-    """Two prompts at two scales in one batch: the recording, and the final latents."""
+    """Record two prompts at two scales in one batch; return the recording and the final latents."""
     with undecoded(pipe) as latents, record(pipe, layout, 2) as recorder:
         sample(pipe, ask(family, 0, 1), PerSampleScale(torch.tensor(SCALES)))
     return recorder.recording(), latents[0]
@@ -61,14 +61,14 @@ def test_a_mixed_batch_ends_where_the_untouched_pipeline_ends(
 
 
 def predictions(denoiser: Any, layout: Layout, seen: Pass) -> Tensor:
-    """A pass of its own for these inputs, the guided channels of it."""
+    """Return the guided channels of a separate pass for these inputs."""
     caller = Caller(layout.arguments, torch.device("cpu"))
     with torch.no_grad():
         output = denoiser(**caller.nested(seen.latent, seen.timestep, seen.cond), return_dict=False)
     return as_target(predictions_of(output), layout.target_channels)
 
 
-def test_targets_are_guidance_by_hand_from_two_separate_passes(
+def test_targets_equal_guidance_computed_from_two_separate_passes(
     pipe: Any, family: str, layout: Layout, recorded: tuple[Recording, Tensor]
 ) -> None:
     recording, _ = recorded
@@ -93,7 +93,7 @@ def test_targets_are_guidance_by_hand_from_two_separate_passes(
             torch.testing.assert_close(recording.guidance_delta[mine][i], delta, atol=0, rtol=1e-3)
 
 
-def test_at_scale_1_guidance_moves_nothing(pipe: Any, family: str, layout: Layout) -> None:
+def test_at_scale_1_guidance_changes_nothing(pipe: Any, family: str, layout: Layout) -> None:
     with undecoded(pipe), record(pipe, layout, 2) as recorder:
         sample(pipe, ask(family, 0, 1), PerSampleScale(torch.tensor([1.0, 7.0])))
     with undecoded(pipe), record(pipe, layout, 1) as unguided:
@@ -106,7 +106,9 @@ def test_at_scale_1_guidance_moves_nothing(pipe: Any, family: str, layout: Layou
     assert torch.equal(unguided.recording().guidance_cosine, torch.ones(STEPS))
 
 
-def test_what_is_recorded_belongs_to_the_conditional_pass(recorded: tuple[Recording, Tensor], layout: Layout) -> None:
+def test_the_recorded_inputs_are_those_of_the_conditional_pass(
+    recorded: tuple[Recording, Tensor], layout: Layout
+) -> None:
     recording, _ = recorded
     assert len(recording.latent) == len(recording.target) == len(recording.timestep) == 2 * STEPS
     assert {len(value) for value in recording.cond.values()} == {2}

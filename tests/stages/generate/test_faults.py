@@ -1,4 +1,7 @@
-"""What can happen to a worker, made to happen to real ones: nothing that is committed is lost, and nothing is there twice."""
+"""Faults injected into real workers.
+
+No committed unit is lost, and none is made twice.
+"""
 
 from __future__ import annotations
 
@@ -78,10 +81,10 @@ def test_a_worker_killed_at_any_moment_of_a_unit_loses_nothing(
     all_survived(faults, tmp_path)
 
 
-def test_what_goes_wrong_in_a_worker_is_tried_again(
+def test_units_of_a_failing_worker_are_retried(
     tiny_teacher: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Errors, no memory, units without an end; and clocks, the driver's and a worker's, that jump by days."""
+    """Errors, no memory, hanging units; and clocks, the driver's and a worker's, that jump by days."""
     faults: Faults = {
         STARTING: {0: (RAISE, 1)},
         LOADING: {0: (RAISE, 1)},
@@ -102,13 +105,13 @@ class NeverStartingFleet(RayFleet):
     worker_class = NeverStarts  # type: ignore[assignment]
 
 
-def test_a_worker_that_can_never_be_made_ends_the_run(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_worker_that_cannot_be_constructed_ends_the_run(tiny_teacher: Path, tmp_path: Path) -> None:
     config = generate_config(tiny_teacher, tmp_path)
     with pytest.raises(
         UserError, match="no worker could load the teacher in 3 attempts: RayActorError: ImportError: no such library$"
     ):
         Driver(config).run(NeverStartingFleet(config))
-    survived("an error in each constructor: told in one line", "worker")
+    survived("an error in each constructor: one-line error", "worker")
 
 
 def test_a_disk_that_is_full_for_a_while(tiny_teacher: Path, small_disk: Path, undisturbed: Path) -> None:
@@ -124,7 +127,7 @@ def test_a_disk_that_is_full_for_a_while(tiny_teacher: Path, small_disk: Path, u
     survived("a full disk, under Ray", "storage")
 
 
-def test_a_unit_that_always_kills_is_quarantined_and_takes_no_other_along(
+def test_a_unit_that_always_kills_its_worker_is_quarantined_alone(
     tiny_teacher: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     always = 99
@@ -137,11 +140,11 @@ def test_a_unit_that_always_kills_is_quarantined_and_takes_no_other_along(
     config = generate_config(tiny_teacher, tmp_path / "data", **UNITS)
     assert Driver(config).run(InProcessFleet(config))["units_missing"] == []
     assert_nothing_lost_or_twice(tmp_path, undisturbed)
-    survived("a unit that kills each worker that it is given to", "worker")
+    survived("a unit that kills each of its workers", "worker")
     survived("a unit that fails each time", "worker")
 
 
-def test_nodes_that_die_stand_still_and_join(tiny_teacher: Path, tmp_path: Path, undisturbed: Path) -> None:
+def test_nodes_that_die_stop_and_join(tiny_teacher: Path, tmp_path: Path, undisturbed: Path) -> None:
     overrides = [sys.executable, "-m", "tests.support.cluster_faults", str(tiny_teacher), str(tmp_path)]
     ran = subprocess.run(overrides, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -152,7 +155,7 @@ def test_nodes_that_die_stand_still_and_join(tiny_teacher: Path, tmp_path: Path,
         2,
         2,
     )
-    assert info["shards"] == [9, 8]  # what came late lost, and took its shard away
+    assert info["shards"] == [9, 8]  # the late attempt lost, and removed its shard
     assert_nothing_lost_or_twice(tmp_path, undisturbed)
     for fault in ("dies in the middle of a unit", "stands still, and goes on later", "joins when none is left"):
         survived(f"a node that {fault}", "node")

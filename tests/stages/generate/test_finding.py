@@ -1,4 +1,7 @@
-"""What is found of pipelines that each do something in a way of their own; all of the zoo is in tests/test_pipelines.py."""
+"""The layouts found for pipelines with peculiar guidance.
+
+tests/test_pipelines.py covers the whole zoo.
+"""
 
 from __future__ import annotations
 
@@ -61,14 +64,14 @@ def test_prompts_that_change_each_other_run_one_by_one() -> None:
     assert not found("SanaPipeline").one_sample
 
 
-def test_a_guidance_that_the_denoiser_is_given_is_no_second_pass() -> None:
+def test_an_embedded_guidance_scale_is_no_second_pass() -> None:
     with pytest.raises(
         UserError, match="Flux2Pipeline cannot be recorded: it calls its denoiser once per step at every"
     ):
         found("Flux2Pipeline")
 
 
-def test_a_pipeline_that_does_not_run_is_named_with_what_it_said() -> None:
+def test_a_pipeline_that_does_not_run_is_named_with_its_error() -> None:
     pipe = build("stable_diffusion")
     request = Request([{"prompt": "a seven"}], [0], 3, {"prompt_embeds": torch.zeros(1, 2, 3)})
     with pytest.raises(
@@ -83,7 +86,7 @@ def test_a_denoiser_that_sees_more_than_its_arguments_is_refused() -> None:
 
     def drift(module: nn.Module, args: Any, output: Any) -> Any:
         rows.append(len(output[0]))
-        change = 1.0 + (rows[-1] == 6)  # as if it had a state for the samples of the pipeline's call
+        change = 1.0 + (rows[-1] == 6)  # simulates a state for the samples of the pipeline's call
         return (output[0] * change,) if isinstance(output, tuple) else type(output)(sample=output.sample * change)
 
     pipe.unet.register_forward_hook(drift)
@@ -91,7 +94,7 @@ def test_a_denoiser_that_sees_more_than_its_arguments_is_refused() -> None:
         find_layout(pipe, Request([{"prompt": "a seven"}], [0], 3, {}))
 
 
-def test_what_a_failed_try_left_in_the_denoiser_does_not_spoil_the_next() -> None:
+def test_the_remains_of_a_failed_attempt_in_the_denoiser_do_not_affect_the_next() -> None:
     """With `guidance_scale` alone switched off the pipeline fails, and leaves its perturbed attention in place."""
     assert found("HunyuanDiTPAGPipeline").no_guidance == {"guidance_scale": 1.0, "pag_scale": 0.0}
 

@@ -22,8 +22,10 @@ from tests.support.sleeping_worker import KilledOnce, Placed, Refuses, sleeping_
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def test_one_worker_makes_the_records_of_the_twin(tiny_teacher: Path, shared_dataset: Path, tmp_path: Path) -> None:
-    """Two of them do so in test_faults.py, whatever happens to them."""
+def test_one_worker_makes_the_records_of_the_in_process_fleet(
+    tiny_teacher: Path, shared_dataset: Path, tmp_path: Path
+) -> None:
+    """test_faults.py tests two workers, with faults."""
     config = generate_config(tiny_teacher, tmp_path)
     summary = Driver(config).run(RayFleet(config))
     assert (summary["trajectories"], summary["records"], summary["units_committed"]) == (12, 48, 4)
@@ -35,7 +37,7 @@ class RefusingFleet(RayFleet):
     worker_class = Refuses  # type: ignore[assignment]
 
 
-def test_an_error_of_a_worker_keeps_its_line(tmp_path: Path) -> None:
+def test_an_error_of_a_worker_keeps_its_message(tmp_path: Path) -> None:
     fleet = RefusingFleet(sleeping_config(tmp_path / "missing", tmp_path, 0, units=1))
     fleet.start({"class_label": 0})
     events: list[Event] = []
@@ -63,7 +65,7 @@ class PlacedFleet(RayFleet):
     worker_class = Placed  # type: ignore[assignment]
 
 
-def test_two_halves_of_a_gpu_and_whatever_else_is_asked_of_ray(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_two_halves_of_a_gpu_and_other_resources_of_ray(tiny_teacher: Path, tmp_path: Path) -> None:
     config = replace(
         sleeping_config(tiny_teacher, tmp_path, 0, units=2, workers=2),
         num_gpus=0.5,
@@ -82,13 +84,13 @@ def test_two_halves_of_a_gpu_and_whatever_else_is_asked_of_ray(tiny_teacher: Pat
     assert sorted(names) == [f"teacher-{number}-of-run-{placed.run}" for number in (1, 2)]
 
 
-def test_what_ray_cannot_keep_for_a_worker_is_named(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_resources_that_ray_cannot_reserve_are_named(tiny_teacher: Path, tmp_path: Path) -> None:
     config = replace(generate_config(tiny_teacher, tmp_path), num_gpus=1.5)
     with pytest.raises(UserError, match="num_cpus=1 num_gpus=1.5: Ray cannot keep that for a worker: .*1.5"):
         RayFleet(config)
 
 
-def test_more_than_this_machine_has_is_refused_where_no_node_can_join(
+def test_resources_beyond_this_machine_are_refused_if_no_node_can_join(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[bool] = []
@@ -102,7 +104,7 @@ def test_more_than_this_machine_has_is_refused_where_no_node_can_join(
     assert ended == [True]
 
 
-def test_what_a_worker_could_not_begin_with_is_told_in_a_line() -> None:
+def test_a_worker_that_cannot_start_is_a_one_line_error() -> None:
     missing = RuntimeEnvSetupError("no matching distribution\nfor nothing==1")
     assert "runtime_env: Failed to set up runtime environment. no matching distribution for nothing==1" in str(
         ray_error_of(missing)

@@ -11,7 +11,7 @@ from tests.conftest import generate_config
 from tests.stages.generate.test_unit import describe
 
 
-def test_it_loads_then_makes_what_is_dispatched(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_it_loads_then_makes_the_dispatched_units(tiny_teacher: Path, tmp_path: Path) -> None:
     config = generate_config(tiny_teacher, tmp_path)
     fleet, plan = InProcessFleet(config), Plan(config)
     fleet.start(plan.conditions[0])

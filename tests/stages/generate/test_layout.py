@@ -39,7 +39,7 @@ def ask(*places: int, **arguments: Any) -> Request:
 
 
 def targets_alone(pipe: Any, request: Request, scale: float) -> Tensor:
-    """What the untouched pipeline hands its scheduler `[steps, c, h, w]`, for one prompt."""
+    """Return the scheduler inputs `[steps, c, h, w]` of the untouched pipeline, for one prompt."""
     seen: list[Tensor] = []
     with undecoded(pipe), watch_steps(pipe, lambda _, received, t: seen.append(received[0][0])):
         sample(pipe, request, scale)
@@ -48,7 +48,7 @@ def targets_alone(pipe: Any, request: Request, scale: float) -> Tensor:
 
 @torch.no_grad()
 def conditional_alone(pipe: Any, layout: Layout, recording: Recording) -> Tensor:
-    """What the untouched denoiser predicts for what was recorded `[m, ...]`, in a pass of its own."""
+    """Return the untouched denoiser's prediction for the recorded inputs `[m, ...]`, in a separate pass."""
     cond = {name: value[recording.owner] for name, value in recording.cond.items()}
     caller = Caller(layout.arguments, torch.device("cpu"))
     return denoiser_of(pipe)[1](**caller.nested(recording.latent, recording.timestep, cond), return_dict=False)[0]
@@ -72,7 +72,7 @@ RULES = ["rescaled", "pag", "apg", "zero_star"]
 
 @pytest.fixture(params=RULES)
 def guided(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """(a pipeline, what its call is told, what `dataset.json` must tell of its rule)."""
+    """(a pipeline, its call arguments, the guidance rule expected in `dataset.json`)."""
     match request.param:
         case "rescaled":
             return build("stable_diffusion"), {"guidance_rescale": 0.7}, {"guidance_rescale": 0.7}
@@ -80,16 +80,16 @@ def guided(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any], dict[st
             return pag(), {"pag_scale": 2.0}, {"pipeline": "StableDiffusionPAGPipeline", "pag_scale": 2.0}
         case "apg":
             pipe, guider = request.getfixturevalue("modular"), AdaptiveProjectedGuidance(eta=0.3)
-            info = {"name": "AdaptiveProjectedGuidance", "eta": 0.3}
+            rule = {"name": "AdaptiveProjectedGuidance", "eta": 0.3}
         case _:
             pipe, guider = request.getfixturevalue("modular"), ClassifierFreeZeroStarGuidance(zero_init_steps=1)
-            info = {"name": "ClassifierFreeZeroStarGuidance", "zero_init_steps": 1}
+            rule = {"name": "ClassifierFreeZeroStarGuidance", "zero_init_steps": 1}
     pipe.update_components(guider=guider)
-    return pipe, {}, info
+    return pipe, {}, rule
 
 
-def test_any_rule_is_recorded_as_it_acts_with_a_scale_per_sample(guided: Any) -> None:
-    pipe, arguments, info = guided
+def test_any_rule_is_recorded_by_its_effect_with_a_scale_per_sample(guided: Any) -> None:
+    pipe, arguments, rule = guided
     layout = find_layout(pipe, ask(0, **arguments))
     assert layout.scale_per_sample
     with undecoded(pipe), record(pipe, layout, 2) as recorder:
@@ -98,12 +98,12 @@ def test_any_rule_is_recorded_as_it_acts_with_a_scale_per_sample(guided: Any) ->
     c = conditional_alone(pipe, layout, recording)
     moved = (recording.target - c).square().mean((1, 2, 3))
     torch.testing.assert_close(recording.guidance_delta, moved, atol=1e-9, rtol=1e-3)
-    alike = functional.cosine_similarity(c.flatten(1), recording.target.flatten(1))
-    torch.testing.assert_close(recording.guidance_cosine, alike, atol=1e-5, rtol=0)
+    similarity = functional.cosine_similarity(c.flatten(1), recording.target.flatten(1))
+    torch.testing.assert_close(recording.guidance_cosine, similarity, atol=1e-5, rtol=0)
     for i, scale in enumerate(SCALES):
         alone = targets_alone(pipe, ask(i, **arguments), scale)
         torch.testing.assert_close(recording.target[recording.owner == i], alone, atol=TOLERANCE, rtol=TOLERANCE)
-    assert info.items() <= guidance_rule(pipe, arguments).items()
+    assert rule.items() <= guidance_rule(pipe, arguments).items()
 
 
 def test_another_rule_gives_other_targets() -> None:
@@ -116,7 +116,7 @@ def test_another_rule_gives_other_targets() -> None:
         assert float((other - plain).norm() / plain.norm()) > 10 * TOLERANCE
 
 
-def test_the_conditional_part_is_found_wherever_it_lies() -> None:
+def test_the_conditional_part_is_found_at_any_position() -> None:
     null_first = find_layout(build("stable_diffusion"), ask(0))
     assert (null_first.calls, null_first.chunks, null_first.chunk) == (1, 2, 1)
     classes = Request([{"class_label": 3}], [0], STEPS, {})
@@ -156,7 +156,7 @@ def test_scales_that_cannot_be_mixed_are_noticed() -> None:
     assert not find_layout(pipe, ask(0)).scale_per_sample
 
 
-def test_a_pipeline_that_turns_the_prediction_is_refused() -> None:
+def test_a_pipeline_that_changes_the_prediction_is_refused() -> None:
     class Turning(type(build("stable_diffusion"))):  # type: ignore[misc]
         def __call__(self, *args: Any, guidance_scale: float = 1.0, **kwargs: Any) -> Any:
             step = self.scheduler.step
@@ -186,7 +186,7 @@ def test_a_teacher_that_guidance_does_not_change_is_refused() -> None:
 
 def layout_of(calls: int, chunks: int, **changes: Any) -> Layout:
     arguments = Arguments("x", "t", {"x": Axis(), "prompt": Axis()}, {"ids": encoded(torch.arange(3), 4)})
-    info = {
+    options = {
         "arguments": arguments,
         "calls": calls,
         "call": calls - 1,
@@ -201,7 +201,7 @@ def layout_of(calls: int, chunks: int, **changes: Any) -> Layout:
         "learned_variance": False,
         "no_guidance": {},
     }
-    return Layout(**info | changes)
+    return Layout(**options | changes)
 
 
 def call_of(rows: int, value: float = 0.0, **inputs: Any) -> Call:
@@ -249,6 +249,6 @@ def test_a_target_is_what_the_denoiser_would_have_had_to_predict() -> None:
     assert target.tolist() == [[1.0] * 4 + [-1.0] * 6]
 
 
-def test_a_layout_is_read_back_from_json_as_it_was() -> None:
+def test_a_layout_is_read_back_from_json_unchanged() -> None:
     layout = find_layout(build("chroma"), ask(0, height=32, width=32, max_sequence_length=32))
     assert read_fields(LayoutFacts, json.loads(json.dumps(asdict(layout)))) == LayoutFacts(**vars(layout))

@@ -1,4 +1,4 @@
-"""Diffusion trajectories of every family: noised samples of the untouched pipeline, guided as it guides."""
+"""Diffusion trajectories of every family: noised samples of the untouched pipeline, with its guidance."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def layout(pipe: Any, family: str) -> Layout:
 
 @contextmanager
 def quiet(pipe: Any) -> Iterator[None]:
-    """On a shifted grid, nothing decoded."""
+    """Run on a shifted grid within the context, without decoding."""
     with undecoded(pipe), shifted_timesteps(pipe.scheduler, SHIFT):
         yield
 
 
 def recorded(pipe: Any, layout: Layout, request: Request, scale: float) -> tuple[Recording, list[tuple[Any, Tensor]]]:
-    """A diffusion trajectory of each condition: the recording, and (calls, prediction) of each step."""
+    """Record a diffusion trajectory of each condition; return the recording and (calls, prediction) of each step."""
     n, steps = len(request.seeds), []
     with quiet(pipe):
         with sampled(pipe, layout, n) as clean:
@@ -80,12 +80,12 @@ def recorded(pipe: Any, layout: Layout, request: Request, scale: float) -> tuple
 
 @pytest.fixture(scope="module")
 def mixed(pipe: Any, family: str, layout: Layout) -> tuple[Recording, list[tuple[Any, Tensor]]]:
-    """Two conditions at two scales in one batch."""
+    """Record two conditions at two scales in one batch."""
     return recorded(pipe, layout, ask(family, 0, 1), PerSampleScale(torch.tensor(SCALES)))
 
 
 def clean_alone(pipe: Any, layout: Layout, request: Request, scale: float) -> Tensor:
-    """What the untouched pipeline's last step leads to, for one condition."""
+    """Return the result of the untouched pipeline's last step, for one condition."""
     latents: list[Tensor] = []
     with quiet(pipe), watch_steps(pipe, lambda *_: None, latents.append):
         sample(pipe, request, scale)
@@ -93,7 +93,7 @@ def clean_alone(pipe: Any, layout: Layout, request: Request, scale: float) -> Te
 
 
 def noised_by_hand(scheduler: Any, clean: Tensor, noise: Tensor, step: int) -> Tensor:
-    """What a denoiser is given of a noisy latent: both kinds of diffusion schedules lead to the same there."""
+    """Return a denoiser's input for a noisy latent; both kinds of diffusion schedules agree there."""
     if "Flow" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas"):
         sigma = float(scheduler.sigmas[step])
         return (1 - sigma) * clean + sigma * noise
@@ -102,52 +102,52 @@ def noised_by_hand(scheduler: Any, clean: Tensor, noise: Tensor, step: int) -> T
     return (clean + sigma * noise) / (1 + sigma**2) ** 0.5
 
 
-def test_latents_are_the_pipelines_own_samples_noised_by_hand(
+def test_latents_are_the_pipelines_own_noised_samples(
     pipe: Any, family: str, layout: Layout, mixed: tuple[Recording, Any]
 ) -> None:
     recording, _ = mixed
     assert len(recording.latent) == 2 * STEPS
     for i, (seed, scale) in enumerate(zip(SEEDS, SCALES, strict=True)):
         clean = clean_alone(pipe, layout, ask(family, i), scale)
-        mine = recording.owner == i
-        for step, latent in enumerate(recording.latent[mine]):
+        own = recording.owner == i
+        for step, latent in enumerate(recording.latent[own]):
             derived = np.random.SeedSequence(seed, spawn_key=(step,)).generate_state(1, np.uint64)[0] >> np.uint64(1)
             noise = torch.randn(1, *clean.shape, generator=torch.Generator().manual_seed(int(derived)))[0]
             expected = noised_by_hand(pipe.scheduler, clean, noise, step)
             torch.testing.assert_close(latent, expected, atol=1e-3, rtol=1e-3)
-        info = recording.timestep[mine] / layout.timestep_scale
-        torch.testing.assert_close(info.double(), pipe.scheduler.timesteps.double(), atol=1e-3, rtol=1e-3)
+        timestep = recording.timestep[own] / layout.timestep_scale
+        torch.testing.assert_close(timestep.double(), pipe.scheduler.timesteps.double(), atol=1e-3, rtol=1e-3)
 
 
 def predictions(denoiser: Any, layout: Layout, seen: Pass) -> Tensor:
-    """A pass of its own for these inputs, the guided channels of it."""
+    """Return the guided channels of a separate pass for these inputs."""
     caller = Caller(layout.arguments, torch.device("cpu"))
     with torch.no_grad():
         output = denoiser(**caller.nested(seen.latent, seen.timestep, seen.cond), return_dict=False)
     return as_target(predictions_of(output), layout.target_channels)
 
 
-def test_targets_are_guidance_by_hand_at_these_latents(
+def test_targets_equal_guidance_computed_at_these_latents(
     pipe: Any, family: str, layout: Layout, mixed: tuple[Recording, list[tuple[Any, Tensor]]]
 ) -> None:
     recording, steps = mixed
     denoiser = denoiser_of(pipe)[1]
     null = replace(layout, call=layout.calls - 1 - layout.call, chunk=layout.chunks - 1 - layout.chunk)
     for step, (calls, _) in enumerate(steps):
-        mine = recording.step == step
+        own = recording.step == step
         conditional, unconditional = (each.conditional(calls, 2) for each in (layout, null))
-        assert torch.equal(conditional.latent, recording.latent[mine])
-        assert torch.equal(unconditional.latent, recording.latent[mine])
+        assert torch.equal(conditional.latent, recording.latent[own])
+        assert torch.equal(unconditional.latent, recording.latent[own])
         c, u = (predictions(denoiser, layout, seen) for seen in (conditional, unconditional))
         g = u + torch.tensor(SCALES).view(2, *[1] * (c.ndim - 1)) * (c - u)
         if family == "qwen_image":  # keeps the norm of the conditional prediction, token by token
             g = g * c.norm(dim=-1, keepdim=True) / g.norm(dim=-1, keepdim=True)
-        torch.testing.assert_close(recording.target[mine], g, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(recording.target[own], g, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(c, u, atol=1e-3)
         cosine = functional.cosine_similarity(c.flatten(1), g.flatten(1))
-        torch.testing.assert_close(recording.guidance_cosine[mine], cosine, atol=1e-5, rtol=0)
+        torch.testing.assert_close(recording.guidance_cosine[own], cosine, atol=1e-5, rtol=0)
         moved = (g - c).square().flatten(1).mean(1)
-        torch.testing.assert_close(recording.guidance_delta[mine], moved, atol=1e-9, rtol=1e-3)
+        torch.testing.assert_close(recording.guidance_delta[own], moved, atol=1e-9, rtol=1e-3)
 
 
 def test_scales_of_one_batch_equal_separate_runs(
@@ -156,14 +156,14 @@ def test_scales_of_one_batch_equal_separate_runs(
     recording, _ = mixed
     for i, scale in enumerate(SCALES):
         alone, _ = recorded(pipe, layout, ask(family, i), scale)
-        mine = recording.owner == i
+        own = recording.owner == i
         for name in ("latent", "target", "timestep"):
-            torch.testing.assert_close(getattr(recording, name)[mine], getattr(alone, name), atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(recording.guidance_cosine[mine], alone.guidance_cosine, atol=1e-4, rtol=0)
-        torch.testing.assert_close(recording.guidance_delta[mine], alone.guidance_delta, atol=1e-8, rtol=1e-2)
+            torch.testing.assert_close(getattr(recording, name)[own], getattr(alone, name), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(recording.guidance_cosine[own], alone.guidance_cosine, atol=1e-4, rtol=0)
+        torch.testing.assert_close(recording.guidance_delta[own], alone.guidance_delta, atol=1e-8, rtol=1e-2)
 
 
-def test_the_pipeline_is_as_it_was_afterwards(pipe: Any, family: str, layout: Layout) -> None:
+def test_the_pipeline_is_unchanged_afterwards(pipe: Any, family: str, layout: Layout) -> None:
     before = clean_alone(pipe, layout, ask(family, 0), 3.0)
     recorded(pipe, layout, ask(family, 0), 3.0)
     assert torch.equal(clean_alone(pipe, layout, ask(family, 0), 3.0), before)
@@ -171,7 +171,7 @@ def test_the_pipeline_is_as_it_was_afterwards(pipe: Any, family: str, layout: La
     assert not denoiser_of(pipe)[1]._forward_pre_hooks
 
 
-def test_noise_follows_from_the_seed_and_the_step_alone() -> None:
+def test_noise_depends_on_the_seed_and_the_step_alone() -> None:
     like = torch.zeros(3, 4, 8, 8, dtype=torch.float16)
     together = noise_of([1, 2, 2**62], 3, like)
     assert together.dtype == torch.float32
@@ -190,7 +190,7 @@ def test_a_scheduler_that_cannot_noise_is_refused() -> None:
         check_noising(pipe, layout, ask("dit", 0))
 
 
-def test_a_denoiser_that_is_given_something_else_is_refused() -> None:
+def test_a_denoiser_with_other_inputs_than_noised_latents_is_refused() -> None:
     pipe = tiny_dit()
 
     def shrink(module: Any, args: Any, kwargs: Any) -> Any:

@@ -25,7 +25,7 @@ def test_units_hold_every_trajectory_once(tiny_teacher: Path) -> None:
     assert [t.index for i in range(3) for t in made.unit(i).trajectories] == list(range(11))
 
 
-def test_trajectories_follow_from_seed_and_index_alone(tiny_teacher: Path) -> None:
+def test_trajectories_depend_on_seed_and_index_alone(tiny_teacher: Path) -> None:
     one = plan(tiny_teacher, num_trajectories=30, trajectories_per_unit=7, batch_size=3, num_workers=5)
     other = plan(tiny_teacher, num_trajectories=1000, trajectories_per_unit=10)
     assert [one.trajectory(i) for i in range(30)] == [other.trajectory(i) for i in range(30)]
@@ -48,7 +48,7 @@ def test_shifts_cover_the_spacing_evenly(tiny_teacher: Path) -> None:
     assert plan(tiny_teacher, shift_timesteps=False).unit(3).shift == 0
 
 
-def test_log_uniform_scales_spend_as_much_on_each_doubling(tiny_teacher: Path) -> None:
+def test_log_uniform_scales_give_each_doubling_the_same_share(tiny_teacher: Path) -> None:
     scales = {"guidance_scale": [1.0, 16.0], "guidance_scale_distribution": "log_uniform"}
     made = plan(tiny_teacher, num_trajectories=2000, **scales)
     scales = np.array([made.trajectory(i).guidance_scale for i in range(2000)])
@@ -69,7 +69,7 @@ def test_every_condition_has_its_trajectories(tiny_teacher: Path) -> None:
     assert [made.trajectory(i).condition["class_label"] for i in range(6)] == [4, 2] * 3
 
 
-def test_what_a_prompt_brings_along_comes_before_the_draw(tmp_path: Path) -> None:
+def test_a_prompts_own_values_take_precedence_over_drawn_ones(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text(
         '{"prompt": "a cat", "seed": 5, "guidance_scale": 9.5}\n{"prompt": "a dog", "negative_prompt": "blue"}\n'
     )
@@ -121,13 +121,13 @@ def test_random_steps_are_drawn_for_each_trajectory(tiny_teacher: Path) -> None:
         ({"seed": -1}, "seed=-1"),
     ],
 )
-def test_what_no_run_could_carry_out_is_refused_by_name(tiny_teacher: Path, changes: Any, message: str) -> None:
+def test_an_impossible_plan_is_refused_by_the_options_name(tiny_teacher: Path, changes: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan(tiny_teacher, **changes)
 
 
 def as_made(made: Plan, *earlier: PlanEntry) -> PlanEntry:
-    """What `dataset.json` tells of a plan that comes after earlier ones."""
+    """Return the entry of `dataset.json` for a plan that follows earlier ones."""
     trajectories = made.num_trajectories - sum(plan.trajectories for plan in earlier)
     return planned(trajectories=trajectories, conditions=len(made.conditions))
 
@@ -136,7 +136,7 @@ def labels(made: Plan) -> list[int]:
     return [made.trajectory(i).condition["class_label"] for i in range(made.num_trajectories)]
 
 
-def test_more_trajectories_come_after_those_that_are_there_in_units_of_their_own(tiny_teacher: Path) -> None:
+def test_more_trajectories_follow_the_existing_ones_in_new_units(tiny_teacher: Path) -> None:
     old = plan(tiny_teacher, num_trajectories=11, trajectories_per_unit=4)
     new = Plan(
         generate_config(tiny_teacher, Path("nowhere"), num_trajectories=17, trajectories_per_unit=4), [as_made(old)]
@@ -153,7 +153,7 @@ def test_more_trajectories_come_after_those_that_are_there_in_units_of_their_own
     assert [new.trajectory(i) for i in range(17)] == [at_once.trajectory(i) for i in range(17)]
 
 
-def test_new_conditions_have_their_trajectories_after_those_that_are_there(tiny_teacher: Path) -> None:
+def test_trajectories_of_new_conditions_follow_the_existing_ones(tiny_teacher: Path) -> None:
     each = {"num_trajectories": None, "num_trajectories_per_condition": 2}
     old = plan(tiny_teacher, class_labels=[4, 2], **each)
     asked = [
@@ -187,7 +187,7 @@ def test_a_plan_grows_more_than_once(tiny_teacher: Path) -> None:
     assert Plan(config, earlier).bounds.tolist() == made.bounds.tolist()
 
 
-def test_a_seed_that_a_prompt_brings_along_is_used_once_however_a_plan_grew(tmp_path: Path) -> None:
+def test_a_prompts_own_seed_is_used_once_in_any_growth(tmp_path: Path) -> None:
     teacher = save("stable_diffusion", tmp_path / "teacher")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a cat", "seed": 5}\n')
     config = generate_config(teacher, tmp_path, prompts=str(tmp_path / "prompts.jsonl"), num_trajectories=2)

@@ -10,7 +10,7 @@ from stages.storage.folder import open_folder
 from tests.conftest import generate, generate_config
 
 
-def test_previews_are_put_into_one_picture_in_their_order(tmp_path: Path) -> None:
+def test_previews_form_one_picture_in_their_order(tmp_path: Path) -> None:
     for index in (9, 0, 5):
         write_preview(open_folder(tmp_path), index, torch.full((1, 64, 64), index / 5 - 1))
     write_preview_grid(open_folder(tmp_path))
@@ -19,7 +19,7 @@ def test_previews_are_put_into_one_picture_in_their_order(tmp_path: Path) -> Non
         assert [sheet.getpixel((64 * i + 9, 9))[0] for i in range(3)] == [0, 128, 230]  # type: ignore[index]
 
 
-def test_nothing_is_decoded_where_nobody_looks(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_nothing_is_decoded_without_a_preview(tiny_teacher: Path, tmp_path: Path) -> None:
     assert not (generate(generate_config(tiny_teacher, tmp_path / "none")) / "preview.png").exists()
     shown = generate(generate_config(tiny_teacher, tmp_path / "some", preview=4))
     assert len(list((shown / "preview").iterdir())) == 4

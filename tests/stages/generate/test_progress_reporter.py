@@ -22,8 +22,8 @@ EVENTS: list[Event] = [
 STATES = Counter({"sampling": 1, "loading": 2, "idle": 0})
 
 
-def info(teacher: Path) -> None:
-    """Four units, of which one was there before."""
+def report(teacher: Path) -> None:
+    """Report the events of four units, one of them made earlier."""
     reporter = ProgressReporter(Plan(generate_config(teacher, "nowhere")), (1, 12))
     for event in EVENTS:
         reporter.see(event, STATES)
@@ -32,7 +32,7 @@ def info(teacher: Path) -> None:
 
 
 def test_a_log_has_a_line_for_each_unit(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    info(tiny_teacher)
+    report(tiny_teacher)
     loaded, made, *failed = capsys.readouterr().err.splitlines()
     assert loaded == "teacher-1: loaded"
     assert made.startswith("unit 00002: 12 records in 2.0 s by teacher-1; 2 of 4 units, ")
@@ -44,11 +44,11 @@ def test_a_log_has_a_line_for_each_unit(tiny_teacher: Path, capsys: pytest.Captu
     ]
 
 
-def test_a_terminal_has_one_bar_and_what_failed(
+def test_a_terminal_shows_one_bar_and_the_failures(
     tiny_teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    info(tiny_teacher)
+    report(tiny_teacher)
     shown = capsys.readouterr().err
     assert "24/48" in shown
     assert "2 of 4 units, 1 sampling, 2 loading" in shown
@@ -60,7 +60,7 @@ def test_states_without_a_worker_are_left_out() -> None:
     assert summary_of(Counter({"sampling": 3, "loading": 0})) == "3 sampling"
 
 
-def test_a_user_who_waits_in_vain_is_told(
+def test_a_wait_for_missing_resources_is_reported(
     tiny_teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = generate_config(tiny_teacher, "nowhere", num_gpus=0.5, resources={"fast": 1})

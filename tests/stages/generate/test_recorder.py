@@ -20,7 +20,7 @@ REQUEST = Request([{"class_label": 1}, {"class_label": 7}], [0, 1], STEPS, {})
 
 
 def recorded(pipe: Any, steps: Tensor | None = None) -> tuple[Recording, Tensor]:
-    """Two classes at two scales in one batch: the recording, and the final latents."""
+    """Record two classes at two scales in one batch; return the recording and the final latents."""
     layout = find_layout(pipe, REQUEST)
     with undecoded(pipe) as latents, record(pipe, layout, 2, steps) as recorder:
         sample(pipe, REQUEST, PerSampleScale(torch.tensor(SCALES)))
@@ -28,7 +28,7 @@ def recorded(pipe: Any, steps: Tensor | None = None) -> tuple[Recording, Tensor]
 
 
 def run_alone(pipe: Any, i: int) -> Tensor:
-    """The untouched pipeline for one class at one scale: its final latent."""
+    """Run the untouched pipeline for one class at one scale; return its final latent."""
     with undecoded(pipe) as latents:
         sample(pipe, Request(REQUEST.conditions[i : i + 1], [i], STEPS, {}), SCALES[i])
     return latents[0][0]
@@ -44,7 +44,7 @@ def test_scales_of_one_batch_equal_the_pipelines_own_separate_runs(out_channels:
 
 
 @pytest.mark.parametrize("out_channels", [4, 8])
-def test_targets_equal_guidance_by_hand_from_two_separate_passes(out_channels: int) -> None:
+def test_targets_equal_guidance_computed_from_two_separate_passes(out_channels: int) -> None:
     pipe = tiny_dit(out_channels)
     recording, _ = recorded(pipe)
     assert recording.latent.shape == recording.target.shape == (2 * STEPS, 4, 8, 8)
@@ -64,7 +64,7 @@ def test_targets_equal_guidance_by_hand_from_two_separate_passes(out_channels: i
     assert float(recording.guidance_cosine.max()) < 0.999
 
 
-def test_only_the_steps_asked_for_are_kept() -> None:
+def test_only_the_requested_steps_are_kept() -> None:
     pipe = tiny_dit()
     whole, _ = recorded(pipe)
     part, _ = recorded(pipe, torch.tensor([[0, 3], [2, 3]]))
@@ -79,7 +79,7 @@ def test_only_the_steps_asked_for_are_kept() -> None:
 
 
 class ClosedForm(ModelMixin, ConfigMixin):
-    """A denoiser whose guided prediction is known: x / 2 + label for a class, x / 2 without."""
+    """A denoiser with a known guided prediction: x / 2 + label for a class, x / 2 without."""
 
     @register_to_config
     def __init__(self, sample_size: int = 8, in_channels: int = 4, out_channels: int = 4) -> None:
@@ -91,7 +91,7 @@ class ClosedForm(ModelMixin, ConfigMixin):
         return Transformer2DModelOutput(sample=hidden_states / 2 + label + 0 * self.layer(hidden_states))
 
 
-def test_a_closed_form_teacher_is_recorded_as_known() -> None:
+def test_the_records_of_a_closed_form_teacher_are_exact() -> None:
     pipe = tiny_dit()
     pipe.register_modules(transformer=ClosedForm())
     recording, _ = recorded(pipe)
@@ -129,7 +129,7 @@ def test_a_small_effect_on_a_large_prediction_is_not_lost_in_rounding() -> None:
     assert torch.equal(guidance_effect(c, c)[0], torch.ones(4))
 
 
-def test_the_pipeline_is_as_it_was_afterwards() -> None:
+def test_the_pipeline_is_unchanged_afterwards() -> None:
     pipe = tiny_dit()
     before = run_alone(pipe, 0)
     recorded(pipe)

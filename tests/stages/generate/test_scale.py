@@ -6,7 +6,7 @@ import torch
 from stages.generate.scale import GUIDES, PerSampleScale
 
 
-def test_to_a_pipeline_it_is_a_number_that_guides() -> None:
+def test_a_pipeline_takes_it_for_a_number_that_guides() -> None:
     scale = PerSampleScale(torch.tensor([1.0, 7.0]))
     assert isinstance(scale, float)
     assert scale == GUIDES
@@ -15,7 +15,7 @@ def test_to_a_pipeline_it_is_a_number_that_guides() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_each_sample_is_weighed_with_its_own_as_a_number_would(dtype: torch.dtype) -> None:
+def test_each_sample_is_scaled_by_its_own_value_as_by_a_number(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     values = torch.tensor([1.0, 7.3], dtype=torch.float64)
     batch = torch.randn(2, 4, 3, 3).to(dtype)

@@ -20,7 +20,7 @@ def recording(latent: torch.Tensor) -> Recording:
     return Recording(latent, timestep, -latent, effect, effect, owner, step, step // 2, cond, {}, negative)
 
 
-def test_a_trajectory_is_split_by_denoiser_and_its_parts_are_numbered_on() -> None:
+def test_a_trajectory_is_split_by_denoiser_and_its_parts_are_numbered_consecutively() -> None:
     latent = torch.arange(6.0).view(6, 1, 1, 1)
     parts = list(Splitter(("unet", "unet_2"), torch.float16, 1, with_negative=False).split(BATCH, recording(latent)))
     assert [(part.index, part.denoiser, part.part, len(part)) for part in parts] == [
@@ -34,7 +34,7 @@ def test_a_trajectory_is_split_by_denoiser_and_its_parts_are_numbered_on() -> No
     assert parts[0].cond.keys() == {"tokens"}
 
 
-def test_negative_tokens_are_kept_where_they_are_asked_for() -> None:
+def test_negative_tokens_are_kept_on_request() -> None:
     splitter = Splitter(("unet", "unet_2"), torch.float16, 9, with_negative=True)
     assert next(splitter.split(BATCH, recording(torch.zeros(6, 1, 1, 1)))).cond.keys() == {"tokens", "negative.tokens"}
 

@@ -38,9 +38,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def planned(folder: Path, info: dict[str, Any], **changes: Any) -> Plan:
+def planned(folder: Path, teacher: dict[str, Any], **changes: Any) -> Plan:
     config = generate_config(folder, Path("nowhere"), prompts=str(folder.parent / "prompts.txt"), **changes)
-    config.teacher = replace(config.teacher, **info)
+    config.teacher = replace(config.teacher, **teacher)
     return Plan(config)
 
 
@@ -58,25 +58,25 @@ def test_the_plan_has_the_steps_that_the_pipeline_makes(teacher: Path, scheduler
     assert len(steps) == plan.steps_per_trajectory
 
 
-def test_steps_to_record_are_drawn_from_all_that_are_made(teacher: Path) -> None:
-    info = {"num_inference_steps": 5, "num_trajectories": 200, "num_recorded_steps": 3}
-    plan = planned(teacher, {"scheduler": "HeunDiscreteScheduler"}, **info)
+def test_recorded_steps_are_drawn_from_all_steps(teacher: Path) -> None:
+    options = {"num_inference_steps": 5, "num_trajectories": 200, "num_recorded_steps": 3}
+    plan = planned(teacher, {"scheduler": "HeunDiscreteScheduler"}, **options)
     assert {step for i in range(200) for step in plan.trajectory(i).steps or []} == set(range(9))
     assert plan.records_per_trajectory == 3
     with pytest.raises(
         UserError, match="num_recorded_steps=10: at most 9, which the teacher takes of num_inference_st"
     ):
-        planned(teacher, {"scheduler": "HeunDiscreteScheduler"}, **info | {"num_recorded_steps": 10})
+        planned(teacher, {"scheduler": "HeunDiscreteScheduler"}, **options | {"num_recorded_steps": 10})
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(None, 8), (0.5, 5), (1.0, 10)])
-def test_a_pipeline_that_begins_later_is_asked(teacher: Path, strength: float | None, steps: int) -> None:
+def test_a_pipeline_that_starts_later_is_asked_for_its_steps(teacher: Path, strength: float | None, steps: int) -> None:
     call = {} if strength is None else {"strength": strength}
-    message = TeacherConfig(str(teacher), pipeline_class="StableDiffusionImg2ImgPipeline", call=call)
-    assert count_steps(message, 10) == steps
-    assert count_steps(replace(message, scheduler="HeunDiscreteScheduler"), 10) == 2 * steps - 1
+    teacher_config = TeacherConfig(str(teacher), pipeline_class="StableDiffusionImg2ImgPipeline", call=call)
+    assert count_steps(teacher_config, 10) == steps
+    assert count_steps(replace(teacher_config, scheduler="HeunDiscreteScheduler"), 10) == 2 * steps - 1
     with pytest.raises(UserError, match="num_inference_steps=10: no step is left of them"):
-        count_steps(replace(message, call={"strength": 0.01}), 10)
+        count_steps(replace(teacher_config, call={"strength": 0.01}), 10)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_more_steps_than_a_scheduler_can_make_are_refused(
         count_steps(TeacherConfig(str(teacher), scheduler=name), num_inference_steps)
 
 
-def test_flows_that_count_from_one_to_zero_take_any_number_of_steps() -> None:
+def test_flows_with_timesteps_from_one_to_zero_take_any_number_of_steps() -> None:
     flow = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1)
     shifting = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     for scheduler, steps in ((flow, 50), (shifting, 1200)):
@@ -108,7 +108,7 @@ def test_flows_that_count_from_one_to_zero_take_any_number_of_steps() -> None:
     torch.testing.assert_close(timesteps, torch.linspace(1, 0.1, 10))
 
 
-def test_a_scheduler_that_cannot_be_asked_is_left_to_the_pipeline(teacher: Path, tmp_path: Path) -> None:
+def test_the_pipeline_runs_a_scheduler_that_cannot_count_its_steps(teacher: Path, tmp_path: Path) -> None:
     pipe: Any = StableDiffusionPipeline.from_pretrained(teacher)
     pipe.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())

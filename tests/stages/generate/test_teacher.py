@@ -24,7 +24,7 @@ def teacher(folder: Path, **changes: Any) -> tuple[Teacher, Plan]:
     return Teacher(config, plan.conditions[0]), plan
 
 
-def test_a_unit_gives_its_trajectories_in_order(tiny_teacher: Path) -> None:
+def test_a_unit_yields_its_trajectories_in_order(tiny_teacher: Path) -> None:
     made, plan = teacher(tiny_teacher)
     trajectories = made.run(plan.unit(1)).trajectories
     assert [t.index for t in trajectories] == [3, 4, 5]
@@ -36,7 +36,7 @@ def test_a_unit_gives_its_trajectories_in_order(tiny_teacher: Path) -> None:
         assert t.latent.dtype == t.target.dtype == torch.float16
 
 
-def test_the_effect_of_guidance_is_told_before_records_are_rounded(tiny_teacher: Path) -> None:
+def test_the_effect_of_guidance_is_measured_before_records_are_rounded(tiny_teacher: Path) -> None:
     (half, plan), (whole, _) = teacher(tiny_teacher), teacher(tiny_teacher, storage_dtype="float32")
     for rounded, exact in zip(half.run(plan.unit(0)).trajectories, whole.run(plan.unit(0)).trajectories, strict=True):
         for name in ("guidance_cosine", "guidance_delta"):
@@ -49,8 +49,10 @@ def test_the_effect_of_guidance_is_told_before_records_are_rounded(tiny_teacher:
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 def test_the_batch_size_changes_nothing_but_rounding(tiny_teacher: Path, trajectory: str) -> None:
     together, plan = teacher(tiny_teacher, trajectory=trajectory, storage_dtype="float32")
-    apart, _ = teacher(tiny_teacher, trajectory=trajectory, storage_dtype="float32", batch_size=2)
-    for one, other in zip(together.run(plan.unit(0)).trajectories, apart.run(plan.unit(0)).trajectories, strict=True):
+    separate, _ = teacher(tiny_teacher, trajectory=trajectory, storage_dtype="float32", batch_size=2)
+    for one, other in zip(
+        together.run(plan.unit(0)).trajectories, separate.run(plan.unit(0)).trajectories, strict=True
+    ):
         torch.testing.assert_close(one.latent, other.latent, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(one.target, other.target, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(one.guidance_cosine, other.guidance_cosine, atol=1e-5, rtol=0)
@@ -59,7 +61,7 @@ def test_the_batch_size_changes_nothing_but_rounding(tiny_teacher: Path, traject
 
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
-def test_a_unit_made_twice_leaves_the_same_bytes(tiny_teacher: Path, trajectory: str) -> None:
+def test_a_unit_made_twice_has_the_same_bytes(tiny_teacher: Path, trajectory: str) -> None:
     (one, plan), (other, _) = (teacher(tiny_teacher, trajectory=trajectory) for _ in range(2))
     first, second = ([t.to_members() for t in made.run(plan.unit(0)).trajectories] for made in (one, other))
     assert first == second
@@ -101,7 +103,7 @@ def test_a_teacher_whose_scheduler_cannot_noise_is_refused_at_load(tiny_teacher:
         Teacher(config, {"class_label": 1})
 
 
-def test_units_lie_on_shifted_grids(tiny_teacher: Path) -> None:
+def test_units_use_shifted_grids(tiny_teacher: Path) -> None:
     made, plan = teacher(tiny_teacher)
     grids = [made.run(plan.unit(i)).trajectories[0].timestep for i in range(4)]
     assert len({tuple(grid.tolist()) for grid in grids}) == 4
@@ -135,26 +137,26 @@ def test_an_overflow_in_storing_names_the_tensor(tiny_teacher: Path) -> None:
         made.run(plan.unit(1))
 
 
-def test_facts_tell_weights_apart(tiny_teacher: Path, other_teacher: Path) -> None:
+def test_facts_distinguish_weights(tiny_teacher: Path, other_teacher: Path) -> None:
     (one, _), (other, _) = teacher(tiny_teacher), teacher(other_teacher)
     assert one.facts() == teacher(tiny_teacher)[0].facts()
     assert one.facts().denoiser_fingerprint != other.facts().denoiser_fingerprint
     assert one.facts().scheduler_class == "DDIMScheduler"
 
 
-def test_a_dtype_is_told_from_a_typing_error() -> None:
+def test_a_mistyped_dtype_is_refused() -> None:
     assert dtype_named("bfloat16", "storage_dtype") == torch.bfloat16
     with pytest.raises(UserError, match="storage_dtype=half: one of float32, float16, bfloat16"):
         dtype_named("half", "storage_dtype")
 
 
-def text_teacher(tmp_path: Path, **info: Any) -> Teacher:
+def text_teacher(tmp_path: Path, **options: Any) -> Teacher:
     config = generate_config(save("stable_diffusion", tmp_path / "teacher"), tmp_path)
-    config.teacher = replace(config.teacher, **info)
+    config.teacher = replace(config.teacher, **options)
     return Teacher(config, {"prompt": PROMPTS[0]})
 
 
-def test_what_the_call_is_told_reaches_the_pipeline(tmp_path: Path) -> None:
+def test_call_arguments_reach_the_pipeline(tmp_path: Path) -> None:
     made = text_teacher(tmp_path, call={"guidance_rescale": 0.5}, height=64, scheduler="DDIMScheduler")
     assert made.arguments == {"guidance_rescale": 0.5, "height": 64}
     assert made.facts().guidance_rule["guidance_rescale"] == 0.5
@@ -162,7 +164,7 @@ def test_what_the_call_is_told_reaches_the_pipeline(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("info", "message"),
+    ("options", "message"),
     [
         ({"call": {"negative_promt": "x"}}, "teacher.call.negative_promt: .* did you mean negative_prompt"),
         ({"scheduler": "MagicScheduler"}, "teacher.scheduler=MagicScheduler: diffusers .* has no such class"),
@@ -173,13 +175,13 @@ def test_what_the_call_is_told_reaches_the_pipeline(tmp_path: Path) -> None:
         ({"offload_text_encoder": True}, "there is no GPU"),
     ],
 )
-def test_what_the_teacher_cannot_be_told_is_named(tmp_path: Path, info: Any, message: str) -> None:
-    if "guider" in info:
+def test_an_invalid_teacher_option_is_named(tmp_path: Path, options: Any, message: str) -> None:
+    if "guider" in options:
         with pytest.raises(UserError, match=message):
-            new_guider(dict(info["guider"]))
+            new_guider(dict(options["guider"]))
         return
     with pytest.raises(UserError, match=message):
-        text_teacher(tmp_path, **info)
+        text_teacher(tmp_path, **options)
 
 
 def test_a_guider_makes_the_modular_pipeline_the_teacher(tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_a_guider_makes_the_modular_pipeline_the_teacher(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_what_is_stored_is_chosen_apart_from_what_is_computed(tiny_teacher: Path, dtype: str) -> None:
+def test_the_storage_dtype_is_independent_of_the_computing_dtype(tiny_teacher: Path, dtype: str) -> None:
     config = generate_config(tiny_teacher, Path("nowhere"), storage_dtype="float32")
     config.teacher = replace(config.teacher, torch_dtype=dtype)
     plan = Plan(config)
@@ -203,7 +205,7 @@ def test_what_is_stored_is_chosen_apart_from_what_is_computed(tiny_teacher: Path
 
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
-def test_only_the_steps_that_are_planned_are_recorded(tiny_teacher: Path, trajectory: str) -> None:
+def test_only_the_planned_steps_are_recorded(tiny_teacher: Path, trajectory: str) -> None:
     recorded = {"num_inference_steps": 10, "num_recorded_steps": 3}
     made, plan = teacher(tiny_teacher, trajectory=trajectory, shift_timesteps=False, **recorded)
     made.pipe.scheduler.set_timesteps(10)

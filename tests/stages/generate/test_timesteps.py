@@ -99,7 +99,7 @@ def test_a_shifted_scheduler_steps_from_noise_to_the_image(scheduler: Any) -> No
     torch.testing.assert_close(latent, clean, atol=0.03, rtol=0.03)
 
 
-def test_the_scheduler_is_as_it_was_afterwards(scheduler: Any) -> None:
+def test_the_scheduler_is_unchanged_afterwards(scheduler: Any) -> None:
     scheduler.set_timesteps(7)
     before = scheduler.timesteps.clone()
     with shifted_timesteps(scheduler, 0.5):
@@ -109,8 +109,8 @@ def test_the_scheduler_is_as_it_was_afterwards(scheduler: Any) -> None:
     assert torch.equal(scheduler.timesteps, before)
 
 
-def test_noise_levels_that_are_not_understood_are_refused() -> None:
-    scheduler = HeunDiscreteScheduler()  # it takes each noise level twice
+def test_unsupported_noise_levels_are_refused() -> None:
+    scheduler = HeunDiscreteScheduler()  # it uses each noise level twice
     with (
         pytest.raises(UserError, match="HeunDiscreteScheduler: .*shift_timesteps=false"),
         shifted_timesteps(scheduler, 0.5),

@@ -22,13 +22,13 @@ from tests.conftest import generate_config
 
 
 def describe(plan: Plan, facts: dict[str, Any]) -> str:
-    """Describe in `dataset.json` what a loaded worker is to make, as its driver would; the digest of the plan."""
+    """Write `dataset.json` for a loaded worker, as its driver would; return the plan's digest."""
     info = DatasetInfo(complete=False, teacher=read_fields(TeacherFacts, facts))
     root = open_folder(plan.config.output_dir)
     return plan_digests(begin_plan(root, info, describe_plan(plan, [], info.teacher.guidance_rule)))[0][1]
 
 
-def test_a_worker_loads_once_and_commits_what_it_sampled(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_worker_loads_once_and_commits_its_samples(tiny_teacher: Path, tmp_path: Path) -> None:
     config = generate_config(tiny_teacher, tmp_path, records_per_sample=3)
     worker, plan = UnitWorker(config), Plan(config)
     facts = worker.load(plan.conditions[0])

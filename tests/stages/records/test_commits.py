@@ -12,7 +12,7 @@ from tests.stages.records.test_trajectory import trajectory
 from tests.support.made_up import PLAN
 
 
-def test_the_first_attempt_wins_and_the_loser_takes_its_shard_away(tmp_path: Path) -> None:
+def test_the_first_attempt_wins_and_the_loser_removes_its_shard(tmp_path: Path) -> None:
     first = commit_unit(open_folder(tmp_path), 3, [encode(trajectory())], PLAN)
     second = commit_unit(open_folder(tmp_path), 3, [encode(trajectory())], PLAN)
     assert second == first

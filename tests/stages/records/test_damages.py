@@ -1,4 +1,4 @@
-"""Every damage of tests/support/damages.py is found, named, never read in silence, and repaired."""
+"""Every damage of tests/support/damages.py is found and named, never read silently, and repaired."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ UNREADABLE = [name for name in SEALED if "tensor" in name or "header" in name or
 
 @pytest.fixture(autouse=True)
 def nothing_gets_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run in a folder of its own, and fail if unpickling or a name in a shard made a file."""
+    """Run in a separate folder, and fail if unpickling or a name in a shard made a file."""
     monkeypatch.chdir(tmp_path)
     outside = [Path("/tmp") / ESCAPED, *(folder / ESCAPED for folder in (tmp_path, *tmp_path.parents))]
     yield
@@ -66,8 +66,8 @@ def test_damage_is_found_and_named_in_a_line(damaged: Path, damage: Damage) -> N
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_damage_is_never_read_in_silence(damaged: Path, shared_dataset: Path, damage: Damage) -> None:
-    """A reader returns the original samples, and refuses the others or leaves them out by choice."""
+def test_damage_is_never_read_silently(damaged: Path, shared_dataset: Path, damage: Damage) -> None:
+    """A reader returns the original samples, and refuses the others or skips them by choice."""
     known = records(shared_dataset)
     damage(damaged)
     for check_sizes in (True, False):
@@ -102,7 +102,7 @@ def test_a_stream_leaves_damage_out_or_names_it(damaged: Path, shared_dataset: P
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_repaired_and_generated_again_it_is_the_dataset_that_was_there(
+def test_repaired_and_generated_again_it_equals_the_original_dataset(
     damaged: Path, shared_dataset: Path, tiny_teacher: Path, name: str
 ) -> None:
     before = Dataset(shared_dataset).fingerprint
@@ -140,7 +140,7 @@ def reraise(error: Exception) -> bool:
     raise error
 
 
-def test_damage_is_kept_beside_what_was_damaged_before(damaged: Path, tiny_teacher: Path) -> None:
+def test_damage_is_kept_beside_earlier_damage(damaged: Path, tiny_teacher: Path) -> None:
     for _ in range(3):
         (damaged / "commits" / "00001.json").write_bytes(b"")
         mend(damaged)
@@ -151,7 +151,7 @@ def test_damage_is_kept_beside_what_was_damaged_before(damaged: Path, tiny_teach
     assert verify(damaged)["ok"]
 
 
-def test_several_damages_at_once_are_mended_together(damaged: Path, shared_dataset: Path, tiny_teacher: Path) -> None:
+def test_several_damages_are_repaired_together(damaged: Path, shared_dataset: Path, tiny_teacher: Path) -> None:
     for name in ("a flipped bit in a payload", "two shards swapped", "a missing manifest", "an extra shard"):
         DAMAGES[name](damaged)
     assert len(verify(damaged)["problems"]) == 3

@@ -45,7 +45,7 @@ def test_a_truncated_shard_is_named(damaged: Path) -> None:
         Dataset(damaged)
 
 
-def test_missing_and_truncated_shards_are_found_at_reading_when_they_may_be(damaged: Path) -> None:
+def test_missing_and_truncated_shards_are_found_at_reading_if_allowed(damaged: Path) -> None:
     missing, short = (damaged / name for name in sorted(set(Dataset(damaged).manifest["shard"].to_pylist()))[:2])
     missing.unlink()
     short.write_bytes(short.read_bytes()[:1000])
@@ -60,7 +60,7 @@ def test_missing_and_truncated_shards_are_found_at_reading_when_they_may_be(dama
             dataset.timesteps(row)
 
 
-def test_bytes_that_are_no_tensors_are_refused(damaged: Path) -> None:
+def test_bytes_other_than_tensors_are_refused(damaged: Path) -> None:
     dataset = Dataset(damaged)
     row = dataset.manifest.to_pylist()[0]
     header = {"offset": 0, "size": 512, "checksum": zlib.crc32((damaged / row["shard"]).read_bytes()[:512])}
@@ -87,7 +87,7 @@ def test_a_flipped_bit_is_found_at_reading(damaged: Path) -> None:
         dataset.read(file, row)
 
 
-def test_a_snapshot_that_is_not_there_is_refused(dataset: Dataset) -> None:
+def test_a_missing_snapshot_is_refused(dataset: Dataset) -> None:
     with pytest.raises(UserError, match=f"has no snapshot 000000000000, only {dataset.fingerprint[:12]}"):
         Dataset(str(dataset.root), snapshot="0" * 64)
     assert Dataset(str(dataset.root), snapshot=dataset.fingerprint).newest
@@ -100,14 +100,14 @@ def test_offsets_of_timesteps_outside_the_sample_are_refused(damaged: Path, plac
     row = dataset.manifest.to_pylist()[0]
     header = json.dumps({"timestep": {"dtype": "I64", "shape": [1], "data_offsets": place}}).encode()
     content = bytearray((damaged / row["shard"]).read_bytes())
-    info = len(header).to_bytes(8, "little") + header
-    content[row["offset"] : row["offset"] + len(info)] = info
+    prefix = len(header).to_bytes(8, "little") + header
+    content[row["offset"] : row["offset"] + len(prefix)] = prefix
     (damaged / row["shard"]).write_bytes(content)
     with pytest.raises(UserError, match=f"expected the timesteps of {row['key']}"):
         dataset.timesteps(row)
 
 
-def test_a_header_of_2_to_63_bytes_takes_no_memory(damaged: Path) -> None:
+def test_a_header_of_2_to_63_bytes_allocates_no_memory(damaged: Path) -> None:
     SEALED["a header of 2^63 bytes, sealed"](damaged)
     dataset = Dataset(damaged)
     row = dataset.manifest.to_pylist()[3]

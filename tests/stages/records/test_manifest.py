@@ -12,7 +12,7 @@ from stages.records.dataset import Dataset
 from stages.records.manifest import SCHEMA, decode_manifest, encode_manifest, fingerprint, table_of
 
 
-def test_one_row_per_sample_with_the_provenance_of_each(dataset: Dataset) -> None:
+def test_each_sample_has_a_row_with_its_provenance(dataset: Dataset) -> None:
     assert dataset.manifest.schema == SCHEMA
     rows = dataset.manifest.to_pylist()
     assert [row["trajectory"] for row in rows] == list(range(12))
@@ -21,14 +21,14 @@ def test_one_row_per_sample_with_the_provenance_of_each(dataset: Dataset) -> Non
     assert [row["class_label"] for row in rows] == [*range(10), 0, 1]
 
 
-def test_any_parquet_reader_reads_what_was_written(tmp_path: Path, dataset: Dataset) -> None:
+def test_any_parquet_reader_reads_the_manifest(tmp_path: Path, dataset: Dataset) -> None:
     commits = list(read_commits(dataset.root))
     (tmp_path / "manifest.parquet").write_bytes(encode_manifest(table_of(commits)))
     assert pq.read_table(tmp_path / "manifest.parquet").equals(dataset.manifest)
     assert decode_manifest((tmp_path / "manifest.parquet").read_bytes()).equals(dataset.manifest)
 
 
-def test_a_fingerprint_depends_on_contents_and_not_on_places(dataset: Dataset) -> None:
+def test_a_fingerprint_depends_on_contents_and_not_on_paths(dataset: Dataset) -> None:
     table = dataset.manifest
     assert fingerprint(table) == dataset.fingerprint
 

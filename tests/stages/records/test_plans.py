@@ -63,7 +63,7 @@ def test_an_edited_description_or_commit_is_refused(damaged: Path) -> None:
         list(read_commits(open_folder(damaged)))
 
 
-def test_the_newest_snapshot_stands_at_the_top_of_the_file_too(dataset: Dataset) -> None:
+def test_the_newest_snapshot_is_at_the_top_of_the_file_too(dataset: Dataset) -> None:
     content = json.loads(dataset.root.read("dataset.json") or b"")
     (entry,) = content["plans"]
     top = {"config", "conditions", "guidance", "counts", "manifest_sha256"}
@@ -90,7 +90,7 @@ def test_a_missing_or_mistyped_key_is_named(damaged: Path) -> None:
             read_info(open_folder(damaged))
 
 
-def test_a_digest_depends_on_what_decides_the_units_alone() -> None:
+def test_a_digest_depends_only_on_what_determines_the_units() -> None:
     plan = planned(2, 6, seed=0)
     info = described(plan, replace(plan, units=3), denoiser_fingerprint="a")
     ((first_end, first), (second_end, second)) = plan_digests(info)

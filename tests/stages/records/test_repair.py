@@ -37,7 +37,7 @@ def mend(root: Path, grace: float = DAY, deep: bool = True) -> list[dict[str, st
 
 
 def put(root: Path, name: str, age: float = 2 * DAY) -> str:
-    """Write an orphan that is some seconds old."""
+    """Write an orphan of this age in seconds."""
     (root / name).write_bytes(b"orphan")
     os.utime(root / name, (time.time() - age,) * 2)
     return name
@@ -47,13 +47,13 @@ def removed(done: list[dict[str, str]]) -> list[str]:
     return sorted(line["shard"] for line in done if line["done"].startswith("removed"))
 
 
-def test_a_whole_dataset_is_left_as_it_is(damaged: Path) -> None:
+def test_a_whole_dataset_is_left_unchanged(damaged: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in damaged.rglob("*.*")}
     assert mend(damaged, grace=0) == []
     assert {path: path.stat().st_mtime_ns for path in damaged.rglob("*.*")} == before
 
 
-def test_orphans_are_no_problem_and_go_when_they_are_old(damaged: Path) -> None:
+def test_orphans_are_no_problem_and_are_removed_when_old(damaged: Path) -> None:
     old = [
         put(damaged, name)
         for name in (
@@ -76,7 +76,7 @@ def test_orphans_are_no_problem_and_go_when_they_are_old(damaged: Path) -> None:
     survived("orphans of killed attempts", "dataset")
 
 
-def test_an_orphan_that_may_be_in_flight_is_kept_whatever_the_clock_says(damaged: Path, tiny_teacher: Path) -> None:
+def test_an_orphan_that_may_be_in_flight_is_kept_under_any_clock(damaged: Path, tiny_teacher: Path) -> None:
     config = generate_config(tiny_teacher, damaged, num_trajectories=20)
     with pytest.raises(KeyboardInterrupt):
         Driver(config).run(Faulty(config, {}, die_after=1))
@@ -97,7 +97,7 @@ def test_a_clock_of_this_machine_that_jumps_removes_nothing(damaged: Path, monke
     assert mend(damaged) == []
 
 
-def test_what_is_committed_between_the_look_and_the_repair_is_kept(damaged: Path) -> None:
+def test_units_committed_between_survey_and_repair_are_kept(damaged: Path) -> None:
     found = survey(open_folder(damaged), deep=False)
     commit = commit_unit(open_folder(damaged), 9, [encode(trajectory())], PLAN)
     found.orphans[commit.shard] = commit.size
@@ -106,11 +106,11 @@ def test_what_is_committed_between_the_look_and_the_repair_is_kept(damaged: Path
 
 
 class KilledError(Exception):
-    """Stands in for a kill: nothing after it happens."""
+    """Simulates a kill: nothing after it runs."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Die before, within or after the n-th move, write or removal."""
+    """Raise before, within or after the n-th move, write or removal."""
     steps = iter(range(number + 1))
 
     def step() -> None:
@@ -192,7 +192,10 @@ def test_a_repair_of_manifests_killed_at_any_moment_continues(
 def test_units_made_again_are_unfinished_until_they_are_published(
     damaged: Path, tiny_teacher: Path, shared_dataset: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Killed before each file that generation writes after a repair, it is unfinished to readers and `verify`."""
+    """A kill before each file that generation writes after a repair.
+
+    Readers and `verify` find the dataset unfinished.
+    """
     DAMAGES["a flipped bit in a payload"](damaged)
     mend(damaged)
     config = generate_config(tiny_teacher, damaged)
@@ -219,7 +222,7 @@ def test_units_made_again_are_unfinished_until_they_are_published(
     assert_same_records(damaged, shared_dataset)
 
 
-def test_a_repair_can_publish_what_generation_did_not(damaged: Path, tiny_teacher: Path) -> None:
+def test_a_repair_can_complete_a_publication(damaged: Path, tiny_teacher: Path) -> None:
     config = generate_config(tiny_teacher, damaged)
     (damaged / "commits" / "00001.json").unlink()
     with pytest.raises(KeyboardInterrupt):
@@ -236,7 +239,7 @@ def samples_of(config: Any, unit: int) -> list[Any]:
     return [encode(part) for part in worker.sampled[unit].output.trajectories]
 
 
-def test_a_manifest_is_mended_while_a_plan_is_under_way(damaged: Path, tiny_teacher: Path) -> None:
+def test_a_manifest_is_repaired_while_a_plan_is_under_way(damaged: Path, tiny_teacher: Path) -> None:
     old = Dataset(damaged)
     config = generate_config(tiny_teacher, damaged, num_trajectories=20)
     with pytest.raises(KeyboardInterrupt):

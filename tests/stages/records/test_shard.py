@@ -59,7 +59,7 @@ def test_a_file_is_hashed_whole() -> None:
     assert hash_file(io.BytesIO(content)) == hashlib.sha256(content).hexdigest()
 
 
-def test_members_are_read_without_a_place_to_put_them(dataset: Dataset) -> None:
+def test_members_are_read_without_an_index(dataset: Dataset) -> None:
     row = dataset.manifest.to_pylist()[0]
     content = Path(dataset.root.where(row["shard"])).read_bytes()
     found = list(read_members(io.BytesIO(content), len(content)))
@@ -77,7 +77,7 @@ def test_members_are_read_without_a_place_to_put_them(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("size", [1 << 62, -1, (8 << 30) - 1])
-def test_a_member_larger_than_its_shard_takes_no_memory(size: int) -> None:
+def test_a_member_larger_than_its_shard_allocates_no_memory(size: int) -> None:
     member = tarfile.TarInfo("a.json")
     member.size = size
     content = member.tobuf(tarfile.GNU_FORMAT) + bytes(1024)

@@ -54,14 +54,14 @@ def test_parts_hold_every_record_once_in_order() -> None:
     ("tensors", "metadata"),
     [(b"not safetensors", b"{}"), (b"", b"no json"), (trajectory().to_members()["safetensors"], b"{}")],
 )
-def test_what_is_not_a_sample_is_refused(tensors: bytes, metadata: bytes) -> None:
+def test_anything_other_than_a_sample_is_refused(tensors: bytes, metadata: bytes) -> None:
     with pytest.raises(ValueError, match="not a sample"):
         from_members(tensors, metadata)
 
 
 def test_the_description_is_of_one_record() -> None:
-    info = tensor_specs(trajectory())
-    assert info["latent"] == TensorSpec("float16", [4, 2, 2])
-    assert info["guidance_cosine"] == info["guidance_delta"] == TensorSpec("float32", [])
-    assert info["timestep"] == TensorSpec("int64", [])
-    assert info["cond.class_labels"] == TensorSpec("int64", [])
+    specs = tensor_specs(trajectory())
+    assert specs["latent"] == TensorSpec("float16", [4, 2, 2])
+    assert specs["guidance_cosine"] == specs["guidance_delta"] == TensorSpec("float32", [])
+    assert specs["timestep"] == TensorSpec("int64", [])
+    assert specs["cond.class_labels"] == TensorSpec("int64", [])

@@ -102,7 +102,7 @@ def test_a_manifest_that_differs_from_the_commits_is_a_problem(damaged: Path) ->
     assert (problem["shard"], problem["expected"]) == (commit["shard"], "scale 9.0 of 000000005_0000")
 
 
-def test_the_manifest_of_every_snapshot_is_looked_at(damaged: Path, tiny_teacher: Path) -> None:
+def test_the_manifest_of_every_snapshot_is_checked(damaged: Path, tiny_teacher: Path) -> None:
     generate(generate_config(tiny_teacher, damaged, num_trajectories=14))
     assert verify(damaged)["ok"]
     (damaged / "manifests" / "1.parquet").write_bytes(b"PAR1")
@@ -126,7 +126,7 @@ def test_without_depth_no_shard_is_read(damaged: Path, monkeypatch: pytest.Monke
     assert not found["deep"]
 
 
-def test_units_of_a_plan_under_way_are_looked_at_too(damaged: Path, tiny_teacher: Path) -> None:
+def test_units_of_a_plan_under_way_are_checked_too(damaged: Path, tiny_teacher: Path) -> None:
     config = generate_config(tiny_teacher, damaged, num_trajectories=20)
     with pytest.raises(KeyboardInterrupt):
         Driver(config).run(Faulty(config, {}, die_after=1))

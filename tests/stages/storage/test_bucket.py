@@ -58,7 +58,7 @@ def test_transient_errors_are_retried(s3: FaultyS3, status: int | None) -> None:
 
 
 @pytest.mark.parametrize("status", [500, 503])
-def test_each_part_of_a_large_upload_is_tried_again(s3: FaultyS3, status: int) -> None:
+def test_each_part_of_a_large_upload_is_retried(s3: FaultyS3, status: int) -> None:
     s3.faults = [Fault("PUT", "partNumber=2", status), Fault("POST", "uploadId", status)]
     content = bytes(range(256)) * (MULTIPART // 256)
     open_folder("s3://bucket/data").write("a", content)
@@ -68,7 +68,7 @@ def test_each_part_of_a_large_upload_is_tried_again(s3: FaultyS3, status: int) -
 
 
 @pytest.mark.parametrize("fault", [Fault("PUT", "partNumber=2", 403), Fault("POST", "uploadId", 403)])
-def test_an_upload_refused_in_the_middle_leaves_nothing(s3: FaultyS3, fault: Fault) -> None:
+def test_an_upload_refused_in_the_middle_leaves_nothing_behind(s3: FaultyS3, fault: Fault) -> None:
     s3.faults = [fault]
     with pytest.raises(StorageError, match=r"^s3://bucket/data/a: cannot be written: .*$"):
         open_folder("s3://bucket/data").write("a", bytes(MULTIPART))
@@ -97,7 +97,7 @@ def test_a_lasting_refusal_is_one_line(s3: FaultyS3, method: str, done: Refused,
     s3.faults = [Fault(method, "bucket", 503, times=99)]
     with pytest.raises(StorageError, match=f"^s3://bucket/{message}: .*503.*$"):
         done(open_folder("s3://bucket/data/"))
-    survived("503 to each try of a request: told in one line", "storage")
+    survived("503 to each try of a request: one-line error", "storage")
 
 
 @pytest.mark.usefixtures("impatient")
@@ -110,7 +110,7 @@ def test_a_request_that_times_out_is_retried(s3: FaultyS3) -> None:
     survived("an answer that takes too long", "storage")
 
 
-# What may come of a conditional write whose answer tells nothing, or the wrong thing.
+# Outcomes of a conditional write whose answer is missing or wrong.
 AMBIGUOUS = {
     "409 and nothing is there": [Fault("PUT", "commit", 409)],
     "412 and nothing is there": [Fault("PUT", "commit", 412)],
@@ -141,12 +141,12 @@ def test_the_content_shows_which_writer_was_first(s3: FaultyS3, name: str) -> No
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_write_that_never_arrives_is_not_won(s3: FaultyS3) -> None:
+def test_a_write_that_never_arrives_does_not_win(s3: FaultyS3) -> None:
     s3.faults = [Fault("PUT", "commit", 409, times=99)]
     with pytest.raises(StorageError, match="s3://bucket/data/commit: cannot be written: .*409"):
         open_folder("s3://bucket/data").create("commit", b"ours")
     assert s3.count("PUT", "commit") == bucket.CREATE_ATTEMPTS
-    survived("a conditional write that never arrives: told in one line", "storage")
+    survived("a conditional write that never arrives: one-line error", "storage")
 
 
 def test_a_missing_bucket_is_named(s3: FaultyS3) -> None:
@@ -155,7 +155,7 @@ def test_a_missing_bucket_is_named(s3: FaultyS3) -> None:
     for done in (lambda: folder.write("a", b""), lambda: folder.create("a", b"")):
         with pytest.raises(StorageError, match="s3://nowhere/data/a: cannot be written"):
             done()
-    survived("no such bucket: told in one line", "storage")
+    survived("no such bucket: one-line error", "storage")
 
 
 def test_a_full_temporary_folder_is_named(s3: FaultyS3) -> None:

@@ -66,7 +66,7 @@ def test_a_shard_is_fetched_once_and_whole(s3: FaultyS3, tmp_path: Path) -> None
     assert not list(cache.root.glob("*.tmp"))
 
 
-def test_the_least_recently_read_files_go_and_the_limit_is_kept(tmp_path: Path) -> None:
+def test_the_least_recently_read_files_are_evicted_to_the_limit(tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "data")
     made = shards(folder, 5)
     cache = ShardCache(tmp_path / "cache", 3 * SIZE)
@@ -125,7 +125,7 @@ def test_a_shard_of_another_size_is_not_kept(tmp_path: Path) -> None:
         cache.open(folder, "shards/9.tar", "0" * 64, 5)
 
 
-def test_a_fetch_that_fails_half_way_leaves_nothing(s3: FaultyS3, tmp_path: Path) -> None:
+def test_a_failed_fetch_leaves_nothing_behind(s3: FaultyS3, tmp_path: Path) -> None:
     class Breaks(BucketFolder):
         def read_range(self, name: str, start: int, length: int) -> bytes:
             if start > 0:
@@ -183,7 +183,7 @@ def test_concurrent_readers_of_a_shard_wait_for_one_fetch(s3: FaultyS3, tmp_path
     with ThreadPoolExecutor(6) as threads:
         read = list(threads.map(lambda cache: content_of(cache, folder, shard), caches))
     assert read == [bytes(SIZE)] * 6
-    assert s3.count("GET", "shards") == 2  # the one that was refused, and the one that was not
+    assert s3.count("GET", "shards") == 2  # the refused one and the successful one
 
 
 def read_at_random(root: Path, data: Path, made: list[Shard], seed: int) -> None:
@@ -196,7 +196,7 @@ def read_at_random(root: Path, data: Path, made: list[Shard], seed: int) -> None
             assert file.read() == bytes([i]) * SIZE
 
 
-def test_processes_that_share_a_small_cache_read_what_they_should(tmp_path: Path) -> None:
+def test_processes_that_share_a_small_cache_read_the_right_shards(tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "data")
     made = shards(folder, 8)
     root = tmp_path / "cache"

@@ -41,7 +41,7 @@ ADDRESS = "s3://bucket/data/tiny"
 
 @pytest.fixture
 def uploaded(s3: FaultyS3, shared_dataset: Path) -> str:
-    """The shared dataset in a bucket."""
+    """A copy of the shared dataset in a bucket."""
     for path in shared_dataset.rglob("*.*"):
         s3.put(f"data/tiny/{path.relative_to(shared_dataset)}", path.read_bytes())
     s3.requests.clear()
@@ -87,7 +87,7 @@ def test_a_dataset_in_a_bucket_equals_the_one_on_disk(
     assert not Path("s3:").exists()
 
 
-def test_an_interrupted_run_goes_on_in_the_bucket(s3: FaultyS3, tiny_teacher: Path, shared_dataset: Path) -> None:
+def test_an_interrupted_run_continues_in_the_bucket(s3: FaultyS3, tiny_teacher: Path, shared_dataset: Path) -> None:
     config = generate_config(tiny_teacher, ADDRESS)
     with pytest.raises(KeyboardInterrupt):
         Driver(config).run(Faulty(config, {}, die_after=2))
@@ -102,7 +102,7 @@ def test_an_interrupted_run_goes_on_in_the_bucket(s3: FaultyS3, tiny_teacher: Pa
     survived("interrupted over a bucket", "driver")
 
 
-def test_of_two_attempts_at_a_unit_one_wins_and_the_other_takes_its_shard_away(s3: FaultyS3) -> None:
+def test_of_two_attempts_at_a_unit_one_wins_and_the_other_removes_its_shard(s3: FaultyS3) -> None:
     root = open_folder(ADDRESS)
     first = commit_unit(root, 3, [encode(trajectory())], PLAN)
     assert commit_unit(root, 3, [encode(trajectory())], PLAN) == first
@@ -111,7 +111,7 @@ def test_of_two_attempts_at_a_unit_one_wins_and_the_other_takes_its_shard_away(s
 
 
 @pytest.mark.parametrize("status", [500, 503, 409, 412])
-def test_a_commit_whose_answer_was_lost_is_its_own(s3: FaultyS3, status: int) -> None:
+def test_a_commit_whose_answer_was_lost_wins(s3: FaultyS3, status: int) -> None:
     s3.faults = [Fault("PUT", "commits", status, carried_out=True)]
     root = open_folder(ADDRESS)
     commit = commit_unit(root, 0, [encode(trajectory())], PLAN)
@@ -142,7 +142,7 @@ def test_trajectories_that_fail_leave_no_shard_and_no_commit(s3: FaultyS3, monke
     assert s3.names() == []
 
 
-def test_generation_goes_through_an_unsteady_service(s3: FaultyS3, tiny_teacher: Path, shared_dataset: Path) -> None:
+def test_generation_succeeds_on_an_unsteady_service(s3: FaultyS3, tiny_teacher: Path, shared_dataset: Path) -> None:
     kinds = [("PUT", 500), ("GET", 503), ("PUT", None), ("HEAD", 500), ("GET", None)]
     s3.faults = [Fault(method, "bucket", status, times=2) for method, status in kinds]
     s3.faults += [Fault("PUT", "commits/00002", 409), Fault("PUT", "commits/00003", 500, carried_out=True)]
@@ -154,7 +154,7 @@ def test_generation_goes_through_an_unsteady_service(s3: FaultyS3, tiny_teacher:
     survived("a service that is unsteady for a whole run", "storage")
 
 
-def test_a_service_that_refuses_stops_the_run_and_keeps_its_units(s3: FaultyS3, tiny_teacher: Path) -> None:
+def test_a_refusing_service_stops_the_run_and_its_units_are_kept(s3: FaultyS3, tiny_teacher: Path) -> None:
     config = generate_config(tiny_teacher, ADDRESS)
     s3.faults = [Fault("PUT", "shards/00002", 403, times=4)]
     with pytest.raises(StorageError, match=f"{ADDRESS}/shards/00002-.*cannot be written: .*the same command goes on"):
@@ -192,7 +192,7 @@ def test_damage_in_a_bucket_is_skipped_by_choice(s3: FaultyS3, uploaded: str, tm
     assert summary["records_skipped"] == 4 * len(summary["samples_skipped"]) >= 4
 
 
-def test_a_copy_that_was_damaged_is_named(uploaded: str, tmp_path: Path) -> None:
+def test_a_damaged_copy_is_named(uploaded: str, tmp_path: Path) -> None:
     dataset = Dataset(uploaded, cache=ShardCache(tmp_path / "cache", 1 << 30))
     row = dataset.manifest.to_pylist()[0]
     with dataset.open(row["shard"]) as file:
@@ -222,7 +222,7 @@ def test_a_run_from_a_bucket_ends_with_the_same_weights(
         assert_same_weights(tmp_path / "again", tiny_adapter)
 
 
-def test_a_cache_smaller_than_the_dataset_keeps_its_bound(
+def test_a_cache_smaller_than_the_dataset_keeps_its_limit(
     s3: FaultyS3, uploaded: str, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     largest = max(entry.size for entry in s3.bucket.objects.filter(Prefix="data/tiny/shards/"))
@@ -247,12 +247,12 @@ def test_a_run_from_a_bucket_is_resumed_exactly(
     survived("503 and no answer to training", "storage")
 
 
-def test_a_service_that_refuses_is_no_damage_to_be_skipped(s3: FaultyS3, uploaded: str, tmp_path: Path) -> None:
+def test_a_refusing_service_is_no_damage_to_skip(s3: FaultyS3, uploaded: str, tmp_path: Path) -> None:
     trainer = Trainer(train_config(uploaded, tmp_path, on_damage="skip"))
     s3.faults = [Fault("GET", "shards/", 403, times=99)]
     with pytest.raises(StorageError, match=f"{uploaded}/shards/.*cannot be read"):
         trainer.run()
-    survived("a service that refuses training: told in one line", "storage")
+    survived("a service that refuses training: one-line error", "storage")
 
 
 def test_a_run_has_its_own_folder_on_disk(uploaded: str, tmp_path: Path) -> None:
@@ -265,13 +265,13 @@ def test_a_run_has_its_own_folder_on_disk(uploaded: str, tmp_path: Path) -> None
             Trainer(replace(train_config(uploaded, output), **changes))
 
 
-def test_a_folder_that_holds_nothing_is_named(s3: FaultyS3, tmp_path: Path) -> None:
+def test_an_empty_folder_in_a_bucket_is_named(s3: FaultyS3, tmp_path: Path) -> None:
     for done in (lambda: Dataset(ADDRESS), lambda: Trainer(train_config(ADDRESS, tmp_path)), lambda: verify(ADDRESS)):
         with pytest.raises(UserError, match=f"{ADDRESS}: holds no dataset"):
             done()
 
 
-def test_a_dataset_in_a_bucket_grows_and_its_snapshots_stay(uploaded: str, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_dataset_in_a_bucket_grows_and_keeps_its_snapshots(uploaded: str, tiny_teacher: Path, tmp_path: Path) -> None:
     old = Dataset(uploaded)
     config = generate_config(tiny_teacher, uploaded, num_trajectories=20)
     with pytest.raises(KeyboardInterrupt):
@@ -330,7 +330,7 @@ def test_damage_in_a_bucket_is_repaired_and_made_again(
     survived(f"{name}, in a bucket", "dataset")
 
 
-def test_orphans_in_a_bucket_go_when_they_are_old(s3: FaultyS3, uploaded: str) -> None:
+def test_old_orphans_in_a_bucket_are_removed(s3: FaultyS3, uploaded: str) -> None:
     s3.put("data/tiny/shards/00001-0badcafe.tar", b"orphan")
     s3.put("data/tiny/shards/00002-0badcafe.tar", b"orphan")
     s3.bucket.Object(s3.names("data/tiny/commits/00002")[0]).delete()

@@ -35,7 +35,7 @@ CONTENT: dict[str, Any] = {
 def test_an_object_becomes_a_dataclass_of_dataclasses() -> None:
     read = read_fields(Outer, CONTENT | {"more": 0})
     assert read == Outer(1, (Inner(2), Inner(2.5, "b")), {"c": Inner(0.0)}, [3, 4], [None])
-    assert type(read.pair[0].number) is int, "a number is written again as it was"
+    assert type(read.pair[0].number) is int, "a number keeps its type"
     assert read_fields(Outer, asdict(read) | {"pair": list(asdict(read)["pair"])}) == read
 
 

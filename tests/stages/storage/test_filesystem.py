@@ -50,7 +50,7 @@ def rename(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "renames that replace":
         monkeypatch.setattr(
             filesystem, "RENAME_NOREPLACE", 1 << 20
-        )  # an unknown flag: EINVAL, as where it is not known
+        )  # an unknown flag: EINVAL, as on systems without it
     return str(request.param)
 
 
@@ -80,7 +80,7 @@ def test_without_links_one_of_many_creators_wins(refuse: Refuse, tmp_path: Path)
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
-def test_what_cannot_be_synced_is_written(number: int, refuse: Refuse, tmp_path: Path) -> None:
+def test_files_that_cannot_be_synced_are_written(number: int, refuse: Refuse, tmp_path: Path) -> None:
     refuse(os, "fsync", number)
     with whole_file(tmp_path / "one") as file:
         file.write(b"all")
@@ -95,7 +95,7 @@ def test_a_failed_sync_is_an_error(refuse: Refuse, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", NO_LOCKS)
-def test_without_locks_a_run_warns_and_goes_on(number: int, refuse: Refuse, tmp_path: Path) -> None:
+def test_without_locks_a_run_warns_and_continues(number: int, refuse: Refuse, tmp_path: Path) -> None:
     refuse(fcntl, "flock", number)
     with (
         pytest.warns(UserWarning, match="its file system has no locks"),
@@ -108,7 +108,7 @@ def test_without_locks_a_run_warns_and_goes_on(number: int, refuse: Refuse, tmp_
         ShardCache(tmp_path, 1 << 20)
 
 
-def test_a_dataset_is_made_trained_on_and_mended_without_locks_links_and_syncs(
+def test_a_dataset_is_made_trained_on_and_repaired_without_locks_links_and_syncs(
     tiny_teacher: Path, refuse: Refuse, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for module, call, number in (
@@ -131,7 +131,7 @@ def test_a_dataset_is_made_trained_on_and_mended_without_locks_links_and_syncs(
 
 
 def test_a_cache_that_cannot_be_written_to_is_refused_when_it_is_opened(tmp_path: Path) -> None:
-    (tmp_path / ".lock").mkdir()  # as root may write where another may not
+    (tmp_path / ".lock").mkdir()  # root may write anywhere
     with pytest.raises(StorageError, match="cannot be written: Is a directory: name another cache_dir, or none"):
         ShardCache(tmp_path, 1 << 20)
 
@@ -150,7 +150,7 @@ run(VerifyConfig, main, "")
 """
 
 
-def test_a_dataset_that_can_only_be_read_is_trained_on_and_found_whole(damaged: Path, tmp_path: Path) -> None:
+def test_a_read_only_dataset_is_trained_on_and_verified(damaged: Path, tmp_path: Path) -> None:
     """A real read-only mount, if this machine allows mounts."""
     mount = f'mount --bind "{damaged}" "{damaged}" && mount -o remount,ro,bind "{damaged}"'
     if subprocess.run(["unshare", "-m", "bash", "-c", mount], capture_output=True, check=False).returncode:
@@ -171,7 +171,7 @@ def test_a_dataset_that_can_only_be_read_is_trained_on_and_found_whole(damaged: 
     assert (tmp_path / "run" / "training.json").exists()
 
 
-def test_a_folder_that_may_be_written_to_but_not_listed_is_synced_as_it_can_be(refuse: Refuse, tmp_path: Path) -> None:
+def test_a_writable_folder_that_cannot_be_listed_is_synced_as_far_as_possible(refuse: Refuse, tmp_path: Path) -> None:
     refuse(os, "open", errno.EACCES)
     filesystem.sync_folder(tmp_path)
     assert DiskFolder(str(tmp_path)).list("") == {}

@@ -21,7 +21,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     return open_folder("s3://bucket/some/where")
 
 
-def test_what_was_written_is_read(folder: Folder) -> None:
+def test_written_files_are_read_back(folder: Folder) -> None:
     assert folder.read("a.json") is None
     assert folder.list("shards") == {}
     with pytest.raises(FileNotFoundError):
@@ -79,7 +79,7 @@ def test_a_file_appears_whole_and_can_be_read_back_before(folder: Folder, size: 
 
 
 @pytest.mark.parametrize("size", [100, MULTIPART])
-def test_an_exception_while_writing_leaves_what_was_there(folder: Folder, size: int) -> None:
+def test_an_exception_while_writing_keeps_the_old_content(folder: Folder, size: int) -> None:
     for before in (None, b"before"):
         if before is not None:
             folder.write("shards/a.tar", before)
@@ -89,7 +89,7 @@ def test_an_exception_while_writing_leaves_what_was_there(folder: Folder, size: 
         assert folder.read("shards/a.tar") == before
 
 
-def test_parts_of_a_file_are_read_from_any_place(folder: Folder) -> None:
+def test_parts_of_a_file_are_read_from_any_offset(folder: Folder) -> None:
     content = b"".join(i.to_bytes(4, "little") for i in range(3 * READ_SIZE // 8))
     folder.write("a", content)
     with folder.open("a") as file:
@@ -126,7 +126,7 @@ def test_other_addresses_are_refused(address: str, message: str, monkeypatch: py
     assert "\n" not in str(error.value)
 
 
-def test_an_absolute_address_is_good_for_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absolute_address_is_valid_in_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert absolute("data/one") == str(tmp_path.resolve() / "data" / "one")
     assert absolute("s3://bucket/data") == "s3://bucket/data"

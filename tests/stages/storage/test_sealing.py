@@ -7,7 +7,7 @@ import pytest
 from stages.storage.sealing import SEAL, seal, unseal
 
 
-def test_a_seal_opens_to_what_was_sealed() -> None:
+def test_a_seal_opens_to_the_sealed_content() -> None:
     value = {"b": [1, {"a": None}], "c": "é"}
     content = seal(value)
     assert json.loads(content).keys() == {"b", "c", SEAL}

@@ -46,7 +46,7 @@ def row(method: str, scale: float, gap: float, distance: float, name: str | None
 def study(
     default: float = 0.98, full: float = 0.985, distance: float = 20.0, partial: float = 0.8
 ) -> list[dict[str, Any]]:
-    """CFG has a distance of 20 at each scale; `lora` equals the default but for one bad scale."""
+    """A study in which CFG has a distance of 20 at each scale; `lora` equals the default except at one bad scale."""
     rows = [row(NONE, 1.0, 0.0, 50.0)]
     for scale in SCALES:
         rows += [row(CFG, scale, 1.0, 20.0), row(CFG_FIRST_50, scale, partial, 25.0)]
@@ -109,8 +109,11 @@ def test_a_tenth_of_the_evaluations_is_judged_by_the_evaluations_spent() -> None
 
 def test_a_comparison_takes_the_side_that_closes_more() -> None:
     def rows(guided: float) -> list[dict[str, Any]]:
-        info = {"evaluation": "trajectories"}
-        return [row(ONE_PASS, 2.0, guided, 20.0, "guided", **info), row(ONE_PASS, 2.0, 0.8, 21.0, "diffusion", **info)]
+        evaluation = {"evaluation": "trajectories"}
+        return [
+            row(ONE_PASS, 2.0, guided, 20.0, "guided", **evaluation),
+            row(ONE_PASS, 2.0, 0.8, 21.0, "diffusion", **evaluation),
+        ]
 
     assert [claim.holds for claim in judge(PLANS, rows(0.9)) + judge(PLANS, rows(0.7))] == [True, False]
     assert judge(PLANS, rows(0.9)[:1]) == []

@@ -5,7 +5,7 @@ from stages.study.claims_table import Claim, to_markdown, to_text
 CLAIMS = [Claim("It works", "at least 1", "2", True), Claim("It is fast", "at most 1 s", "3 s", False)]
 
 
-def test_a_claim_is_a_line_and_a_row() -> None:
+def test_a_claim_has_a_line_and_a_row() -> None:
     assert to_text(CLAIMS).splitlines() == [
         "holds: It works (at least 1): 2",
         "does not hold: It is fast (at most 1 s): 3 s",

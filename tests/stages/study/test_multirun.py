@@ -59,9 +59,9 @@ def test_every_combination_is_a_run_named_by_its_values(tmp_path: Path) -> None:
         "seed=1,scale_range=2.5,4",
     ]
     assert runs[3].compared == {"seed": "1", "scale_range": "[2.5,4]"}
-    info = parse(TrainConfig, runs[3].overrides)
-    assert (info.seed, info.scale_range, info.learning_rate, info.adapter.rank) == (1, [2.5, 4.0], 0.5, 3)
-    assert (info.output_dir, info.resume_from_checkpoint) == (str(runs[3].folder), "latest")
+    parsed = parse(TrainConfig, runs[3].overrides)
+    assert (parsed.seed, parsed.scale_range, parsed.learning_rate, parsed.adapter.rank) == (1, [2.5, 4.0], 0.5, 3)
+    assert (parsed.output_dir, parsed.resume_from_checkpoint) == (str(runs[3].folder), "latest")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,9 @@ def test_one_dataset_serves_all_runs(shared_dataset: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.long
-def test_over_ray_a_run_is_trained_and_then_left_alone(shared_dataset: Path, tmp_path: Path, ray_cluster: None) -> None:
+def test_over_ray_a_run_is_trained_and_then_left_unchanged(
+    shared_dataset: Path, tmp_path: Path, ray_cluster: None
+) -> None:
     compared = ["adapter.sites=[attention],[feed_forward]"]
     overrides = [f"data_dir={shared_dataset}", f"output_dir={tmp_path}", "adapter.variant=offset", *SMALL, *compared]
     _, (one, _) = combinations(overrides)

@@ -31,7 +31,7 @@ def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_whole(tmp_path: Path) -> None:
-    """A limit on the file size stands in for a full disk: both fail in the middle of a write."""
+    """A limit on the file size simulates a full disk: both fail in the middle of a write."""
     state = {"dataset_fingerprint": "", "weights": torch.randn(100_000)}
     older = save_checkpoint(tmp_path, 1, state, total_limit=1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

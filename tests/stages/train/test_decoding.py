@@ -23,7 +23,7 @@ def decoder(dataset: Dataset, tiny_teacher: Path) -> Decoder:
     return Decoder(str(tiny_teacher), dataset, [*map(SelectedSample, dataset.manifest.to_pylist())], "cpu")
 
 
-def test_there_is_a_column_for_each_record_and_it_gets_less_noisy(decoder: Decoder, dataset: Dataset) -> None:
+def test_each_record_has_a_column_and_they_get_less_noisy(decoder: Decoder, dataset: Dataset) -> None:
     assert len(decoder.batch) == COLUMNS
     timesteps = decoder.batch.timestep.tolist()
     assert timesteps[0] > 700
@@ -33,7 +33,7 @@ def test_there_is_a_column_for_each_record_and_it_gets_less_noisy(decoder: Decod
     side, enlarged = 32, 2
     assert picture.size == (COLUMNS * side * enlarged, 3 * side * enlarged)
     rows = [picture.crop((0, i * 64, picture.width, (i + 1) * 64)).tobytes() for i in range(3)]
-    assert rows[0] == rows[2], "untrained, one pass is no guidance"
+    assert rows[0] == rows[2], "untrained, one pass differs from no guidance"
     assert rows[0] != rows[1]
 
 

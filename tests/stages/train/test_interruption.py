@@ -63,9 +63,7 @@ def install(fault: str) -> None:
     elif fault == "writing a checkpoint":
         vars(checkpoint)["_save"] = at_call(2, checkpoint._save, half_written)
     elif fault == "before a checkpoint is in place":
-        vars(os)["fsync"] = at_call(
-            3, os.fsync
-        )  # of the second file: each file has one of its own, and one of its folder
+        vars(os)["fsync"] = at_call(3, os.fsync)  # of the second file: one call per file, and one for its folder
     elif fault == "removing an older checkpoint":
         setattr(Path, "unlink", at_call(3, Path.unlink))  # noqa: B010
     elif fault == "writing the adapter":

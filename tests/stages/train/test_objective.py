@@ -29,18 +29,18 @@ def losses(
     return Objective(loss, teacher, "cpu")(PREDICTION, batch)
 
 
-def test_it_is_the_mean_square_of_each_record() -> None:
+def test_the_loss_is_the_mean_square_of_each_record() -> None:
     prediction, target = torch.zeros(2, 3, 2, 2, dtype=torch.bfloat16), torch.ones(2, 3, 2, 2)
     target[1] *= 2
     assert torch.equal(squared_error(prediction, target), torch.tensor([1.0, 4.0]))
 
 
 @pytest.mark.parametrize(("loss", "expected"), [("l2", 9.0), ("l1", 3.0)])
-def test_each_loss_is_what_its_name_says(loss: str, expected: float) -> None:
+def test_each_loss_matches_its_name(loss: str, expected: float) -> None:
     assert torch.equal(losses(loss, [999, 0]), torch.full((2,), expected))
 
 
-def test_the_root_of_the_mean_square_has_a_gradient_where_nothing_is_left() -> None:
+def test_the_root_of_the_mean_square_has_a_gradient_at_zero() -> None:
     torch.testing.assert_close(losses("rms", [999, 0]), torch.full((2,), 3.0))
     prediction = torch.ones(1, 3, 2, 2, requires_grad=True)
     batch = Batch(prediction, torch.tensor([9]), torch.ones(1, 3, 2, 2), torch.tensor([2.0]), {})
@@ -58,7 +58,7 @@ def test_flow_matching_counts_its_noise_by_the_timestep() -> None:
     torch.testing.assert_close(losses("noise_weighted", [0.25, 0.75], FLOW), torch.tensor([9 * 0.25, 9 * 0.75]))
 
 
-def test_the_weight_is_how_far_guidance_turns_the_prediction() -> None:
+def test_the_weight_grows_with_the_angle_by_which_guidance_turns_the_prediction() -> None:
     weighted = losses("guidance_weighted", [999, 0], guidance_cosine=[1.0, -0.5])
     assert torch.equal(weighted, torch.tensor([0.0, 9 * 0.75]))
 

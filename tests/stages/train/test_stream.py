@@ -46,7 +46,7 @@ def test_every_record_comes_once_per_epoch(dataset: Dataset, shuffle_bytes: int)
     assert records[:48] != records[48:96]
 
 
-def test_records_keep_what_belongs_to_them(dataset: Dataset) -> None:
+def test_records_keep_their_conditions(dataset: Dataset) -> None:
     window = load(dataset, [*map(SelectedSample, dataset.manifest.to_pylist())])
     whole = window.take(torch.arange(len(window)))
     known = {key: i for i, key in enumerate(identity(whole))}
@@ -56,7 +56,7 @@ def test_records_keep_what_belongs_to_them(dataset: Dataset) -> None:
             assert torch.equal(batch.target[i], whole.target[known[key]])
 
 
-def test_the_order_follows_from_the_seed(dataset: Dataset) -> None:
+def test_the_order_depends_on_the_seed(dataset: Dataset) -> None:
     assert first(dataset, 20) == first(dataset, 20)
     assert first(dataset, 20) != first(dataset, 20, seed=1)
 

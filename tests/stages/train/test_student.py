@@ -46,7 +46,7 @@ def test_a_missing_base_is_named(dataset: Dataset, tmp_path: Path) -> None:
         load_base(dataset, str(tmp_path / "missing"))
 
 
-def test_the_adapter_knows_its_base_and_range(dataset: Dataset) -> None:
+def test_the_adapter_has_its_base_and_range(dataset: Dataset) -> None:
     metadata = describe_base(dataset)
     assert metadata.scale_range == [1.0, 6.0]
     assert metadata.conditions == {"class_labels": {"kind": "label", "classes": 10}}
@@ -91,7 +91,7 @@ def test_quantization_without_its_library_is_named(dataset: Dataset) -> None:
         load_base(dataset, quantization="int8")
 
 
-def test_a_quantised_base_predicts_what_it_did(dataset: Dataset) -> None:
+def test_a_quantised_base_predicts_nearly_the_same(dataset: Dataset) -> None:
     pytest.importorskip("torchao")
     window = load(dataset, [*map(SelectedSample, dataset.manifest.to_pylist())])
     batch = window.take(torch.arange(8)).to("cpu", torch.float32)

@@ -351,9 +351,7 @@ def test_compiled_training_gives_the_same_weights(
     compiled = weights_after(shared_dataset, tmp_path / "compiled", torch_compile=True)
     assert_close(compiled, eager)
     kinds_of_pass, guided_ones = 3, 2  # in training, validated with and without guidance
-    assert (
-        counters["stats"]["unique_graphs"] == kinds_of_pass + guided_ones
-    )  # these compute what the sites are given first
+    assert counters["stats"]["unique_graphs"] == kinds_of_pass + guided_ones  # these compute the inputs of the sites
     torch.compiler.reset()
 
 
@@ -460,7 +458,7 @@ def test_batches_without_guidance_train_like_others(
     kinds = set()
     for step in range(12):
         trainer.train_step(batches)
-        guided = max(float(losses.max()) for _, losses in trainer.meter.batches) > 1e-3  # else what was rounded is left
+        guided = max(float(losses.max()) for _, losses in trainer.meter.batches) > 1e-3  # rounding leaves less
         assert (float(trainer.meter.norms[-1]) > 0) == guided
         kinds.add(guided)
         trainer.meter._clear()
