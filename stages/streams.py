@@ -86,9 +86,8 @@ def steady() -> Iterator[None]:
         yield
     finally:
         output.flush()
-        if (
-            isinstance(output.refusal, OSError) and output.refusal.errno != errno.EPIPE
-        ):  # a closed pipe is not worth a warning
+        # A closed pipe is not worth a warning.
+        if isinstance(output.refusal, OSError) and output.refusal.errno != errno.EPIPE:
             errors.write(f"warning: standard output: {output.refusal.strerror}: some output is lost\n")
         errors.flush()
         sys.stdout, sys.stderr = before

@@ -82,9 +82,8 @@ class Full(Offset):
             parameters = layer_beneath(denoiser.get_submodule(path))._parameters
             self._base.append((parameters, leaf, parameter))
             weight = self.weights[name.replace(".", "/")].to(parameter.dtype)
-            parameters[leaf] = (
-                weight if torch.is_grad_enabled() else weight.detach()
-            )  # a convolution's kernel goes by it
+            # A convolution's kernel goes by it.
+            parameters[leaf] = weight if torch.is_grad_enabled() else weight.detach()
 
 
 def weights_of(denoiser: nn.Module) -> dict[str, nn.Parameter]:

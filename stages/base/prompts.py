@@ -162,9 +162,8 @@ def read_prompts(path: str) -> list[Condition]:
         raise UserError(f"prompts={path}: not readable: {first_line(error)}") from error
     if not rows:
         raise UserError(f"prompts={path}: empty: name at least one prompt")
-    folder = (
-        path.rpartition("/")[0] if "://" in path else str(Path(located(path)).parent)
-    )  # absolute: workers may run elsewhere
+    # Absolute: workers may run elsewhere.
+    folder = path.rpartition("/")[0] if "://" in path else str(Path(located(path)).parent)
     return [_checked(row, folder, f"prompts={path}: row {number}") for number, row in enumerate(rows, start=1)]
 
 

@@ -62,6 +62,10 @@ class Evaluation:
         folder = next(iter(self.adapters.values()))
         if config.output_dir is None and "://" in folder:
             raise UserError(f"output_dir: not given: {folder} is in a bucket: name a local folder for the evaluation")
+        if config.output_dir is None and not Path(folder).is_dir():
+            raise UserError(
+                f"adapter_dir={folder}: no such folder: name an adapter's folder, or a hub id and an output_dir"
+            )
         self.folder = Path(config.output_dir or Path(folder) / "evaluation")
         self.settings = settings(config.guidance_scale, config.methods, list(self.adapters))
         self.reference: Reference | None = None

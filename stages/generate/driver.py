@@ -27,10 +27,10 @@ from stages.generate.conditions import makes_images_of_their_size
 from stages.generate.config import GenerateConfig
 from stages.generate.events import Event, Failed, Fleet, Loaded, Made
 from stages.generate.plan import Plan
-from stages.generate.planned import Unit
 from stages.generate.preview import write_preview_grid
 from stages.generate.profile import Profile
 from stages.generate.progress_reporter import ProgressReporter
+from stages.generate.unit import Unit
 from stages.records.commits import commit_name, committed_units, is_committed, read_commit, read_commits
 from stages.records.manifest import column_mismatch
 from stages.records.plans import digest_of_unit, plan_digests, published, read_info

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from stages.base.sampling import Condition
-from stages.generate.planned import Unit
+from stages.generate.unit import Unit
 
 WAITING = "waiting for a place"  # the state of a worker until the cluster has room for it
 

@@ -23,8 +23,8 @@ from stages.cluster import join
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, place_of
 from stages.generate.events import WAITING, Event, Failed, Loaded, Made
-from stages.generate.planned import Unit
-from stages.generate.unit import UnitWorker
+from stages.generate.unit import Unit
+from stages.generate.worker import UnitWorker
 from stages.signals import end_on_sigterm
 from stages.storage.folder import absolute
 

@@ -7,8 +7,8 @@ from collections import Counter
 from stages.base.sampling import Condition
 from stages.generate.config import GenerateConfig
 from stages.generate.events import Event, Failed, Loaded, Made
-from stages.generate.planned import Unit
-from stages.generate.unit import UnitWorker
+from stages.generate.unit import Unit
+from stages.generate.worker import UnitWorker
 
 NAME = "this process"
 

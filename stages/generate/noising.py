@@ -71,9 +71,8 @@ def noised(pipe: Any, clean: Tensor, seeds: Sequence[int], recorder: Recorder) -
         bound.arguments[name] = as_input(scheduler, latents, timestep, bound.arguments[name])
         return bound.args, bound.kwargs
 
-    handle = denoiser.register_forward_pre_hook(
-        hand, prepend=True, with_kwargs=True
-    )  # before the recorder's hook, which must see the noised latents
+    # Before the recorder's hook, which must see the noised latents.
+    handle = denoiser.register_forward_pre_hook(hand, prepend=True, with_kwargs=True)
     try:
         yield
     finally:

@@ -12,8 +12,8 @@ from stages.errors import UsageError
 from stages.generate.call_arguments import check_arguments
 from stages.generate.conditions import pipeline_class_of, read_conditions
 from stages.generate.config import GenerateConfig
-from stages.generate.planned import PlannedTrajectory, Unit
 from stages.generate.steps import count_steps
+from stages.generate.unit import PlannedTrajectory, Unit
 from stages.records.schema import PlanEntry
 
 GOLDEN_RATIO = 0.6180339887498949

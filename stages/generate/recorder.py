@@ -95,9 +95,8 @@ class Recorder:
             UserError: one has changed.
         """
         if self.cond is None:
-            self.cond = {
-                name: value.clone() for name, value in seen.cond.items()
-            }  # pipelines may write into the tensor
+            # Pipelines may write into the tensor.
+            self.cond = {name: value.clone() for name, value in seen.cond.items()}
         for name, value in seen.cond.items():
             if name not in self.cond or not torch.equal(value, self.cond[name]):
                 raise UserError(
@@ -105,9 +104,8 @@ class Recorder:
                 )
         call = self.layout.conditional_call(calls)
         inputs = constants_of(call.inputs, self.layout.arguments)
-        if any(
-            self.checked.get(name) is not value for name, value in inputs.items()
-        ):  # mostly a pipeline passes the same objects
+        # Mostly a pipeline passes the same objects.
+        if any(self.checked.get(name) is not value for name, value in inputs.items()):
             self.layout.check_constants(call, self.n)
             self.checked = inputs
 
@@ -126,9 +124,8 @@ def guidance_effect(conditional: Tensor, guided: Tensor) -> tuple[Tensor, Tensor
     Returns:
         Their cosine similarity (0 where one is zero) and the mean square of their difference; float32 `[m]` each.
     """
-    c, g = (
-        prediction.flatten(1).double() for prediction in (conditional, guided)
-    )  # double: 1 - cosine is small at low scales
+    # Double: 1 - cosine is small at low scales.
+    c, g = (prediction.flatten(1).double() for prediction in (conditional, guided))
     return functional.cosine_similarity(c, g).float(), (g - c).square().mean(1).float()
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stages.base.arguments import LENGTH
 from stages.errors import UserError
-from stages.generate.planned import PlannedTrajectory
 from stages.generate.recorder import Recording
+from stages.generate.unit import PlannedTrajectory
 from stages.records.trajectory import Trajectory, dtype_name
 
 

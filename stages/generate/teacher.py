@@ -18,7 +18,6 @@ from stages.generate.call_arguments import check_arguments
 from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.finding import find_layout
 from stages.generate.noising import check_noising, noised, sampled
-from stages.generate.planned import PlannedTrajectory, Unit
 from stages.generate.probing import PROBED_STEPS
 from stages.generate.profile import RECORDING, TEACHER, Clock
 from stages.generate.recorder import Recording, record
@@ -27,6 +26,7 @@ from stages.generate.splitting import Splitter
 from stages.generate.steps import count_steps
 from stages.generate.timesteps import shifted_timesteps
 from stages.generate.unguided import guidance_rule
+from stages.generate.unit import PlannedTrajectory, Unit
 from stages.records.teacher import DenoiserFacts, TeacherFacts
 from stages.records.trajectory import Trajectory
 

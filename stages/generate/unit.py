@@ -1,79 +1,37 @@
-"""A worker's part of generation: load the teacher once, then make units, each a shard and its commit."""
+"""The work that the driver sends to a worker. The file imports no torch, so that a worker can be light."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from stages.base.sampling import Condition
-from stages.errors import ChangedError
-from stages.generate.compatibility import gone
-from stages.generate.config import GenerateConfig
-from stages.generate.planned import Unit
-from stages.generate.preview import write_preview
-from stages.generate.profile import ENCODING, WRITING
-from stages.generate.teacher import Teacher, TeacherOutput
-from stages.records.commits import commit_unit
-from stages.records.plans import digest_of_unit, plan_digests, read_info
-from stages.records.shard import encode
-from stages.storage.folder import open_folder
+if TYPE_CHECKING:
+    from stages.base.sampling import Condition
 
 
-@dataclass
-class SampledUnit:
-    """A unit that the teacher has sampled and that is not committed yet; `plan` is the digest of the unit's plan."""
+@dataclass(frozen=True)
+class PlannedTrajectory:
+    """What the plan decides about a trajectory; `steps` are the numbers of the steps to record, None for all."""
 
-    plan: str | None
-    output: TeacherOutput
+    index: int
+    seed: int
+    guidance_scale: float
+    condition: Condition
+    steps: list[int] | None = None
 
 
-class UnitWorker:
-    """The worker of every fleet, on a Ray node or in the driver's process. `load` comes first.
+@dataclass(frozen=True)
+class Unit:
+    """The work that makes one shard.
 
-    Each unit is sampled, then committed; another thread may sample the next unit meanwhile.
+    Attributes:
+        index: the unit's number in the dataset.
+        shift: how far its timestep grid is moved, in [0, 1) of the grid's spacing.
+        plan: the digest of the plan that the unit belongs to, as `plan_digests` has it; None until `dataset.json`
+            describes it.
     """
 
-    def __init__(self, config: GenerateConfig) -> None:
-        self.config = config
-        self.sampled: dict[int, SampledUnit] = {}
-
-    def load(self, example: Condition) -> dict[str, Any]:
-        """Load the teacher and find out how it guides, with trial runs on an example condition."""
-        self.root = open_folder(self.config.output_dir)
-        self.teacher = Teacher(self.config, example)
-        return self.teacher.facts().to_json()
-
-    def sample(self, unit: Unit) -> None:
-        """Run the teacher for a unit and keep its output until `commit`."""
-        self.sampled[unit.index] = SampledUnit(unit.plan, self.teacher.run(unit))
-
-    def commit(self, index: int) -> tuple[int, dict[str, float]]:
-        """Write a sampled unit's shard and commit it.
-
-        Returns:
-            The number of records in the unit, and the seconds spent on it by activity.
-
-        Raises:
-            ChangedError: `dataset.json` no longer describes the unit's plan.
-        """
-        sampled = self.sampled.pop(index)
-        output, clock = sampled.output, sampled.output.clock
-        with clock.spent_on(ENCODING):
-            size = self.config.records_per_sample
-            samples = [encode(part) for trajectory in output.trajectories for part in trajectory.parts(size)]
-            output.trajectories.clear()
-        with clock.spent_on(WRITING):
-            plan = self._described(index, sampled.plan)
-            for number, image in output.previews.items():
-                write_preview(self.root, number, image)
-            commit = commit_unit(self.root, index, samples, plan)
-        return sum(row["records"] for row in commit.samples), dict(clock)
-
-    def _described(self, index: int, plan: str | None) -> str:
-        """The digest of the unit's plan, once `dataset.json` is known to describe that plan."""
-        info = read_info(self.root)
-        if info is None:
-            raise gone(self.root)
-        if plan is None or digest_of_unit(plan_digests(info), index) != plan:
-            raise ChangedError(f"{self.root}: dataset.json no longer describes the plan of unit {index}")
-        return plan
+    index: int
+    trajectories: list[PlannedTrajectory]
+    shift: float
+    plan: str | None = None

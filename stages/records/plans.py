@@ -15,13 +15,14 @@ from stages.storage.sealing import seal, sha256, unseal
 
 DATASET_FILE = "dataset.json"
 MANIFEST_FILE = "manifest.parquet"
+# The keys that decide what a plan's units hold.
 DEFINING = (
     "units",
     "trajectories",
     "guidance",
     "conditions",
     "config",
-)  # the keys that decide what a plan's units hold
+)
 PLANNED_UNIT = "a unit of the plan in dataset.json"
 
 

@@ -138,10 +138,11 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
 
 def _removed(path: Path) -> bool:
     """Remove a file unless it is locked; return whether it was removed."""
+    # NFS grants an exclusive lock only on a writable file.
     with (
         suppress(BlockingIOError, PermissionError),
         path.open("r+b") as file,
-    ):  # NFS grants an exclusive lock only on a writable file
+    ):
         lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
         return True

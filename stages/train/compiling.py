@@ -9,18 +9,20 @@ from contextlib import contextmanager
 
 from stages.errors import UserError
 
+# Named, not imported: importing them fails without a writable folder.
 COMPILERS = (
     "torch._inductor",
     "torch._dynamo",
     "triton",
-)  # named, not imported: importing them fails without a writable folder
+)
 BACKENDS = ("torch._inductor", "triton")  # not the tracer: what it rejects is a defect of this project
+# E.g. no writable folder, no header file, no user name.
 OF_THE_MACHINE = (
     OSError,
     ImportError,
     LookupError,
     subprocess.SubprocessError,
-)  # e.g. no writable folder, no header file, no user name
+)
 FRAMES, MAX_MESSAGE_LENGTH = 4, 300
 
 

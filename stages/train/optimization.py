@@ -71,9 +71,8 @@ class Optimization:
         """Average the gradients before unscaling, so that all processes notice the overflow of one."""
         if not torch.distributed.is_initialized():
             return
-        gradients = [
-            parameter.grad for parameter in self.parameters if parameter.grad is not None
-        ]  # every one has a gradient by now
+        # Every one has a gradient by now.
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         mean = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
         for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))

@@ -33,7 +33,7 @@ from stages.base.sampling import Condition
 from stages.generate.driver import Driver
 from stages.generate.events import Event, Loaded, Made
 from stages.generate.fleet import RayFleet
-from stages.generate.planned import Unit
+from stages.generate.unit import Unit
 from stages.records.commits import commit_name
 from stages.records.dataset import Dataset
 from stages.storage.sealing import seal

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from stages.base.sampling import Condition
 from stages.generate.config import GenerateConfig
 from stages.generate.fleet import RayFleet, TeacherWorker
-from stages.generate.planned import Unit
+from stages.generate.unit import Unit
 from stages.storage.disk import DiskFolder
 from tests.support.faults_table import survived
 

@@ -15,7 +15,7 @@ import ray
 
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, TeacherConfig
-from stages.generate.planned import Unit
+from stages.generate.unit import Unit
 from stages.storage.files import create
 from stages.storage.sealing import seal
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from stages.errors import UserError
-from stages.generate.planned import PlannedTrajectory
 from stages.generate.recorder import Recording
 from stages.generate.splitting import Splitter
+from stages.generate.unit import PlannedTrajectory
 
 BATCH = [PlannedTrajectory(index, seed=index, guidance_scale=2.0, condition={"prompt": "x"}) for index in (4, 5)]
 

@@ -11,7 +11,7 @@ from stages.errors import UserError
 from stages.generate.driver import Driver
 from stages.generate.in_process import InProcessFleet
 from stages.generate.plan import Plan
-from stages.generate.unit import UnitWorker
+from stages.generate.worker import UnitWorker
 from stages.records.commits import commit_unit
 from stages.records.dataset import Dataset
 from stages.records.plans import snapshots

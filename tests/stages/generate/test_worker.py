@@ -10,7 +10,7 @@ from stages.errors import ChangedError
 from stages.generate.compatibility import describe_plan
 from stages.generate.plan import Plan
 from stages.generate.profile import ENCODING, RECORDING, TEACHER, WRITING
-from stages.generate.unit import UnitWorker
+from stages.generate.worker import UnitWorker
 from stages.records.commits import read_commits
 from stages.records.plans import plan_digests
 from stages.records.publication import begin_plan
