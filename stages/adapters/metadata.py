@@ -71,8 +71,8 @@ class AdapterMetadata:
     teacher: RecordedTeacher = RecordedTeacher()
     dataset_fingerprint: str = ""
     blocks: dict[str, int] = field(default_factory=dict)
-    guidance_gain: float = 1.0
     # Only in some folders
+    guidance_gain: float = 1.0
     weights: dict[str, Shape] = field(default_factory=dict)
     spots: dict[str, dict[str, Any]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -91,12 +91,12 @@ class AdapterMetadata:
         nested: dict[str, type[Any]] = {"base": Base, "teacher": RecordedTeacher}
         parts: dict[str, Any] = {name: read(kind, values.get(name) or {}, f"{name}.") for name, kind in nested.items()}
         metadata = read(AdapterMetadata, values | parts)
-        if len(metadata.scale_range) != 2:
+        if len(metadata.scale_range) != 2 or not all(is_of(scale, float) for scale in metadata.scale_range):
             raise ValueError(f"scale_range={metadata.scale_range} is not a lowest and a highest scale")
         return metadata
 
 
-OPTIONAL = ("weights", "spots", "training", "evaluation", "dial")
+OPTIONAL = ("guidance_gain", "weights", "spots", "training", "evaluation", "dial")
 
 
 def read(kind: type[T], values: dict[str, Any], prefix: str = "") -> T:
