@@ -137,7 +137,9 @@ class StudyPlan:
                 check_among(f"{key}.{name}", adapter, f"adapters of the evaluation {claim.evaluation}", compared)
         for adapter in claim.against or ():
             if adapter in claim.adapters:
-                raise UsageError(f"{key}.against: {adapter}: is among the claim's adapters too: remove it from one of them")
+                raise UsageError(
+                    f"{key}.against: {adapter}: is among the claim's adapters too: remove it from one of them"
+                )
 
     def _check_overrides(self) -> None:
         for step in itertools.chain(*self.steps.values()):
