@@ -64,9 +64,8 @@ def loading_errors(name_or_path: str | Path) -> Iterator[None]:
         RuntimeError,
         safetensors.SafetensorError,
     ) as error:
-        message = " ".join(str(error).split())[
-            :MAX_MESSAGE_LENGTH
-        ]  # torch names what is wrong with the weights in its second line
+        # In one line, because torch names what is wrong with the weights in its second line.
+        message = " ".join(str(error).split())[:MAX_MESSAGE_LENGTH]
         raise UserError(f"{name_or_path}: not an adapter: {message}") from error
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 from stages.adapters.sites import Shape
-
-T = TypeVar("T")
+from stages.storage.fields import read_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +84,13 @@ class AdapterMetadata:
     def from_json(values: dict[str, Any]) -> AdapterMetadata:
         """
         Raises:
-            ValueError: a key is missing, not known, or of another type.
+            ValueError: a key is missing, unknown, or of another type.
         """
-        nested: dict[str, type[Any]] = {"base": Base, "teacher": RecordedTeacher}
-        parts: dict[str, Any] = {name: read(kind, values.get(name) or {}, f"{name}.") for name, kind in nested.items()}
-        metadata = read(AdapterMetadata, values | parts)
-        if len(metadata.scale_range) != 2 or not all(is_of(scale, float) for scale in metadata.scale_range):
+        check_keys(AdapterMetadata, values)
+        for name, kind in (("base", Base), ("teacher", RecordedTeacher)):
+            check_keys(kind, values[name] or {}, f"{name}.")
+        metadata = read_fields(AdapterMetadata, values)
+        if len(metadata.scale_range) != 2:
             raise ValueError(f"scale_range={metadata.scale_range} is not a lowest and a highest scale")
         return metadata
 
@@ -99,27 +98,14 @@ class AdapterMetadata:
 OPTIONAL = ("guidance_gain", "weights", "spots", "training", "evaluation", "dial")
 
 
-def read(kind: type[T], values: dict[str, Any], prefix: str = "") -> T:
-    """Make a dataclass from JSON.
+def check_keys(kind: type[Any], values: dict[str, Any], prefix: str = "") -> None:
+    """Refuse unknown keys and missing ones; keys with a default are missing, too, unless they are optional.
 
     Raises:
-        ValueError: a key is missing, not known, or of another type.
+        ValueError: names the key.
     """
-    hints = get_type_hints(kind)
-    for name in values.keys() - hints.keys():
+    known = {entry.name for entry in fields(kind)}
+    for name in sorted(values.keys() - known):
         raise ValueError(f"{prefix}{name} is not known")
-    for entry in fields(kind):  # type: ignore[arg-type]
-        if entry.name not in values and entry.name not in OPTIONAL:
-            raise ValueError(f"{prefix}{entry.name} is missing")
-        if entry.name in values and not is_of(values[entry.name], hints[entry.name]):
-            raise ValueError(f"{prefix}{entry.name}={values[entry.name]} is not of type {entry.type}")
-    return kind(**values)
-
-
-def is_of(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type or union; the contents of containers are not checked."""
-    if isinstance(hint, UnionType):
-        return any(is_of(value, each) for each in get_args(hint))
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, get_origin(hint) or hint)
+    for name in sorted(known - values.keys() - set(OPTIONAL)):
+        raise ValueError(f"{prefix}{name} is missing")

@@ -16,6 +16,7 @@ from stages.adapters.callbacks import wrap_callbacks
 from stages.adapters.denoiser_controller import DenoiserController
 from stages.adapters.unconditional import unconditional_tokens
 from stages.base.denoiser import denoisers_of
+from stages.base.patching import replaced
 
 SOME_GUIDANCE = 2.0  # every pipeline runs its unconditional pass at this scale
 
@@ -79,11 +80,9 @@ class PipelineCall:
 @contextmanager
 def without_guiders(pipe: Any) -> Iterator[None]:
     """Replace a pipeline's guiders by disabled copies: other pipelines may share the originals."""
-    guiders = guiders_of(pipe)
-    for name, guider in guiders.items():
-        vars(pipe)[name] = copy.copy(guider)
-        vars(pipe)[name].disable()
-    try:
+    with ExitStack() as stack:
+        for name, guider in guiders_of(pipe).items():
+            disabled = copy.copy(guider)
+            disabled.disable()
+            stack.enter_context(replaced(pipe, name, disabled))
         yield
-    finally:
-        vars(pipe).update(guiders)

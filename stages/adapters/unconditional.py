@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stages.adapters.wrappers import unwrapped
 from stages.base.denoiser import bind_inputs, latent_name, negative_tokens
+from stages.base.patching import replaced
 from stages.errors import UserError
 
 
@@ -67,6 +68,8 @@ def unconditional_tokens(
     step, denoisers = GuidedStep(place["call"]), {name: unwrapped(getattr(pipe, name)) for name in names}
     with ExitStack() as stack:
         stack.enter_context(restored(generators))
+        bar = getattr(pipe, "_progress_bar_config", {})
+        stack.enter_context(replaced(pipe, "_progress_bar_config", bar | {"disable": True}))
         for name, denoiser in denoisers.items():
             stack.enter_context(replaced(pipe, name, StandIn(denoiser, step)))
         stack.enter_context(suppress(StoppedError))
@@ -80,19 +83,6 @@ def unconditional_tokens(
         )
     size = rows // place["chunks"]
     return negative_tokens(step.inputs, latent, slice(place["chunk"] * size, (place["chunk"] + 1) * size))
-
-
-@contextmanager
-def replaced(pipe: Any, name: str, stand_in: StandIn) -> Iterator[None]:
-    """Replace a pipeline's component, without a change of its configuration, and hide its progress bar."""
-    before, bar = vars(pipe)[name], getattr(pipe, "_progress_bar_config", {})
-    vars(pipe)[name] = stand_in
-    pipe.set_progress_bar_config(**bar | {"disable": True})
-    try:
-        yield
-    finally:
-        vars(pipe)[name] = before
-        pipe.set_progress_bar_config(**bar)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The arguments of a denoiser call: per-sample arguments, constants, and their conversion to records and back.
 
-Records store per-sample arguments with the sample first, `[n, ...]`. A denoiser may take its samples in another dimension
-(layers first), as several entries per sample (one per frame), or as a list with one tensor per sample.
+Records store per-sample arguments with the sample first, `[n, ...]`. A denoiser may take its samples in another
+dimension (layers first), as several entries per sample (one per frame), or as a list with one tensor per sample.
 """
 
 from __future__ import annotations

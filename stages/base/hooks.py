@@ -52,11 +52,12 @@ def watch_steps(
 ) -> Iterator[None]:
     """Within the context, pass every step of a pipeline to `see_step`: denoiser calls, received predictions, timestep.
 
-    Copies that the pipeline makes of its scheduler (for sound beside video) receive predictions of their own; these follow
-    the scheduler's own. `see_latents` gets the latents that each step of the scheduler returns.
+    Copies that the pipeline makes of its scheduler (for sound beside video) receive predictions of their own; these
+    follow the scheduler's own. `see_latents` gets the latents that each step of the scheduler returns.
 
     Args:
-        streams: the number of schedulers that step, the pipeline's own included; None ends a step at the scheduler's next.
+        streams: the number of schedulers that step, the pipeline's own included; None ends a step at the scheduler's
+            next.
     """
     signature = inspect.signature(type(pipe.scheduler).step)
     calls: list[Call] = []

@@ -99,7 +99,8 @@ def up_to_images(pipe: Any, n: int) -> Iterator[None]:
     """Within the context and that of `undecoded`, ignore errors of the pipeline after its last step.
 
     Args:
-        n: the number of samples; where a pipeline puts frames into the batch, the latents are kept as `[n, frames, ...]`.
+        n: the number of samples; where a pipeline puts frames into the batch, the latents are
+            kept as `[n, frames, ...]`.
     """
     kept = _WATCHED.get(pipe)
     try:

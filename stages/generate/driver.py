@@ -32,12 +32,12 @@ from stages.generate.preview import write_preview_grid
 from stages.generate.profile import Profile
 from stages.generate.progress_reporter import ProgressReporter
 from stages.records.commits import commit_name, committed_units, is_committed, read_commit, read_commits
-from stages.records.fields import read_fields
 from stages.records.manifest import column_mismatch
 from stages.records.plans import digest_of_unit, plan_digests, published, read_info
 from stages.records.publication import begin_plan, publish, withdraw
 from stages.records.schema import DatasetInfo, PlanEntry
 from stages.records.teacher import PLACE_OF_TEACHER, TeacherFacts
+from stages.storage.fields import read_fields
 from stages.storage.files import to_json
 from stages.storage.folder import open_folder
 
@@ -53,7 +53,8 @@ class Driver:
         todo: the numbers of units to make.
 
     Raises:
-        UserError: the folder is not writable, or holds a dataset of another configuration; at the end, units are missing.
+        UserError: the folder is not writable, or holds a dataset of another configuration; at the end, units are
+            missing.
     """
 
     def __init__(self, config: GenerateConfig) -> None:

@@ -1,8 +1,9 @@
 """Find the layout of a pipeline's guided steps by trial runs.
 
 Pipelines double the batch or call the denoiser twice, put the conditional part first or last, and name and nest their
-arguments in many ways. The search assumes none of them: runs without guidance show the conditional inputs and which of them
-belong to a sample; then the search looks for these inputs in a guided run. It refuses uncertain results before any recording.
+arguments in many ways. The search assumes none of them: runs without guidance show the conditional inputs and which of
+them belong to a sample; then the search looks for these inputs in a guided run. It refuses uncertain results before any
+recording.
 """
 
 from __future__ import annotations
@@ -253,7 +254,8 @@ def scales_mix(pipe: Any, several: Request, layout: Layout) -> bool:
 def scale_offset(pipe: Any, once: Request, unguided: Unguided) -> float:
     """`w` less the pipeline's scale: 0 for the rule `u + w (c - u)`, 1 for the rule `c + w (c - u)`.
 
-    At a scale just above 1, the first rule adds nothing to the conditional prediction; the second adds as much as from 1 to 2.
+    At a scale just above 1, the first rule adds nothing to the conditional prediction; the second adds as much as from
+    1 to 2.
     """
     guider = guider_of(pipe)
     if guider is not None:

@@ -22,7 +22,8 @@ class Pass:
     Attributes:
         latent: `[n, ...]`; timestep: `[n]`.
         predictions: `[n, ...]` each, only the channels that the scheduler steps by.
-        cond: arguments that stay the same from step to step, `[n, ...]` by the denoiser's names, with masks and lengths.
+        cond: arguments that stay the same from step to step, `[n, ...]` by the denoiser's names, with masks and
+            lengths.
         steps: arguments that change from step to step, `[n, ...]`, named `step.NAME`.
         denoiser: the name of the one that ran.
     """

@@ -1,9 +1,9 @@
 """Diffusion trajectories: the teacher's guided predictions at noised versions of its own samples.
 
 Other guided distillation trains on these (arXiv 2210.03142, section 3.1: `z_t = alpha_t x + sigma_t eps`), and adapter
-guidance distillation compares its guided trajectories with them (arXiv 2503.07274). The stock pipeline runs twice: first
-for the samples, then with noised samples as its denoiser's input in place of the second run's latents. So the schedule and
-the guidance rule stay the pipeline's own, and every step has a record, including the first.
+guidance distillation compares its guided trajectories with them (arXiv 2503.07274). The stock pipeline runs twice:
+first for the samples, then with noised samples as its denoiser's input in place of the second run's latents. So the
+schedule and the guidance rule stay the pipeline's own, and every step has a record, including the first.
 """
 
 from __future__ import annotations

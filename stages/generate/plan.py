@@ -22,8 +22,9 @@ GOLDEN_RATIO = 0.6180339887498949
 class Plan:
     """The units of a dataset; `len(plan)` is their number, and `unit` makes one.
 
-    A trajectory's seed and scale follow from (dataset seed, its index) alone. So the number of workers, the batch size and
-    restarts do not change the records. The units of earlier plans stay as they are; new trajectories get units of their own.
+    A trajectory's seed and scale follow from (dataset seed, its index) alone. So the number of workers, the batch size
+    and restarts do not change the records. The units of earlier plans stay as they are; new trajectories get units of
+    their own.
 
     Args:
         earlier: the published plans of `dataset.json`, oldest first; their conditions come first in this plan's.

@@ -27,7 +27,8 @@ class Unit:
     Attributes:
         index: the unit's number in the dataset.
         shift: how far its timestep grid is moved, in [0, 1) of the grid's spacing.
-        plan: the digest of the plan that the unit belongs to, as `plan_digests` has it; None until `dataset.json` describes it.
+        plan: the digest of the plan that the unit belongs to, as `plan_digests` has it; None until `dataset.json`
+            describes it.
     """
 
     index: int

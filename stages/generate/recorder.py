@@ -1,6 +1,7 @@
 """The recorder hooks into an unmodified pipeline and keeps the inputs of its denoiser and of its scheduler.
 
-It writes no sampling loop, scheduler or guidance rule again: the target is the prediction that `scheduler.step` receives,
+It writes no sampling loop, scheduler or guidance rule again: the target is the prediction that `scheduler.step`
+receives,
 after the pipeline has combined its passes.
 """
 

@@ -60,7 +60,8 @@ class Teacher:
             example: a condition for trial runs; if it has a negative prompt, negative prompts are recorded too.
 
         Raises:
-            UserError: it is not certain how the pipeline guides, or its scheduler cannot noise latents (`trajectory=diffusion`).
+            UserError: it is not certain how the pipeline guides, or its scheduler cannot noise latents
+                (`trajectory=diffusion`).
         """
         self.config = config
         self.device = choose_device(config.device)

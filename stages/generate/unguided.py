@@ -136,7 +136,8 @@ def _with_longer_prompt(pipe: Any, twice: Request, unguided: Unguided) -> Unguid
     """Add the effects of a longer prompt: some pipelines pad texts to the longest of a call without a mask.
 
     Raises:
-        UserError: an argument that is no tensor depends on the prompt, or one grows in another dimension than its tokens.
+        UserError: an argument that is no tensor depends on the prompt, or one grows in another dimension than its
+            tokens.
     """
     first, second = twice.conditions
     longer = {k: f"{v} {v}" if isinstance(v, str) and "prompt" in k else v for k, v in second.items()}

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from itertools import chain
 
 from stages.errors import DamageError
-from stages.records.fields import read_fields
 from stages.records.manifest import unit_of
 from stages.records.schema import Commit
 from stages.records.shard import Sample, hash_file, write_shard
+from stages.storage.fields import read_fields
 from stages.storage.folder import Folder, unreadable
 from stages.storage.sealing import seal, unseal
 

@@ -189,7 +189,7 @@ def how_to_finish(root: Folder) -> str:
 
 
 def read_manifest(root: Folder, plan: PublishedPlan, name: str) -> tuple[bytes | None, dict[str, str]]:
-    """Read a snapshot's manifest from a file: (content, no problem), or (None, problem) if it is not the published one."""
+    """Read a snapshot's manifest from a file: (content, no problem), or (None, problem) if it is another one."""
     content, expected = root.read(name), plan.manifest_sha256
     found = "no such file" if content is None else sha256(content)
     if found == expected:

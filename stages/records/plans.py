@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from stages.errors import UserError
-from stages.records.fields import FieldError, read_fields
 from stages.records.schema import SCHEMA_VERSION, Commit, DatasetInfo, PublishedPlan
 from stages.records.teacher import PLACE_OF_TEACHER
+from stages.storage.fields import FieldError, read_fields
 from stages.storage.folder import Folder, unreadable
 from stages.storage.sealing import seal, sha256, unseal
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from stages.records.fields import read_fields
 from stages.records.teacher import TeacherFacts
+from stages.storage.fields import read_fields
 
 SCHEMA_VERSION = 2
 # These keys of the newest snapshot's plan are repeated at the top of `dataset.json`.

@@ -39,7 +39,8 @@ class ShardCache:
             pass
 
     def open(self, source: Folder, name: str, sha256: str, size: int) -> BinaryIO:
-        """Open the copy of a shard, fetched if necessary; open the shard itself if its size is wrong or room is lacking.
+        """Open the copy of a shard, fetched if necessary; open the shard itself if its size is wrong or room is
+        lacking.
 
         Args:
             size: of the shard, in bytes.

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from stages.records.commits import commit_unit
-from stages.records.fields import read_fields
 from stages.records.plans import plan_digests
 from stages.records.publication import publish
 from stages.records.schema import ConditionsSpec, DatasetInfo, GuidanceSpec, PlanEntry
 from stages.records.shard import Sample
 from stages.records.teacher import TeacherFacts
+from stages.storage.fields import read_fields
 from stages.storage.folder import open_folder
 
 PLAN = "0" * 64  # the digest of no plan

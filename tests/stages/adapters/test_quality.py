@@ -15,6 +15,7 @@ from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Samples, Setting, s
 from stages.train.config import TrainConfig
 from stages.train.trainer import Trainer
 from tests.conftest import VARIANTS, generate, generate_config, mostly_long
+from tests.stages.evaluate.test_first_steps import AdapterStub
 
 TEACHER = Path("stages/embedded/mnist_dit")
 SCALE = 2.0
@@ -37,7 +38,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def references(pipe: Any) -> dict[str, Samples]:
-    adapter: Any = None  # neither needs one
+    adapter: Any = AdapterStub(None)
     return {
         method: sample_setting(pipe, adapter, Setting(method, scale), REQUEST)
         for method, scale in ((NONE, 1.0), (CFG, SCALE))

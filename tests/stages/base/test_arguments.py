@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stages.base.arguments import Arguments, Axis, Caller, decoded, encoded, stacked
 from stages.base.denoiser import flatten
-from stages.records.fields import read_fields
+from stages.storage.fields import read_fields
 
 CPU = torch.device("cpu")
 

@@ -25,8 +25,8 @@ from stages.generate.layout import Layout
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
 from stages.generate.unguided import guidance_rule
-from stages.records.fields import read_fields
 from stages.records.teacher import LayoutFacts
+from stages.storage.fields import read_fields
 from tests.conftest import tiny_dit
 from tests.support.families import PROMPTS, build, save
 

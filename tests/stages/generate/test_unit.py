@@ -12,11 +12,11 @@ from stages.generate.plan import Plan
 from stages.generate.profile import ENCODING, RECORDING, TEACHER, WRITING
 from stages.generate.unit import UnitWorker
 from stages.records.commits import read_commits
-from stages.records.fields import read_fields
 from stages.records.plans import plan_digests
 from stages.records.publication import begin_plan
 from stages.records.schema import DatasetInfo
 from stages.records.teacher import TeacherFacts
+from stages.storage.fields import read_fields
 from stages.storage.folder import open_folder
 from tests.conftest import generate_config
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.records.fields import read_fields
 from stages.records.teacher import TeacherFacts
+from stages.storage.fields import read_fields
 from tests.support.made_up import teacher_facts
 
 

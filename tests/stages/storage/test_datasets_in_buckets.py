@@ -257,8 +257,8 @@ def test_a_service_that_refuses_is_no_damage_to_be_skipped(s3: FaultyS3, uploade
 
 def test_a_run_has_its_own_folder_on_disk(uploaded: str, tmp_path: Path) -> None:
     refused: list[tuple[Path, dict[str, str], str]] = [
-        (tmp_path, {"cache_dir": "s3://bucket/cache"}, "cache_dir=s3://bucket/cache: a local folder is needed"),
-        (tmp_path, {"output_dir": "s3://bucket/run"}, "output_dir=s3://bucket/run: a local folder is needed"),
+        (tmp_path, {"cache_dir": "s3://bucket/cache"}, "cache_dir=s3://bucket/cache: name a local folder"),
+        (tmp_path, {"output_dir": "s3://bucket/run"}, "output_dir=s3://bucket/run: name a local folder"),
     ]
     for output, changes, message in refused:
         with pytest.raises(UserError, match=message):

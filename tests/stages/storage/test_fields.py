@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from stages.records.fields import FieldError, read_fields
+from stages.storage.fields import FieldError, read_fields
 
 
 @dataclass(frozen=True)
