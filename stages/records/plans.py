@@ -49,7 +49,10 @@ def read_info(root: Folder) -> DatasetInfo | None:
                 f"{path}: schema {version} is of an earlier version than {SCHEMA_VERSION}: generate the dataset anew, into "
                 "another output_dir"
             )
-        return read_fields(DatasetInfo, unseal(content))
+        info = read_fields(DatasetInfo, unseal(content))
+        if not info.plans:
+            raise FieldError("no plans")
+        return info
     except PermissionError as error:
         raise unreadable(root, DATASET_FILE) from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -135,6 +135,11 @@ class StudyPlan:
                 check_each_once(f"{key}: {name}", adapters)
             for adapter in adapters or ():
                 check_among(f"{key}.{name}", adapter, f"adapters of the evaluation {claim.evaluation}", compared)
+        for adapter in claim.against or ():
+            if adapter in claim.adapters:
+                raise UsageError(
+                    f"{key}.against: {adapter}: is among the claim's adapters too: remove it from one of them"
+                )
 
     def _check_overrides(self) -> None:
         for step in itertools.chain(*self.steps.values()):

@@ -98,6 +98,7 @@ def test_a_save_that_fails_leaves_the_older_adapter_whole(adapter: GuidanceAdapt
     [
         ({"scale_range": None}, "scale_range is NoneType, not list"),
         ({"scale_range": [2.0]}, r"scale_range=\[2.0\] is not a lowest and a highest scale"),
+        ({"scale_range": [1.0, "six"]}, r"scale_range\[1\] is str, not float"),
         ({"timestep_scale": "fast"}, "timestep_scale is str, not float"),
         ({"gain": 1.5}, "gain is not known"),
         ({"teacher": {"guider": None, "scheduler_class": None}}, "teacher.scheduler_config is missing"),
@@ -113,6 +114,15 @@ def test_edited_metadata_is_a_one_line_error(
     (tmp_path / CONFIG_FILE).write_text(json.dumps(info | changes))
     with pytest.raises(UserError, match=f"not an adapter: {message}$"):
         GuidanceAdapter.from_pretrained(tmp_path)
+
+
+def test_an_adapter_of_one_scale_may_have_no_gain_in_its_folder(adapter: GuidanceAdapter, tmp_path: Path) -> None:
+    """Training at a single scale used to write none."""
+    adapter.save_pretrained(tmp_path)
+    info = json.loads((tmp_path / CONFIG_FILE).read_text())
+    del info["guidance_gain"]
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(info))
+    assert GuidanceAdapter.from_pretrained(tmp_path).metadata.guidance_gain == 1
 
 
 def test_a_strangers_folder_cannot_run_code(adapter: GuidanceAdapter, tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_a_missing_or_mistyped_key_is_named(damaged: Path) -> None:
     for changes, message in (
         ({"complete": "yes"}, "complete is str, not bool"),
         ({"plans": {}}, "plans is dict, not list"),
+        ({"plans": []}, "no plans"),
         ({"plans": [entry | {"units": 4.0}]}, r"plans\[0\].units is float, not int"),
         ({"plans": [{k: v for k, v in entry.items() if k != "fingerprint"}]}, r"no plans\[0\].fingerprint"),
         ({"teacher": content["teacher"] | {"layout": {}}}, "no teacher.layout.arguments"),

@@ -99,6 +99,10 @@ def test_each_step_names_the_folders_it_needs(tmp_path: Path) -> None:
             claiming(judgement="matches", against=["three"]),
             "claims.a.against: three: not among the adapters of the evaluation scales: one, two$",
         ),
+        (
+            claiming(judgement="matches", against=["one"]),
+            "claims.a.against: one: is among the claim's adapters too: remove it from one of them$",
+        ),
         (claiming(adapters=[]), r"claims.a: adapters=\[\]: name at least one, each once$"),
         (claiming(judgement="outperforms", threshold=None), "claims.a.against: not given: outperforms needs it$"),
         (claiming(threshold=None), "claims.a.threshold: not given: closes_gap needs it$"),
