@@ -251,6 +251,7 @@ def test_an_invalid_configuration_is_refused(tiny_adapter: Path, tmp_path: Path)
         ({"features": "dino"}, "features=dino: one of classifier, inception"),
         ({"output_dir": None, "adapter_dir": [str(tiny_adapter), "other"]}, "output_dir: not given"),
         ({"output_dir": None, "adapter_dir": "s3://bucket/a"}, "output_dir: not given: s3://bucket/a is in a bucket"),
+        ({"output_dir": None, "adapter_dir": "no/adapter"}, "adapter_dir=no/adapter: no such folder: name an adapter"),
         ({"adapter_dir": [str(tiny_adapter)] * 2}, "is given twice"),
         ({"adapter_dir": 3}, "adapter_dir=3: name the folder"),
     ):
