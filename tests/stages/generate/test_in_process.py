@@ -8,7 +8,7 @@ from stages.generate.events import Failed, Loaded, Made
 from stages.generate.in_process import InProcessFleet
 from stages.generate.plan import Plan
 from tests.conftest import generate_config
-from tests.stages.generate.test_unit import describe
+from tests.stages.generate.test_worker import describe
 
 
 def test_it_loads_then_makes_the_dispatched_units(tiny_teacher: Path, tmp_path: Path) -> None:
