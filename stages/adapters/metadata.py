@@ -69,8 +69,8 @@ class AdapterMetadata:
     teacher: RecordedTeacher = RecordedTeacher()
     dataset_fingerprint: str = ""
     blocks: dict[str, int] = field(default_factory=dict)
-    # Only in some folders
     guidance_gain: float = 1.0
+    # Only in some folders
     weights: dict[str, Shape] = field(default_factory=dict)
     spots: dict[str, dict[str, Any]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class AdapterMetadata:
         return metadata
 
 
-OPTIONAL = ("guidance_gain", "weights", "spots", "training", "evaluation", "dial")
+OPTIONAL = ("weights", "spots", "training", "evaluation", "dial")
 
 
 def check_keys(kind: type[Any], values: dict[str, Any], prefix: str = "") -> None:

@@ -63,11 +63,11 @@ def check_arguments(pipeline_class: type | None, arguments: Mapping[str, Any], t
             raise UsageError(f"{option}: {pipeline_class.__name__} takes no such argument{hint}")
         if any(part in name for part in TENSORS):
             raise UsageError(f"{option}: {NOTHING}: leave it out: say prompts=FILE")
-        if is_number(value) and (name == "negative_prompt" or (known is not None and takes_text(known[name]))):
+        if is_number_or_bool(value) and (name == "negative_prompt" or (known is not None and takes_text(known[name]))):
             raise UsageError(f"""{option}={value}: not a text: put it into quotes: {option}='"{value}"'""")
 
 
-def is_number(value: Any) -> bool:
+def is_number_or_bool(value: Any) -> bool:
     return isinstance(value, (bool, int, float))
 
 

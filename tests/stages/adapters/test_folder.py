@@ -116,13 +116,13 @@ def test_edited_metadata_is_a_one_line_error(
         GuidanceAdapter.from_pretrained(tmp_path)
 
 
-def test_an_adapter_of_one_scale_may_have_no_gain_in_its_folder(adapter: GuidanceAdapter, tmp_path: Path) -> None:
-    """Training at a single scale used to write none."""
+def test_a_folder_without_a_gain_is_refused(adapter: GuidanceAdapter, tmp_path: Path) -> None:
     adapter.save_pretrained(tmp_path)
     info = json.loads((tmp_path / CONFIG_FILE).read_text())
     del info["guidance_gain"]
     (tmp_path / CONFIG_FILE).write_text(json.dumps(info))
-    assert GuidanceAdapter.from_pretrained(tmp_path).metadata.guidance_gain == 1
+    with pytest.raises(UserError, match="not an adapter: guidance_gain is missing"):
+        GuidanceAdapter.from_pretrained(tmp_path)
 
 
 def test_a_strangers_folder_cannot_run_code(adapter: GuidanceAdapter, tmp_path: Path) -> None:
