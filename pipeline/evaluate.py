@@ -1,4 +1,4 @@
-"""Evaluation: adapters -> table, plots and report, next to CFG, CFG on the first steps only, and no guidance.
+"""Evaluation: adapters -> table, plots and report, next to CFG, CFG at some steps only, and no guidance.
 
 python -m pipeline.evaluate adapter_dir=runs/mnist_dit 'guidance_scale=[1.5,2,3]'
 python -m pipeline.evaluate 'adapter_dir=[runs/lora,runs/offset]' output_dir=runs/compared
@@ -21,6 +21,7 @@ from stages.base.loading import has_several_gpus
 from stages.configuration.options import to_yaml
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation, Makers
+from stages.evaluate.pareto import Pareto
 from stages.evaluate.processes import evaluate_over_cores
 from stages.evaluate.report import table, write_report
 from stages.storage.files import whole_file, write_json
@@ -29,6 +30,7 @@ from stages.storage.files import whole_file, write_json
 def main(config: EvaluateConfig) -> None:
     evaluation = evaluate(config)
     print(table(evaluation.rows))
+    print(*Pareto.of(evaluation.rows).sentences(), sep="\n")
     print(f"report: {evaluation.folder / 'report.html'}")
     if (card := write_results_to_card(evaluation)) is not None:
         print(f"model card: {card} and {CONFIG_FILE} beside it now hold these results")

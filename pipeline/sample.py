@@ -15,7 +15,7 @@ from stages.configuration.options import check_bounds
 from stages.errors import UserError
 from stages.evaluate.comparisons import arguments_of, conditions_of, load_pair, sample_setting, settings
 from stages.evaluate.config import SampleConfig
-from stages.evaluate.report import TITLES
+from stages.evaluate.methods import title_of
 from stages.evaluate.threads import threads_that_pay
 from stages.storage.files import check_file, whole_file
 
@@ -38,7 +38,7 @@ def main(config: SampleConfig) -> None:
             rows.append(decode(pipe, samples.latents))
         evaluations = samples.denoiser_evaluations // len(conditions)
         fused = {True: ", fused into the base's weights", False: ", not fused", None: ""}[samples.fused]
-        print(f"{TITLES[setting.method]}: {evaluations} denoiser evaluations per image{fused}")
+        print(f"{title_of(setting.method)}: {evaluations} denoiser evaluations per image{fused}")
     with whole_file(output) as file:
         grid([[to_picture(image) for image in row] for row in rows]).save(
             file, format="jpeg" if output.suffix.lower() == ".jpg" else output.suffix[1:]

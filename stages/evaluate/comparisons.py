@@ -6,12 +6,13 @@ import inspect
 import json
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import ModularPipeline
 from torch import Tensor
 
@@ -33,17 +34,27 @@ from stages.base.sampling import (
     undecoded,
 )
 from stages.errors import UserError
-from stages.evaluate.first_steps import guided_first
+from stages.evaluate.methods import (
+    CFG,
+    CFG_FIRST_50,
+    CFG_FIRST_60,
+    COMPARED,
+    NONE,
+    ONE_PASS,
+    check_compared,
+    interval_of,
+    rule_of,
+    uses_adapter,
+)
+from stages.evaluate.partial_guidance import partly_guided
+from stages.evaluate.rules import Interval
 
-NONE, CFG, ONE_PASS = "none", "cfg", "one_pass"
-CFG_FIRST_50, CFG_FIRST_60 = "cfg_first_50", "cfg_first_60"
-FIRST_PERCENT = {CFG_FIRST_50: 50, CFG_FIRST_60: 60}
-COMPARED = (ONE_PASS, *FIRST_PERCENT)
+__all__ = ["CFG", "CFG_FIRST_50", "CFG_FIRST_60", "COMPARED", "NONE", "ONE_PASS"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A method at a guidance scale; `none` is always at 1. `adapter` names the adapter of `one_pass`."""
+    """A method at a guidance scale; `none` is always at 1. `adapter` names the adapter of a method of one pass."""
 
     method: str
     guidance_scale: float
@@ -56,7 +67,7 @@ class Samples:
 
     Attributes:
         steps: every step of the scheduler, with the latents that it received.
-        fused: for `one_pass`, whether the scale was fused into the weights, so that only the base's modules ran.
+        fused: for one pass, whether the scale was fused into the weights, so that only the base's modules ran.
     """
 
     latents: Tensor
@@ -69,18 +80,17 @@ class Samples:
 def settings(
     scales: Sequence[float], methods: Sequence[str] = (ONE_PASS,), adapters: Sequence[str | None] = (None,)
 ) -> list[Setting]:
-    """The settings in order: no guidance once, then at every scale CFG and the methods, `one_pass` once per adapter."""
+    """The settings in order: no guidance once, then at every scale CFG and the methods, one pass once per adapter."""
     if not scales or not all(1 < scale < float("inf") for scale in scales):
         raise UserError(
             f"guidance_scale={list(scales)}: name scales above 1; 1 is no guidance, which is always included"
         )
-    if unknown := [method for method in methods if method not in COMPARED]:
-        raise UserError(f"methods={unknown[0]}: some of {', '.join(COMPARED)}; none and cfg are always included")
+    check_compared(methods)
     found = [Setting(NONE, 1.0)]
     for scale in scales:
         found.append(Setting(CFG, scale))
         for method in methods:
-            found += [Setting(method, scale, name) for name in (adapters if method == ONE_PASS else (None,))]
+            found += [Setting(method, scale, name) for name in (adapters if uses_adapter(method) else (None,))]
     return list(dict.fromkeys(found))
 
 
@@ -210,7 +220,7 @@ def sample_setting(pipe: Any, adapter: GuidanceAdapter, setting: Setting, reques
         sample(pipe, *with_guidance(pipe, adapter.metadata, setting, request))
         synchronize(pipe)
         seconds = (latents.ended or time.perf_counter()) - start
-    return Samples(latents[0], count[0], seconds, steps, adapter.fused if setting.method == ONE_PASS else None)
+    return Samples(latents[0], count[0], seconds, steps, adapter.fused if uses_adapter(setting.method) else None)
 
 
 def with_guidance(pipe: Any, metadata: AdapterMetadata, setting: Setting, request: Request) -> tuple[Request, float]:
@@ -230,6 +240,7 @@ def guiding(
     pipe: Any, adapter: GuidanceAdapter, setting: Setting, steps: list[SchedulerStep], n: int
 ) -> Iterator[None]:
     """Within the context, a pipeline call at the setting's scale uses the setting's method."""
+    rule, interval = rule_of(setting.method), interval_of(setting.method)
     if setting.method == ONE_PASS:
         is_modular = isinstance(pipe, ModularPipeline)  # its call has no guidance_scale argument to intercept
         adapter.attach(denoiser_of(pipe)[1] if is_modular else pipe)
@@ -238,9 +249,24 @@ def guiding(
                 yield
         finally:
             adapter.detach()
-    elif setting.method in FIRST_PERCENT:
-        place = adapter.metadata.unconditional
-        with guided_first(pipe, place, FIRST_PERCENT[setting.method], steps, n):
+    elif interval is not None:
+        adapter.attach(pipe)
+        try:
+            with adapter.guidance_schedule(scale_inside(pipe, interval, setting.guidance_scale)):
+                yield
+        finally:
+            adapter.detach()
+    elif rule is not None:
+        with partly_guided(pipe, adapter.metadata, setting.method, rule, steps, n):
             yield
     else:
         yield
+
+
+def scale_inside(pipe: Any, interval: Interval, scale: float) -> Callable[[int, float], float]:
+    """A schedule for an adapter: the scale inside an interval of the timesteps, and no guidance outside."""
+
+    def scale_at(number: int, timestep: float) -> float:
+        return scale if interval.contains(number, len(torch.unique_consecutive(pipe.scheduler.timesteps))) else 1.0
+
+    return scale_at

@@ -24,8 +24,8 @@ class EvaluateConfig:
     guidance_scale: list[float] = option(lambda: [1.5, 2.0, 3.0], "guidance scales to compare at")
     methods: list[str] = option(
         lambda: list(COMPARED),
-        "methods to compare with no guidance and CFG: `one_pass`, and CFG on the first steps only, `cfg_first_50` and "
-        "`cfg_first_60`",
+        "methods to compare with no guidance and CFG: `one_pass`, `one_pass_interval_20_80`, and CFG at some steps only: "
+        "`cfg_first_50`, `cfg_interval_20_80`, `cfg_adaptive_0.99`, `cfg_every_2`, or with other numbers",
     )
     prompts: str | None = option(
         None,

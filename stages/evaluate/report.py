@@ -13,7 +13,10 @@ import matplotlib
 from torch import Tensor
 
 from stages.base.pictures import grid, to_picture
-from stages.evaluate.comparisons import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE, ONE_PASS, Setting
+from stages.evaluate.comparisons import CFG, NONE, Setting
+from stages.evaluate.methods import title_of
+from stages.evaluate.pareto import Pareto
+from stages.evaluate.styles import style_of
 from stages.storage.files import whole_file
 
 matplotlib.use("Agg")
@@ -28,27 +31,8 @@ class Column(NamedTuple):
     format: Callable[[Any], str]
 
 
-TITLES = {
-    NONE: "no guidance",
-    CFG: "guided, two passes",
-    ONE_PASS: "one pass",
-    CFG_FIRST_50: "guided, first 50%",
-    CFG_FIRST_60: "guided, first 60%",
-}
-COLOURS = {NONE: "#888888", CFG: "#1f6fb4", CFG_FIRST_50: "#7fb3d9", CFG_FIRST_60: "#4d94c9"}
-COLOURS_OF_ADAPTERS = (
-    "#d9541e",
-    "#2a9d4a",
-    "#8e44ad",
-    "#c0a000",
-    "#c2185b",
-    "#00897b",
-    "#5d4037",
-    "#37474f",
-    "#f39c12",
-)
 COLUMNS = {
-    "method": Column("method", TITLES.__getitem__),
+    "method": Column("method", title_of),
     "adapter": Column("adapter", lambda name: name or ""),
     "share": Column("of the base", lambda share: "" if share is None else f"{share:.1%}"),
     "guidance_scale": Column("scale", "{:g}".format),
@@ -63,7 +47,7 @@ COLUMNS = {
     "slant_accuracy": Column("slant", "{:.3f}".format),
     "gap_closed": Column("gap closed", "{:.3f}".format),
     "effective_scale": Column("effective scale", "{:.2f}".format),
-    "denoiser_evaluations": Column("evaluations", "{:g}".format),
+    "denoiser_evaluations": Column("evaluations", "{:.4g}".format),
     "fused": Column("fused", lambda fused: "" if fused is None else "yes" if fused else "no"),
     "time_relative_to_none": Column("time", "{:.2f}x".format),
 }
@@ -101,22 +85,6 @@ def table(rows: list[Row]) -> str:
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in cells
     )
-
-
-def style_of(method: str, adapter: str | None, adapters: list[str]) -> dict[str, Any]:
-    """Colour, label and line style of a method, the same in every plot."""
-    if method != ONE_PASS:
-        dashed = "-" if method == CFG else "--"
-        return {"color": COLOURS[method], "label": TITLES[method], "linestyle": dashed}
-    number = adapters.index(adapter) if adapter in adapters else 0
-    return {
-        "color": COLOURS_OF_ADAPTERS[number % len(COLOURS_OF_ADAPTERS)],
-        "label": title_of(method, adapter, adapters),
-    }
-
-
-def title_of(method: str, adapter: str | None, adapters: list[str]) -> str:
-    return f"{TITLES[method]}, {adapter}" if method == ONE_PASS and len(adapters) > 1 else TITLES[method]
 
 
 def plot_over_scale(rows: list[Row], quantity: str) -> bytes:
@@ -198,6 +166,8 @@ def write_report(folder: Path, rows: list[Row], shown: dict[Setting, Tensor], me
     over_time = {f"error_at_scale_{s:g}": (f"distance to CFG at scale {s:g}", plot_over_time(rows, s)) for s in scales}
     grids = [grid_at(shown, scale) for scale in scales]
     pictures = {name: content for name, (_, content) in (over_scale | over_time).items()}
+    pareto = Pareto.of(rows)
+    pictures["pareto"] = pareto.plot()
     pictures |= {f"grid_at_scale_{grid.scale:g}": grid.png for grid in grids}
     for name, content in pictures.items():
         with whole_file(folder / f"{name}.png") as file:
@@ -209,6 +179,8 @@ def write_report(folder: Path, rows: list[Row], shown: dict[Setting, Tensor], me
         over_scale=as_pictures(over_scale),
         over_time=as_pictures(over_time),
         grids=grids,
+        pareto=pareto,
+        pareto_plot=as_source(pictures["pareto"]),
         metadata=metadata,
     )
     path = folder / "report.html"

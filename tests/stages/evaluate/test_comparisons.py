@@ -59,6 +59,23 @@ def test_methods_start_from_the_same_noise_and_count_their_evaluations(tiny_adap
     assert torch.equal(start[NONE], start[ONE_PASS])
 
 
+def test_one_pass_in_an_interval_costs_one_pass_and_guides_there_only(tiny_adapter: Path) -> None:
+    pipe, adapter = load_pair(str(tiny_adapter), None, "cpu")
+    request = Request(CONDITIONS, [10, 11], 5, {})
+    whole = sample_setting(pipe, adapter, Setting(ONE_PASS, 3.0), request)
+    none = sample_setting(pipe, adapter, Setting(NONE, 1.0), request)
+    states = [*(step.latents for step in none.steps), none.latents]
+    for interval, first in {"0_100": 0, "20_80": 1, "40_60": 2, "50_50": 5}.items():
+        found = sample_setting(pipe, adapter, Setting(f"one_pass_interval_{interval}", 3.0), request)
+        assert (found.denoiser_evaluations, found.fused) == (10, True)
+        same = [
+            torch.equal(a, b) for a, b in zip([*(s.latents for s in found.steps), found.latents], states, strict=True)
+        ]
+        assert same == [number <= first for number in range(6)]
+        assert torch.equal(found.latents, whole.latents) == (interval == "0_100")
+    assert adapter.denoiser is None
+
+
 def test_a_base_of_another_architecture_is_refused(tiny_adapter: Path, tmp_path: Path) -> None:
     pipe = tiny_dit()
     pipe.register_modules(

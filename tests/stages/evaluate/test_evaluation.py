@@ -198,6 +198,20 @@ def test_adapters_of_unlike_bases_are_refused(tiny_adapter: Path, other_adapter:
         evaluation([tiny_adapter, unlike], tmp_path / "out").run()
 
 
+def test_another_number_of_a_method_is_another_evaluation(tiny_adapter: Path, tmp_path: Path) -> None:
+    options = {"guidance_scale": [2.0], "num_samples": 2, "reference": None}
+    methods = ["one_pass_interval_25_75", "cfg_interval_25_75", "cfg_every_2"]
+    run = evaluation(tiny_adapter, tmp_path, methods=methods, **options)
+    rows = {row["method"]: row for row in run.run()}
+    assert {method: rows[method]["denoiser_evaluations"] for method in methods} == dict(
+        zip(methods, (4, 6, 6), strict=True)
+    )
+    assert [rows[method]["adapter"] for method in methods] == ["tiny", None, None]
+    assert rows["one_pass_interval_25_75"]["fused"]
+    with pytest.raises(UserError, match="holds another evaluation"):
+        evaluation(tiny_adapter, tmp_path, methods=[*methods[:-1], "cfg_every_3"], **options).run()
+
+
 def test_images_are_saved_on_request(tiny_adapter: Path, tmp_path: Path) -> None:
     evaluation(tiny_adapter, tmp_path, save_images=True, guidance_scale=[2.0], methods=["one_pass"]).run()
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"none-1", "cfg-2", "one_pass-2"}
@@ -247,7 +261,7 @@ def test_all_prompts_have_a_class_or_none(text_adapter: Path, tmp_path: Path) ->
 def test_an_invalid_configuration_is_refused(tiny_adapter: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"num_samples": 1}, "at least 2"),
-        ({"methods": ["cfg_first_70"]}, "methods=cfg_first_70: some of one_pass, cfg_first_50, cfg_first_60"),
+        ({"methods": ["cfg_last_70"]}, "methods=cfg_last_70: some of one_pass, cfg_first_50, cfg_interval_20_80"),
         ({"features": "dino"}, "features=dino: one of classifier, inception"),
         ({"output_dir": None, "adapter_dir": [str(tiny_adapter), "other"]}, "output_dir: not given"),
         ({"output_dir": None, "adapter_dir": "s3://bucket/a"}, "output_dir: not given: s3://bucket/a is in a bucket"),

@@ -78,12 +78,14 @@ def test_the_table_has_a_line_per_row() -> None:
 def test_the_report_is_self_contained_and_its_plots_are_files_too(tmp_path: Path, adapters: list[str]) -> None:
     page = report(tmp_path, adapters).read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert len(sources) == 1 + 4 + 2 + 2  # icon, plots over the scale, over time, grids
+    assert len(sources) == 1 + 1 + 4 + 2 + 2  # icon, plots of the cost, over the scale, over time, grids
     assert all(source.startswith("data:") for source in sources)
     assert "<b>base</b>" not in page
     assert "&lt;b&gt;base" in page
     assert ("one pass, yours" in page) == (len(adapters) > 1)
+    assert "No guidance at some steps only is better than one pass" in page
     for name in (
+        "pareto",
         "frechet_distance",
         "class_accuracy",
         "gap_closed",
@@ -115,7 +117,7 @@ def opened(page: Path, profile: Path) -> tuple[list[int], str]:
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt-get install chromium")
 def test_a_browser_shows_every_picture_without_console_messages(tmp_path: Path) -> None:
     widths, console = opened(report(tmp_path, ["mine", "yours"]), tmp_path / "profile")
-    assert len(widths) == 4 + 2 + 2
+    assert len(widths) == 1 + 4 + 2 + 2
     assert min(widths) > 0
     assert console == ""
 
