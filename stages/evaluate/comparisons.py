@@ -241,8 +241,8 @@ def guiding(
 ) -> Iterator[None]:
     """Within the context, a pipeline call at the setting's scale uses the setting's method."""
     rule, interval = rule_of(setting.method), interval_of(setting.method)
+    is_modular = isinstance(pipe, ModularPipeline)  # its call has no guidance_scale argument to intercept
     if setting.method == ONE_PASS:
-        is_modular = isinstance(pipe, ModularPipeline)  # its call has no guidance_scale argument to intercept
         adapter.attach(denoiser_of(pipe)[1] if is_modular else pipe)
         try:
             with adapter.guidance_scale(setting.guidance_scale) if is_modular else nullcontext():
@@ -250,6 +250,11 @@ def guiding(
         finally:
             adapter.detach()
     elif interval is not None:
+        if is_modular:
+            raise UserError(
+                f"{type(pipe).__name__}: a modular pipeline takes no schedule of scales: leave {setting.method} out of "
+                "methods=[...]"
+            )
         adapter.attach(pipe)
         try:
             with adapter.guidance_schedule(scale_inside(pipe, interval, setting.guidance_scale)):

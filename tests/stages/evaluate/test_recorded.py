@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPAGP
 from stages.adapters import GuidanceAdapter
 from stages.adapters.card import loading, model_card
 from stages.base.sampling import Request
+from stages.errors import UserError
 from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, arguments_of, load_pair, sample_setting
 from stages.generate.config import TeacherConfig
 from stages.train.trainer import Trainer
@@ -92,4 +93,6 @@ def test_a_guider_is_restored(tmp_path: Path) -> None:
     for method, scale in ((NONE, 1.0), (CFG, 3.0), (ONE_PASS, 3.0)):
         found[method] = sample_setting(pipe, adapter, Setting(method, scale), request_of(pipe, adapter))
     assert [samples.denoiser_evaluations for samples in found.values()] == [2, 4, 2]
+    with pytest.raises(UserError, match="modular pipeline.*: leave one_pass_interval_20_80 out of methods"):
+        sample_setting(pipe, adapter, Setting("one_pass_interval_20_80", 3.0), request_of(pipe, adapter))
     assert "| guider |" in model_card(adapter.variant, 1, adapter.metadata)
