@@ -21,7 +21,7 @@ from stages.evaluate.methods import (
 )
 
 COLOURS = {NONE: "#888888", CFG: "#1f6fb4"}
-SHADES = {CFG_FIRST: "Blues", CFG_INTERVAL: "Purples", CFG_ADAPTIVE: "YlOrBr", CFG_EVERY: "Greens"}
+SHADES = {CFG_FIRST: "Blues", CFG_INTERVAL: "Purples", CFG_ADAPTIVE: "RdPu", CFG_EVERY: "Greens"}
 MARKERS = {
     NONE: "X",
     CFG: "s",
