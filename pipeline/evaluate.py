@@ -21,7 +21,7 @@ from stages.base.loading import has_several_gpus
 from stages.configuration.options import to_yaml
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation, Makers
-from stages.evaluate.pareto import Pareto
+from stages.evaluate.pareto import sentences
 from stages.evaluate.processes import evaluate_over_cores
 from stages.evaluate.report import table, write_report
 from stages.storage.files import whole_file, write_json
@@ -30,7 +30,7 @@ from stages.storage.files import whole_file, write_json
 def main(config: EvaluateConfig) -> None:
     evaluation = evaluate(config)
     print(table(evaluation.rows))
-    print(*Pareto.of(evaluation.rows).sentences(), sep="\n")
+    print(*sentences(evaluation.rows), sep="\n")
     print(f"report: {evaluation.folder / 'report.html'}")
     if (card := write_results_to_card(evaluation)) is not None:
         print(f"model card: {card} and {CONFIG_FILE} beside it now hold these results")

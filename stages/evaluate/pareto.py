@@ -20,16 +20,17 @@ class Quality(NamedTuple):
 
     column: str
     name: str
+    format: str = ".3f"
     lower: bool = False
     averaged: bool = False
 
 
-# The first that was measured counts. The gap is one to CFG at the same scale, so there is no best scale for it.
+# The gap is one to CFG at the same scale, so there is no best scale for it.
 QUALITIES = (
-    Quality("frechet_distance", "Frechet distance", lower=True),
+    Quality("frechet_distance", "Frechet distance", ".2f", lower=True),
     Quality("gap_closed", "gap closed", averaged=True),
 )
-ADHERENCE = (Quality("class_accuracy", "class accuracy"), Quality("clip_score", "CLIP score"))
+ADHERENCE = (Quality("class_accuracy", "class accuracy"), Quality("clip_score", "CLIP score", ".2f"))
 
 
 class Point(NamedTuple):
@@ -46,11 +47,11 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Pareto:
-    """The methods by quality and evaluations per image.
+    """The methods by one quality and evaluations per image.
 
     Attributes:
         points: one per method and adapter, in the order of the rows.
-        quality, adherence: what they measure; adherence is None where it was not measured.
+        quality, adherence: what they measure; adherence is None where it was not measured or is averaged away.
         front: the points that no other beats at the same or a lower cost, by ascending cost.
     """
 
@@ -60,10 +61,10 @@ class Pareto:
     front: list[Point]
 
     @staticmethod
-    def of(rows: list[Row]) -> Pareto:
+    def of(rows: list[Row], quality: Quality) -> Pareto:
         """The points of an evaluation's rows."""
-        quality = next(each for each in QUALITIES if each.column in rows[0])
-        adherence = next((each for each in ADHERENCE if each.column in rows[0]), None)
+        measured = [] if quality.averaged else [each for each in ADHERENCE if each.column in rows[0]]
+        adherence = measured[0] if measured else None
         adapters = list(dict.fromkeys(row["adapter"] for row in rows if row.get("adapter")))
         groups: dict[tuple[str, str | None], list[Row]] = {}
         for row in rows:
@@ -73,23 +74,6 @@ class Pareto:
             for (method, adapter), found in groups.items()
         ]
         return Pareto(points, quality, adherence, front_of(points, quality))
-
-    def cells(self) -> list[list[str]]:
-        """A table, header first: each method at its best."""
-        adherence = [] if self.adherence is None else [self.adherence.name]
-        head = ["method", "evaluations", self.quality.name, *([] if self.quality.averaged else ["at scale"])]
-        body = [
-            [
-                point.title,
-                f"{point.evaluations:.4g}",
-                f"{point.quality:.2f}",
-                *([] if point.scale is None else [f"{point.scale:g}"]),
-                *([] if point.adherence is None else [f"{point.adherence:.3f}"]),
-                "yes" if point in self.front else "",
-            ]
-            for point in sorted(self.points, key=lambda point: point.evaluations)
-        ]
-        return [[*head, *adherence, "on the front"], *body]
 
     def sentences(self) -> list[str]:
         """Which methods are on the front, which beat one pass, and which it beats at a lower or equal cost."""
@@ -106,7 +90,8 @@ class Pareto:
             found.append(f"Better than {named}, at their own cost: {self._listed(free)}.")
         else:
             found.append(f"No guidance at some steps only is better than {named}, at any cost.")
-        found += [f"CFG at all steps is better: {self._figures(p)}." for p in better if p.method == CFG]
+        if not self.quality.averaged:  # else CFG is the measure
+            found += [f"CFG at all steps is better: {self._figures(p)}." for p in better if p.method == CFG]
         if beaten := [p for p in others if p not in better and p.evaluations >= best.evaluations]:
             found.append(f"At least as costly as one pass and no better: {self._listed(beaten)}.")
         return found
@@ -119,40 +104,78 @@ class Pareto:
 
     def _figures(self, point: Point) -> str:
         scale = "" if point.scale is None or point.method == NONE else f" at scale {point.scale:g}"
-        return f"{point.quality:.2f}{scale} with {point.evaluations:.4g} evaluations"
+        return f"{point.quality:{self.quality.format}}{scale} with {point.evaluations:.4g} evaluations"
 
-    def plot(self) -> bytes:
-        """A PNG plot of the quality, and of the adherence if measured, against evaluations per image."""
-        panels = [(self.quality, [p.quality for p in self.points])]
-        if self.adherence is not None:
-            panels.append((self.adherence, [p.adherence or 0.0 for p in self.points]))
-        figure = Figure(figsize=(3.6 + 3.9 * len(panels), 3.8), layout="constrained")
-        for number, (measure, values) in enumerate(panels):
-            self._draw(figure.add_subplot(1, len(panels), number + 1), measure, values)
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=120)
-        return content.getvalue()
+    def panels(self) -> list[tuple[Quality, list[Point]]]:
+        """What to plot: the quality, and the adherence in its place if it was measured."""
+        if self.adherence is None:
+            return [(self.quality, self.points)]
+        adhering = [point._replace(quality=point.adherence or 0.0) for point in self.points]
+        return [(self.quality, self.points), (self.adherence, adhering)]
 
-    def _draw(self, axes: Any, measure: Quality, values: list[float]) -> None:
-        adapters = list(dict.fromkeys(point.adapter for point in self.points if point.adapter))
-        measured = [point._replace(quality=value) for point, value in zip(self.points, values, strict=True)]
-        front = front_of(measured, measure)
-        path = [(point.evaluations, point.quality) for point in front]
-        path.append((max(point.evaluations for point in self.points), path[-1][1]))
-        axes.plot(*zip(*path, strict=True), drawstyle="steps-post", color="#444444", linewidth=1, label="Pareto front")
-        for point in measured:
-            style = style_of(point.method, point.adapter, adapters) | {"linestyle": "none"}
-            axes.plot(point.evaluations, point.quality, marker=marker_of(point.method), markersize=8, **style)
-            if point.scale is not None and point.method != NONE:
-                place = {"textcoords": "offset points", "xytext": (6, 4), "fontsize": 7}
-                axes.annotate(f"{point.scale:g}", (point.evaluations, point.quality), **place)
-        axes.set_xlabel("denoiser evaluations per image")
-        better = "lower is better" if measure.lower else "higher is better"
-        at = "mean over the scales" if self.quality.averaged else "at the scale beside each point"
-        axes.set_title(f"{measure.name} ({better}), {at}", fontsize=9)
-        axes.grid(alpha=0.3)
+
+def paretos_of(rows: list[Row]) -> list[Pareto]:
+    """One for each quality that was measured."""
+    return [Pareto.of(rows, quality) for quality in QUALITIES if quality.column in rows[0]]
+
+
+def sentences(rows: list[Row]) -> list[str]:
+    """What the fronts say, in words."""
+    return [sentence for pareto in paretos_of(rows) for sentence in pareto.sentences()]
+
+
+def cells(rows: list[Row]) -> list[list[str]]:
+    """A table, header first: each method at its best, by ascending cost, and on which fronts it is."""
+    paretos = paretos_of(rows)
+    head = ["method", "evaluations"]
+    for pareto in paretos:
+        head.append(pareto.quality.name)
+        head += [] if pareto.quality.averaged else ["at scale"]
+        head += [] if pareto.adherence is None else [pareto.adherence.name]
+    body = []
+    for same in sorted(
+        zip(*(pareto.points for pareto in paretos), strict=True), key=lambda points: points[0].evaluations
+    ):
+        line = [same[0].title, f"{same[0].evaluations:.4g}"]
+        for pareto, point in zip(paretos, same, strict=True):
+            line.append(f"{point.quality:{pareto.quality.format}}")
+            line += [] if point.scale is None else [f"{point.scale:g}"]
+            line += [] if pareto.adherence is None else [f"{point.adherence:{pareto.adherence.format}}"]
+        fronts = [pareto.quality.name for pareto, point in zip(paretos, same, strict=True) if point in pareto.front]
+        body.append([*line, ", ".join(fronts)])
+    return [[*head, "on the front of"], *body]
+
+
+def plot(rows: list[Row]) -> bytes:
+    """A PNG plot: each quality, and the adherence if measured, against evaluations per image."""
+    panels = [panel for pareto in paretos_of(rows) for panel in pareto.panels()]
+    figure = Figure(figsize=(2.2 + 3.7 * len(panels), 3.8), layout="constrained")
+    for number, (measure, points) in enumerate(panels):
+        draw(figure.add_subplot(1, len(panels), number + 1), measure, points)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()
+
+
+def draw(axes: Any, measure: Quality, points: list[Point]) -> None:
+    """Draw the points, each with its scale, and their front."""
+    adapters = list(dict.fromkeys(point.adapter for point in points if point.adapter))
+    path = [(point.evaluations, point.quality) for point in front_of(points, measure)]
+    path.append((max(point.evaluations for point in points), path[-1][1]))
+    axes.plot(*zip(*path, strict=True), drawstyle="steps-post", color="#444444", linewidth=1, label="Pareto front")
+    for point in points:
+        style = style_of(point.method, point.adapter, adapters) | {"linestyle": "none"}
+        axes.plot(point.evaluations, point.quality, marker=marker_of(point.method), markersize=8, **style)
+        if point.scale is not None and point.method != NONE:
+            place = {"textcoords": "offset points", "xytext": (6, 4), "fontsize": 7}
+            axes.annotate(f"{point.scale:g}", (point.evaluations, point.quality), **place)
+    axes.set_xlabel("denoiser evaluations per image")
+    better = "lower is better" if measure.lower else "higher is better"
+    at = "mean over the scales" if measure.averaged else "at the scale beside each point"
+    axes.set_title(f"{measure.name} ({better}),\n{at}", fontsize=9)
+    axes.grid(alpha=0.3)
 
 
 def point_of(rows: list[Row], quality: Quality, adherence: Quality | None, title: str) -> Point:

@@ -13,9 +13,9 @@ import matplotlib
 from torch import Tensor
 
 from stages.base.pictures import grid, to_picture
+from stages.evaluate import pareto
 from stages.evaluate.comparisons import CFG, NONE, Setting
 from stages.evaluate.methods import title_of
-from stages.evaluate.pareto import Pareto
 from stages.evaluate.styles import style_of
 from stages.storage.files import whole_file
 
@@ -166,8 +166,7 @@ def write_report(folder: Path, rows: list[Row], shown: dict[Setting, Tensor], me
     over_time = {f"error_at_scale_{s:g}": (f"distance to CFG at scale {s:g}", plot_over_time(rows, s)) for s in scales}
     grids = [grid_at(shown, scale) for scale in scales]
     pictures = {name: content for name, (_, content) in (over_scale | over_time).items()}
-    pareto = Pareto.of(rows)
-    pictures["pareto"] = pareto.plot()
+    pictures["pareto"] = pareto.plot(rows)
     pictures |= {f"grid_at_scale_{grid.scale:g}": grid.png for grid in grids}
     for name, content in pictures.items():
         with whole_file(folder / f"{name}.png") as file:
@@ -179,8 +178,11 @@ def write_report(folder: Path, rows: list[Row], shown: dict[Setting, Tensor], me
         over_scale=as_pictures(over_scale),
         over_time=as_pictures(over_time),
         grids=grids,
-        pareto=pareto,
-        pareto_plot=as_source(pictures["pareto"]),
+        pareto={
+            "sentences": pareto.sentences(rows),
+            "cells": pareto.cells(rows),
+            "source": as_source(pictures["pareto"]),
+        },
         metadata=metadata,
     )
     path = folder / "report.html"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from stages.evaluate.pareto import Pareto
+from stages.evaluate.pareto import QUALITIES, Pareto, cells, paretos_of, plot, sentences
 
 
 def row(method: str, scale: float, evaluations: float, distance: float, **values: Any) -> dict[str, Any]:
@@ -27,8 +27,11 @@ ROWS = [
 ]
 
 
+DISTANCE, GAP = QUALITIES
+
+
 def test_each_method_is_taken_at_its_best_scale() -> None:
-    pareto = Pareto.of(ROWS)
+    pareto = Pareto.of(ROWS, DISTANCE)
     assert [(p.method, p.scale, p.evaluations, p.quality, p.adherence) for p in pareto.points] == [
         ("none", 1.0, 20, 15.0, 0.9),
         ("cfg", 1.5, 40, 11.0, 0.9),
@@ -37,14 +40,17 @@ def test_each_method_is_taken_at_its_best_scale() -> None:
         ("cfg_interval_20_80", 3.0, 32, 10.5, 0.95),
     ]
     assert [point.method for point in pareto.front] == ["one_pass", "cfg_interval_20_80"]
-    cells = pareto.cells()
-    assert cells[0] == ["method", "evaluations", "Frechet distance", "at scale", "class accuracy", "on the front"]
-    assert ["guided, 20% to 80%", "32", "10.50", "3", "0.950", "yes"] in cells
-    assert {len(line) for line in cells} == {6}
+
+
+def test_the_gap_is_averaged_over_the_scales() -> None:
+    pareto = Pareto.of(ROWS, GAP)
+    assert pareto.adherence is None
+    assert (pareto.points[2].quality, pareto.points[2].scale) == (pytest.approx(0.87), None)
+    assert [point.method for point in pareto.front] == ["one_pass", "cfg_first_50", "cfg_interval_20_80"]
 
 
 def test_the_report_says_where_an_alternative_beats_one_pass_and_where_not() -> None:
-    front, better, cfg, beaten = Pareto.of(ROWS).sentences()
+    front, better, cfg, beaten = Pareto.of(ROWS, DISTANCE).sentences()
     assert front.endswith(
         "one pass (12.00 at scale 1.5 with 20 evaluations); guided, 20% to 80% (10.50 at scale 3 with 32 evaluations)."
     )
@@ -55,25 +61,35 @@ def test_the_report_says_where_an_alternative_beats_one_pass_and_where_not() -> 
     assert cfg == "CFG at all steps is better: 11.00 at scale 1.5 with 40 evaluations."
     assert "no better: guided, first 50% (12.50" in beaten
     without = [each for each in ROWS if "interval" not in each["method"]]
-    assert Pareto.of(without).sentences()[1].startswith("No guidance at some steps only is better than one pass (12.00")
-    assert len(Pareto.of([each for each in ROWS if each["method"] != "one_pass"]).sentences()) == 1
+    (_, none_better, *_) = Pareto.of(without, DISTANCE).sentences()
+    assert none_better.startswith("No guidance at some steps only is better than one pass (12.00")
+    assert len(Pareto.of([each for each in ROWS if each["method"] != "one_pass"], DISTANCE).sentences()) == 1
+    assert sentences(ROWS)[:4] == [front, better, cfg, beaten]
+    assert "guided, first 50% (0.873 with 30 evaluations)" in sentences(ROWS)[5]
 
 
-def test_without_a_reference_the_gap_is_averaged_over_the_scales() -> None:
+def test_the_table_names_the_fronts() -> None:
+    found = cells(ROWS)
+    head = ["method", "evaluations", "Frechet distance", "at scale", "class accuracy", "gap closed", "on the front of"]
+    assert found[0] == head
+    assert found[-2] == ["guided, 20% to 80%", "32", "10.50", "3", "0.950", "0.890", "Frechet distance, gap closed"]
+    assert found[3] == ["guided, first 50%", "30", "12.50", "3", "0.900", "0.873", "gap closed"]
+    assert {len(line) for line in found} == {len(head)}
+
+
+def test_without_a_reference_there_is_the_gap_alone() -> None:
     rows = [
         {key: value for key, value in each.items() if key not in ("frechet_distance", "class_accuracy")}
         for each in ROWS
     ]
-    pareto = Pareto.of(rows)
-    assert pareto.quality.name == "gap closed"
-    assert pareto.adherence is None
-    assert pareto.points[2].quality == pytest.approx(0.87)
-    assert [point.method for point in pareto.front] == ["one_pass", "cfg_first_50", "cfg_interval_20_80"]
-    assert pareto.cells()[0] == ["method", "evaluations", "gap closed", "on the front"]
+    assert [pareto.quality for pareto in paretos_of(rows)] == [GAP]
+    assert cells(rows)[0] == ["method", "evaluations", "gap closed", "on the front of"]
 
 
-@pytest.mark.parametrize("columns", [{}, {"class_accuracy"}, {"class_accuracy", "frechet_distance"}])
-def test_the_plot_has_a_panel_for_each_measure(columns: set[str]) -> None:
-    rows = [{key: value for key, value in each.items() if key not in columns} for each in ROWS]
-    with Image.open(io.BytesIO(Pareto.of(rows).plot())) as picture:
-        assert picture.width > (500 if columns else 1000)
+@pytest.mark.parametrize(
+    ("left_out", "panels"), [(set(), 3), ({"class_accuracy"}, 2), ({"class_accuracy", "frechet_distance"}, 1)]
+)
+def test_the_plot_has_a_panel_for_each_measure(left_out: set[str], panels: int) -> None:
+    rows = [{key: value for key, value in each.items() if key not in left_out} for each in ROWS]
+    with Image.open(io.BytesIO(plot(rows))) as picture:
+        assert picture.width == round((2.2 + 3.7 * panels) * 120)
