@@ -171,11 +171,26 @@ def draw(axes: Any, measure: Quality, points: list[Point]) -> None:
         if point.scale is not None and point.method != NONE:
             place = {"textcoords": "offset points", "xytext": (6, 4), "fontsize": 7}
             axes.annotate(f"{point.scale:g}", (point.evaluations, point.quality), **place)
+    focus(axes, points, measure)
     axes.set_xlabel("denoiser evaluations per image")
     better = "lower is better" if measure.lower else "higher is better"
     at = "mean over the scales" if measure.averaged else "at the scale beside each point"
     axes.set_title(f"{measure.name} ({better}),\n{at}", fontsize=9)
     axes.grid(alpha=0.3)
+
+
+def focus(axes: Any, points: list[Point], measure: Quality) -> None:
+    """Limit the axis to the guided methods; no guidance, mostly far from them, is written at the edge."""
+    values = [point.quality for point in points if point.method != NONE]
+    margin = 0.2 * (max(values) - min(values)) or 0.01 * abs(values[0]) or 1.0
+    low, high = min(values) - margin, max(values) + margin
+    axes.set_ylim(low, high)
+    for point in points:
+        if point.method == NONE and not low <= point.quality <= high:
+            above = point.quality > high
+            place = {"xycoords": ("data", "axes fraction"), "va": "top" if above else "bottom", "fontsize": 7}
+            text = f"no guidance: {point.quality:{measure.format}}"
+            axes.annotate(text, (point.evaluations, 0.98 if above else 0.02), **place)
 
 
 def point_of(rows: list[Row], quality: Quality, adherence: Quality | None, title: str) -> Point:
