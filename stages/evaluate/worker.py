@@ -18,7 +18,7 @@ from stages.base.denoiser import denoiser_of, fingerprint
 from stages.base.loading import choose_device, use_scheduler
 from stages.base.pictures import check_pictures, to_picture
 from stages.base.prompts import check_columns, read_prompts
-from stages.base.sampling import Condition, Request, decode, takes_class_labels
+from stages.base.sampling import Condition, Request, decode, noise_seeds, takes_class_labels
 from stages.errors import UserError
 from stages.evaluate.clip_score import ClipJudge
 from stages.evaluate.comparisons import (
@@ -202,7 +202,7 @@ class Worker:
 
         Keep intermediate latents for the unguided run and the current CFG run only.
         """
-        seeds = [(self.config.seed << 32) + i for i in indices]
+        seeds = noise_seeds(self.config.seed, indices)
         request = Request(self._conditions_at(indices), seeds, self.config.num_inference_steps, self.arguments)
         samples: dict[Setting, Samples] = {}
         errors: dict[Setting, dict[str, Tensor]] = {setting: {} for setting in self.settings}
