@@ -16,7 +16,6 @@ from stages.app.sampler import SIDE, SMALL, Sample, Sampler, Subject
 from stages.errors import UserError
 from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, settings
 from stages.evaluate.config import MAX_SEED
-from stages.evaluate.report import TITLES
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
@@ -24,7 +23,8 @@ import gradio as gr
 
 TITLE = "One pass instead of two"
 CSS = Path(__file__).with_name("page.css")
-SHOWN = (NONE, CFG, ONE_PASS)  # from left to right
+TITLES = {NONE: "no guidance", CFG: "CFG, two passes", ONE_PASS: "one pass"}  # from left to right
+SHOWN = tuple(TITLES)
 STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 MOST_POSITIONS = 60
 Outputs = list[Any]  # a figure per method and the note
