@@ -92,7 +92,7 @@ def build(sampler: Sampler, title: str) -> gr.Blocks:
             buttons=[],
             elem_id="scale",
         )
-        note = gr.HTML("", elem_id="note")
+        note = gr.HTML(note_of(""), elem_id="note")
 
         def follow(scale: float, seed: int | None, shown: Any, negative: str = "") -> Iterator[Outputs]:
             if seed is None or shown in (None, ""):
@@ -130,10 +130,10 @@ def subject_fields(sampler: Sampler) -> tuple[Any, Any]:
     if sampler.classes is not None:
         return gr.Dropdown(sampler.classes, value=sampler.classes[0][1], label="class", elem_id="shown", scale=3), None
     one_line = {"lines": 1, "max_lines": 1, "placeholder": "a prompt, then Enter"}
-    shown = gr.Textbox(label="prompt", elem_id="shown", scale=4, autofocus=True, **one_line)
+    shown = gr.Textbox(label="prompt", elem_id="shown", scale=4, **one_line)
     if not sampler.takes_negative:
         return shown, None
-    label = "negative prompt" if sampler.adapter.sees_negative else "negative prompt (CFG only: not trained)"
+    label = "negative prompt" if sampler.adapter.sees_negative else "negative prompt (CFG only)"
     return shown, gr.Textbox(label=label, lines=1, max_lines=1, elem_id="negative", scale=3)
 
 
