@@ -143,17 +143,24 @@ def triggers(field: Any) -> list[Any]:
 
 def drawn(sampler: Sampler, scales: Scales, scale: float, subject: Subject) -> Iterator[Outputs]:
     """What the page shows after each sample; what costs least comes first."""
-    outputs = [*(gr.skip() for _ in SHOWN), note_of(scales.note(scale))]
+    outputs: Outputs = [gr.skip() for _ in SHOWN]
+    left = sorted(settings([scale]), key=lambda setting: (NONE, ONE_PASS, CFG).index(setting.method))
     try:
-        for setting in sorted(settings([scale]), key=lambda setting: (NONE, ONE_PASS, CFG).index(setting.method)):
+        while left:
+            setting = left.pop(0)
             outputs[SHOWN.index(setting.method)] = figure(setting.method, sampler.sample(setting, subject))
-            yield outputs
+            yield [*outputs, note_of(scales.note(scale), is_last=not left)]
     except UserError as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from error
 
 
-def note_of(text: str) -> str:
-    return f'<p role="status">{escape(text)}</p>'
+def note_of(text: str, is_last: bool = True) -> str:
+    """The line below the slider.
+
+    Args:
+        is_last: no further pictures are being sampled.
+    """
+    return f'<p role="status" class="{"done" if is_last else "sampling"}">{escape(text)}</p>'
 
 
 def figure(method: str, sample: Sample | None) -> str:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from PIL import Image
 
-from stages.app.page import Scales, figure
-from stages.app.sampler import Sample
-from stages.evaluate.comparisons import CFG, ONE_PASS
+from stages.app.page import Scales, drawn, figure, gr
+from stages.app.sampler import Sample, Subject
+from stages.errors import UserError
+from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting
 
 
 @pytest.mark.parametrize("trained", [(1.0, 4.0), (1.0, 1.5), (2.0, 14.0), (1.0, 30.0)])
@@ -36,3 +39,34 @@ def test_a_figure_shows_pictures_and_cost() -> None:
         assert part in shown
     assert 'class="large"' in figure(CFG, Sample(Image.new("RGB", (1024, 1024)), 50, 900.0, fused=None))
     assert "<img" not in figure(CFG, None)
+
+
+class Recorded:
+    """A sampler that keeps what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[Setting] = []
+
+    def sample(self, setting: Setting, subject: Subject) -> Sample:
+        if subject.shown == "refused":
+            raise UserError("refused: ask for something else")
+        self.asked.append(setting)
+        return Sample(Image.new("L", (8, 8)), 25, 1.0, fused=None)
+
+
+def test_each_sample_is_shown_at_once_and_cfg_comes_last() -> None:
+    sampler: Any = Recorded()
+    outputs = list(drawn(sampler, Scales.around(1.0, 4.0), 3.0, Subject(1, 0)))
+    assert sampler.asked == [Setting(NONE, 1.0), Setting(ONE_PASS, 3.0), Setting(CFG, 3.0)]
+    assert [["<img" in str(figure) for figure in shown[:3]] for shown in outputs] == [
+        [True, False, False],
+        [True, False, True],
+        [True, True, True],
+    ]
+    assert ["sampling" in shown[3] for shown in outputs] == [True, True, False]
+
+
+def test_what_the_pipeline_refuses_is_told_on_the_page() -> None:
+    sampler: Any = Recorded()
+    with pytest.raises(gr.Error, match="refused: ask for something else"):
+        list(drawn(sampler, Scales.around(1.0, 4.0), 3.0, Subject("refused", 0)))
