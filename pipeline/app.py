@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from pipeline.command import run
 from stages.app.config import AppConfig
+from stages.app.sampler import Sampler
 from stages.base.loading import choose_device
 from stages.configuration.options import check_bounds
 from stages.errors import UserError
@@ -25,7 +26,6 @@ def main(config: AppConfig) -> None:
         if error.name not in NEEDED:
             raise
         raise UserError(f"{error.name} is not installed: pip install '.[app]'") from error
-    from stages.app.sampler import Sampler
 
     with server.listen(config.host, config.port) as listener:
         device = choose_device(config.device)
@@ -33,10 +33,10 @@ def main(config: AppConfig) -> None:
         sampler = Sampler(pipe, adapter, config.num_inference_steps)
         pictures = "a picture" if sampler.side == 1 else f"{sampler.side**2} pictures at once"
         title = f"{config.adapter_dir} on {pipe.name_or_path}: {pictures}, {config.num_inference_steps} steps, {device}"
-        built = page.build(sampler, title)
+        application = page.application(sampler, title)
         print(f"{server.address_of(listener)}: open it in a browser; Ctrl-C ends it", flush=True)
         with suppress(KeyboardInterrupt):
-            server.serve(built, listener)
+            server.serve(application, listener)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from stages.evaluate.config import MAX_SEED
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
+from fastapi import FastAPI
 
 TITLE = "One pass instead of two"
+SYSTEM_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 CSS = Path(__file__).with_name("page.css")
 TITLES = {NONE: "no guidance", CFG: "CFG, two passes", ONE_PASS: "one pass"}  # from left to right
 SHOWN = tuple(TITLES)
@@ -63,6 +65,23 @@ class Scales:
         if low <= scale <= high:
             return ""
         return f"{scale:g} is outside the trained scales, {low:g} to {high:g}: one pass may differ from CFG"
+
+
+def application(sampler: Sampler, title: str) -> Any:
+    """The page as an ASGI application.
+
+    Not by the page's own `launch`, which looks itself up through whatever proxy the environment names.
+    """
+    return gr.mount_gradio_app(
+        FastAPI(),
+        build(sampler, title),
+        path="/",
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        theme=gr.themes.Default(primary_hue="orange", **SYSTEM_FONTS),
+        css_paths=CSS,
+    )
 
 
 def build(sampler: Sampler, title: str) -> gr.Blocks:

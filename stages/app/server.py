@@ -6,12 +6,9 @@ import socket
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 
-from stages.app.page import CSS, gr
 from stages.errors import UserError
 
-SYSTEM_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 SECONDS_TO_CLOSE = 1
 
 
@@ -34,20 +31,7 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(page: Any, listener: socket.socket) -> None:
-    """Serve a page until Ctrl-C.
-
-    Not by the page's own `launch`, which looks itself up through whatever proxy the environment names.
-    """
-    app = gr.mount_gradio_app(
-        FastAPI(),
-        page,
-        path="/",
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-        theme=gr.themes.Default(primary_hue="orange", **SYSTEM_FONTS),
-        css_paths=CSS,
-    )
-    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=SECONDS_TO_CLOSE)
+def serve(application: Any, listener: socket.socket) -> None:
+    """Serve an ASGI application until Ctrl-C."""
+    config = uvicorn.Config(application, log_level="critical", timeout_graceful_shutdown=SECONDS_TO_CLOSE)
     uvicorn.Server(config).run(sockets=[listener])

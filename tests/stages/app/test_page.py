@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import gradio as gr
 import pytest
 from PIL import Image
 
-from stages.app.page import Scales, drawn, figure, gr
+from stages.app.page import Scales, drawn, figure
 from stages.app.sampler import Sample, Subject
 from stages.errors import UserError
 from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting
