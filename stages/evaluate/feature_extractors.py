@@ -171,6 +171,7 @@ class TransformersNetwork(SquareNetwork):
             processor = transformers.AutoImageProcessor.from_pretrained(path)
             if missing := sorted(loaded[1]["missing_keys"]):  # of another kind: these would stay random
                 raise ValueError(f"its weights lack {missing[0]}")
+            self.size = (processor.crop_size or processor.size)["height"]
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
             found = f"features_model={model}" if model else f"features={name}: {published}"
             raise UserError(
@@ -179,7 +180,6 @@ class TransformersNetwork(SquareNetwork):
             ) from error
         self.module, self.gaussian = loaded[0].eval().to(device), gaussian
         self.encode = getattr(self.module, method)
-        self.size = (processor.crop_size or processor.size)["height"]
         self.mean, self.deviation = (
             torch.tensor(value, device=device).view(3, 1, 1) for value in (processor.image_mean, processor.image_std)
         )

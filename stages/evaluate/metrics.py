@@ -46,8 +46,8 @@ class ImageMetrics:
         """A hash of the networks' weights and of the real images' prompts."""
         classifier, captions = self.reference.classifier, self.reference.captions
         known = hashlib.sha256(repr(captions.prompts).encode()).hexdigest() if captions is not None else ""
-        networks = [self.reference.network.module, *([classifier] if classifier is not None else [])]
-        return "".join(map(fingerprint, networks)) + known
+        judged = fingerprint(classifier) if classifier is not None else ""
+        return fingerprint(self.reference.network.module) + judged + known
 
     def check(self, conditions: Sequence[Condition]) -> None:
         """
@@ -90,7 +90,7 @@ class ImageMetrics:
             expected, found = ("x".join(map(str, batch.shape[1:])) for batch in (real, images))
             raise UserError(
                 f"reference={self.reference.folder}: holds images of {expected}, and the pipeline makes {found}: name "
-                "a folder of real images with features=inception, or leave it out: reference=null"
+                "a folder of real images with features=inception or efficientnet_lite0, or leave it out: reference=null"
             )
 
     def update(self, images: Tensor, conditions: Sequence[Condition]) -> None:

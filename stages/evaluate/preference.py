@@ -64,3 +64,15 @@ class PreferenceJudge:
                 "return one number an image"
             )
         return {self.name: scores}
+
+
+def load_scores(entries: Sequence[str], device: str) -> list[PreferenceJudge]:
+    """
+    Raises:
+        UserError: one cannot be loaded, or two have one name.
+    """
+    judges = [PreferenceJudge(entry, device) for entry in entries]
+    names = [judge.name.removeprefix(PREFERENCE) for judge in judges]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"preference: {twice[0]} is given twice: give each score a name of its own")
+    return judges

@@ -40,7 +40,7 @@ class Captions:
         if unknown and len(unknown) < len(conditions):
             raise UserError(
                 f"prompts: {len(unknown)} of {len(conditions)} are in no row of {named}, e.g. {unknown[0]!r:.80}: name "
-                "prompts of its rows only, or take a reference without them"
+                "prompts of its rows alone, or of none"
             )
 
     def numbers_of(self, conditions: Sequence[Condition]) -> Tensor | None:

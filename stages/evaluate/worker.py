@@ -38,7 +38,7 @@ from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.effective_scale import squared_distances
 from stages.evaluate.metrics import ImageMetrics
 from stages.evaluate.parts import LAYOUT, Parts, Result
-from stages.evaluate.preference import PreferenceJudge
+from stages.evaluate.preference import load_scores
 from stages.evaluate.reference import Reference
 from stages.evaluate.threads import threads_that_pay
 from stages.storage.files import whole_file
@@ -101,7 +101,7 @@ class Worker:
             self.judges.append(metrics)
         if config.clip_model is not None:
             self.judges.append(ClipJudge(config.clip_model, device))
-        self.judges += [PreferenceJudge(entry, device) for entry in config.preference]
+        self.judges += load_scores(config.preference, device)
         facts = self._facts()
         self.parts = Parts(self.output, facts.identity, number_of_parts(config))
         self.is_warm = False

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stages.errors import UserError
-from stages.evaluate.preference import PreferenceJudge
+from stages.evaluate.preference import PreferenceJudge, load_scores
 from tests.stages.evaluate.test_clip_score import save_tiny_clip
 from tests.support.families import PROMPTS
 
@@ -76,6 +76,8 @@ def test_a_score_that_cannot_be_loaded_or_used_is_named(tmp_path: Path, monkeypa
     ):
         with pytest.raises(UserError, match=f"preference={entry}: {message}"):
             PreferenceJudge(entry, "cpu")
+    with pytest.raises(UserError, match="preference: length is given twice: give each score a name of its own"):
+        load_scores([f"{module}:length"] * 2, "cpu")
     with pytest.raises(UserError, match=r"returns numbers of shape \[\] for 2 images: return one number an image"):
         PreferenceJudge(f"{module}:one_for_all", "cpu").measure(torch.zeros(2, 3, 8, 8), CONDITIONS)
 
