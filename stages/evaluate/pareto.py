@@ -25,12 +25,16 @@ class Quality(NamedTuple):
     averaged: bool = False
 
 
-# The gap is one to CFG at the same scale, so there is no best scale for it.
+# Of the measures of adherence, the first that was measured counts. The gap is one to CFG at the same scale, so there is no best scale for it.
 QUALITIES = (
     Quality("frechet_distance", "Frechet distance", ".2f", lower=True),
     Quality("gap_closed", "gap closed", averaged=True),
 )
-ADHERENCE = (Quality("class_accuracy", "class accuracy"), Quality("clip_score", "CLIP score", ".2f"))
+ADHERENCE = (
+    Quality("retrieval_top1", "retrieval, top 1"),
+    Quality("class_accuracy", "class accuracy"),
+    Quality("clip_score", "CLIP score", ".2f"),
+)
 
 
 class Point(NamedTuple):

@@ -15,7 +15,7 @@ from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Samples, Setting, s
 from stages.train.config import TrainConfig
 from stages.train.trainer import Trainer
 from tests.conftest import VARIANTS, generate, generate_config, mostly_long
-from tests.stages.evaluate.test_first_steps import AdapterStub
+from tests.stages.evaluate.test_partial_guidance import AdapterStub
 
 TEACHER = Path("stages/embedded/mnist_dit")
 SCALE = 2.0
