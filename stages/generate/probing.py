@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.base.arguments import Axis, argument
-from stages.base.denoiser import denoiser_of, denoisers_of, latent_name, samples_in
+from stages.base.denoiser import bind_inputs, denoiser_of, denoisers_of, latent_name
 from stages.base.hooks import Call, watch_steps
 from stages.base.loading import first_line
 from stages.base.patching import patched
@@ -55,8 +55,8 @@ def probe(pipe: Any, request: Request, guidance_scale: float) -> list[Seen]:
 def rows_by_step(pipe: Any, request: Request, guidance_scale: float) -> list[tuple[int, ...]]:
     """The number of rows in each denoiser call of each step.
 
-    The denoisers run once for each number of rows, and repeat that output in the other calls: the numbers of rows
-    follow from the steps' numbers alone, and the run costs hardly more than its scheduler.
+    The denoisers run once for each set of shapes, and repeat that output in the other calls: the numbers of rows follow
+    from the steps' numbers alone, and the run costs hardly more than its scheduler.
 
     Raises:
         DoesNotRunError: the pipeline fails.
@@ -70,13 +70,14 @@ def rows_by_step(pipe: Any, request: Request, guidance_scale: float) -> list[tup
 
 
 def _repeating() -> Callable[..., Any]:
-    kept: dict[int, Any] = {}
+    kept: dict[tuple[Any, ...], Any] = {}
 
     def run(forward: Callable[..., Any], denoiser: Any, *args: Any, **kwargs: Any) -> Any:
-        rows = samples_in(denoiser, args, kwargs)
-        if rows not in kept:
-            kept[rows] = forward(*args, **kwargs)
-        return copy.deepcopy(kept[rows])  # pipelines may modify it in place
+        inputs = bind_inputs(denoiser, args, kwargs)
+        shapes = tuple((name, value.shape) for name, value in inputs.items() if isinstance(value, Tensor))
+        if shapes not in kept:
+            kept[shapes] = forward(*args, **kwargs)
+        return copy.deepcopy(kept[shapes])  # pipelines may modify it in place
 
     return run
 
