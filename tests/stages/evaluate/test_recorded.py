@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPAGPipeline, StableDiffusionPipeline
 
 from stages.adapters import GuidanceAdapter
@@ -17,6 +18,8 @@ from stages.generate.config import TeacherConfig
 from stages.train.trainer import Trainer
 from tests.conftest import generate, generate_config, small_adapter, train_config
 from tests.support.families import PROMPTS, save
+
+NEGATIVES = ["grey", "a blurry one leaning left"]
 
 
 def trained(folder: Path, family: str, **info: Any) -> Path:
@@ -93,3 +96,27 @@ def test_a_guider_is_restored(tmp_path: Path) -> None:
         found[method] = sample_setting(pipe, adapter, Setting(method, scale), request_of(pipe, adapter))
     assert [samples.denoiser_evaluations for samples in found.values()] == [2, 4, 2]
     assert "| guider |" in model_card(adapter.variant, 1, adapter.metadata)
+
+
+def test_a_negative_prompt_moves_cfg_and_one_pass_and_not_the_base(tmp_path: Path) -> None:
+    """`lora` sees the negative prompt beside the scale, so its passes are not fused; they stay single."""
+    rows = [
+        {"prompt": prompt, "negative_prompt": negative} for prompt, negative in zip(PROMPTS, NEGATIVES, strict=True)
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    teacher = save("stable_diffusion", tmp_path / "teacher")
+    config = generate_config(teacher, tmp_path / "data", prompts=str(prompts), num_trajectories=4)
+    seeing = small_adapter(conditions=["negative_tokens"])
+    Trainer(train_config(generate(config), tmp_path / "run", max_train_steps=1, adapter=seeing)).run()
+    pipe, adapter = load_pair(str(tmp_path / "run"), None, "cpu")
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for method, moved in ((NONE, False), (CFG, True), (ONE_PASS, True)):
+        one, other = (
+            sample_setting(pipe, adapter, Setting(method, 3.0 if moved else 1.0), Request([row], [0], 2, {}))
+            for row in (rows[0], rows[0] | {"negative_prompt": NEGATIVES[1]})
+        )
+        assert bool(torch.allclose(one.latents, other.latents, atol=1e-4)) is not moved
+        assert one.denoiser_evaluations == (4 if method == CFG else 2)
+        assert one.fused is (False if method == ONE_PASS else None)
