@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -259,24 +258,23 @@ def prompts_at_effective_scale(rows: Rows, adapters: list[str], threshold: float
 def heeds_negative_prompts(rows: Rows, adapters: list[str], against: list[str], threshold: float) -> Finding:
     """With negative prompts, images show what their prompts ask for as often as under CFG, up to the threshold.
 
-    They show it more often, in the mean over the accuracies, than those of adapters that do not see the negative
-    prompts.
+    A negative prompt can lower that as well, so more often is no better. The adapter also comes nearer to CFG's latents
+    than those that do not see the negative prompts.
     """
     name, cfg, keys = best_adapter(rows, adapters), rows.where(method=CFG), measured_accuracies(rows)
     own = rows.named([name])
+    gap = {each: rows.named([each]).mean("gap_closed") for each in (name, *against)}
     figures = []
     for key in keys:
         blind = [f"{other} {rows.named([other]).format(key)}" for other in against]
         figures.append(f"{words(key)}: {name} {own.format(key)}, CFG {cfg.mean(key):.3f}, {', '.join(blind)}")
-
-    def together(of: Rows) -> float:
-        return statistics.fmean(of.mean(key) for key in keys)
-
+    closed = ", ".join(f"{each} {rows.named([each]).format('gap_closed')}" for each in gap)
     return Finding(
-        f"{', '.join(map(words, keys))} within {threshold} of CFG's, and above {' and '.join(against)}",
-        "; ".join([*figures, f"gap closed {own.format('gap_closed')}"]),
-        all(own.mean(key) >= cfg.mean(key) - threshold for key in keys)
-        and all(together(own) > together(rows.named([other])) for other in against),
+        f"{', '.join(map(words, keys))} within {threshold} of CFG's, and more of the gap closed than "
+        f"{' and '.join(against)}",
+        "; ".join([*figures, f"gap closed: {closed}"]),
+        all(abs(own.mean(key) - cfg.mean(key)) <= threshold for key in keys)
+        and all(gap[name] > gap[other] for other in against),
     )
 
 

@@ -214,12 +214,14 @@ def test_a_larger_adapter_is_too_large() -> None:
     assert (claim.found, claim.holds) == ("emoji: 3.50%", False)
 
 
-@pytest.mark.parametrize(("seeing", "blind", "holds"), [(0.95, 0.9, True), (0.93, 0.9, False), (0.95, 0.96, False)])
-def test_negative_prompts_are_heeded_by_those_who_see_them(seeing: float, blind: float, holds: bool) -> None:
+@pytest.mark.parametrize(
+    ("accuracy", "gap", "holds"), [(0.955, 0.9, True), (0.93, 0.9, False), (0.97, 0.9, False), (0.955, 0.4, False)]
+)
+def test_negative_prompts_are_heeded_by_those_who_see_them(accuracy: float, gap: float, holds: bool) -> None:
     rows = [row(CFG, 2.0, 1.0, 20.0, stroke_accuracy=0.95), row(NONE, 1.0, 0.0, 40.0, stroke_accuracy=0.8)]
     rows += [
-        row(ONE_PASS, 2.0, 0.9, 20.0, name, stroke_accuracy=value)
-        for name, value in (("seeing", seeing), ("blind", blind))
+        row(ONE_PASS, 2.0, gap, 20.0, "seeing", stroke_accuracy=accuracy),
+        row(ONE_PASS, 2.0, 0.5, 20.0, "blind", stroke_accuracy=0.95),
     ]
     (claim,) = judge({"": PLANS["heeds_negative_prompts"]}, [row | {"evaluation": "negative"} for row in rows])
     assert claim.holds is holds
