@@ -120,3 +120,17 @@ def test_a_negative_prompt_moves_cfg_and_one_pass_and_not_the_base(tmp_path: Pat
         assert bool(torch.allclose(one.latents, other.latents, atol=1e-4)) is not moved
         assert one.denoiser_evaluations == (4 if method == CFG else 2)
         assert one.fused is (False if method == ONE_PASS else None)
+
+
+def test_a_third_pass_at_one_step_becomes_part_of_one_pass(tmp_path: Path) -> None:
+    third = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.1, "skip_layer_guidance_stop": 0.9}
+    call = {"max_sequence_length": 32} | third
+    pipe, adapter = load_pair(str(trained(tmp_path, "stable_diffusion_3", height=32, width=32, call=call)), None, "cpu")
+    assert third.items() <= arguments_of(pipe, adapter).items()
+    evaluations = [
+        sample_setting(pipe, adapter, Setting(method, scale), request_of(pipe, adapter)).denoiser_evaluations
+        for method, scale in ((NONE, 1.0), (CFG, 3.0), (ONE_PASS, 3.0))
+    ]
+    assert evaluations == [2, 2 + 3, 2]
+    assert json.loads((tmp_path / "data/generation.json").read_text())["teacher_evaluations"] == 4 * (2 + 3)
+    assert '"skip_guidance_layers": [0]' in model_card(adapter.variant, 1, adapter.metadata)
