@@ -8,7 +8,7 @@ QUANTIZATION := $(VENV)/quantization
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-all clean
+.PHONY: help install demo app check test test-all clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s  %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +27,10 @@ demo: install ## generate, train and evaluate on handwritten digits
 	$(PYTHON) -m pipeline.generate --config configs/generate/mnist_dit.yaml output_dir=$(DEMO)/data
 	OMP_NUM_THREADS=1 $(PYTHON) -m pipeline.train --config configs/train/lora.yaml data_dir=$(DEMO)/data output_dir=$(DEMO)/adapter max_train_steps=2000
 	$(PYTHON) -m pipeline.evaluate adapter_dir=$(DEMO)/adapter 'guidance_scale=[1.5,2,3]' 'methods=[one_pass]'
+
+app: install ## show the demo's adapter in a browser, with a slider of guidance scales
+	@test -f $(DEMO)/adapter/adapter_config.json || { echo "error: $(DEMO)/adapter: no adapter there: run make demo first" >&2; exit 1; }
+	$(PYTHON) -m pipeline.app adapter_dir=$(DEMO)/adapter
 
 check: install ## ruff, mypy and import-linter
 	$(VENV)/bin/ruff check .

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.command import run
 from stages.base.loading import choose_device
 from stages.base.pictures import PICTURES, grid, to_picture
-from stages.base.sampling import Request, decode
+from stages.base.sampling import Request, decode, noise_seeds
 from stages.configuration.options import check_bounds
 from stages.errors import UserError
 from stages.evaluate.comparisons import arguments_of, conditions_of, load_pair, sample_setting, settings
@@ -29,7 +29,7 @@ def main(config: SampleConfig) -> None:
     pipe, adapter = load_pair(config.adapter_dir, config.pretrained_model_name_or_path, choose_device(config.device))
     pictures = {name: getattr(config, name) for name in PICTURES if getattr(config, name)}
     conditions = conditions_of(pipe, adapter, config.class_labels, list(config.prompts), pictures)
-    seeds = [(config.seed << 32) + i for i in range(len(conditions))]
+    seeds = noise_seeds(config.seed, range(len(conditions)))
     request = Request(conditions, seeds, config.num_inference_steps, arguments_of(pipe, adapter))
     rows = []
     for setting in settings([config.guidance_scale]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from stages.base.pictures import PICTURES, open_picture
 from stages.base.undecoded import Kept, decode, synchronize, undecoded, up_to_images
 from stages.errors import UserError
 
-__all__ = ["Condition", "Kept", "Request", "decode", "sample", "synchronize", "undecoded"]
+__all__ = ["Condition", "Kept", "Request", "decode", "noise_seeds", "sample", "synchronize", "undecoded"]
 
 Condition = dict[str, Any]  # of one image: `class_label`, or `prompt`, pictures and `negative_prompt`
 ONE_FOR_EACH = ("prompt", "negative_prompt", "generator", *PICTURES)
@@ -28,6 +28,14 @@ CALL_DEFAULTS: dict[str, dict[str, Any]] = {
     "PixArtSigmaPipeline": {"use_resolution_binning": False, "clean_caption": False},
     "WanPipeline": {"num_frames": 1},
 }
+
+
+SPREAD = 2_654_435_761  # odd, so that no two seeds below 2^32 give an image the same noise
+
+
+def noise_seeds(seed: int, indices: Iterable[int]) -> list[int]:
+    """The seed of each image's noise; torch's generator takes the lower 32 bits of a seed alone."""
+    return [(seed * SPREAD + i) % 2**32 for i in indices]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from stages.base.denoiser import fingerprint
 from stages.base.loading import first_line, quieten, resolve
 from stages.base.sampling import Condition
 from stages.errors import UserError
+from stages.evaluate.feature_extractors import as_tensor
 
 
 class ClipJudge:
@@ -72,7 +73,3 @@ class ClipEmbedding(nn.Module):
 
     def get_text_features(self, *args: Any) -> Tensor:
         return as_tensor(self.model.get_text_features(*args))
-
-
-def as_tensor(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.pooler_output

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from stages.configuration.options import option
 from stages.evaluate.comparisons import COMPARED
-from stages.evaluate.feature_extractors import CLASSIFIER, NETWORKS
+from stages.evaluate.feature_extractors import CLASSIFIER, FEATURES
 
 MAX_SEED = 2**31 - 1
 
@@ -34,13 +34,23 @@ class EvaluateConfig:
     )
     reference: str | None = option(
         "stages/embedded/digits",
-        "folder of real images: `reference.safetensors` and `classifier/`, or image files (png, jpg, webp); or null",
+        "folder of real images: `reference.safetensors` and `classifier/`, `reference.parquet` (image, prompt, and "
+        "optionally category), or image files (png, jpg, webp); or null",
     )
-    features: str = option(CLASSIFIER, "feature network: the reference's `classifier`, or `inception`", one_of=NETWORKS)
-    inception_weights: str | None = option(
-        None, "file of InceptionV3's weights; by default torch-fidelity downloads it"
+    features: str = option(
+        CLASSIFIER,
+        "feature network: the reference's `classifier`, `inception`, `efficientnet_lite0`, `dinov2` or `clip`",
+        one_of=FEATURES,
+    )
+    features_model: str | None = option(
+        None,
+        "the feature network's weights: a file for `inception`, a folder or hub id for `dinov2` and `clip`; by default "
+        "the published ones, which are downloaded",
     )
     clip_model: str | None = option(None, "folder or hub id of a CLIP model, to measure the CLIP score of prompts")
+    preference: list[str] = option(
+        list, "scores of images and their prompts by your own code, each `MODULE:NAME`; NAME becomes a column"
+    )
     output_dir: str | None = option(None, "folder for the evaluation; by default `evaluation` in the adapter's folder")
     pretrained_model_name_or_path: str | None = option(None, "the pipeline; by default the adapter's base")
     lora: str | None = option(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
 from stages.base.denoiser import denoiser_of
-from stages.base.sampling import Condition, Request
+from stages.base.sampling import Condition, Request, noise_seeds
 from stages.evaluate.comparisons import CFG, NONE, Setting, arguments_of, sample_setting
 from stages.evaluate.effective_scale import effective_scale, squared_distances
 from stages.evaluate.threads import threads_that_pay
@@ -51,7 +51,7 @@ def measure_dial(
     for start in range(0, num_samples, batch_size):
         indices = range(start, min(start + batch_size, num_samples))
         batch = [conditions[i % len(conditions)] for i in indices]
-        seeds = [(seed << 32) + i for i in indices]
+        seeds = noise_seeds(seed, indices)
         request = Request(batch, seeds, num_inference_steps, arguments_of(pipe, adapter))
         with threads_that_pay(pipe):
             at_strengths = [

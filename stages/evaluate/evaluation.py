@@ -71,7 +71,7 @@ class Evaluation:
         self.reference: Reference | None = None
         if config.reference is not None:
             device = choose_device(config.device)
-            self.reference = Reference(config.reference, device, config.features, config.inception_weights)
+            self.reference = Reference(config.reference, device, config.features, config.features_model)
         self.rows: list[dict[str, Any]] = []
         self.metadata: dict[str, Any] = {}
         self.shown: dict[Setting, Tensor] = {}
@@ -189,7 +189,7 @@ def adapter_info(name: str, folder: str, parameters_of_denoiser: int) -> dict[st
 
 
 def cache_features(reference: Reference, path: Path) -> None:
-    """Read the features of image files from a cache file, or compute and cache them."""
+    """Read the features of encoded images from a cache file, or compute and cache them."""
     if isinstance(reference.images, Tensor):
         return
     try:

@@ -18,7 +18,7 @@ from stages.evaluate.evaluation import Begin, Evaluation
 from stages.evaluate.worker import Worker, number_of_parts
 
 MAX_ATTEMPTS = 3
-PATHS = ("prompts", "reference", "inception_weights", "clip_model", "pretrained_model_name_or_path", "lora")
+PATHS = ("prompts", "reference", "features_model", "clip_model", "pretrained_model_name_or_path", "lora")
 
 
 def evaluate_over_ray(

@@ -1,4 +1,4 @@
-"""Real images to compare with: the embedded digits, or any folder of image files."""
+"""Real images to compare with, in the features of a network."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import safetensors
 import torch
 from PIL import Image, UnidentifiedImageError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from stages.base.denoiser import fingerprint
 from stages.base.loading import first_line, resolve
-from stages.embedded.digits import to_images
 from stages.errors import UserError
 from stages.evaluate.feature_extractors import (
     CLASSIFIER,
+    NETWORKS,
     ClassifierNetwork,
     FeatureNetwork,
-    InceptionNetwork,
     load_classifier,
-    to_inception,
+    to_square,
 )
+from stages.evaluate.real_images import PIXELS, SUFFIXES, TABLE, read_real_images
+from stages.evaluate.retrieval import Captions
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 BATCH = 100
 NAMED_FILES = 3
 
@@ -35,42 +35,45 @@ class Reference:
     """Held-out real images, a feature network to compare them by, and optionally a classifier.
 
     Args:
-        folder: a folder with `reference.safetensors` (`pixels`, bytes `[m, 28, 28]`) or image files (png, jpg, webp),
-            and optionally `classifier/`.
+        folder: a folder with `reference.safetensors` (`pixels`, bytes `[m, 28, 28]`), `reference.parquet` (`image`,
+            `prompt`, optionally `category`) or image files (png, jpg, webp), and optionally `classifier/`.
         features: name of the feature network.
-        weights: file of InceptionV3's weights.
+        model: folder, file or hub id of the feature network; by default the published one.
 
     Attributes:
-        images: `[m, 1, 32, 32]` in [-1, 1], or the image files' paths.
+        images: `[m, 1, 32, 32]` in [-1, 1], or encoded images of any size.
+        captions: the images' prompts and categories, if they have any.
         classifier: the classifier for class accuracy, or None.
 
     Raises:
-        UserError: the folder lacks images or the classifier that `features` needs.
+        UserError: the folder lacks images or the classifier that `features` needs, or there is no such network.
     """
 
-    def __init__(self, folder: str, device: str, features: str = CLASSIFIER, weights: str | None = None) -> None:
+    def __init__(self, folder: str, device: str, features: str = CLASSIFIER, model: str | None = None) -> None:
         self.folder, self.device = folder, device
         root = Path(resolve(folder))
         try:
-            self.images: Tensor | list[Path] = _images_of(root)
+            self.images = read_real_images(root)
             self.classifier = load_classifier(root / "classifier")
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError, pa.ArrowException) as error:
             raise UserError(f"reference={folder}: cannot be read: {first_line(error)}") from error
         if len(self.images) < 2:
             raise UserError(
-                f"reference={folder}: no reference.safetensors and no two image files found "
-                f"({', '.join(sorted(SUFFIXES))})"
+                f"reference={folder}: no {PIXELS}, {TABLE} or two image files found ({', '.join(sorted(SUFFIXES))})"
             )
+        self.captions: Captions | None = None if isinstance(self.images, Tensor) else self.images.captions
         if self.classifier is not None:
             self.classifier.to(device)
-        self.network = self._network(features, weights)
+        self.network = self._network(features, model)
 
-    def _network(self, features: str, weights: str | None) -> FeatureNetwork:
+    def _network(self, features: str, model: str | None) -> FeatureNetwork:
         if features != CLASSIFIER:
-            return InceptionNetwork(weights, self.device)
+            return NETWORKS[features](model, self.device)
+        if model is not None:
+            raise UserError(f"features_model={model}: features={CLASSIFIER} takes the reference's: leave it out")
         if self.classifier is None or not isinstance(self.images, Tensor):
             raise UserError(
-                f"reference={self.folder}: no reference.safetensors with a classifier/ found: say features=inception"
+                f"reference={self.folder}: no {PIXELS} with a classifier/ found: say features={' or '.join(NETWORKS)}"
             )
         return ClassifierNetwork(self.classifier)
 
@@ -80,7 +83,7 @@ class Reference:
         """Features `[m, f]` of the real images, on the CPU.
 
         Raises:
-            UserError: some files cannot be read as images; names them.
+            UserError: some cannot be read as images; names them.
         """
         return torch.cat([self.network(batch.to(self.device))[0].cpu() for batch in self._batches()])
 
@@ -88,17 +91,20 @@ class Reference:
         if isinstance(self.images, Tensor):
             yield from self.images.split(BATCH)
             return
+        assert self.network.size is not None  # the classifier takes no encoded images
         unreadable: list[str] = []
-        for start in range(0, len(self.images), BATCH):
-            batch = []
-            for path in self.images[start : start + BATCH]:
-                try:
-                    with Image.open(path) as picture:
-                        batch.append(to_inception(picture))
-                except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
-                    unreadable.append(path.name)
-            if batch:
+        batch: list[Tensor] = []
+        for name, content in self.images:
+            try:
+                with Image.open(content) as picture:
+                    batch.append(to_square(picture, self.network.size))
+            except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
+                unreadable.append(name)
+            if len(batch) == BATCH:
                 yield torch.stack(batch).float() / 127.5 - 1
+                batch = []
+        if batch:
+            yield torch.stack(batch).float() / 127.5 - 1
         if unreadable:
             named = ", ".join(unreadable[:NAMED_FILES]) + (", ..." if len(unreadable) > NAMED_FILES else "")
             raise UserError(
@@ -108,17 +114,8 @@ class Reference:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the network's weights and of the images, or of the image files' names, sizes and times."""
+        """A hash of the network's weights and of the images, or of their files' names, sizes and times."""
         digest = hashlib.sha256(fingerprint(self.network.module).encode())
-        if isinstance(self.images, Tensor):
-            digest.update(self.images.numpy().tobytes())
-        else:
-            for path in self.images:
-                digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns};".encode())
+        images = self.images
+        digest.update(images.numpy().tobytes() if isinstance(images, Tensor) else images.fingerprint.encode())
         return digest.hexdigest()
-
-
-def _images_of(root: Path) -> Tensor | list[Path]:
-    if (root / "reference.safetensors").is_file():
-        return to_images(load_file(root / "reference.safetensors")["pixels"])
-    return sorted(path for path in root.iterdir() if path.suffix.lower() in SUFFIXES)

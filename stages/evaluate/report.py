@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stages.base.pictures import grid, to_picture
 from stages.evaluate.comparisons import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE, ONE_PASS, Setting
+from stages.evaluate.preference import PREFERENCE
 from stages.storage.files import whole_file
 
 matplotlib.use("Agg")
@@ -57,6 +58,9 @@ COLUMNS = {
     "inception_score": Column("IS", "{:.2f}".format),
     "precision": Column("precision", "{:.3f}".format),
     "recall": Column("recall", "{:.3f}".format),
+    "retrieval_top1": Column("retrieval, top 1", "{:.3f}".format),
+    "retrieval_top5": Column("top 5", "{:.3f}".format),
+    "category_accuracy": Column("category", "{:.3f}".format),
     "clip_score": Column("CLIP score", "{:.2f}".format),
     "class_accuracy": Column("class accuracy", "{:.3f}".format),
     "stroke_accuracy": Column("stroke", "{:.3f}".format),
@@ -73,6 +77,8 @@ PLOTS = {
     "precision": "precision: share of images inside the real manifold",
     "recall": "recall: share of real images inside the generated manifold",
     "class_accuracy": "share of images of the requested class",
+    "retrieval_top1": "share of images nearest to a real image of their prompt",
+    "category_accuracy": "share of images nearest to a real image of their category",
     "clip_score": "CLIP score of images and prompts",
     "gap_closed": "gap closed in the final latents",
     "effective_scale": "effective scale: scale of the nearest CFG",
@@ -86,7 +92,9 @@ def adapters_in(rows: list[Row]) -> list[str]:
 
 def cells_of(rows: list[Row]) -> list[list[str]]:
     """The table's cells, header first, without columns that no row has and without the name of a single adapter."""
-    shown = {name: column for name, column in COLUMNS.items() if name in rows[0]}
+    scores = [name for name in rows[0] if name.startswith(PREFERENCE)]
+    columns = COLUMNS | {name: Column(name.removeprefix(PREFERENCE), "{:.4g}".format) for name in scores}
+    shown = {name: column for name, column in columns.items() if name in rows[0]}
     if len(adapters_in(rows)) < 2:
         shown.pop("adapter", None)
     head = [column.title for column in shown.values()]

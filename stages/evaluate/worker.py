@@ -18,7 +18,7 @@ from stages.base.denoiser import denoiser_of, fingerprint
 from stages.base.loading import choose_device, use_scheduler
 from stages.base.pictures import check_pictures, to_picture
 from stages.base.prompts import check_columns, read_prompts
-from stages.base.sampling import Condition, Request, decode, takes_class_labels
+from stages.base.sampling import Condition, Request, decode, noise_seeds, takes_class_labels
 from stages.errors import UserError
 from stages.evaluate.clip_score import ClipJudge
 from stages.evaluate.comparisons import (
@@ -38,6 +38,7 @@ from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.effective_scale import squared_distances
 from stages.evaluate.metrics import ImageMetrics
 from stages.evaluate.parts import LAYOUT, Parts, Result
+from stages.evaluate.preference import load_scores
 from stages.evaluate.reference import Reference
 from stages.evaluate.threads import threads_that_pay
 from stages.storage.files import whole_file
@@ -95,11 +96,12 @@ class Worker:
         self._check_comparable()
         self.judges: list[Judge] = []
         if config.reference is not None:
-            self.judges.append(
-                ImageMetrics(Reference(config.reference, device, config.features, config.inception_weights))
-            )
+            metrics = ImageMetrics(Reference(config.reference, device, config.features, config.features_model))
+            metrics.check(self.conditions[: config.num_samples])
+            self.judges.append(metrics)
         if config.clip_model is not None:
             self.judges.append(ClipJudge(config.clip_model, device))
+        self.judges += load_scores(config.preference, device)
         facts = self._facts()
         self.parts = Parts(self.output, facts.identity, number_of_parts(config))
         self.is_warm = False
@@ -108,17 +110,18 @@ class Worker:
     def _read_conditions(self) -> list[Condition]:
         """The classes, or the prompts; either all prompts have a class or none has."""
         prompts = self.config.prompts
+        scores = next((key for key in ("clip_model", "preference") if getattr(self.config, key)), None)
         if prompts is None or takes_class_labels(type(self.pipe)):
-            if self.config.clip_model is not None and takes_class_labels(type(self.pipe)):
+            if scores and takes_class_labels(type(self.pipe)):
                 raise UserError(
-                    f"clip_model: {type(self.pipe).__name__} takes classes, and the score needs prompts: leave it out"
+                    f"{scores}: {type(self.pipe).__name__} takes classes, and the score needs prompts: leave it out"
                 )
             return conditions_of(self.pipe, self.first, None, [prompts] if prompts else [])
         rows = read_prompts(prompts)
         check_columns(rows, f"prompts={prompts}", type(self.pipe))
         check_pictures(rows[: self.config.num_samples], f"prompts={prompts}", of_one_size=False)
-        if self.config.clip_model is not None and "prompt" not in rows[0]:
-            raise UserError(f"clip_model: prompts={prompts} has no prompts, and the score needs them: leave it out")
+        if scores and "prompt" not in rows[0]:
+            raise UserError(f"{scores}: prompts={prompts} has no prompts, and the score needs them: leave it out")
         named = [row for row in rows if "class_label" in row]
         if named and len(named) < len(rows):
             raise UserError(
@@ -202,7 +205,7 @@ class Worker:
 
         Keep intermediate latents for the unguided run and the current CFG run only.
         """
-        seeds = [(self.config.seed << 32) + i for i in indices]
+        seeds = noise_seeds(self.config.seed, indices)
         request = Request(self._conditions_at(indices), seeds, self.config.num_inference_steps, self.arguments)
         samples: dict[Setting, Samples] = {}
         errors: dict[Setting, dict[str, Tensor]] = {setting: {} for setting in self.settings}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages.base.sampling import Request, decode, sample, scale_keyword, undecoded
+from stages.base.sampling import Request, decode, noise_seeds, sample, scale_keyword, undecoded
 from stages.errors import UserError
 from tests.conftest import tiny_dit
 from tests.support.families import ARGUMENTS, PROMPTS, build
@@ -45,3 +45,11 @@ def test_negative_prompts_reach_the_pipeline() -> None:
 
     assert torch.equal(final(), final(negative_prompt=""))
     assert not torch.allclose(final(), final(negative_prompt=PROMPTS[1]), atol=1e-3)
+
+
+def test_each_seed_and_each_image_has_noise_of_its_own() -> None:
+    """Of a seed, torch's generator takes the lower 32 bits alone."""
+    assert noise_seeds(0, range(3)) == [0, 1, 2]
+    seeds = [seed for number in (0, 1, 2, 2**31 - 1) for seed in noise_seeds(number, range(100))]
+    noise = {float(torch.randn((), generator=torch.Generator().manual_seed(seed))) for seed in seeds}
+    assert len(noise) == 400

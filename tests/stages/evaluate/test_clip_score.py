@@ -9,7 +9,8 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from stages.errors import UserError
-from stages.evaluate.clip_score import ClipJudge, as_tensor
+from stages.evaluate.clip_score import ClipJudge
+from stages.evaluate.feature_extractors import as_tensor
 from tests.support.families import PROMPTS
 
 IMAGES = torch.rand(2, 3, 40, 50, generator=torch.Generator().manual_seed(0)) * 2 - 1

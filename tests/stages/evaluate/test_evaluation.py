@@ -15,9 +15,12 @@ from stages.errors import UserError
 from stages.evaluate.comparisons import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE, ONE_PASS, Setting
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation, Worker
+from stages.evaluate.report import cells_of
 from stages.train.trainer import Trainer
 from tests.conftest import generate, generate_config, small_adapter, train_config
 from tests.stages.evaluate.test_clip_score import save_tiny_clip
+from tests.stages.evaluate.test_preference import save_scores
+from tests.stages.evaluate.test_real_images import encoded, write_table
 from tests.support.families import PROMPTS, save
 
 TIMES = ("seconds_per_image", "time_relative_to_none")
@@ -235,6 +238,33 @@ def test_a_text_model_is_judged_by_clip_without_a_reference(text_adapter: Path, 
     assert [row["denoiser_evaluations"] for row in rows] == [4, 8, 4, 6, 7]
 
 
+def test_a_text_model_is_judged_by_the_real_pictures_of_its_prompts(
+    text_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, real = text_adapter.parent / "prompts.txt", tmp_path / "real"
+    pictures = [encoded(Image.effect_noise((20, 20), 10 * i)) for i in range(len(PROMPTS))]
+    write_table(real, pictures, prompt=PROMPTS, category=["x"] * len(PROMPTS))
+    module = save_scores(tmp_path, monkeypatch, "scores_of_evaluation")
+    changes = {"prompts": str(prompts), "reference": str(real), "features": "efficientnet_lite0"}
+    changes |= {"guidance_scale": [3.0], "methods": ["one_pass"], "preference": [f"{module}:length"]}
+    run = evaluation(text_adapter, tmp_path / "out", **changes)
+    rows = run.run()
+    assert all(0 <= row["retrieval_top1"] <= row["retrieval_top5"] <= 1 for row in rows)
+    assert all(row["category_accuracy"] == 1 for row in rows)
+    asked = [len(PROMPTS[i % len(PROMPTS)]) for i in range(6)]
+    assert all(row["preference.length"] == pytest.approx(sum(asked) / 6) for row in rows)
+    assert cells_of(rows)[0][-1] == "length"
+    assert {"retrieval, top 1", "top 5", "category", "IS"} <= set(cells_of(rows)[0])
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{PROMPTS[0]}\nanother\n")
+    with pytest.raises(UserError, match="prompts: 1 of 2 are in no row of reference=.*real, e.g. 'another'"):
+        evaluation(text_adapter, tmp_path / "mixed", **(changes | {"prompts": str(prompts)})).run()
+    prompts.write_text("another\n")
+    rows = evaluation(text_adapter, tmp_path / "others", **(changes | {"prompts": str(prompts)})).run()
+    assert "retrieval_top1" not in rows[0]
+    assert rows[0]["frechet_distance"] > 0
+
+
 def test_all_prompts_have_a_class_or_none(text_adapter: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("prompt,class_label\na zero,0\na seven,\n")
@@ -260,3 +290,5 @@ def test_an_invalid_configuration_is_refused(tiny_adapter: Path, tmp_path: Path)
             Evaluation(config)
     with pytest.raises(UserError, match="clip_model: DiTPipeline takes classes"):
         evaluation(tiny_adapter, tmp_path, clip_model="somewhere").run()
+    with pytest.raises(UserError, match="preference: DiTPipeline takes classes"):
+        evaluation(tiny_adapter, tmp_path, preference=["scores:PickScore"]).run()

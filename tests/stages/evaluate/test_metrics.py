@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from stages.base.sampling import Condition
 from stages.embedded.attributes import attributes, caption
 from stages.errors import UserError
 from stages.evaluate.metrics import (
     ImageMetrics,
+    PrecomputedFeatures,
+    cmmd,
     frechet_distance,
     inception_score,
     kernel_distance,
     share_inside,
+    summary,
 )
 from stages.evaluate.reference import Reference
 
@@ -38,6 +43,38 @@ def test_the_distance_of_two_gaussians_is_exact() -> None:
     """|m|^2 + trace(A + B - 2 sqrt(AB)) for features N(0, 1) and N(m, s^2) in each of two dimensions."""
     found = frechet_distance(gaussian(0, 1), gaussian(3, 2, seed=1))
     assert found == pytest.approx(2 * 9 + 2 * (1 + 4 - 2 * 2), rel=0.03)
+
+
+@pytest.mark.parametrize("counts", [(200, 150), (20, 30), (200, 30)])
+def test_the_distance_is_torchmetrics_for_many_images_and_for_fewer_than_features(counts: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(40, 40, generator=generator)
+    real, fake = (torch.randn(n, 40, generator=generator) @ mix + i for i, n in enumerate(counts))
+    metric = FrechetInceptionDistance(PrecomputedFeatures(40)).set_dtype(torch.float64)
+    metric.update(real.double(), real=True)
+    metric.update(fake.double(), real=False)
+    assert frechet_distance(real, fake) == pytest.approx(float(metric.compute()), rel=1e-5)
+
+
+def test_the_cmmd_of_two_points_is_exact() -> None:
+    """Of unit vectors at a right angle, 1000 (k(a, a) + k(b, b) - 2 k(a, b)); lengths do not matter."""
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 5.0])
+    expected = 1000 * (1 + 1 - 2 * math.exp(-2 / (2 * 10**2)))
+    assert cmmd(a.expand(50, 2), b.expand(70, 2)) == pytest.approx(expected, rel=1e-6)
+    assert abs(cmmd(gaussian(0, 1, n=300), gaussian(0, 1, n=300))) < 1e-9
+
+
+def test_a_network_without_classes_has_no_inception_score_and_may_have_another_kernel(digits: Reference) -> None:
+    metrics = ImageMetrics(digits)
+    assert isinstance(digits.images, torch.Tensor)
+    values = metrics.measure(digits.images[:50], [{}] * 50)
+    values.pop("scores")
+    found = summary(values, digits)
+    assert found.keys() == METRICS - {"inception_score"}
+    unlike = SimpleNamespace(device="cpu", features=digits.features, captions=None)
+    unlike.network = SimpleNamespace(gaussian=True)
+    expected = cmmd(digits.features, values["features"])
+    assert summary(values, unlike)["kernel_distance"] == expected != found["kernel_distance"]  # type: ignore[arg-type]
 
 
 def test_the_kernel_distance_of_two_points_is_exact() -> None:
