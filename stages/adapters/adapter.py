@@ -56,8 +56,9 @@ class GuidanceAdapter(ForwardPass):
     def new_conditioning(self) -> Conditioning | ScaleAlone:
         """Create the embedding of what the variant sees."""
         wanted = list(self.config.conditions or [])
-        chosen, scale = choose_conditions(self.metadata.conditions, wanted), self.metadata.timestep_scale
-        return Conditioning(self.config.hidden_size, chosen, scale, TIMESTEP in wanted, self.metadata.timestep_offset)
+        metadata, chosen = self.metadata, choose_conditions(self.metadata.conditions, wanted)
+        scale, offset, most = metadata.timestep_scale, metadata.timestep_offset, metadata.scale_range[1]
+        return Conditioning(self.config.hidden_size, chosen, scale, TIMESTEP in wanted, offset, most)
 
     @property
     def sees_negative(self) -> bool:

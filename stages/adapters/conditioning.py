@@ -16,6 +16,7 @@ from stages.base.denoiser import NEGATIVE
 from stages.errors import UserError
 
 FREQUENCIES = 64
+FURTHEST = 2.0  # times the highest trained guidance, up to which the curves of the scale go on
 LABEL, MEAN = "label", "mean"
 SMALLEST_EMBEDDING = 16  # narrower tensors are image sizes or crops
 FEWEST_TOKENS = 5  # shorter tensors are hardly prompts: coordinates on three axes, a token for a length
@@ -25,7 +26,7 @@ class ScaleEmbedding(nn.Module):
     """Embeds guidance scales `[n]` as vectors `[n, hidden]`, through Fourier features of log w.
 
     The random frequencies (arXiv 2006.10739) are a buffer that is saved with the weights. The features include log w
-    itself, so the embedding extrapolates smoothly beyond the trained scales.
+    itself.
     """
 
     frequencies: Tensor
@@ -41,10 +42,18 @@ class ScaleEmbedding(nn.Module):
         return self.project(torch.cat([log_scale, angles.cos(), angles.sin()], dim=1))
 
 
-def scale_curves(guidance_scale: Tensor) -> Tensor:
-    """Return `w - 1`, `log w` and `1 - 1/w` `[n, 3]` of scales w `[n]`: all are 0 at 1, and smooth beyond."""
-    w = guidance_scale.float()
-    return torch.stack([w - 1, w.log(), 1 - 1 / w], 1)
+def scale_curves(guidance_scale: Tensor, most: float = math.inf) -> Tensor:
+    """Return `w - 1`, `log w` and `1 - 1/w` `[n, 3]` of scales w `[n]`: all are 0 at 1, and smooth beyond.
+
+    Args:
+        most: the highest trained scale. Above it the curves are straight lines, because guidance is linear in w; at
+            `FURTHEST` times its guidance, `w - 1`, they end, and stay what they are there.
+    """
+    w = guidance_scale.float().clamp(max=1 + FURTHEST * (most - 1))
+    edge = w.clamp(max=most)
+    curves = torch.stack([edge - 1, edge.log(), 1 - 1 / edge], 1)
+    slopes = torch.stack([torch.ones_like(edge), 1 / edge, 1 / edge.square()], 1)
+    return curves + (w - edge)[:, None] * slopes
 
 
 def find_conditions(tensors: dict[str, dict[str, Any]], num_classes: int) -> dict[str, dict[str, Any]]:
@@ -180,6 +189,7 @@ class Conditioning(nn.Module):
         conditions: of `choose_conditions`, by the denoiser's argument names.
         timestep_scale, timestep_offset: the denoiser's timestep is `scale * t + offset` of the scheduler's t.
         sees_timestep: whether the adapter sees the timestep.
+        most: the highest trained scale, as which higher ones are embedded; their curves go on (`scale_curves`).
     """
 
     def __init__(
@@ -189,8 +199,10 @@ class Conditioning(nn.Module):
         timestep_scale: float,
         sees_timestep: bool = True,
         timestep_offset: float = 0.0,
+        most: float = math.inf,
     ) -> None:
         super().__init__()
+        self.most = most
         self.timestep_scale, self.timestep_offset = timestep_scale, timestep_offset
         self.scale = ScaleEmbedding(hidden_size)
         self.timestep_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -228,7 +240,7 @@ class Conditioning(nn.Module):
             guidance_scale, timestep: `[n]`, the timestep in the denoiser's counting.
             embedded: the conditions of n samples.
         """
-        parts = [self.scale(guidance_scale)]
+        parts = [self.scale(guidance_scale.clamp(max=self.most))]
         if self.timestep is not None:
             counted = (timestep.float() - self.timestep_offset) / self.timestep_scale
             parts.append(self.timestep(self.timestep_features(counted)))
@@ -236,17 +248,26 @@ class Conditioning(nn.Module):
         if embedded.wholes.shape[1]:
             together = torch.cat([together, embedded.wholes], 1)
         vector = nn.functional.silu(together.sum(1))
-        return Conditions(scale_curves(guidance_scale), vector, together, embedded.tokens, embedded.mask)
+        curves = scale_curves(guidance_scale, self.most)
+        return Conditions(curves, vector, together, embedded.tokens, embedded.mask)
 
 
 class ScaleAlone(nn.Module):
-    """Represents the scale by its curves only; it has no parameters."""
+    """Represents the scale by its curves only; it has no parameters.
+
+    Args:
+        most: the highest trained scale.
+    """
+
+    def __init__(self, most: float = math.inf) -> None:
+        super().__init__()
+        self.most = most
 
     def embed(self, inputs: dict[str, Any]) -> EmbeddedConditions:
         return EmbeddedConditions(torch.zeros(1, 0, 0), None, None)
 
     def forward(self, guidance_scale: Tensor, timestep: Tensor, embedded: EmbeddedConditions) -> Conditions:
-        curves = scale_curves(guidance_scale)
+        curves = scale_curves(guidance_scale, self.most)
         return Conditions(curves, curves, curves[:, None])
 
 

@@ -88,7 +88,7 @@ class LoRA(GuidanceAdapter):
         return LoRASite(width_in, width_out, self.rank, hidden_size, tuple(kernel))
 
     def new_conditioning(self) -> Conditioning | ScaleAlone:
-        return super().new_conditioning() if self.config.conditions else ScaleAlone()
+        return super().new_conditioning() if self.config.conditions else ScaleAlone(self.metadata.scale_range[1])
 
     @classmethod
     def candidates(cls, denoiser: nn.Module) -> dict[str, Shape]:

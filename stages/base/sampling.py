@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +53,11 @@ def guider_of(pipe: Any) -> Any:
     return getattr(pipe, "guider", None)
 
 
+def no_guidance_of(guider: Any) -> float:
+    """The scale at which a guider does not guide: 0 under the rule `c + w (c - u)`, else 1."""
+    return 0.0 if getattr(guider, "use_original_formulation", False) else 1.0
+
+
 def scale_keyword(pipe: Any) -> str:
     """The argument of `pipe.__call__` that sets the scale of two-pass guidance.
 
@@ -85,8 +92,22 @@ def sample(pipe: Any, request: Request, guidance_scale: float) -> None:
         if guider is None:
             pipe(**arguments, **{scale_keyword(pipe): guidance_scale})
             return
-        with replaced(guider, "guidance_scale", guidance_scale):
+        with _guided_by(pipe, guider, guidance_scale):
             pipe(**arguments)
+
+
+@contextmanager
+def _guided_by(pipe: Any, guider: Any, guidance_scale: float) -> Iterator[None]:
+    """Within the context, a pipeline's guider has a scale; at the scale of no guidance it does nothing at all.
+
+    Some guiders have further terms, which their scale does not switch off.
+    """
+    acting = copy.copy(guider)
+    acting.guidance_scale = guidance_scale
+    if guidance_scale == no_guidance_of(guider):
+        acting.disable()
+    with replaced(pipe, "guider", acting):
+        yield
 
 
 def _named_arguments(pipe: Any, conditions: Sequence[Condition], negative_prompt: str | None) -> dict[str, Any]:

@@ -98,14 +98,21 @@ def is_all_of(plans: Sequence[PlanEntry], plan: Plan) -> bool:
     return planned == [len(plan), plan.num_trajectories] and plans[-1].conditions.count == len(plan.conditions)
 
 
-def describe_plan(plan: Plan, begun: Sequence[PlanEntry], rule: dict[str, Any]) -> PlanEntry:
-    """The entry of `dataset.json` for what a plan adds to the plans before it."""
+def describe_plan(
+    plan: Plan, begun: Sequence[PlanEntry], rule: dict[str, Any], evaluations: int | None = None
+) -> PlanEntry:
+    """The entry of `dataset.json` for what a plan adds to the plans before it.
+
+    Args:
+        evaluations: of the teacher's denoiser for one trajectory.
+    """
     return PlanEntry(
         units=len(plan) - sum(entry.units for entry in begun),
         trajectories=plan.num_trajectories - sum(entry.trajectories for entry in begun),
         guidance=GuidanceSpec(rule, plan.scale_range),
         conditions=describe_conditions(plan.conditions),
         config=defining(plan.config),
+        evaluations=evaluations,
     )
 
 

@@ -25,7 +25,7 @@ from stages.generate.compatibility import (
 )
 from stages.generate.conditions import makes_images_of_their_size
 from stages.generate.config import GenerateConfig
-from stages.generate.events import Event, Failed, Fleet, Loaded, Made
+from stages.generate.events import EVALUATIONS, Event, Failed, Fleet, Loaded, Made
 from stages.generate.plan import Plan
 from stages.generate.preview import write_preview_grid
 from stages.generate.profile import Profile
@@ -233,7 +233,7 @@ class Driver:
                 "another output_dir"
             )
         if not self.begun:
-            self._begin(info)
+            self._begin(info, reported.get(EVALUATIONS))
 
     def _look_again(self) -> None:
         """Take over what another driver described or made while the teacher was loading."""
@@ -245,12 +245,13 @@ class Driver:
         self.info, self.committed = info, committed
         self.todo = deque(unit for unit in self.todo if unit not in committed)
 
-    def _begin(self, info: DatasetInfo) -> None:
+    def _begin(self, info: DatasetInfo, evaluations: int | None) -> None:
         """Describe the plan in `dataset.json`, unless an earlier run or another driver has."""
         if info.complete and self.todo and min(self.todo) < units_of(published(info)):
             info = withdraw(self.root, info)
         if units_of(info.plans) < len(self.plan):
-            info = begin_plan(self.root, info, describe_plan(self.plan, info.plans, info.teacher.guidance_rule))
+            rule = info.teacher.guidance_rule
+            info = begin_plan(self.root, info, describe_plan(self.plan, info.plans, rule, evaluations))
         self.root.write("config.yaml", to_yaml(self.config).encode())
         self.info, self.digests, self.begun = info, plan_digests(info), True
 
@@ -290,10 +291,11 @@ class Driver:
         committed = [unit for unit in self.committed if unit < len(self.plan)]
         missing = sorted(set(range(len(self.plan))) - self.committed)
         trajectories = sum(len(self.plan.trajectories_of(unit)) for unit in committed)
+        counted = None if self.info is None else self.info.plans[-1].evaluations
         return {
             "trajectories": trajectories,
             "records": trajectories * self.plan.records_per_trajectory,
-            "teacher_evaluations": trajectories * self.plan.evaluations_per_trajectory,
+            "teacher_evaluations": trajectories * (counted or self.plan.evaluations_per_trajectory),
             "units_planned": len(self.plan),
             "units_committed": len(committed),
             "units_missing": missing,

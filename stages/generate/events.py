@@ -10,11 +10,12 @@ from stages.base.sampling import Condition
 from stages.generate.unit import Unit
 
 WAITING = "waiting for a place"  # the state of a worker until the cluster has room for it
+EVALUATIONS = "evaluations"  # beside the teacher's facts: of its denoiser, for one trajectory
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A worker has loaded its teacher; `facts` is `TeacherFacts` as JSON."""
+    """A worker has loaded its teacher; `facts` is `TeacherFacts` as JSON, with `EVALUATIONS`."""
 
     facts: dict[str, Any]
     worker: str = ""

@@ -46,7 +46,9 @@ OFFSET = 0.25  # share of the effect of scale 2 above which a difference is no r
 
 
 def find_layout(pipe: Any, request: Request, expected_steps: int | None = None) -> Layout:
-    """Find a pipeline's layout by trial runs on the first condition of `request`; three inference steps suffice.
+    """Find a pipeline's layout by trial runs on the first condition of `request`.
+
+    Three inference steps suffice for guidance that has as many passes at each step.
 
     Args:
         expected_steps: the number of steps that its scheduler should take.
@@ -92,8 +94,10 @@ Place = tuple[int, int]  # of a part of a guided step: the index of its call, an
 def place_conditional(pipe: Any, arguments: Arguments, unguided: Unguided, guided: list[Seen], n: int) -> Layout:
     """The layout of a guided step for n equal samples, from the unguided pass whose inputs it repeats."""
     (number, chunk), unconditional = find_parts(pipe, arguments, unguided, guided, n)
-    alone, call, denoiser = unguided.steps[-1].calls[0], guided[-1].calls[number], denoiser_of(pipe)[1]
+    full = fullest(arguments, guided)
+    alone, call, denoiser = unguided.steps[-1].calls[0], full.calls[number], denoiser_of(pipe)[1]
     rows = arguments.rows(call.inputs)
+    check_other_steps(pipe, arguments, unguided, guided, (number, chunk), n)
     for name, value in constants_of(call.inputs, arguments).items():
         if name not in alone.inputs and has_rows(value, rows):
             raise UserError(
@@ -106,7 +110,7 @@ def place_conditional(pipe: Any, arguments: Arguments, unguided: Unguided, guide
     scale, offset = relation_of_timesteps(pipe, arguments, unguided.one)
     return Layout(
         arguments=arguments,
-        calls=len(guided[-1].calls),
+        calls=len(full.calls),
         call=number,
         chunks=rows // n,
         chunk=chunk,
@@ -120,7 +124,38 @@ def place_conditional(pipe: Any, arguments: Arguments, unguided: Unguided, guide
         no_guidance=unguided.settings,
         unconditional=unconditional,
         one_sample=unguided.two is None or unguided.mixed_up or bool(unguided.following),
+        parts=tuple(sorted({parts_of(arguments, step, n) for step in guided})),
     )
+
+
+def fullest(arguments: Arguments, guided: list[Seen]) -> Seen:
+    """The step with the most rows, the last one of several: some rules skip steps, or a pass at some."""
+    most = max(sum(arguments.rows(call.inputs) for call in step.calls) for step in guided)
+    return [step for step in guided if sum(arguments.rows(call.inputs) for call in step.calls) == most][-1]
+
+
+def parts_of(arguments: Arguments, step: Seen, n: int) -> tuple[int, ...]:
+    """The number of parts, each with a row for every one of n samples, in each call of a step."""
+    return tuple(arguments.rows(call.inputs) // n for call in step.calls)
+
+
+def check_other_steps(
+    pipe: Any, arguments: Arguments, unguided: Unguided, guided: list[Seen], place: Place, n: int
+) -> None:
+    """Check that the conditional part keeps its place at the steps that have fewer parts.
+
+    Raises:
+        UserError: it does not.
+    """
+    reference = arguments.samples(unguided.steps[-1].calls[0].inputs, 0, n)
+    full = parts_of(arguments, fullest(arguments, guided), n)
+    for parts, step in {parts_of(arguments, step, n): step for step in guided}.items():
+        if parts in (full, (1,)):
+            continue
+        number, chunk = place
+        there = number < len(parts) and chunk < parts[number]
+        if not there or _input_distance(arguments, reference, step.calls[number].inputs, chunk * n, n) >= SAME:
+            raise uncertain(pipe, "at some steps it lies elsewhere than at others")
 
 
 def find_parts(
@@ -131,7 +166,7 @@ def find_parts(
     Raises:
         UserError: the conditional part is not certain.
     """
-    step = guided[-1]
+    step = fullest(arguments, guided)
     rows = [arguments.rows(call.inputs) for call in step.calls]
     if any(count % n for count in rows):
         raise uncertain(pipe, f"a guided step for {n} samples has {format_rows(rows)}")

@@ -43,7 +43,13 @@ class Pass:
 
 @dataclass(frozen=True)
 class Layout(LayoutFacts):
-    """The layout of a pipeline's guided step, and the parts of a step that a record needs."""
+    """The layout of a pipeline's guided step, and the parts of a step that a record needs.
+
+    Attributes:
+        parts: the numbers of parts in the calls of a guided step; some rules make fewer passes at some steps.
+    """
+
+    parts: tuple[tuple[int, ...], ...] = ()
 
     def conditional(self, calls: list[Call], n: int) -> Pass:
         """The conditional pass of one step for n samples; a step without guidance has only this pass.
@@ -68,13 +74,14 @@ class Layout(LayoutFacts):
         Raises:
             UserError: the step has another number of calls than in the trial runs.
         """
-        if len(calls) not in (1, self.calls):
+        if len(calls) not in {1, self.calls, *map(len, self.parts)}:
             raise UserError(f"{len(calls)} denoiser calls in one step where {self.calls} were found before")
         return calls[0] if len(calls) == 1 else calls[self.call]
 
     def _run(self, rows: int, n: int) -> tuple[int, int]:
         """(begin, end) of the n conditional samples in a batch with `rows` rows."""
-        if rows not in (n, self.chunks * n):
+        known = {1, self.chunks, *(parts[self.call] for parts in self.parts if len(parts) > self.call)}
+        if rows not in {count * n for count in known}:
             raise UserError(
                 f"{rows} rows in a denoiser call for {n} samples where {self.chunks} for each were found before"
             )

@@ -85,9 +85,8 @@ class Plan:
 
     @property
     def evaluations_per_trajectory(self) -> int:
-        """Evaluations of the teacher's denoiser: two per guided step; diffusion trajectories run the pipeline twice."""
-        runs = 2 if self.config.trajectory == "diffusion" else 1
-        return 2 * self.steps_per_trajectory * runs
+        """Evaluations of a denoiser that is guided by two passes a step, as most are."""
+        return 2 * self.steps_per_trajectory * runs_per_trajectory(self.config)
 
     @property
     def scale_range(self) -> list[float]:
@@ -117,6 +116,11 @@ class Plan:
             chosen = random.choice(self.steps_per_trajectory, self.config.num_recorded_steps, replace=False)
             steps = sorted(chosen.tolist())
         return PlannedTrajectory(index, seed, scale, condition, steps)
+
+
+def runs_per_trajectory(config: GenerateConfig) -> int:
+    """How often the pipeline runs for a trajectory: for a diffusion trajectory twice."""
+    return 2 if config.trajectory == "diffusion" else 1
 
 
 def take_turns(made: np.ndarray, count: int) -> np.ndarray:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,10 +12,11 @@ import torch
 from torch import Tensor
 
 from stages.base.arguments import Axis, argument
-from stages.base.denoiser import denoiser_of, denoisers_of, latent_name
+from stages.base.denoiser import bind_inputs, denoiser_of, denoisers_of, latent_name
 from stages.base.hooks import Call, watch_steps
 from stages.base.loading import first_line
-from stages.base.sampling import Request, guider_of, sample, scale_keyword, undecoded
+from stages.base.patching import patched
+from stages.base.sampling import Request, guider_of, no_guidance_of, sample, scale_keyword, undecoded
 from stages.errors import UserError
 
 PROBED_STEPS = 3  # the last one counts: some guidance rules skip the first
@@ -44,10 +48,45 @@ def probe(pipe: Any, request: Request, guidance_scale: float) -> list[Seen]:
         DoesNotRunError: the pipeline fails.
     """
     steps: list[Seen] = []
+    _run(pipe, request, guidance_scale, lambda c, r, t: steps.append(Seen(c, r, float(t))))
+    return steps
+
+
+def rows_by_step(pipe: Any, request: Request, guidance_scale: float) -> list[tuple[int, ...]]:
+    """The number of rows in each denoiser call of each step.
+
+    The denoisers run once for each set of shapes, and repeat that output in the other calls: the numbers of rows follow
+    from the steps' numbers alone, and the run costs hardly more than its scheduler.
+
+    Raises:
+        DoesNotRunError: the pipeline fails.
+    """
+    rows: list[tuple[int, ...]] = []
+    with ExitStack() as stack:
+        for denoiser in denoisers_of(pipe).values():
+            stack.enter_context(patched(denoiser, "forward", _repeating()))
+        _run(pipe, request, guidance_scale, lambda calls, r, t: rows.append(tuple(rows_of(pipe, calls))))
+    return rows
+
+
+def _repeating() -> Callable[..., Any]:
+    kept: dict[tuple[Any, ...], Any] = {}
+
+    def run(forward: Callable[..., Any], denoiser: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = bind_inputs(denoiser, args, kwargs)
+        shapes = tuple((name, value.shape) for name, value in inputs.items() if isinstance(value, Tensor))
+        if shapes not in kept:
+            kept[shapes] = forward(*args, **kwargs)
+        return copy.deepcopy(kept[shapes])  # pipelines may modify it in place
+
+    return run
+
+
+def _run(pipe: Any, request: Request, guidance_scale: float, see_step: Callable[[list[Call], Any, Any], None]) -> None:
     parts: list[Any] = [part for part in denoisers_of(pipe).values() if hasattr(part, "attn_processors")]
     processors = [(part, dict(part.attn_processors)) for part in parts]
     try:
-        with undecoded(pipe), watch_steps(pipe, lambda c, r, t: steps.append(Seen(c, r, float(t))), streams=None):
+        with undecoded(pipe), watch_steps(pipe, see_step, streams=None):
             sample(pipe, request, guidance_scale)
     except UserError:
         raise
@@ -58,13 +97,12 @@ def probe(pipe: Any, request: Request, guidance_scale: float) -> list[Seen]:
             f"{type(pipe).__name__} does not run at scale {guidance_scale:g}: {type(error).__name__}: {first_line(error)}: give "
             "its call what it needs (teacher.call.NAME=..., a column of the prompts)"
         ) from error
-    return steps
 
 
 def probe_at(pipe: Any, request: Request, settings: dict[str, float]) -> list[Seen]:
     """Run a pipeline for a few steps with settings of its guidance, including the scale; a guider has no settings."""
-    others = dict(settings)
-    scale = 1.0 if guider_of(pipe) is not None else others.pop(scale_keyword(pipe))
+    others, guider = dict(settings), guider_of(pipe)
+    scale = others.pop(scale_keyword(pipe)) if guider is None else no_guidance_of(guider)
     return probe(pipe, replace(request, arguments=request.arguments | others), scale)
 
 

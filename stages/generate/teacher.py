@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from stages.generate.call_arguments import check_arguments
 from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.finding import find_layout
 from stages.generate.noising import check_noising, noised, sampled
-from stages.generate.probing import PROBED_STEPS
+from stages.generate.plan import runs_per_trajectory
+from stages.generate.probing import PROBED_SCALES, PROBED_STEPS, rows_by_step
 from stages.generate.profile import RECORDING, TEACHER, Clock
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
@@ -70,16 +71,30 @@ class Teacher:
         self.arguments = dict(config.teacher.call)
         check_arguments(None if guider_of(self.pipe) else type(self.pipe), self.arguments, config.teacher)
         self.arguments |= {k: v for k in ("height", "width") if (v := getattr(config.teacher, k)) is not None}
-        probed, expected = steps_to_probe(config)
-        request = Request([example], [0], probed, self.arguments)
+        whole = Request([example], [0], config.num_inference_steps, self.arguments)
         with self._shifted(0.5):
+            rows = rows_by_step(self.pipe, whole, PROBED_SCALES[0])
+            request, expected = self._request_to_probe(whole, {*rows})
             self.layout = find_layout(self.pipe, request, expected)
+        self.evaluations_per_trajectory = sum(map(sum, rows)) * runs_per_trajectory(config)
         if config.trajectory == "diffusion":
             check_noising(self.pipe, self.layout, request)
         self.steps_per_trajectory = count_steps(config.teacher, config.num_inference_steps)
         self.splitter = Splitter(
             self.layout.denoisers, storage_dtype, config.records_per_sample, with_negative="negative_prompt" in example
         )
+
+    def _request_to_probe(self, whole: Request, rows: set[tuple[int, ...]]) -> tuple[Request, int]:
+        """The request of a trial and its resulting number of steps: as few as show each kind of step of the whole run.
+
+        Args:
+            whole: the request of one trajectory; rows: in the denoiser calls of its steps, as `rows_by_step` counts.
+        """
+        probed, expected = steps_to_probe(self.config)
+        few = replace(whole, num_inference_steps=probed)
+        if rows == {*rows_by_step(self.pipe, few, PROBED_SCALES[0])}:
+            return few, expected
+        return whole, count_steps(self.config.teacher, whole.num_inference_steps)
 
     def _shifted(self, shift: float) -> AbstractContextManager[None]:
         return shifted_timesteps(self.pipe.scheduler, shift) if self.config.shift_timesteps else nullcontext()

@@ -9,6 +9,7 @@ from stages.base.sampling import Condition
 from stages.errors import ChangedError
 from stages.generate.compatibility import gone
 from stages.generate.config import GenerateConfig
+from stages.generate.events import EVALUATIONS
 from stages.generate.preview import write_preview
 from stages.generate.profile import ENCODING, WRITING
 from stages.generate.teacher import Teacher, TeacherOutput
@@ -38,10 +39,14 @@ class UnitWorker:
         self.sampled: dict[int, SampledUnit] = {}
 
     def load(self, example: Condition) -> dict[str, Any]:
-        """Load the teacher and find out how it guides, with trial runs on an example condition."""
+        """Load the teacher and find out how it guides, with trial runs on an example condition.
+
+        Returns:
+            Its facts as JSON, and the number of its denoiser's evaluations for one trajectory.
+        """
         self.root = open_folder(self.config.output_dir)
         self.teacher = Teacher(self.config, example)
-        return self.teacher.facts().to_json()
+        return self.teacher.facts().to_json() | {EVALUATIONS: self.teacher.evaluations_per_trajectory}
 
     def sample(self, unit: Unit) -> None:
         """Run the teacher for a unit and keep its output until `commit`."""

@@ -87,6 +87,7 @@ class PlanEntry:
     Attributes:
         units, trajectories: of this plan alone.
         config: the part of the configuration that decides what the dataset holds.
+        evaluations: of the teacher's denoiser for one trajectory; None where nobody has counted them.
     """
 
     units: int
@@ -94,6 +95,7 @@ class PlanEntry:
     guidance: GuidanceSpec
     conditions: ConditionsSpec
     config: dict[str, Any]
+    evaluations: int | None = field(default=None, kw_only=True)
 
     @staticmethod
     def from_json(value: Any, name: str) -> PlanEntry:

@@ -51,6 +51,23 @@ def test_the_curves_of_a_scale_are_0_at_no_guidance_and_rise_from_there() -> Non
     assert (curves.diff(dim=0) > 0).all()
 
 
+def test_beyond_the_trained_scales_the_curves_are_straight_and_end() -> None:
+    inside, beyond = torch.tensor([1.0, 2.0, 3.9]), torch.tensor([4.0, 5.0, 6.0, 7.0])
+    assert torch.equal(scale_curves(inside, most=4.0), scale_curves(inside))
+    steps = scale_curves(beyond, most=4.0).diff(dim=0)
+    torch.testing.assert_close(steps, torch.tensor([[1, 1 / 4, 1 / 16]]).expand(3, 3), atol=1e-5, rtol=0)
+    at_end, further = scale_curves(torch.tensor([7.0, 50.0]), most=4.0)  # twice the guidance of scale 4
+    assert torch.equal(at_end, further)
+
+
+def test_scales_beyond_the_trained_ones_are_embedded_as_the_highest() -> None:
+    torch.manual_seed(0)
+    conditioner = Conditioning(16, {}, 1.0, most=4.0)
+    parts = conditions_for(conditioner, torch.tensor([3.0, 4.0, 9.0]), torch.tensor([9, 9, 9]), {}).parts
+    torch.testing.assert_close(parts[1], parts[2])
+    assert not torch.allclose(parts[0], parts[1], atol=1e-3)
+
+
 def test_the_scale_alone_is_embedded_without_a_parameter() -> None:
     scale, timestep = torch.tensor([1.5, 3.0]), torch.tensor([9, 9])
     alone = ScaleAlone()

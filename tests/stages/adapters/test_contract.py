@@ -194,6 +194,20 @@ def test_scales_outside_the_trained_range_warn_and_name_it(variant: str) -> None
             pass
 
 
+@pytest.mark.filterwarnings("ignore:guidance_scale")
+def test_far_outside_the_trained_range_guidance_stays_what_it_is_at_twice_the_highest(variant: str) -> None:
+    denoiser = tiny_dit().transformer
+    adapter = new_adapter(denoiser, variant).attach(denoiser)
+    adapter.metadata = replace(adapter.metadata, guidance_gain=1.0)
+
+    def predicted(scale: float) -> torch.Tensor:
+        with adapter.guidance_scale(scale):
+            return predict(denoiser)
+
+    assert not torch.allclose(predicted(1.0), predicted(6.0), atol=1e-4)
+    torch.testing.assert_close(predicted(11.0), predicted(100.0))
+
+
 def test_a_base_of_other_shapes_is_refused_with_its_first_site(variant: str) -> None:
     adapter = new_adapter(tiny_dit().transformer, variant)
     pipe = tiny_dit()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPAGPipeline, StableDiffusionPipeline
 
 from stages.adapters import GuidanceAdapter
@@ -18,6 +19,8 @@ from stages.generate.config import TeacherConfig
 from stages.train.trainer import Trainer
 from tests.conftest import generate, generate_config, small_adapter, train_config
 from tests.support.families import PROMPTS, save
+
+NEGATIVES = ["grey", "a blurry one leaning left"]
 
 
 def trained(folder: Path, family: str, **info: Any) -> Path:
@@ -96,3 +99,41 @@ def test_a_guider_is_restored(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="modular pipeline.*: leave one_pass_interval_20_80 out of methods"):
         sample_setting(pipe, adapter, Setting("one_pass_interval_20_80", 3.0), request_of(pipe, adapter))
     assert "| guider |" in model_card(adapter.variant, 1, adapter.metadata)
+
+
+def test_a_negative_prompt_moves_cfg_and_one_pass_and_not_the_base(tmp_path: Path) -> None:
+    """`lora` sees the negative prompt beside the scale, so its passes are not fused; they stay single."""
+    rows = [
+        {"prompt": prompt, "negative_prompt": negative} for prompt, negative in zip(PROMPTS, NEGATIVES, strict=True)
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    teacher = save("stable_diffusion", tmp_path / "teacher")
+    config = generate_config(teacher, tmp_path / "data", prompts=str(prompts), num_trajectories=4)
+    seeing = small_adapter(conditions=["negative_tokens"])
+    Trainer(train_config(generate(config), tmp_path / "run", max_train_steps=1, adapter=seeing)).run()
+    pipe, adapter = load_pair(str(tmp_path / "run"), None, "cpu")
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for method, moved in ((NONE, False), (CFG, True), (ONE_PASS, True)):
+        one, other = (
+            sample_setting(pipe, adapter, Setting(method, 3.0 if moved else 1.0), Request([row], [0], 2, {}))
+            for row in (rows[0], rows[0] | {"negative_prompt": NEGATIVES[1]})
+        )
+        assert bool(torch.allclose(one.latents, other.latents, atol=1e-4)) is not moved
+        assert one.denoiser_evaluations == (4 if method == CFG else 2)
+        assert one.fused is (False if method == ONE_PASS else None)
+
+
+def test_a_third_pass_at_one_step_becomes_part_of_one_pass(tmp_path: Path) -> None:
+    third = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.1, "skip_layer_guidance_stop": 0.9}
+    call = {"max_sequence_length": 32} | third
+    pipe, adapter = load_pair(str(trained(tmp_path, "stable_diffusion_3", height=32, width=32, call=call)), None, "cpu")
+    assert third.items() <= arguments_of(pipe, adapter).items()
+    evaluations = [
+        sample_setting(pipe, adapter, Setting(method, scale), request_of(pipe, adapter)).denoiser_evaluations
+        for method, scale in ((NONE, 1.0), (CFG, 3.0), (ONE_PASS, 3.0))
+    ]
+    assert evaluations == [2, 2 + 3, 2]
+    assert json.loads((tmp_path / "data/generation.json").read_text())["teacher_evaluations"] == 4 * (2 + 3)
+    assert '"skip_guidance_layers": [0]' in model_card(adapter.variant, 1, adapter.metadata)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import (
     AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
     ModularPipeline,
     StableDiffusionPAGPipeline,
@@ -18,13 +19,16 @@ from torch.nn import functional
 from stages.base.arguments import Arguments, Axis, Caller, encoded
 from stages.base.denoiser import denoiser_of
 from stages.base.hooks import Call, watch_steps
+from stages.base.patching import patched
 from stages.base.sampling import Request, sample, undecoded
 from stages.errors import UserError
-from stages.generate.finding import find_layout
+from stages.generate.finding import find_layout, place_conditional
 from stages.generate.layout import Layout
+from stages.generate.probing import has_rows, probe, rows_by_step
 from stages.generate.recorder import Recording, record
+from stages.generate.sample_axes import find_arguments
 from stages.generate.scale import PerSampleScale
-from stages.generate.unguided import guidance_rule
+from stages.generate.unguided import guidance_rule, without_guidance
 from stages.records.teacher import LayoutFacts
 from stages.storage.fields import read_fields
 from tests.conftest import tiny_dit
@@ -126,6 +130,73 @@ def test_the_conditional_part_is_found_at_any_position() -> None:
     assert find_layout(tiny_dit(8), classes).learned_variance
     with_perturbed = find_layout(pag(), ask(0, pag_scale=2.0))
     assert (with_perturbed.chunks, with_perturbed.chunk) == (3, 1)
+
+
+def skip_layer() -> tuple[Any, Request]:
+    """A pipeline with a third pass at its second step only, and a request of four steps."""
+    size = {"height": 32, "width": 32, "max_sequence_length": 32}
+    third = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.1, "skip_layer_guidance_stop": 0.5}
+    return build("stable_diffusion_3"), ask(0, 1, **size, **third)
+
+
+def counting(ran: list[int]) -> Any:
+    def run(forward: Any, block: Any, *args: Any, **kwargs: Any) -> Any:
+        ran.append(1)
+        return forward(*args, **kwargs)
+
+    return run
+
+
+def test_a_third_pass_at_some_steps_is_recorded_as_it_acts() -> None:
+    pipe, request = skip_layer()
+    layout = find_layout(pipe, request)
+    assert layout.parts == ((2,), (2, 1))
+    assert (layout.calls, layout.call, layout.chunks, layout.chunk) == (2, 0, 2, 1)
+    with undecoded(pipe), record(pipe, layout, 2) as recorder:
+        sample(pipe, request, PerSampleScale(torch.tensor(SCALES)))
+    recording = recorder.recording()
+    without = dict(request.arguments, skip_guidance_layers=None)
+    for i, scale in enumerate(SCALES):
+        alone = replace(request, conditions=request.conditions[i : i + 1], seeds=[i])
+        target, plain = (targets_alone(pipe, each, scale) for each in (alone, replace(alone, arguments=without)))
+        torch.testing.assert_close(recording.target[recording.owner == i], target, atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(target[0], plain[0])
+        assert float((target[1] - plain[1]).norm() / plain[1].norm()) > 10 * TOLERANCE
+
+
+def test_the_rows_of_each_step_are_counted_without_running_each() -> None:
+    pipe, request = skip_layer()
+    once = replace(request, conditions=request.conditions[:1], seeds=[0], num_inference_steps=20)
+    ran: list[int] = []
+    with patched(pipe.transformer.transformer_blocks[0], "forward", counting(ran)):
+        assert rows_by_step(pipe, once, 3.0) == [(2,)] * 3 + [(2, 1)] * 7 + [(2,)] * 10
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0.0, 0.5), (0.25, 0.75)])
+def test_guidance_in_an_interval_of_the_steps_is_recorded_as_it_acts(modular: Any, start: float, stop: float) -> None:
+    modular.update_components(guider=ClassifierFreeGuidance(start=start, stop=stop))
+    layout = find_layout(modular, ask(0))
+    assert layout.parts == ((1,), (1, 1))
+    with undecoded(modular), record(modular, layout, 1) as recorder:
+        sample(modular, ask(0), 7.0)
+    guided = recorder.recording().guidance_delta > 0
+    assert guided.tolist() == [start <= step / STEPS < stop for step in range(STEPS)]
+
+
+def test_a_conditional_part_that_moves_is_refused() -> None:
+    pipe, request = skip_layer()
+    once = replace(request, conditions=request.conditions[:1], seeds=[0])
+    twice = replace(once, conditions=once.conditions * 2, seeds=[0, 0])
+    unguided = replace(without_guidance(pipe, once, twice), two=None)
+    guided, arguments = probe(pipe, once, 3.0), find_arguments(pipe, unguided)
+    assert place_conditional(pipe, arguments, unguided, guided, 1).chunk == 1
+    call = guided[0].calls[0]
+    swapped = {name: value.flip(0) if has_rows(value, 2) else value for name, value in call.inputs.items()}
+    guided[0] = replace(guided[0], calls=[replace(call, inputs=swapped)])
+    guided[2] = guided[3] = guided[0]
+    with pytest.raises(UserError, match="not certain: at some steps it lies elsewhere than at others"):
+        place_conditional(pipe, arguments, unguided, guided, 1)
 
 
 def test_a_pipeline_whose_parts_are_alike_is_refused() -> None:
@@ -251,4 +322,5 @@ def test_a_target_is_what_the_denoiser_would_have_had_to_predict() -> None:
 
 def test_a_layout_is_read_back_from_json_unchanged() -> None:
     layout = find_layout(build("chroma"), ask(0, height=32, width=32, max_sequence_length=32))
-    assert read_fields(LayoutFacts, json.loads(json.dumps(asdict(layout)))) == LayoutFacts(**vars(layout))
+    facts = {field.name: getattr(layout, field.name) for field in fields(LayoutFacts)}
+    assert read_fields(LayoutFacts, json.loads(json.dumps(asdict(layout)))) == LayoutFacts(**facts)

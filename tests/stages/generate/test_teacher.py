@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from stages.base.hooks import count_evaluations
 from stages.base.loading import new_guider
 from stages.base.sampling import Request, sample, undecoded
 from stages.errors import UserError
@@ -182,6 +183,23 @@ def test_an_invalid_teacher_option_is_named(tmp_path: Path, options: Any, messag
         return
     with pytest.raises(UserError, match=message):
         text_teacher(tmp_path, **options)
+
+
+@pytest.mark.parametrize(("trajectory", "runs"), [("guided", 1), ("diffusion", 2)])
+def test_the_evaluations_of_a_third_pass_are_counted(tmp_path: Path, trajectory: str, runs: int) -> None:
+    """Three trial steps show nothing of a pass that acts at the second and third of ten steps alone."""
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    config = generate_config(
+        save("stable_diffusion_3", tmp_path / "teacher"), tmp_path / "data", prompts=str(tmp_path / "prompts.txt"),
+        num_inference_steps=10, num_trajectories=1, trajectory=trajectory,
+    )  # fmt: skip
+    third = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.01, "skip_layer_guidance_stop": 0.3}
+    config.teacher = replace(config.teacher, height=32, width=32, call={"max_sequence_length": 32} | third)
+    made, plan = Teacher(config, {"prompt": PROMPTS[0]}), Plan(config)
+    assert made.layout.parts == ((2,), (2, 1))
+    with count_evaluations(made.pipe.transformer) as count:
+        made.run(plan.unit(0))
+    assert made.evaluations_per_trajectory == count[0] == runs * (2 * 10 + 2)
 
 
 def test_a_guider_makes_the_modular_pipeline_the_teacher(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_newest_snapshot_is_at_the_top_of_the_file_too(dataset: Dataset) -> 
     top = {"config", "conditions", "guidance", "counts", "manifest_sha256"}
     assert {key: content[key] for key in top} == {key: entry[key] for key in top}
     assert content.keys() - top == {"schema_version", "complete", "teacher", "plans", "tensors", "checksum"}
-    assert entry.keys() - top == {"units", "trajectories", "fingerprint"}
+    assert entry.keys() - top == {"units", "trajectories", "evaluations", "fingerprint"}
     grown = replace(dataset.info, plans=(dataset.plan, planned()))
     assert grown.to_json()["manifest_sha256"] == dataset.plan.manifest_sha256
 

@@ -9,9 +9,11 @@ import pytest
 
 from stages.configuration.parsing import parse
 from stages.evaluate.comparisons import CFG, CFG_FIRST_50, NONE, ONE_PASS
-from stages.study.claims import JUDGEMENTS, ClaimPlan, Rows, best_adapter, judge
+from stages.study.claims import ClaimPlan, judge
 from stages.study.claims_table import Claim
+from stages.study.judgements import JUDGEMENTS
 from stages.study.plan import StudyFile
+from stages.study.rows import Rows, best_adapter
 
 ROOT = Path(__file__).parents[3]
 SCALES = (1.5, 3.0)
@@ -33,6 +35,13 @@ PLANS = {
     "beats_each": plan("beats_each", ["lora"], "reference", against=["reference_offset", "reference_cross_attention"]),
     "closes_gap_elsewhere": plan("closes_gap_elsewhere", ["default"], "outside", threshold=0.9),
     "meets_prompts": plan("meets_prompts", ["text"], "text", threshold=0.01),
+    "frechet_at_cfgs_best_scale": plan("frechet_at_cfgs_best_scale", ["emoji"], "emoji", threshold=1.02),
+    "frechet_at_effective_scale": plan("frechet_at_effective_scale", ["emoji"], "emoji", threshold=1.02),
+    "time_over_cfg": plan("time_over_cfg", ["emoji"], "emoji", threshold=0.52),
+    "share_of_parameters": plan("share_of_parameters", ["emoji"], "emoji", threshold=0.03),
+    "prompts_at_cfgs_best_scale": plan("prompts_at_cfgs_best_scale", ["emoji"], "emoji", threshold=0.01),
+    "prompts_at_effective_scale": plan("prompts_at_effective_scale", ["emoji"], "emoji", threshold=0.01),
+    "heeds_negative_prompts": plan("heeds_negative_prompts", ["seeing"], "negative", against=["blind"], threshold=0.01),
 }
 OF_THE_STUDY = [*PLANS][:5]
 
@@ -157,6 +166,67 @@ def test_prompts_are_met_within_a_hundredth(one_pass: float, holds: bool, evalua
     assert claim.holds is holds
 
 
+def emoji(
+    distance: float = 20.2, top1: float = 0.6, time: float = 1.0, fused: bool = True, effective: float = 2.9
+) -> list[dict[str, Any]]:
+    """CFG's distance is 40 without guidance, 20 at its best scale 3, and 30 at 5; its top-1 rises from 0.4 to 0.6."""
+    rows = [row(NONE, 1.0, 0.0, 40.0, retrieval_top1=0.4, time_relative_to_none=1.0)]
+    for scale, cfg, top in ((3.0, 20.0, 0.6), (5.0, 30.0, 0.6)):
+        one = {"retrieval_top1": top1, "time_relative_to_none": time, "fused": fused, "effective_scale": effective}
+        rows += [
+            row(CFG, scale, 1.0, cfg, retrieval_top1=top, time_relative_to_none=2.0),
+            row(ONE_PASS, scale, 0.96, distance, "emoji", share=0.025, **one),
+        ]
+    return [row | {"evaluation": "emoji"} for row in rows]
+
+
+NEW = [name for name, claim in PLANS.items() if claim.evaluation == "emoji"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "failing"),
+    [
+        ({}, []),
+        # At scale 2.9 CFG has a distance of 21, and a top-1 of 0.59.
+        ({"distance": 20.6}, ["frechet_at_cfgs_best_scale"]),
+        ({"distance": 21.5}, ["frechet_at_cfgs_best_scale", "frechet_at_effective_scale"]),
+        ({"distance": 20.6, "effective": 3.0}, ["frechet_at_cfgs_best_scale", "frechet_at_effective_scale"]),
+        ({"top1": 0.585}, ["prompts_at_cfgs_best_scale"]),
+        ({"top1": 0.57}, ["prompts_at_cfgs_best_scale", "prompts_at_effective_scale"]),
+        ({"time": 1.05}, ["time_over_cfg"]),
+        ({"fused": False}, ["time_over_cfg"]),
+    ],
+)
+def test_one_pass_is_as_good_and_costs_half(changes: dict[str, Any], failing: list[str]) -> None:
+    claims = judge({name: PLANS[name] for name in NEW}, emoji(**changes))
+    assert [claim.text for claim in claims] == NEW
+    assert [claim.text for claim in claims if not claim.holds] == failing
+
+
+def test_the_figures_name_cfg_at_the_effective_scale() -> None:
+    (claim,) = judge({"": PLANS["frechet_at_effective_scale"]}, emoji())
+    assert claim.found.startswith("emoji: 20.2 at 3, CFG 21.0 at 2.90; 20.2 at 5, CFG 21.0 at 2.90; over CFG: at most")
+
+
+def test_a_larger_adapter_is_too_large() -> None:
+    rows = [row | {"share": 0.035} for row in emoji()]
+    (claim,) = judge({"": PLANS["share_of_parameters"]}, rows)
+    assert (claim.found, claim.holds) == ("emoji: 3.50%", False)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "gap", "holds"), [(0.955, 0.9, True), (0.93, 0.9, False), (0.97, 0.9, False), (0.955, 0.4, False)]
+)
+def test_negative_prompts_are_heeded_by_those_who_see_them(accuracy: float, gap: float, holds: bool) -> None:
+    rows = [row(CFG, 2.0, 1.0, 20.0, stroke_accuracy=0.95), row(NONE, 1.0, 0.0, 40.0, stroke_accuracy=0.8)]
+    rows += [
+        row(ONE_PASS, 2.0, gap, 20.0, "seeing", stroke_accuracy=accuracy),
+        row(ONE_PASS, 2.0, 0.5, 20.0, "blind", stroke_accuracy=0.95),
+    ]
+    (claim,) = judge({"": PLANS["heeds_negative_prompts"]}, [row | {"evaluation": "negative"} for row in rows])
+    assert claim.holds is holds
+
+
 def test_a_claim_without_rows_is_left_out() -> None:
     assert judge(PLANS, []) == []
     rows = [row for row in study() if row["method"] != CFG_FIRST_50 and row["name"] != "full"]
@@ -183,7 +253,8 @@ def test_without_reference_images_only_claims_without_distances_are_judged(judge
     for row in rows:
         del row["frechet_distance"]
     judged = [claim.text for claim in judge({judgement: claim}, rows)]
-    assert judged == ([judgement] if judgement in ("closes_gap", "beats_partial_guidance") else [])
+    without = ("closes_gap", "beats_partial_guidance", "share_of_parameters")
+    assert judged == ([judgement] if judgement in without else [])
 
 
 def test_the_committed_study_is_judged_by_its_file_as_committed() -> None:

@@ -1,0 +1,302 @@
+"""The judgements that a study's file names for its claims, each by the rows of one evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from stages.evaluate.comparisons import CFG, CFG_FIRST_50, NONE
+from stages.study.rows import (
+    MissingRowsError,
+    Rows,
+    best_adapter,
+    cfg_at,
+    cfgs_best_scale,
+    measured_accuracies,
+    words,
+)
+
+
+class Finding(NamedTuple):
+    """What a judgement asks for, the figures that it found, and whether they reach the goal."""
+
+    goal: str
+    found: str
+    holds: bool
+
+
+def closes_gap(rows: Rows, adapters: list[str], threshold: float) -> Finding:
+    """The adapter closes that share of the gap between no guidance and CFG, at each scale."""
+    name = best_adapter(rows, adapters)
+    own = rows.named([name])
+    return Finding(
+        f"the best adapter closes at least {threshold} of the gap at each scale",
+        f"{name}: {own.by_scale('gap_closed')}",
+        own.least_over_scales("gap_closed") >= threshold,
+    )
+
+
+def closes_gap_elsewhere(rows: Rows, adapters: list[str], threshold: float) -> Finding:
+    """As `closes_gap`, where sampling differs from training; the figures include Frechet distances."""
+    own = rows.named([best_adapter(rows, adapters)])
+    return Finding(
+        f"closes at least {threshold} of the gap at each scale",
+        f"{own.by_scale('gap_closed')}; Frechet distance {own.by_scale('frechet_distance', '.1f')}; "
+        f"CFG {rows.where(method=CFG).by_scale('frechet_distance', '.1f')}",
+        own.least_over_scales("gap_closed") >= threshold,
+    )
+
+
+def frechet_at_each_scale(rows: Rows, adapters: list[str], threshold: float) -> Finding:
+    """The Frechet distance is at most CFG's times the threshold, at each scale."""
+    name = best_adapter(rows, adapters)
+    own, cfg = rows.named([name]), rows.where(method=CFG)
+    ratios = {
+        scale: own.where(guidance_scale=scale).mean("frechet_distance")
+        / cfg.where(guidance_scale=scale).mean("frechet_distance")
+        for scale in own.unique("guidance_scale")
+    }
+    over_cfg = ", ".join(f"{ratio:.3f} at {scale:g}" for scale, ratio in ratios.items())
+    return Finding(
+        f"Frechet distance at most CFG's times {threshold}",
+        f"{name}: {own.by_scale('frechet_distance', '.1f')}; over CFG: {over_cfg}",
+        max(ratios.values()) <= threshold,
+    )
+
+
+def frechet_at_best_scale(rows: Rows, adapters: list[str]) -> Finding:
+    """The least Frechet distance over the scales is at most CFG's."""
+    name = best_adapter(rows, adapters)
+    own = rows.named([name]).least_over_scales("frechet_distance")
+    cfg = rows.where(method=CFG).least_over_scales("frechet_distance")
+    return Finding(
+        "the least Frechet distance over the scales is not above CFG's", f"{name} {own:.1f}, CFG {cfg:.1f}", own <= cfg
+    )
+
+
+def frechet_at_cfgs_best_scale(rows: Rows, adapters: list[str], threshold: float) -> Finding:
+    """At the scale where CFG's Frechet distance is least, the adapter's is at most that times the threshold."""
+    name, scale = best_adapter(rows, adapters), cfgs_best_scale(rows)
+    key, at_best = "frechet_distance", rows.where(guidance_scale=scale)
+    own, cfg = at_best.named([name]), at_best.where(method=CFG).mean(key)
+    ratio = own.mean(key) / cfg
+    return Finding(
+        f"at CFG's best scale, Frechet distance at most CFG's times {threshold}",
+        f"{name}: {own.format(key, '.1f')} at {scale:g}, CFG {cfg:.1f}; over CFG: {ratio:.3f}",
+        ratio <= threshold,
+    )
+
+
+def frechet_at_effective_scale(rows: Rows, adapters: list[str], threshold: float) -> Finding:
+    """The Frechet distance is at most the threshold times that of CFG at the adapter's effective scale."""
+    name, key = best_adapter(rows, adapters), "frechet_distance"
+    figures, ratios = [], []
+    for scale in rows.named([name]).unique("guidance_scale"):
+        own = rows.named([name]).where(guidance_scale=scale)
+        effective = own.mean("effective_scale")
+        cfg = cfg_at(rows, key, effective)
+        ratios.append(own.mean(key) / cfg)
+        figures.append(f"{own.format(key, '.1f')} at {scale:g}, CFG {cfg:.1f} at {effective:.2f}")
+    return Finding(
+        f"at each scale, Frechet distance at most {threshold} times that of CFG at the effective scale",
+        f"{name}: {'; '.join(figures)}; over CFG: at most {max(ratios):.3f}",
+        max(ratios) <= threshold,
+    )
+
+
+def time_over_cfg(rows: Rows, adapters: list[str], threshold: float) -> Finding:
+    """A fused pass takes at most that share of CFG's time, at each scale, measured in the same evaluation."""
+    name = best_adapter(rows, adapters)
+    own, cfg, key = rows.named([name]), rows.where(method=CFG), "time_relative_to_none"
+    ratios = {
+        scale: own.where(guidance_scale=scale).mean(key) / cfg.where(guidance_scale=scale).mean(key)
+        for scale in own.unique("guidance_scale")
+    }
+    if not ratios:
+        raise MissingRowsError(key)
+    fused = all(row.get("fused") for row in own.rows)
+    figures = ", ".join(f"{ratio:.3f} at {scale:g}" for scale, ratio in ratios.items())
+    return Finding(
+        f"fused, it takes at most {threshold} of CFG's time at each scale",
+        f"{name}: {figures}{'' if fused else '; not fused'}",
+        fused and max(ratios.values()) <= threshold,
+    )
+
+
+def share_of_parameters(rows: Rows, adapters: list[str], threshold: float) -> Finding:
+    """The adapter has at most that share of the base's parameters."""
+    name = best_adapter(rows, adapters)
+    own = rows.named([name])
+    share = own.mean("share")
+    return Finding(
+        f"at most {threshold:.1%} of the base's parameters",
+        f"{name}: {share:.2%}",
+        share <= threshold,
+    )
+
+
+def beats_partial_guidance(rows: Rows, adapters: list[str]) -> Finding:
+    """The adapter closes more of the gap than CFG on the first half of the steps, at each scale."""
+    name = best_adapter(rows, adapters)
+    own, partial = rows.named([name]), rows.where(method=CFG_FIRST_50)
+    return Finding(
+        "closes more of the gap at each scale",
+        f"{name}: {own.by_scale('gap_closed')}; first half: {partial.by_scale('gap_closed')}",
+        all(
+            own.where(guidance_scale=scale).mean("gap_closed") > partial.where(guidance_scale=scale).mean("gap_closed")
+            for scale in own.unique("guidance_scale")
+        ),
+    )
+
+
+def matches(rows: Rows, adapters: list[str], against: list[str], threshold: float) -> Finding:
+    """The adapter closes as much of the gap as each of the others, up to the threshold; the figures include costs."""
+    name = best_adapter(rows, adapters)
+    names = [name, *against]
+    gap = {each: rows.named([each]).mean("gap_closed") for each in names}
+    return Finding(
+        f"{name} closes what {' and '.join(against)} does, but for {threshold}",
+        "; ".join([*map(rows.quality, names), *(training_cost(rows, each) for each in names)]),
+        all(gap[name] > gap[other] - threshold for other in against),
+    )
+
+
+def training_cost(rows: Rows, name: str) -> str:
+    own = rows.named([name])
+    megabytes = own.mean("training_peak_memory_bytes") / 1e6
+    return f"{name}: {own.mean('share'):.1%} of the base, {own.mean('training_seconds'):.0f} s, {megabytes:.0f} MB"
+
+
+def outperforms(rows: Rows, adapters: list[str], against: list[str]) -> Finding:
+    """The adapter closes more of the gap than each of the others; the figures include the teacher's evaluations."""
+    name = best_adapter(rows, adapters)
+    names = [name, *against]
+    gap = {each: rows.named([each]).mean("gap_closed") for each in names}
+    costs = [f"{each}: {rows.named([each]).mean('teacher_evaluations'):,.0f} evaluations" for each in names]
+    return Finding(
+        f"{name} closes more of the gap than {' and '.join(against)}",
+        "; ".join([*map(rows.quality, names), *costs]),
+        all(gap[name] > gap[other] for other in against),
+    )
+
+
+def needs_a_tenth(rows: Rows, adapters: list[str], against: list[str]) -> Finding:
+    """Adapters of at most a tenth of the others' teacher evaluations have a Frechet distance not above theirs."""
+    most = rows.named(against)
+    limit = most.mean("teacher_evaluations") / 10
+    tenth = Rows(row for row in rows.named(adapters).rows if row["teacher_evaluations"] <= limit)
+    curve = []
+    for data in rows.named([*adapters, *against]).unique("data"):
+        own = rows.named([*adapters, *against]).where(data=data)
+        curve.append(
+            f"{data}: {own.mean('teacher_evaluations'):,.0f} evaluations, "
+            f"Frechet distance {own.format('frechet_distance', '.1f')}, gap closed {own.format('gap_closed')}"
+        )
+    return Finding(
+        "with a tenth of them, a Frechet distance not above that of few long ones",
+        "; ".join(curve),
+        tenth.mean("frechet_distance") <= most.mean("frechet_distance"),
+    )
+
+
+def beats_each(rows: Rows, adapters: list[str], against: list[str]) -> Finding:
+    """Every adapter closes more of the gap than each of the others."""
+    names = sorted([*adapters, *against])
+    gap = {name: rows.named([name]).mean("gap_closed") for name in names}
+    return Finding(
+        "closes more of the gap than each of its adapters",
+        "; ".join(map(rows.quality, names)),
+        min(gap[name] for name in adapters) > max(gap[name] for name in against),
+    )
+
+
+def meets_prompts(rows: Rows, adapters: list[str], threshold: float) -> Finding:
+    """Images show what their prompts ask for as often as under CFG, up to the threshold, over all scales."""
+    own, cfg, none = rows.named([best_adapter(rows, adapters)]), rows.where(method=CFG), rows.where(method=NONE)
+    keys = measured_accuracies(rows)
+    figures = [
+        f"{key.replace('_', ' ')}: one pass {own.format(key)}, CFG {cfg.mean(key):.3f}, none {none.mean(key):.3f}"
+        for key in keys
+    ]
+    return Finding(
+        f"{', '.join(map(words, keys))} within {threshold} of CFG's",
+        "; ".join([*figures, f"gap closed {own.format('gap_closed')}"]),
+        all(own.mean(key) >= cfg.mean(key) - threshold for key in keys),
+    )
+
+
+def prompts_at_cfgs_best_scale(rows: Rows, adapters: list[str], threshold: float) -> Finding:
+    """As `meets_prompts`, at the scale where CFG's Frechet distance is least."""
+    name, scale, keys = best_adapter(rows, adapters), cfgs_best_scale(rows), measured_accuracies(rows)
+    own, cfg = rows.named([name]).where(guidance_scale=scale), rows.where(method=CFG, guidance_scale=scale)
+    figures = [f"{words(key)}: one pass {own.format(key)}, CFG {cfg.mean(key):.3f}" for key in keys]
+    return Finding(
+        f"at CFG's best scale, {', '.join(map(words, keys))} within {threshold} of CFG's",
+        f"at {scale:g}: {'; '.join(figures)}",
+        all(own.mean(key) >= cfg.mean(key) - threshold for key in keys),
+    )
+
+
+def prompts_at_effective_scale(rows: Rows, adapters: list[str], threshold: float) -> Finding:
+    """As `meets_prompts`, against CFG at the adapter's effective scale, at each scale."""
+    name, keys = best_adapter(rows, adapters), measured_accuracies(rows)
+    figures, holds = [], True
+    for scale in rows.named([name]).unique("guidance_scale"):
+        own = rows.named([name]).where(guidance_scale=scale)
+        effective = own.mean("effective_scale")
+        cfg = {key: cfg_at(rows, key, effective) for key in keys}
+        holds = holds and all(own.mean(key) >= cfg[key] - threshold for key in keys)
+        each = [f"{words(key)} {own.format(key)}, CFG {cfg[key]:.3f}" for key in keys]
+        figures.append(f"at {scale:g} (CFG at {effective:.2f}): {', '.join(each)}")
+    return Finding(
+        f"at each scale, {', '.join(map(words, keys))} within {threshold} of CFG's at the effective scale",
+        "; ".join(figures),
+        holds,
+    )
+
+
+def heeds_negative_prompts(rows: Rows, adapters: list[str], against: list[str], threshold: float) -> Finding:
+    """With negative prompts, images show what their prompts ask for as often as under CFG, up to the threshold.
+
+    A negative prompt can lower that as well, so more often is no better. The adapter also comes nearer to CFG's latents
+    than those that do not see the negative prompts.
+    """
+    name, cfg, keys = best_adapter(rows, adapters), rows.where(method=CFG), measured_accuracies(rows)
+    own = rows.named([name])
+    gap = {each: rows.named([each]).mean("gap_closed") for each in (name, *against)}
+    figures = []
+    for key in keys:
+        blind = [f"{other} {rows.named([other]).format(key)}" for other in against]
+        figures.append(f"{words(key)}: {name} {own.format(key)}, CFG {cfg.mean(key):.3f}, {', '.join(blind)}")
+    closed = ", ".join(f"{each} {rows.named([each]).format('gap_closed')}" for each in gap)
+    return Finding(
+        f"{', '.join(map(words, keys))} within {threshold} of CFG's, and more of the gap closed than "
+        f"{' and '.join(against)}",
+        "; ".join([*figures, f"gap closed: {closed}"]),
+        all(abs(own.mean(key) - cfg.mean(key)) <= threshold for key in keys)
+        and all(gap[name] > gap[other] for other in against),
+    )
+
+
+JUDGEMENTS: dict[str, Callable[..., Finding]] = {
+    function.__name__: function
+    for function in (
+        closes_gap,
+        closes_gap_elsewhere,
+        frechet_at_each_scale,
+        frechet_at_best_scale,
+        frechet_at_cfgs_best_scale,
+        frechet_at_effective_scale,
+        time_over_cfg,
+        share_of_parameters,
+        beats_partial_guidance,
+        matches,
+        outperforms,
+        needs_a_tenth,
+        beats_each,
+        meets_prompts,
+        prompts_at_cfgs_best_scale,
+        prompts_at_effective_scale,
+        heeds_negative_prompts,
+    )
+}

@@ -1,0 +1,110 @@
+"""The rows of a study, filtered and averaged."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from stages.evaluate.comparisons import CFG, NONE, ONE_PASS
+
+Row = dict[str, Any]
+ACCURACIES = (
+    "class_accuracy",
+    "stroke_accuracy",
+    "slant_accuracy",
+    "category_accuracy",
+    "retrieval_top1",
+    "retrieval_top5",
+)
+
+
+class MissingRowsError(Exception):
+    """The evaluation lacks the rows, or the measurements, that a judgement needs."""
+
+
+class Rows:
+    """Rows of a study, to filter and average."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = list(rows)
+
+    def where(self, **values: Any) -> Rows:
+        return Rows(row for row in self.rows if all(row.get(key) == value for key, value in values.items()))
+
+    def named(self, names: list[str]) -> Rows:
+        """The one-pass rows of these adapters."""
+        return Rows(row for row in self.where(method=ONE_PASS).rows if row["name"] in names)
+
+    def unique(self, key: str) -> list[Any]:
+        """The distinct values of a column, sorted."""
+        return sorted({row[key] for row in self.rows if row.get(key) is not None})
+
+    def mean(self, key: str) -> float:
+        values: list[Any] = [row.get(key) for row in self.rows]
+        if not values or None in values:
+            raise MissingRowsError(key)
+        return statistics.fmean(values)
+
+    def format(self, key: str, form: str = ".3f") -> str:
+        """The mean over the seeds of their means over scales; with several seeds, ± the largest deviation from it."""
+        seeds = self.unique("seed")
+        values = [self.where(seed=seed).mean(key) for seed in seeds] or [self.mean(key)]
+        mean = statistics.fmean(values)
+        spread = max(abs(value - mean) for value in values)
+        return f"{mean:{form}} ± {spread:{form}}" if len(values) > 1 else f"{mean:{form}}"
+
+    def by_scale(self, key: str, form: str = ".3f") -> str:
+        scales = self.unique("guidance_scale")
+        return ", ".join(f"{self.where(guidance_scale=scale).format(key, form)} at {scale:g}" for scale in scales)
+
+    def least_over_scales(self, key: str) -> float:
+        scales = self.unique("guidance_scale")
+        if not scales:
+            raise MissingRowsError(key)
+        return min(self.where(guidance_scale=scale).mean(key) for scale in scales)
+
+    def quality(self, name: str) -> str:
+        own = self.named([name])
+        return (
+            f"{name}: gap closed {own.format('gap_closed')}, Frechet distance {own.format('frechet_distance', '.1f')}"
+        )
+
+
+def best_adapter(rows: Rows, adapters: list[str]) -> str:
+    """The adapter whose least share of the gap closed, over the scales, is the greatest."""
+    return max(adapters, key=lambda name: rows.named([name]).least_over_scales("gap_closed"))
+
+
+def cfgs_best_scale(rows: Rows) -> float:
+    """The scale at which CFG's Frechet distance is least."""
+    cfg = rows.where(method=CFG)
+    scales = cfg.unique("guidance_scale")
+    if not scales:
+        raise MissingRowsError("guidance_scale")
+    return min(scales, key=lambda scale: cfg.where(guidance_scale=scale).mean("frechet_distance"))
+
+
+def cfg_at(rows: Rows, key: str, scale: float) -> float:
+    """A figure of CFG at any scale, linear between the measured ones; at 1 it is that of no guidance."""
+    cfg = rows.where(method=CFG)
+    points = {1.0: rows.where(method=NONE).mean(key)}
+    points |= {each: cfg.where(guidance_scale=each).mean(key) for each in cfg.unique("guidance_scale")}
+    scale = min(max(scale, 1.0), max(points))
+    below = max(each for each in points if each <= scale)
+    above = min(each for each in points if each >= scale)
+    weight = (scale - below) / (above - below) if above > below else 0.0
+    return points[below] + weight * (points[above] - points[below])
+
+
+def measured_accuracies(rows: Rows) -> list[str]:
+    """The measures of prompt adherence that the rows have."""
+    keys = [key for key in ACCURACIES if rows.unique(key)]
+    if not keys:
+        raise MissingRowsError("accuracies")
+    return keys
+
+
+def words(key: str) -> str:
+    """A column's name without underscores, and without `accuracy`."""
+    return key.removesuffix("_accuracy").replace("_", " ")
