@@ -33,6 +33,7 @@ from stages.embedded.training import Training
 
 HERE = Path(__file__).parent
 LATENT_CHANNELS = 16
+DECODED_NOISE = 0.05  # of latents with a deviation of 1: the denoiser's are not perfect either
 PROMPT_LENGTH = 16
 NULL_PROBABILITY = 0.1
 NAME_PROBABILITY = 0.5
@@ -46,6 +47,7 @@ class Recipe:
     vae_steps: int = 3500
     vae_batch_size: int = 16
     vae_learning_rate: float = 1.5e-3
+    decoder_steps: int = 6000
     steps: int = 16000
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -84,8 +86,16 @@ def edges(images: Tensor) -> Iterator[Tensor]:
     yield images[..., 1:, :] - images[..., :-1, :]
 
 
+def reconstruction_error(decoded: Tensor, images: Tensor) -> Tensor:
+    """The error of pixels, absolute and squared, and the absolute error of edges."""
+    error = functional.l1_loss(decoded, images) + functional.mse_loss(decoded, images)
+    for ours, theirs in zip(edges(decoded), edges(images), strict=True):
+        error = error + functional.l1_loss(ours, theirs)
+    return error
+
+
 def train_vae(emoji: Emoji, recipe: Recipe) -> tuple[AutoencoderKL, dict[str, Any]]:
-    """Train a VAE on the pictures: error of pixels and of edges, and a weak prior on the latents."""
+    """Train a VAE on the pictures, with a weak prior on the latents."""
     vae = new_vae().to(recipe.device)
     checkpoint = Path(recipe.cache_dir) / "vae.pt"
     training = Training(vae, checkpoint, recipe.vae_steps, recipe.vae_learning_rate, decay=0.999)
@@ -96,13 +106,36 @@ def train_vae(emoji: Emoji, recipe: Recipe) -> tuple[AutoencoderKL, dict[str, An
         with torch.autocast(recipe.device, torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample
-        error = functional.l1_loss(decoded.float(), images) + functional.mse_loss(decoded.float(), images)
-        for ours, theirs in zip(edges(decoded.float()), edges(images), strict=True):
-            error = error + functional.l1_loss(ours, theirs)
-        return error + 1e-6 * posterior.kl().mean()
+        return reconstruction_error(decoded.float(), images) + 1e-6 * posterior.kl().mean()
 
     training.run(loss_of_batch)
     return vae, training.summary()
+
+
+def train_decoder(vae: AutoencoderKL, latents: Tensor, emoji: Emoji, recipe: Recipe) -> dict[str, Any]:
+    """Train the decoder further for the same latents, so that a denoiser that was trained on them stays valid.
+
+    Args:
+        latents: as from `encode`.
+    """
+    model = nn.ModuleList([vae.post_quant_conv, vae.decoder]).to(recipe.device)
+    checkpoint = Path(recipe.cache_dir) / "decoder.pt"
+    training = Training(model, checkpoint, recipe.decoder_steps, recipe.vae_learning_rate, decay=0.999)
+    pictures = torch.stack([emoji.images, emoji.images.flip(-1)])
+
+    def loss_of_batch() -> Tensor:
+        mirrored, chosen = (
+            torch.randint(2, (recipe.vae_batch_size,)),
+            torch.randint(len(emoji), (recipe.vae_batch_size,)),
+        )
+        noisy = latents[mirrored, chosen] + DECODED_NOISE * torch.randn(recipe.vae_batch_size, LATENT_CHANNELS, 8, 8)
+        with torch.autocast(recipe.device, torch.bfloat16):
+            scaled = noisy.to(recipe.device) / vae.config.scaling_factor + vae.config.shift_factor
+            decoded = vae.decode(scaled).sample
+        return reconstruction_error(decoded.float(), pictures[mirrored, chosen].to(recipe.device))
+
+    training.run(loss_of_batch)
+    return training.summary()
 
 
 @torch.no_grad()
@@ -316,7 +349,9 @@ def main() -> None:
     vae, vae_training = train_vae(emoji, recipe)
     set_scaling_factor(vae, emoji.images)
     pipe = new_pipeline(vae, [caption for phrases in emoji.captions for caption in phrases], recipe)
-    denoiser_training = train_denoiser(pipe, encode(vae, emoji.images), emoji, recipe)
+    latents = encode(vae, emoji.images)
+    denoiser_training = train_denoiser(pipe, latents, emoji, recipe)
+    decoder_training = train_decoder(vae, latents, emoji, recipe)
     pipe.to(torch.float16).save_pretrained(out)
     write_prompts(out, emoji)
     write_reference(out.with_name("noto_emoji"), emoji)
@@ -333,6 +368,7 @@ def main() -> None:
         "parameters": parameters,
         "vae": vae_training,
         "denoiser": denoiser_training,
+        "decoder": decoder_training,
     }
     (out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
     draw_grid(StableDiffusion3Pipeline.from_pretrained(out), out.with_name("emoji.png"), scale=4.0)
