@@ -56,16 +56,20 @@ def rows_by_step(pipe: Any, request: Request, guidance_scale: float) -> list[tup
     """The number of rows in each denoiser call of each step.
 
     The denoisers run once for each set of shapes, and repeat that output in the other calls: the numbers of rows follow
-    from the steps' numbers alone, and the run costs hardly more than its scheduler.
+    from the steps' numbers alone, and the run costs hardly more than its scheduler. A pipeline that needs more of its
+    denoiser than the output (self-attention guidance reads its attention maps) runs it in each call.
 
     Raises:
         DoesNotRunError: the pipeline fails.
     """
     rows: list[tuple[int, ...]] = []
-    with ExitStack() as stack:
-        for denoiser in denoisers_of(pipe).values():
-            stack.enter_context(patched(denoiser, "forward", _repeating()))
-        _run(pipe, request, guidance_scale, lambda calls, r, t: rows.append(tuple(rows_of(pipe, calls))))
+    try:
+        with ExitStack() as stack:
+            for denoiser in denoisers_of(pipe).values():
+                stack.enter_context(patched(denoiser, "forward", _repeating()))
+            _run(pipe, request, guidance_scale, lambda calls, r, t: rows.append(tuple(rows_of(pipe, calls))))
+    except DoesNotRunError:
+        return [tuple(rows_of(pipe, step.calls)) for step in probe(pipe, request, guidance_scale)]
     return rows
 
 
