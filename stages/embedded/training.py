@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 CHECKPOINT_SECONDS = 300
 LOGGED_STEPS = 500
+WARMUP = 0.05  # share of the steps
 
 
 class Training:
@@ -33,12 +35,16 @@ class Training:
         self.model, self.checkpoint, self.steps = model, checkpoint, steps
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.01)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, learning_rate, steps, pct_start=0.05)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._share_of_rate)
         self.average = EMAModel(self.parameters, decay=decay, use_ema_warmup=True, power=0.75)
         self.losses: dict[int, float] = {}
         self.done, self.seconds = 0, 0.0
         if checkpoint.exists():
             self.load()
+
+    def _share_of_rate(self, step: int) -> float:
+        """A short rise, then half a cosine to 0; a run that continues with other `steps` follows these from there."""
+        return min((step + 1) / (WARMUP * self.steps), 0.5 + 0.5 * math.cos(math.pi * step / self.steps))
 
     def run(self, loss_of_batch: Callable[[], Tensor]) -> None:
         """Take the remaining steps, and put the averaged weights into the model."""

@@ -44,3 +44,14 @@ def test_a_finished_training_takes_no_further_step(tmp_path: Path) -> None:
     first = train(tmp_path / "checkpoint.pt")
     again = train(tmp_path / "checkpoint.pt", stop_at=STEPS)
     assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_the_rate_follows_the_steps_that_are_asked_for(tmp_path: Path) -> None:
+    model = nn.Linear(4, 1)
+    training = Training(model, tmp_path / "checkpoint.pt", 100, learning_rate=0.1, decay=0.9)
+    training.done = 100
+    training.save()
+    longer = Training(model, tmp_path / "checkpoint.pt", 200, learning_rate=0.1, decay=0.9)
+    assert training.schedule.get_last_lr() == [pytest.approx(0.1 / 5)]
+    assert longer._share_of_rate(100) == pytest.approx(0.5)
+    assert longer._share_of_rate(200) == pytest.approx(0)
