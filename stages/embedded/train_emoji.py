@@ -1,4 +1,4 @@
-"""Train the embedded text-to-image teacher `emoji` on Noto emoji with captions.
+"""Train a text-to-image teacher on Noto emoji with captions.
 
     python -m stages.embedded.train_emoji
 
@@ -41,7 +41,7 @@ NAME_PROBABILITY = 0.5
 
 @dataclass
 class Recipe:
-    """The recipe; its defaults trained the embedded weights."""
+    """The recipe."""
 
     seed: int = 0
     vae_steps: int = 3500
@@ -220,9 +220,6 @@ class Captions:
         every = [caption for phrases in emoji.captions for caption in phrases]
         self.tokens = tokenize(tokenizer, every)
         self.null = tokenize(tokenizer, [""])
-
-    def __len__(self) -> int:
-        return len(self.counts)
 
     def draw(self, chosen: Tensor) -> Tensor:
         """Token ids `[n, 16]`: half of them names, a tenth the empty caption, the others drawn evenly."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -58,7 +59,7 @@ class ClassifierNetwork:
         return features, self.module.head(features)
 
 
-class SquareNetwork:
+class SquareNetwork(ABC):
     """A network that takes square images of one size in RGB.
 
     Every image is cut and resized by the same antialiased filter, because the choice of filter changes the distance
@@ -75,9 +76,9 @@ class SquareNetwork:
         features, scores = zip(*(self.measure(batch.to(images.device)) for batch in batches), strict=True)
         return torch.cat(features), torch.cat(scores)
 
+    @abstractmethod
     def measure(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Features `[n, f]` and class scores `[n, k]` of bytes `[n, 3, size, size]`."""
-        raise NotImplementedError
 
 
 class InceptionNetwork(SquareNetwork):
