@@ -9,16 +9,11 @@ from its last checkpoint. `training.json`, next to the weights, records the reci
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -27,130 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from stages.base.pictures import grid, to_picture
 from stages.embedded.emoji import Emoji, load_emoji
+from stages.embedded.emoji_files import draw_grid, write_prompts, write_reference
+from stages.embedded.emoji_recipe import LATENT_CHANNELS, Recipe
+from stages.embedded.emoji_vae import encode, set_scaling_factor, train_decoder, train_vae
 from stages.embedded.training import Training
 
-HERE = Path(__file__).parent
-LATENT_CHANNELS = 16
-DECODED_NOISE = 0.05  # of latents with a deviation of 1: the denoiser's are not perfect either
 PROMPT_LENGTH = 16
 NULL_PROBABILITY = 0.1
 NAME_PROBABILITY = 0.5
-
-
-@dataclass
-class Recipe:
-    """The recipe."""
-
-    seed: int = 0
-    vae_steps: int = 3500
-    vae_batch_size: int = 16
-    vae_learning_rate: float = 1.5e-3
-    decoder_steps: int = 6000
-    steps: int = 10000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    layers: int = 4
-    heads: int = 4
-    patch_size: int = 2
-    text_width: int = 128
-    text_layers: int = 3
-    vocabulary: int = 2000
-    device: str = "cpu"
-    cache_dir: str = "emoji_cache"
-    output_dir: str = str(HERE / "emoji")
-
-
-def new_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        latent_channels=LATENT_CHANNELS,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32, 32, 64, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=64,
-        force_upcast=False,
-    )
-
-
-def mirror_some(images: Tensor, allowed: Tensor) -> Tensor:
-    """Mirror about half of the images that may be mirrored."""
-    mirrored = allowed & (torch.rand(len(images)) < 0.5)
-    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-
-
-def edges(images: Tensor) -> Iterator[Tensor]:
-    yield images[..., 1:] - images[..., :-1]
-    yield images[..., 1:, :] - images[..., :-1, :]
-
-
-def reconstruction_error(decoded: Tensor, images: Tensor) -> Tensor:
-    """The error of pixels, absolute and squared, and the absolute error of edges."""
-    error = functional.l1_loss(decoded, images) + functional.mse_loss(decoded, images)
-    for ours, theirs in zip(edges(decoded), edges(images), strict=True):
-        error = error + functional.l1_loss(ours, theirs)
-    return error
-
-
-def train_vae(emoji: Emoji, recipe: Recipe) -> tuple[AutoencoderKL, dict[str, Any]]:
-    """Train a VAE on the pictures, with a weak prior on the latents."""
-    vae = new_vae().to(recipe.device)
-    checkpoint = Path(recipe.cache_dir) / "vae.pt"
-    training = Training(vae, checkpoint, recipe.vae_steps, recipe.vae_learning_rate, decay=0.999)
-
-    def loss_of_batch() -> Tensor:
-        chosen = torch.randint(len(emoji), (recipe.vae_batch_size,))
-        images = mirror_some(emoji.images[chosen], emoji.can_be_mirrored[chosen]).to(recipe.device)
-        with torch.autocast(recipe.device, torch.bfloat16):
-            posterior = vae.encode(images).latent_dist
-            decoded = vae.decode(posterior.sample()).sample
-        return reconstruction_error(decoded.float(), images) + 1e-6 * posterior.kl().mean()
-
-    training.run(loss_of_batch)
-    return vae, training.summary()
-
-
-def train_decoder(vae: AutoencoderKL, latents: Tensor, emoji: Emoji, recipe: Recipe) -> dict[str, Any]:
-    """Train the decoder further for the same latents, so that a denoiser that was trained on them stays valid.
-
-    Args:
-        latents: as from `encode`.
-    """
-    model = nn.ModuleList([vae.post_quant_conv, vae.decoder]).to(recipe.device)
-    checkpoint = Path(recipe.cache_dir) / "decoder.pt"
-    training = Training(model, checkpoint, recipe.decoder_steps, recipe.vae_learning_rate, decay=0.999)
-    pictures = torch.stack([emoji.images, emoji.images.flip(-1)])
-
-    def loss_of_batch() -> Tensor:
-        mirrored, chosen = (
-            torch.randint(2, (recipe.vae_batch_size,)),
-            torch.randint(len(emoji), (recipe.vae_batch_size,)),
-        )
-        noisy = latents[mirrored, chosen] + DECODED_NOISE * torch.randn(recipe.vae_batch_size, LATENT_CHANNELS, 8, 8)
-        with torch.autocast(recipe.device, torch.bfloat16):
-            scaled = noisy.to(recipe.device) / vae.config.scaling_factor + vae.config.shift_factor
-            decoded = vae.decode(scaled).sample
-        return reconstruction_error(decoded.float(), pictures[mirrored, chosen].to(recipe.device))
-
-    training.run(loss_of_batch)
-    return training.summary()
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Latents of the images and of their mirror images, `[2, n, 16, 8, 8]`, times the scaling factor."""
-    found = [vae.encode(part).latent_dist.mean for both in (images, images.flip(-1)) for part in both.split(100)]
-    latents = (torch.cat(found) - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
-    return latents.unflatten(0, (2, len(images)))
-
-
-def set_scaling_factor(vae: AutoencoderKL, images: Tensor) -> None:
-    """Set the VAE's shift and scaling factor so that these images' latents have a mean of 0 and a deviation of 1."""
-    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
-    latents = encode(vae, images)
-    vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
 
 
 def new_tokenizer(captions: list[str], recipe: Recipe) -> CLIPTokenizer:
@@ -278,65 +158,6 @@ def flow_matching_loss(pipe: StableDiffusion3Pipeline, clean: Tensor, tokens: Te
     return functional.mse_loss(velocity, noise - clean)
 
 
-def write_reference(folder: Path, emoji: Emoji) -> None:
-    """Write the pictures as a folder for `reference=`: `reference.parquet` with image, prompt and category."""
-    table = {"image": [to_webp(image) for image in emoji.images], "prompt": emoji.names, "category": emoji.categories}
-    folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(table), folder / "reference.parquet", compression="none")
-
-
-def to_webp(image: Tensor) -> bytes:
-    content = io.BytesIO()
-    to_picture(image).save(content, "webp", lossless=True, quality=100)
-    return content.getvalue()
-
-
-def write_prompts(folder: Path, emoji: Emoji) -> None:
-    """Write two files for `prompts=`, in random order: every caption, and the names alone."""
-    generator = torch.Generator().manual_seed(0)
-    rows = [(caption, i) for i, phrases in enumerate(emoji.captions) for caption in phrases]
-    for name, chosen in (("prompts.csv", rows), ("names.csv", [(name, i) for i, name in enumerate(emoji.names)])):
-        order = torch.randperm(len(chosen), generator=generator).tolist()
-        prompts, numbers = zip(*(chosen[i] for i in order), strict=True)
-        categories = [emoji.categories[i] for i in numbers]
-        pyarrow.csv.write_csv(pa.table({"prompt": list(prompts), "category": categories}), folder / name)
-
-
-SHOWN = [
-    "grinning face",
-    "smiling cat with heart eyes",
-    "crying face",
-    "smiling face with sunglasses",
-    "dog face",
-    "panda",
-    "frog",
-    "butterfly",
-    "octopus",
-    "rose",
-    "cactus",
-    "red apple",
-    "pizza",
-    "hamburger",
-    "birthday cake",
-    "rocket",
-    "automobile",
-    "house",
-    "rainbow",
-    "soccer ball",
-    "guitar",
-    "light bulb",
-    "crown",
-    "umbrella",
-]
-
-
-def draw_grid(pipe: StableDiffusion3Pipeline, path: Path, scale: float) -> None:
-    """Write a picture of 24 prompts at a guidance scale."""
-    noise = [torch.Generator().manual_seed(i) for i in range(len(SHOWN))]
-    pictures = pipe(SHOWN, guidance_scale=scale, num_inference_steps=25, max_sequence_length=1, generator=noise).images
-    grid([pictures[:12], pictures[12:]]).save(path)
-
-
 def main() -> None:
     recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.from_cli()))
     assert isinstance(recipe, Recipe)
@@ -368,7 +189,10 @@ def main() -> None:
         "decoder": decoder_training,
     }
     (out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
-    draw_grid(StableDiffusion3Pipeline.from_pretrained(out), out.with_name("emoji.png"), scale=4.0)
+    saved = StableDiffusion3Pipeline.from_pretrained(
+        out, torch_dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
+    )
+    draw_grid(saved, out.with_name("emoji.png"), scale=4.0)
 
 
 if __name__ == "__main__":
