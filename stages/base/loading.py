@@ -67,13 +67,23 @@ def load_pipeline(
     quieten()
     kind = diffusers_class(pipeline_class or "DiffusionPipeline", "teacher.pipeline_class")
     try:
-        pipe = kind.from_pretrained(resolve(name_or_path), torch_dtype=torch_dtype, **source)
+        absent = {} if issubclass(kind, ModularPipeline) else dict.fromkeys(absent_components(name_or_path, **source))
+        pipe = kind.from_pretrained(resolve(name_or_path), torch_dtype=torch_dtype, **absent, **source)
         if isinstance(pipe, ModularPipeline):
             pipe.load_components(torch_dtype=torch_dtype)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{name_or_path}: no {kind.__name__} could be loaded from it: {first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def absent_components(name_or_path: str, **source: str | None) -> list[str]:
+    """The components that a pipeline was saved without, such as T5 of Stable Diffusion 3.
+
+    `from_pretrained` refuses some of them unless they are passed as None.
+    """
+    index = DiffusionPipeline.load_config(resolve(name_or_path), revision=source.get("revision"))
+    return [name for name, entry in index.items() if entry == [None, None]]
 
 
 def use_scheduler(pipe: Any, name: str, key: str) -> None:

@@ -25,19 +25,28 @@ def write_reference(folder: Path, emoji: Emoji) -> None:
 
 def to_webp(image: Tensor) -> bytes:
     content = io.BytesIO()
-    to_picture(image).save(content, "webp", lossless=True, quality=100)
+    to_picture(image).save(content, "webp", quality=90, method=6)
     return content.getvalue()
 
 
 def write_prompts(folder: Path, emoji: Emoji) -> None:
-    """Write two files for `prompts=`, in random order: every caption, and the names alone."""
+    """Write three files for `prompts=`, in random order.
+
+    `prompts.csv`: every caption. `names.csv`: the names alone. `negatives.csv`: each name with a negative prompt, the
+    name of its neighbour in Unicode's order, which is mostly of the same kind; then the names again, without one.
+    """
     generator = torch.Generator().manual_seed(0)
-    rows = [(caption, i) for i, phrases in enumerate(emoji.captions) for caption in phrases]
-    for name, chosen in (("prompts.csv", rows), ("names.csv", [(name, i) for i, name in enumerate(emoji.names)])):
-        order = torch.randperm(len(chosen), generator=generator).tolist()
-        prompts, numbers = zip(*(chosen[i] for i in order), strict=True)
-        categories = [emoji.categories[i] for i in numbers]
-        pyarrow.csv.write_csv(pa.table({"prompt": list(prompts), "category": categories}), folder / name)
+    captions = [caption for phrases in emoji.captions for caption in phrases]
+    shuffled = [captions[i] for i in torch.randperm(len(captions), generator=generator).tolist()]
+    order = torch.randperm(len(emoji), generator=generator).tolist()
+    names, neighbours = ([emoji.names[i + shift] for i in order] for shift in (0, -1))
+    tables = {
+        "prompts.csv": {"prompt": shuffled},
+        "names.csv": {"prompt": names},
+        "negatives.csv": {"prompt": names * 2, "negative_prompt": neighbours + [""] * len(names)},
+    }
+    for name, columns in tables.items():
+        pyarrow.csv.write_csv(pa.table(columns), folder / name)
 
 
 SHOWN = [

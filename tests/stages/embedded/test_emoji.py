@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from stages.base.prompts import read_prompts
 from stages.embedded.emoji import KEYWORDS, PICTURES, Emoji, load_emoji
+from stages.embedded.emoji_files import write_prompts
 
 CAT = {
     "name": "SMILING CAT FACE WITH HEART-SHAPED EYES",
@@ -72,3 +74,12 @@ def test_captions_are_the_names_and_the_name_with_key_words(emoji: Emoji) -> Non
 
 def test_a_picture_that_holds_writing_is_not_mirrored(emoji: Emoji) -> None:
     assert emoji.can_be_mirrored.tolist() == [False, True]
+
+
+def test_negative_prompts_are_the_neighbours_names(emoji: Emoji, tmp_path: Path) -> None:
+    write_prompts(tmp_path, emoji)
+    rows = [(row["prompt"], row["negative_prompt"]) for row in read_prompts(str(tmp_path / "negatives.csv"))]
+    hospital, cat = emoji.names
+    assert sorted(rows[:2]) == sorted([(hospital, cat), (cat, hospital)])
+    assert sorted(rows[2:]) == sorted([(hospital, ""), (cat, "")])
+    assert [row["prompt"] for row in read_prompts(str(tmp_path / "names.csv"))] == [name for name, _ in rows[:2]]
