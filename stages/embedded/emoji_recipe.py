@@ -18,7 +18,8 @@ class Recipe:
     vae_batch_size: int = 16
     vae_learning_rate: float = 1.5e-3
     decoder_steps: int = 4000
-    steps: int = 10000
+    copies: int = 16
+    steps: int = 8000
     batch_size: int = 64
     learning_rate: float = 1e-3
     layers: int = 4

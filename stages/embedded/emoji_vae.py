@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stages.embedded.augmentation import mirror_some
 from stages.embedded.emoji import Emoji
 from stages.embedded.emoji_recipe import LATENT_CHANNELS, Recipe
 from stages.embedded.training import Training
@@ -31,12 +32,6 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def mirror_some(images: Tensor, allowed: Tensor) -> Tensor:
-    """Mirror about half of the images that may be mirrored."""
-    mirrored = allowed & (torch.rand(len(images)) < 0.5)
-    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-
-
 def edges(images: Tensor) -> Iterator[Tensor]:
     yield images[..., 1:] - images[..., :-1]
     yield images[..., 1:, :] - images[..., :-1, :]
@@ -51,7 +46,7 @@ def reconstruction_error(decoded: Tensor, images: Tensor) -> Tensor:
 
 
 def train_vae(emoji: Emoji, recipe: Recipe) -> tuple[AutoencoderKL, dict[str, Any]]:
-    """Train a VAE on the pictures, with a weak prior on the latents."""
+    """Train a VAE on the pictures and mirror images, with a weak prior on the latents."""
     vae = new_vae().to(recipe.device)
     checkpoint = Path(recipe.cache_dir) / "vae.pt"
     training = Training(vae, checkpoint, recipe.vae_steps, recipe.vae_learning_rate, decay=0.999)
@@ -68,27 +63,23 @@ def train_vae(emoji: Emoji, recipe: Recipe) -> tuple[AutoencoderKL, dict[str, An
     return vae, training.summary()
 
 
-def train_decoder(vae: AutoencoderKL, latents: Tensor, emoji: Emoji, recipe: Recipe) -> dict[str, Any]:
+def train_decoder(vae: AutoencoderKL, latents: Tensor, pictures: Tensor, recipe: Recipe) -> dict[str, Any]:
     """Train the decoder further for the same latents, so that a denoiser that was trained on them stays valid.
 
     Args:
-        latents: as from `encode`.
+        latents: of the pictures, `[copies, n, 16, 8, 8]`; pictures: `[copies, n, 3, 64, 64]`.
     """
     model = nn.ModuleList([vae.post_quant_conv, vae.decoder]).to(recipe.device)
     checkpoint = Path(recipe.cache_dir) / "decoder.pt"
     training = Training(model, checkpoint, recipe.decoder_steps, recipe.vae_learning_rate, decay=0.999)
-    pictures = torch.stack([emoji.images, emoji.images.flip(-1)])
 
     def loss_of_batch() -> Tensor:
-        mirrored, chosen = (
-            torch.randint(2, (recipe.vae_batch_size,)),
-            torch.randint(len(emoji), (recipe.vae_batch_size,)),
-        )
-        noisy = latents[mirrored, chosen] + DECODED_NOISE * torch.randn(recipe.vae_batch_size, LATENT_CHANNELS, 8, 8)
+        copy, chosen = (torch.randint(count, (recipe.vae_batch_size,)) for count in latents.shape[:2])
+        noisy = latents[copy, chosen] + DECODED_NOISE * torch.randn(recipe.vae_batch_size, LATENT_CHANNELS, 8, 8)
         with torch.autocast(recipe.device, torch.bfloat16):
             scaled = noisy.to(recipe.device) / vae.config.scaling_factor + vae.config.shift_factor
             decoded = vae.decode(scaled).sample
-        return reconstruction_error(decoded.float(), pictures[mirrored, chosen].to(recipe.device))
+        return reconstruction_error(decoded.float(), pictures[copy, chosen].to(recipe.device))
 
     training.run(loss_of_batch)
     return training.summary()
@@ -96,10 +87,9 @@ def train_decoder(vae: AutoencoderKL, latents: Tensor, emoji: Emoji, recipe: Rec
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Latents of the images and of their mirror images, `[2, n, 16, 8, 8]`, times the scaling factor."""
-    found = [vae.encode(part).latent_dist.mean for both in (images, images.flip(-1)) for part in both.split(100)]
-    latents = (torch.cat(found) - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
-    return latents.unflatten(0, (2, len(images)))
+    """Latents `[n, 16, 8, 8]` of images `[n, 3, 64, 64]`, times the scaling factor."""
+    found = [vae.encode(part).latent_dist.mean for part in images.split(100)]
+    return (torch.cat(found) - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
 
 def set_scaling_factor(vae: AutoencoderKL, images: Tensor) -> None:

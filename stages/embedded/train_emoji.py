@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from stages.embedded.augmentation import mirror_some, transformed
 from stages.embedded.emoji import Emoji, load_emoji
 from stages.embedded.emoji_files import draw_grid, write_prompts, write_reference
 from stages.embedded.emoji_recipe import LATENT_CHANNELS, Recipe
@@ -136,15 +137,14 @@ def train_denoiser(pipe: StableDiffusion3Pipeline, latents: Tensor, emoji: Emoji
     checkpoint = Path(recipe.cache_dir) / "denoiser.pt"
     training = Training(model, checkpoint, recipe.steps, recipe.learning_rate, decay=0.9995)
     captions = Captions(pipe.tokenizer, emoji)
-    training.run(lambda: flow_matching_loss(pipe, *draw(latents, emoji, captions, recipe.batch_size)))
+    training.run(lambda: flow_matching_loss(pipe, *draw(latents, captions, recipe.batch_size)))
     return training.summary()
 
 
-def draw(latents: Tensor, emoji: Emoji, captions: Captions, size: int) -> tuple[Tensor, Tensor]:
-    """A batch of latents `[b, 16, 8, 8]`, some of them of mirror images, and captions `[b, 16]`."""
-    chosen = torch.randint(len(emoji), (size,))
-    mirrored = (emoji.can_be_mirrored[chosen] & (torch.rand(size) < 0.5)).long()
-    return latents[mirrored, chosen], captions.draw(chosen)
+def draw(latents: Tensor, captions: Captions, size: int) -> tuple[Tensor, Tensor]:
+    """A batch of latents `[b, 16, 8, 8]` from those of all copies `[copies, n, 16, 8, 8]`, and captions `[b, 16]`."""
+    copy, chosen = (torch.randint(count, (size,)) for count in latents.shape[:2])
+    return latents[copy, chosen], captions.draw(chosen)
 
 
 def flow_matching_loss(pipe: StableDiffusion3Pipeline, clean: Tensor, tokens: Tensor) -> Tensor:
@@ -167,9 +167,12 @@ def main() -> None:
     vae, vae_training = train_vae(emoji, recipe)
     set_scaling_factor(vae, emoji.images)
     pipe = new_pipeline(vae, [caption for phrases in emoji.captions for caption in phrases], recipe)
-    latents = encode(vae, emoji.images)
+    pictures = torch.stack(
+        [transformed(mirror_some(emoji.images, emoji.can_be_mirrored)) for _ in range(recipe.copies)]
+    )
+    latents = torch.stack([encode(vae, copy) for copy in pictures])
     denoiser_training = train_denoiser(pipe, latents, emoji, recipe)
-    decoder_training = train_decoder(vae, latents, emoji, recipe)
+    decoder_training = train_decoder(vae, latents, pictures, recipe)
     pipe.to(torch.float16).save_pretrained(out)
     write_prompts(out, emoji)
     write_reference(out.with_name("noto_emoji"), emoji)
