@@ -19,7 +19,7 @@ class Recipe:
     vae_learning_rate: float = 1.5e-3
     decoder_steps: int = 4000
     copies: int = 16
-    steps: int = 8000
+    steps: int = 14000
     batch_size: int = 64
     learning_rate: float = 1e-3
     layers: int = 4
