@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,16 +35,12 @@ class Training:
         self.model, self.checkpoint, self.steps = model, checkpoint, steps
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.01)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._share_of_rate)
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, int(WARMUP * steps), steps)
         self.average = EMAModel(self.parameters, decay=decay, use_ema_warmup=True, power=0.75)
         self.losses: dict[int, float] = {}
         self.done, self.seconds = 0, 0.0
         if checkpoint.exists():
             self.load()
-
-    def _share_of_rate(self, step: int) -> float:
-        """A short rise, then half a cosine to 0; a run that continues with other `steps` follows these from there."""
-        return min((step + 1) / (WARMUP * self.steps), 0.5 + 0.5 * math.cos(math.pi * step / self.steps))
 
     def run(self, loss_of_batch: Callable[[], Tensor]) -> None:
         """Take the remaining steps, and put the averaged weights into the model."""
