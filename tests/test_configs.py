@@ -53,7 +53,7 @@ def test_a_teachers_pipeline_takes_its_call_arguments(name: str) -> None:
 
 def test_every_family_has_a_configuration_and_a_shape() -> None:
     configs = {path.stem for path in (CONFIGS / "generate").glob("*.yaml")}
-    assert configs == {shape.config for shape in SHAPES} | PIPELINES.keys() | {"mnist_dit", "mnist_sd"}
+    assert configs == {shape.config for shape in SHAPES} | PIPELINES.keys() | {"emoji", "mnist_dit", "mnist_sd"}
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda path: path.stem)

@@ -17,7 +17,7 @@ class Recipe:
     vae_steps: int = 3500
     vae_batch_size: int = 16
     vae_learning_rate: float = 1.5e-3
-    decoder_steps: int = 4000
+    decoder_steps: int = 6000
     copies: int = 16
     steps: int = 14000
     batch_size: int = 64

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from stages.base.loading import load_pipeline
 from stages.embedded.augmentation import mirror_some, transformed
 from stages.embedded.emoji import Emoji, load_emoji
 from stages.embedded.emoji_files import draw_grid, write_prompts, write_reference
@@ -171,31 +172,27 @@ def main() -> None:
         [transformed(mirror_some(emoji.images, emoji.can_be_mirrored)) for _ in range(recipe.copies)]
     )
     latents = torch.stack([encode(vae, copy) for copy in pictures])
-    denoiser_training = train_denoiser(pipe, latents, emoji, recipe)
-    decoder_training = train_decoder(vae, latents, pictures, recipe)
+    trainings = {
+        "vae": vae_training,
+        "denoiser": train_denoiser(pipe, latents, emoji, recipe),
+        "decoder": train_decoder(vae, latents, pictures, recipe),
+    }
     pipe.to(torch.float16).save_pretrained(out)
+    (out / "training.json").write_text(json.dumps(describe(pipe, recipe) | trainings, indent=2) + "\n")
     write_prompts(out, emoji)
     write_reference(out.with_name("noto_emoji"), emoji)
-    parameters = {
-        n: sum(p.numel() for p in part.parameters())
-        for n, part in pipe.components.items()
-        if isinstance(part, nn.Module)
-    }
-    recipe_used = {name: value for name, value in asdict(recipe).items() if name not in ("cache_dir", "output_dir")}
-    summary = {
-        "recipe": recipe_used,
+    draw_grid(load_pipeline(str(out)), out.with_name("emoji.png"), scale=4.0)
+
+
+def describe(pipe: StableDiffusion3Pipeline, recipe: Recipe) -> dict[str, Any]:
+    """The recipe, and the number of parameters of each part."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return {
+        "recipe": {key: value for key, value in asdict(recipe).items() if key not in ("cache_dir", "output_dir")},
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "parameters": parameters,
-        "vae": vae_training,
-        "denoiser": denoiser_training,
-        "decoder": decoder_training,
+        "parameters": {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()},
     }
-    (out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
-    saved = StableDiffusion3Pipeline.from_pretrained(
-        out, torch_dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
-    )
-    draw_grid(saved, out.with_name("emoji.png"), scale=4.0)
 
 
 if __name__ == "__main__":

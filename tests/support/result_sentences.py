@@ -17,9 +17,10 @@ NUMBERS = (
 
 def sentences() -> list[tuple[str, str]]:
     """Return pairs of a page and a part of a sentence that it must contain."""
-    first = [*demo(), *claims()]
+    first = [*demo(), *emoji(), *claims()]
     works = f"{len(gather()) - len(REFUSALS)} of the {len(gather())} pipelines"
-    refused = f"Of {len(gather())} guided pipelines that were tried, generation refuses {len(REFUSALS)}"
+    tried = f"[{len(gather())} guided pipelines](tests/pipelines_zoo/README.md)"
+    refused = f"Of {tried} that were tried, {len(REFUSALS)} are refused"
     pages = {
         "README.md": [*first, refused],
         "stages/generate/README.md": [*scale(read("scale/scale.json")), works],
@@ -41,6 +42,17 @@ def demo() -> list[str]:
         f"{share} the base",
         f"{share} a denoiser",
         f"{training['steps']} steps, {losses}, {training['records_per_second']:.0f} records/s",
+    ]
+
+
+def emoji() -> list[str]:
+    generation, training = read("emoji/generation.json"), read("emoji/training.json")
+    rows = read("emoji/evaluation.json")["rows"]
+    closed = next(row for row in rows if row["method"] == "one_pass" and row["guidance_scale"] == 4)["gap_closed"]
+    return [
+        f"in {(generation['seconds'] + training['seconds']) / 60:.0f} minutes",
+        f"{training['adapter_share']:.1%} of its base",
+        f"closes {closed:.2f} of the gap at scale 4",
     ]
 
 
@@ -107,8 +119,9 @@ def scale(measured: dict[str, Any]) -> list[str]:
 
 def embedded() -> list[str]:
     dit, sd, bold = (read(EMBEDDED / name / "training.json") for name in ("mnist_dit", "mnist_sd", "mnist_dit_bold"))
-    before = bold["before_fine_tuning"]
+    before, drawn = bold["before_fine_tuning"], read(EMBEDDED / "emoji" / "training.json")["parameters"]
     return [
+        f"({drawn['transformer'] / 1e6:.1f} M parameters)",
         f"{dit['denoiser_parameters'] / 1e6:.1f} M parameters",
         f"{sd['unet_parameters'] / 1e6:.1f} M parameters",
         f"CLIP text encoder of {sd['text_encoder_parameters'] / 1e3:.0f} k",

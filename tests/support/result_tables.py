@@ -1,6 +1,6 @@
 """The tables of the pages, from the results of `tests/benchmarks/results`.
 
-python -m tests.support.result_tables demo|text|default|variants|claims|scale|teachers
+python -m tests.support.result_tables demo|emoji|default|variants|claims|scale|teachers|guidance
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ COLUMNS = (
     "guidance_scale",
     "frechet_distance",
     "class_accuracy",
-    "stroke_accuracy",
-    "slant_accuracy",
+    "retrieval_top1",
+    "category_accuracy",
     "gap_closed",
     "effective_scale",
     "denoiser_evaluations",
@@ -119,14 +119,22 @@ def teachers() -> str:
     return markdown_table(cells)
 
 
+def guidance() -> str:
+    """Return the effect of guidance on the teacher `emoji`, by scale."""
+    keys = ("guidance_scale", "frechet_distance", "retrieval_top1", "retrieval_top5", "category_accuracy")
+    rows = [row for row in read("emoji/evaluation.json")["rows"] if row["method"] in ("none", "cfg")]
+    return markdown_table(cells_of([{key: row[key] for key in keys} for row in rows]))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": lambda: comparison(read("mnist_dit/evaluation.json")["rows"]),
-    "text": lambda: comparison(study_rows("text")),
+    "emoji": lambda: comparison(read("emoji/evaluation.json")["rows"]),
     "default": default,
     "variants": variants,
     "claims": claims,
     "scale": scale,
     "teachers": teachers,
+    "guidance": guidance,
 }
 
 
