@@ -26,7 +26,7 @@ ELSEWHERE = {  # what takes long is compared by the tests that have it at hand
 OF_OTHERS = frozenset({
     "key",  # of `key=value`
     "true_cfg_scale",  # of pipelines
-    "max_sequence_length",
+    "max_sequence_length",  # of SD3's pipeline
     "fullgraph",  # of torch.compile
     "Accelerator",  # of accelerate
     "lora_conversion_utils.py",  # of diffusers
