@@ -1,4 +1,4 @@
-"""The recipe of the teacher that draws emoji."""
+"""The recipe of the teacher that draws emoji, which its scripts share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LATENT_CHANNELS = 16
 
 @dataclass
 class Recipe:
-    """The recipe."""
+    """Steps, batch sizes and rates of each part's training, the sizes of the parts, and the folders."""
 
     seed: int = 0
     vae_steps: int = 3500

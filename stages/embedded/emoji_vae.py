@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.embedded.augmentation import mirror_some
-from stages.embedded.emoji import Emoji
 from stages.embedded.emoji_recipe import LATENT_CHANNELS, Recipe
+from stages.embedded.noto_emoji import Emoji
 from stages.embedded.training import Training
 
 DECODED_NOISE = 0.05  # of latents with a deviation of 1: the denoiser's are not perfect either
@@ -88,7 +88,7 @@ def train_decoder(vae: AutoencoderKL, latents: Tensor, pictures: Tensor, recipe:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Latents `[n, 16, 8, 8]` of images `[n, 3, 64, 64]`, times the scaling factor."""
-    found = [vae.encode(part).latent_dist.mean for part in images.split(100)]
+    found = [vae.encode(part.to(vae.device)).latent_dist.mean.cpu() for part in images.split(100)]
     return (torch.cat(found) - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
 

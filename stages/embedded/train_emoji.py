@@ -4,7 +4,8 @@
 
 A stock `StableDiffusion3Pipeline` without T5: this script trains the VAE, the tokenizer, and the two CLIP text encoders
 together with the transformer. It needs `npm` once, for the pictures and the key words. A run that was stopped goes on
-from its last checkpoint. `training.json`, next to the weights, records the recipe and the results.
+from its last checkpoint in `cache_dir`; another seed needs another one. `training.json`, next to the weights, records
+the recipe and the results.
 """
 
 from __future__ import annotations
@@ -23,16 +24,42 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stages.base.loading import load_pipeline
+from stages.base.pictures import grid
 from stages.embedded.augmentation import mirror_some, transformed
-from stages.embedded.emoji import Emoji, load_emoji
-from stages.embedded.emoji_files import draw_grid, write_prompts, write_reference
 from stages.embedded.emoji_recipe import LATENT_CHANNELS, Recipe
 from stages.embedded.emoji_vae import encode, set_scaling_factor, train_decoder, train_vae
+from stages.embedded.noto_emoji import Emoji, load_emoji, write_prompts, write_reference
 from stages.embedded.training import Training
 
 PROMPT_LENGTH = 16
 NULL_PROBABILITY = 0.1
 NAME_PROBABILITY = 0.5
+SHOWN = [
+    "grinning face",
+    "smiling cat with heart eyes",
+    "crying face",
+    "smiling face with sunglasses",
+    "dog face",
+    "panda",
+    "frog",
+    "butterfly",
+    "octopus",
+    "rose",
+    "cactus",
+    "red apple",
+    "pizza",
+    "hamburger",
+    "birthday cake",
+    "rocket",
+    "automobile",
+    "house",
+    "rainbow",
+    "soccer ball",
+    "guitar",
+    "light bulb",
+    "crown",
+    "umbrella",
+]
 
 
 def new_tokenizer(captions: list[str], recipe: Recipe) -> CLIPTokenizer:
@@ -182,6 +209,13 @@ def main() -> None:
     write_prompts(out, emoji)
     write_reference(out.with_name("noto_emoji"), emoji)
     draw_grid(load_pipeline(str(out)), out.with_name("emoji.png"), scale=4.0)
+
+
+def draw_grid(pipe: StableDiffusion3Pipeline, path: Path, scale: float) -> None:
+    """Write a picture of 24 prompts at a guidance scale."""
+    noise = [torch.Generator().manual_seed(i) for i in range(len(SHOWN))]
+    pictures = pipe(SHOWN, guidance_scale=scale, num_inference_steps=25, max_sequence_length=1, generator=noise).images
+    grid([pictures[:12], pictures[12:]]).save(path)
 
 
 def describe(pipe: StableDiffusion3Pipeline, recipe: Recipe) -> dict[str, Any]:

@@ -19,7 +19,7 @@ WARMUP = 0.05  # share of the steps
 
 
 class Training:
-    """Trains a model for a number of steps, averages its weights, and continues from its last checkpoint.
+    """Trains what is not frozen of a model, averages its weights, and continues from its last checkpoint.
 
     Args:
         checkpoint: file that is written every five minutes and at the end, and read first if it exists.
@@ -33,7 +33,7 @@ class Training:
 
     def __init__(self, model: nn.Module, checkpoint: Path, steps: int, learning_rate: float, decay: float) -> None:
         self.model, self.checkpoint, self.steps = model, checkpoint, steps
-        self.parameters = list(model.parameters())
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.01)
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, int(WARMUP * steps), steps)
         self.average = EMAModel(self.parameters, decay=decay, use_ema_warmup=True, power=0.75)
@@ -67,9 +67,9 @@ class Training:
         self.model.eval()
 
     def save(self) -> None:
-        names = ("model", "optimizer", "schedule", "average")
-        state = {name: getattr(self, name).state_dict() for name in names}
+        state = {name: getattr(self, name).state_dict() for name in ("optimizer", "schedule", "average")}
         state |= {name: getattr(self, name) for name in ("losses", "done", "seconds")}
+        state["parameters"] = [parameter.detach() for parameter in self.parameters]
         state["random"] = torch.get_rng_state()
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         new = self.checkpoint.with_suffix(".new")
@@ -78,8 +78,11 @@ class Training:
 
     def load(self) -> None:
         state = torch.load(self.checkpoint, weights_only=True)
-        for name in ("model", "optimizer", "schedule", "average"):
+        for name in ("optimizer", "schedule", "average"):
             getattr(self, name).load_state_dict(state[name])
+        with torch.no_grad():
+            for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(saved)
         self.losses, self.done, self.seconds = state["losses"], state["done"], state["seconds"]
         torch.set_rng_state(state["random"])
 

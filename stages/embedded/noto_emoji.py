@@ -1,7 +1,11 @@
-"""Noto emoji with captions: pictures from the npm package emoji-datasource-google, key words from emojilib."""
+"""Noto emoji with captions: pictures from the npm package emoji-datasource-google, key words from emojilib.
+
+Also the files that are made of them: prompts, and the pictures as a reference.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -10,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
+
+from stages.base.pictures import to_picture
 
 IMAGE_SIZE = 64
 PICTURES, KEYWORDS = "emoji-datasource-google@16.0.0", "emojilib@4.0.3"
@@ -101,3 +110,36 @@ def read_picture(path: Path) -> Tensor:
     ground = Image.new("RGBA", picture.size, "white")
     ground.alpha_composite(picture)
     return torch.from_numpy(np.array(ground.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
+
+
+def write_reference(folder: Path, emoji: Emoji) -> None:
+    """Write the pictures as a folder for `reference=`: `reference.parquet` with image, prompt and category."""
+    table = {"image": [to_webp(image) for image in emoji.images], "prompt": emoji.names, "category": emoji.categories}
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(table), folder / "reference.parquet", compression="none")
+
+
+def to_webp(image: Tensor) -> bytes:
+    content = io.BytesIO()
+    to_picture(image).save(content, "webp", quality=90, method=6)
+    return content.getvalue()
+
+
+def write_prompts(folder: Path, emoji: Emoji) -> None:
+    """Write three files for `prompts=`, in random order.
+
+    `prompts.csv`: every caption. `names.csv`: the names alone. `negatives.csv`: each name with a negative prompt, the
+    name of its neighbour in Unicode's order, which is mostly of the same kind; then the names again, without one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    captions = [caption for phrases in emoji.captions for caption in phrases]
+    shuffled = [captions[i] for i in torch.randperm(len(captions), generator=generator).tolist()]
+    order = torch.randperm(len(emoji), generator=generator).tolist()
+    names, neighbours = ([emoji.names[i + shift] for i in order] for shift in (0, -1))
+    tables = {
+        "prompts.csv": {"prompt": shuffled},
+        "names.csv": {"prompt": names},
+        "negatives.csv": {"prompt": names * 2, "negative_prompt": neighbours + [""] * len(names)},
+    }
+    for name, columns in tables.items():
+        pyarrow.csv.write_csv(pa.table(columns), folder / name)

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from stages.base.prompts import read_prompts
-from stages.embedded.emoji import KEYWORDS, PICTURES, Emoji, load_emoji
-from stages.embedded.emoji_files import write_prompts
+from stages.embedded.noto_emoji import KEYWORDS, PICTURES, Emoji, load_emoji, write_prompts
 
 CAT = {
     "name": "SMILING CAT FACE WITH HEART-SHAPED EYES",
