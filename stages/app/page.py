@@ -14,8 +14,9 @@ from typing import Any
 
 from stages.app.sampler import SIDE, SMALL, Sample, Sampler, Subject
 from stages.errors import UserError
-from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, settings
+from stages.evaluate.comparisons import settings
 from stages.evaluate.config import MAX_SEED
+from stages.evaluate.methods import CFG, NONE, ONE_PASS
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 

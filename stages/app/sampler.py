@@ -16,7 +16,8 @@ from stages.base.loading import first_line
 from stages.base.pictures import PICTURES, grid, to_picture
 from stages.base.sampling import Condition, Request, decode, noise_seeds, takes_class_labels
 from stages.errors import UserError
-from stages.evaluate.comparisons import NONE, Setting, arguments_of, conditions_of, sample_setting
+from stages.evaluate.comparisons import Setting, arguments_of, conditions_of, sample_setting
+from stages.evaluate.methods import NONE
 from stages.evaluate.threads import threads_that_pay
 
 UNGUIDED_KEPT = 8  # samples; they do not depend on the scale

@@ -36,9 +36,6 @@ from stages.base.sampling import (
 from stages.errors import UserError
 from stages.evaluate.methods import (
     CFG,
-    CFG_FIRST_50,
-    CFG_FIRST_60,
-    COMPARED,
     NONE,
     ONE_PASS,
     check_compared,
@@ -48,8 +45,6 @@ from stages.evaluate.methods import (
 )
 from stages.evaluate.partial_guidance import partly_guided
 from stages.evaluate.rules import Interval
-
-__all__ = ["CFG", "CFG_FIRST_50", "CFG_FIRST_60", "COMPARED", "NONE", "ONE_PASS"]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from stages.configuration.options import option
-from stages.evaluate.comparisons import COMPARED
 from stages.evaluate.feature_extractors import CLASSIFIER, FEATURES
+from stages.evaluate.methods import COMPARED
 
 MAX_SEED = 2**31 - 1
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from stages.adapters import GuidanceAdapter
 from stages.base.denoiser import denoiser_of
 from stages.base.sampling import Condition, Request, noise_seeds
-from stages.evaluate.comparisons import CFG, NONE, Setting, arguments_of, sample_setting
+from stages.evaluate.comparisons import Setting, arguments_of, sample_setting
 from stages.evaluate.effective_scale import effective_scale, squared_distances
+from stages.evaluate.methods import CFG, NONE
 from stages.evaluate.threads import threads_that_pay
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)

@@ -17,9 +17,10 @@ from stages.base.denoiser import fingerprint
 from stages.base.loading import choose_device
 from stages.configuration.options import check_bounds
 from stages.errors import UserError
-from stages.evaluate.comparisons import CFG, NONE, Setting, measured_scales, settings
+from stages.evaluate.comparisons import Setting, measured_scales, settings
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.effective_scale import effective_scale
+from stages.evaluate.methods import CFG, NONE
 from stages.evaluate.metrics import summary
 from stages.evaluate.parts import Parts, Result
 from stages.evaluate.reference import Reference

@@ -1,4 +1,4 @@
-"""The names of the sampling methods, with their settings: `cfg_interval_20_80` is CFG from 20% to 80% of the steps."""
+"""The names of the sampling methods, with their settings: `cfg_interval_20_80` is CFG from 20% to 80% of the timesteps."""
 
 from __future__ import annotations
 

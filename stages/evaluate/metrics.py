@@ -16,7 +16,6 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from stages.base.denoiser import fingerprint
 from stages.base.sampling import Condition
-from stages.embedded.attributes import attributes, read_caption
 from stages.errors import UserError
 from stages.evaluate.reference import Reference
 
@@ -33,8 +32,7 @@ class ImageMetrics:
 
     The reference's feature network gives Frechet distance (arXiv 1706.08500), kernel distance (1801.01401; in CLIP's
     features CMMD, 2401.09603), Inception Score (1606.03498) if it has classes, precision and recall (1904.06991), and
-    the retrieval of real images if the prompts are theirs; its classifier gives class accuracy. If the prompts are
-    captions of measured attributes (`stages.embedded.attributes`), the share of images that meet them is measured, too.
+    the retrieval of real images if the prompts are theirs; its classifier gives class accuracy.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -61,8 +59,8 @@ class ImageMetrics:
     def measure(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
         """Measure images: each value `[n, ...]`, on the CPU.
 
-        `features`, `scores` if the network has classes, `prompt` if the prompts are those of real images, and 0 or 1
-        for each kind of condition that images can meet.
+        `features`, `scores` if the network has classes, `prompt` if the prompts are those of real images, and
+        `class_accuracy`, 0 or 1, if there is a classifier.
 
         Args:
             images: `[n, c, h, w]` in [-1, 1].
@@ -78,10 +76,6 @@ class ImageMetrics:
         if self.reference.classifier is not None and None not in labels:
             right = self.reference.classifier(images).argmax(1).cpu() == torch.tensor(labels)
             values["class_accuracy"] = right.float()
-        named = [read_caption(condition.get("prompt", "")) for condition in conditions]
-        if self.reference.classifier is not None and None not in named:
-            met = attributes(images).cpu() == torch.tensor([attribute[1:] for attribute in named if attribute])
-            values |= dict(zip(("stroke_accuracy", "slant_accuracy"), met.float().T, strict=True))
         return {name: value.cpu() for name, value in values.items()}
 
     def _check_size(self, images: Tensor) -> None:

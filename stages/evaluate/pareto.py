@@ -25,11 +25,11 @@ class Quality(NamedTuple):
     averaged: bool = False
 
 
-# Of the measures of adherence, the first that was measured counts. The gap is one to CFG at the same scale, so there is no best scale for it.
 QUALITIES = (
     Quality("frechet_distance", "Frechet distance", ".2f", lower=True),
-    Quality("gap_closed", "gap closed", averaged=True),
+    Quality("gap_closed", "gap closed", averaged=True),  # it is to CFG at the same scale, so it has no best scale
 )
+# The first that was measured counts.
 ADHERENCE = (
     Quality("retrieval_top1", "retrieval, top 1"),
     Quality("class_accuracy", "class accuracy"),
@@ -93,11 +93,11 @@ class Pareto:
         if free:
             found.append(f"Better than {named}, at their own cost: {self._listed(free)}.")
         else:
-            found.append(f"No guidance at some steps only is better than {named}, at any cost.")
+            found.append(f"None of the methods that guide at some steps only is better than {named}, at any cost.")
         if not self.quality.averaged:  # else CFG is the measure
             found += [f"CFG at all steps is better: {self._figures(p)}." for p in better if p.method == CFG]
         if beaten := [p for p in others if p not in better and p.evaluations >= best.evaluations]:
-            found.append(f"At least as costly as one pass and no better: {self._listed(beaten)}.")
+            found.append(f"At least as costly as {named} and no better: {self._listed(beaten)}.")
         return found
 
     def _loss(self, point: Point) -> float:

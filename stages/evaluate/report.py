@@ -14,8 +14,8 @@ from torch import Tensor
 
 from stages.base.pictures import grid, to_picture
 from stages.evaluate import pareto
-from stages.evaluate.comparisons import CFG, NONE, Setting
-from stages.evaluate.methods import title_of
+from stages.evaluate.comparisons import Setting
+from stages.evaluate.methods import CFG, NONE, title_of
 from stages.evaluate.preference import PREFERENCE
 from stages.evaluate.styles import style_of
 from stages.storage.files import whole_file
@@ -47,8 +47,6 @@ COLUMNS = {
     "category_accuracy": Column("category", "{:.3f}".format),
     "clip_score": Column("CLIP score", "{:.2f}".format),
     "class_accuracy": Column("class accuracy", "{:.3f}".format),
-    "stroke_accuracy": Column("stroke", "{:.3f}".format),
-    "slant_accuracy": Column("slant", "{:.3f}".format),
     "gap_closed": Column("gap closed", "{:.3f}".format),
     "effective_scale": Column("effective scale", "{:.2f}".format),
     "denoiser_evaluations": Column("evaluations", "{:.4g}".format),

@@ -22,8 +22,6 @@ from stages.base.sampling import Condition, Request, decode, noise_seeds, takes_
 from stages.errors import UserError
 from stages.evaluate.clip_score import ClipJudge
 from stages.evaluate.comparisons import (
-    CFG,
-    NONE,
     Samples,
     Setting,
     arguments_of,
@@ -36,6 +34,7 @@ from stages.evaluate.comparisons import (
 )
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.effective_scale import squared_distances
+from stages.evaluate.methods import CFG, NONE
 from stages.evaluate.metrics import ImageMetrics
 from stages.evaluate.parts import LAYOUT, Parts, Result
 from stages.evaluate.preference import load_scores
@@ -152,6 +151,8 @@ class Worker:
     def _facts(self) -> Facts:
         components = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
         parted = ("num_samples", "num_inference_steps", "batch_size", "seed", "save_images", "features")
+        # A name with an underscore is diffusers' own; one of them is a set, in another order in each process.
+        scheduler = {key: value for key, value in self.pipe.scheduler.config.items() if not key.startswith("_")}
         facts = {
             "layout": LAYOUT,
             "config": {key: getattr(self.config, key) for key in parted},
@@ -159,7 +160,7 @@ class Worker:
             "adapters": {name: [fingerprint(a), a.metadata.guidance_gain] for name, a in self.adapters.items()},
             "base": {name: fingerprint(part) for name, part in components.items()},
             "pipeline": [type(self.pipe).__name__, self.arguments],
-            "scheduler": [type(self.pipe.scheduler).__name__, dict(self.pipe.scheduler.config)],
+            "scheduler": [type(self.pipe.scheduler).__name__, scheduler],
             "conditions": self.conditions,
             "judges": [judge.fingerprint for judge in self.judges],
         }

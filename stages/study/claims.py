@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,21 +25,31 @@ class ClaimPlan:
     evaluation: str = option(MISSING, "the evaluation whose rows it is judged by")
     adapters: list[str] = option(MISSING, "adapters of that evaluation; of several, the best one is judged")
     against: list[str] | None = option(None, "adapters of that evaluation to compare with, if the judgement compares")
+    home: str | None = option(None, "the evaluation to compare with, where sampling is as in training, if it has one")
     threshold: float | None = option(None, "the goal's figure, if the judgement has one")
 
     def arguments(self) -> dict[str, Any]:
         """The judgement's arguments, by name, that the file gives."""
-        given = {"adapters": self.adapters, "against": self.against, "threshold": self.threshold}
+        given = {
+            "adapters": self.adapters,
+            "against": self.against,
+            "home": self.home,
+            "threshold": self.threshold,
+        }
         return {name: value for name, value in given.items() if value is not None}
 
 
 def judge(plans: Mapping[str, ClaimPlan], rows: list[Row]) -> list[Claim]:
-    """Judge the claims, in their order; one whose rows are missing is left out."""
+    """Judge the claims, in their order; one whose rows are missing is not judged, and says what is missing."""
     claims = []
     for plan in plans.values():
-        with suppress(MissingRowsError):
-            own = Rows(rows).where(evaluation=plan.evaluation)
-            claims.append(Claim(plan.text, *JUDGEMENTS[plan.judgement](own, **plan.arguments())))
+        own, arguments = Rows(rows).where(evaluation=plan.evaluation), plan.arguments()
+        if plan.home is not None:
+            arguments["home"] = Rows(rows).where(evaluation=plan.home)
+        try:
+            claims.append(Claim(plan.text, *JUDGEMENTS[plan.judgement](own, **arguments)))
+        except MissingRowsError as missing:
+            claims.append(Claim(plan.text, "", f"the evaluation has no {missing}", None))
     return claims
 
 

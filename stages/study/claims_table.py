@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-VERDICTS = {True: "holds", False: "does not hold"}
+VERDICTS = {True: "holds", False: "does not hold", None: "not judged"}
 
 
 class Claim(NamedTuple):
-    """A judged claim: its text, the goal that it must reach, the figures found, and whether they reach the goal."""
+    """A claim: its text, the goal that it must reach, the figures found, and whether they reach it; None if not judged."""
 
     text: str
     goal: str
     found: str
-    holds: bool
+    holds: bool | None
 
 
 def to_text(claims: list[Claim]) -> str:
     """One line per claim, for a terminal."""
-    return "\n".join(f"{VERDICTS[claim.holds]}: {claim.text} ({claim.goal}): {claim.found}" for claim in claims)
+    return "\n".join(
+        f"{VERDICTS[claim.holds]}: {claim.text}{f' ({claim.goal})' if claim.goal else ''}: {claim.found}"
+        for claim in claims
+    )
 
 
 def to_markdown(claims: list[Claim]) -> str:

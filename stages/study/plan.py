@@ -130,6 +130,11 @@ class StudyPlan:
         check_arguments(key, claim)
         check_among(f"{key}.evaluation", claim.evaluation, "evaluations", self.file.evaluations)
         compared = self.file.evaluations[claim.evaluation].adapters
+        if claim.home is not None:
+            check_among(f"{key}.home", claim.home, "evaluations", self.file.evaluations)
+            home = self.file.evaluations[claim.home].adapters
+            for adapter in claim.adapters:
+                check_among(f"{key}.adapters", adapter, f"adapters of the evaluation {claim.home}", home)
         for name, adapters in (("adapters", claim.adapters), ("against", claim.against)):
             if adapters is not None:
                 check_each_once(f"{key}: {name}", adapters)

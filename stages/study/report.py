@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
+from stages.evaluate.methods import ONE_PASS
 from stages.evaluate.report import (
     PLOTS,
     Row,
@@ -108,7 +109,7 @@ def mean_curves(curves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 def plot_over_cost(rows: list[Row]) -> bytes:
     """A PNG plot of the Frechet distance against the teacher's evaluations; a colour per scale."""
     figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    ones = [row for row in rows if row["name"]]
+    ones = [row for row in rows if row["method"] == ONE_PASS]
     for scale in sorted({row["guidance_scale"] for row in ones}):
         points = sorted(
             (row["teacher_evaluations"], row["frechet_distance"], row["name"])

@@ -6,13 +6,11 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from stages.evaluate.comparisons import CFG, NONE, ONE_PASS
+from stages.evaluate.methods import CFG, NONE, ONE_PASS
 
 Row = dict[str, Any]
 ACCURACIES = (
     "class_accuracy",
-    "stroke_accuracy",
-    "slant_accuracy",
     "category_accuracy",
     "retrieval_top1",
     "retrieval_top5",
@@ -46,10 +44,13 @@ class Rows:
             raise MissingRowsError(key)
         return statistics.fmean(values)
 
+    def by_seed(self, key: str) -> list[float]:
+        """The means over scales, one for each seed; of rows without a seed there is one."""
+        return [self.where(seed=seed).mean(key) for seed in self.unique("seed")] or [self.mean(key)]
+
     def format(self, key: str, form: str = ".3f") -> str:
         """The mean over the seeds of their means over scales; with several seeds, ± the largest deviation from it."""
-        seeds = self.unique("seed")
-        values = [self.where(seed=seed).mean(key) for seed in seeds] or [self.mean(key)]
+        values = self.by_seed(key)
         mean = statistics.fmean(values)
         spread = max(abs(value - mean) for value in values)
         return f"{mean:{form}} ± {spread:{form}}" if len(values) > 1 else f"{mean:{form}}"
@@ -83,6 +84,13 @@ def cfgs_best_scale(rows: Rows) -> float:
     if not scales:
         raise MissingRowsError("guidance_scale")
     return min(scales, key=lambda scale: cfg.where(guidance_scale=scale).mean("frechet_distance"))
+
+
+def reaches_cfgs_best_scale(rows: Rows, name: str) -> bool:
+    """Whether the adapter's effective scale reaches CFG's best scale, at some scale that it is asked for."""
+    own = rows.named([name])
+    effective = [own.where(guidance_scale=scale).mean("effective_scale") for scale in own.unique("guidance_scale")]
+    return max(effective) >= cfgs_best_scale(rows)
 
 
 def cfg_at(rows: Rows, key: str, scale: float) -> float:

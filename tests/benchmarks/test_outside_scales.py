@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ def test_the_same_weights_are_measured_by_each_rule(
     adapter.save_pretrained(folder)
     capsys.readouterr()
     outside_scales.main(str(folder), ["num_samples=4", "num_inference_steps=2", "guidance_scale=[9]"])
-    held, twice = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
-    assert (held[:2], twice[:2]) == (["9", "held"], ["9", "twice"])
-    assert held[2] != twice[2]
+    found = json.loads(capsys.readouterr().out)
+    held, twice = (next(row for row in found[rule] if row["method"] == "one_pass") for rule in ("held", "twice"))
+    assert held["guidance_scale"] == twice["guidance_scale"] == 9
+    assert held["gap_closed"] != twice["gap_closed"]
     assert conditioning.FURTHEST == 2.0

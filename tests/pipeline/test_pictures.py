@@ -13,8 +13,9 @@ from stages.base.prompts import read_prompts
 from stages.base.sampling import Request
 from stages.configuration.parsing import parse
 from stages.errors import UserError
-from stages.evaluate.comparisons import CFG, ONE_PASS, Setting, arguments_of, load_pair, sample_setting
+from stages.evaluate.comparisons import Setting, arguments_of, load_pair, sample_setting
 from stages.evaluate.config import SampleConfig
+from stages.evaluate.methods import CFG, ONE_PASS
 from stages.generate.config import TeacherConfig
 from stages.records.dataset import Dataset
 from stages.train.trainer import Trainer

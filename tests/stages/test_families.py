@@ -13,7 +13,8 @@ from stages.base.denoiser import denoiser_of, unflatten
 from stages.base.hooks import Call, watch_steps
 from stages.base.loading import load_pipeline
 from stages.base.sampling import CALL_DEFAULTS, Request, sample, undecoded
-from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, conditions_of, load_pair, sample_setting
+from stages.evaluate.comparisons import Setting, conditions_of, load_pair, sample_setting
+from stages.evaluate.methods import CFG, NONE, ONE_PASS
 from stages.generate.config import TeacherConfig
 from stages.generate.plan import GOLDEN_RATIO
 from stages.generate.timesteps import shifted_timesteps

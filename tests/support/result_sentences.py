@@ -9,11 +9,6 @@ from tests.pipelines_zoo.gathered import gather
 from tests.pipelines_zoo.refusals import REFUSALS
 from tests.support.result_tables import EMBEDDED, read, study_rows
 
-NUMBERS = (
-    "none", "one", "two", "three", "four", "five", "six", "seven", "eight",
-    "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen",
-)  # fmt: skip
-
 
 def sentences() -> list[tuple[str, str]]:
     """Return pairs of a page and a part of a sentence that it must contain."""
@@ -25,7 +20,7 @@ def sentences() -> list[tuple[str, str]]:
         "README.md": [*first, refused],
         "stages/generate/README.md": [*scale(read("scale/scale.json")), works],
         "stages/embedded/README.md": embedded(),
-        "stages/adapters/README.md": [time_of("best")],
+        "stages/adapters/README.md": [time_of("digits")],
         "stages/study/README.md": [*seconds_of_the_study(), *study(), *default()],
     }
     return [(page, sentence) for page, held in pages.items() for sentence in held]
@@ -59,10 +54,10 @@ def emoji() -> list[str]:
 def claims() -> list[str]:
     judged = read("claims/claims.json")["claims"]
     failed = [claim for claim in judged if not claim["holds"]]
-    closed = mean(rows_of("one_pass", "best"), "gap_closed", 4)
+    closed = mean(one_pass("digits", "digits"), "gap_closed", 4)
     return [
-        f"{NUMBERS[len(failed)].capitalize()} of the {NUMBERS[len(judged)]} claims",
-        f"the best adapter closes {closed:.3f} of the gap at scale 4",
+        f"{len(failed)} of the {len(judged)} claims",
+        f"the default adapter closes {closed:.3f} of the gap at scale 4",
     ]
 
 
@@ -73,33 +68,68 @@ def seconds_of_the_study() -> list[str]:
     return [f"{sum(made.values()) / 60:.0f} minutes", parts]
 
 
-def rows_of(method: str, name: str | None = None, evaluation: str = "scales") -> list[dict[str, Any]]:
-    rows = study_rows(evaluation)
-    return [row for row in rows if row["method"] == method and row["name"] == name]
+def one_pass(evaluation: str, name: str) -> list[dict[str, Any]]:
+    return [row for row in study_rows(evaluation) if row["method"] == "one_pass" and row["name"] == name]
+
+
+def by_method(evaluation: str, method: str) -> list[dict[str, Any]]:
+    return [row for row in study_rows(evaluation) if row["method"] == method]
 
 
 def mean(rows: list[dict[str, Any]], key: str, scale: float) -> float:
     return statistics.fmean(row[key] for row in rows if row["guidance_scale"] == scale)
 
 
+def at_scales(rows: list[dict[str, Any]], key: str, scales: tuple[float, ...], decimals: int = 2) -> str:
+    return " / ".join(f"{mean(rows, key, scale):.{decimals}f}" for scale in scales)
+
+
 def time_of(name: str) -> str:
-    times = [row["time_relative_to_none"] for row in rows_of("one_pass", name)]
+    times = [row["time_relative_to_none"] for row in one_pass("digits", name)]
     return f"{min(times):.2f}x to {max(times):.2f}x"
 
 
 def study() -> list[str]:
-    best, full, half = rows_of("one_pass", "best"), rows_of("one_pass", "full"), rows_of("cfg_first_50")
+    return [*study_of_emoji(), *study_of_digits()]
+
+
+def study_of_emoji() -> list[str]:
+    emoji, few_steps = one_pass("emoji", "emoji"), one_pass("emoji_few_steps", "emoji")
+    guided, diffusion = (one_pass("emoji_trajectories", f"emoji_{kind}") for kind in ("guided", "diffusion"))
+    longer = [row for row in read("emoji/longer.json")["rows"] if row["method"] == "one_pass"]
+    every_second = by_method("emoji_alternatives", "cfg_every_2")
+    two, three = by_method("emoji_alternatives", "cfg"), by_method("emoji_three_passes", "cfg")
+    adherence = [f"{mean(rows, 'retrieval_top1', 4):.2f}" for rows in (three, two)]
+    distances = [f"{mean(rows, 'frechet_distance', 4):.0f}" for rows in (three, two)]
+    top1 = [f"{statistics.fmean(row['retrieval_top1'] for row in rows):.3f}" for rows in (diffusion, guided)]
+    theirs = by_method("emoji_few_steps", "cfg")
+    return [
+        f"asked for 6, it is nearest to CFG of {mean(emoji, 'effective_scale', 6):.1f}",
+        f"closes {at_scales(longer, 'gap_closed', (2, 4, 6))} at scales 2 / 4 / 6",
+        f"closes {at_scales(every_second, 'gap_closed', (2, 4))} at scales 2 / 4",
+        f"with {every_second[0]['denoiser_evaluations']:.0f} evaluations",
+        f"({' instead of '.join(adherence)} at scale 4)",
+        f"({' instead of '.join(distances)})",
+        f"{mean(theirs, 'frechet_distance', 4):.0f} instead of {mean(theirs, 'frechet_distance', 2):.0f} at 2",
+        f"{mean(few_steps, 'frechet_distance', 4):.0f} at 4",
+        f"({' and '.join(top1)})",
+    ]
+
+
+def study_of_digits() -> list[str]:
+    digits, full = one_pass("digits", "digits"), one_pass("digits", "full")
+    half, every_second = by_method("digits", "cfg_first_50"), by_method("digits", "cfg_every_2")
     nearest = [f"{mean(half, 'effective_scale', scale):.1f} at {scale}" for scale in (3, 4)]
     distances = [f"{mean(half, 'frechet_distance', scale):.1f}" for scale in (3, 4)]
     return [
-        f"takes {time_of('best')} the time of no guidance",
+        f"takes {time_of('digits')} the time of no guidance",
         f"takes {time_of('full')}",
-        f"At scale 4 `best` closes {mean(best, 'gap_closed', 4):.3f}",
-        f"the nearest CFG is that of {mean(best, 'effective_scale', 4):.1f}",
+        f"At scale 4 `digits` closes {mean(digits, 'gap_closed', 4):.3f}",
+        f"the nearest CFG is that of {mean(digits, 'effective_scale', 4):.1f}",
         f"({', '.join(nearest)})",
         f"({' and '.join(distances)})",
+        f"closes {min(row['gap_closed'] for row in every_second):.3f} or more",
         f"`full` closes only {mean(full, 'gap_closed', 1.5):.2f} at scale 1.5",
-        f"and `best` {best[0]['teacher_evaluations']:,}",
     ]
 
 

@@ -1,6 +1,6 @@
 """The tables of the pages, from the results of `tests/benchmarks/results`.
 
-python -m tests.support.result_tables demo|emoji|default|variants|claims|scale|teachers|guidance
+python -m tests.support.result_tables demo|emoji|default|variants|claims|outside|scale|teachers|guidance
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COLUMNS = (
     "time_relative_to_none",
 )
 EMBEDDED = Path(__file__).parents[2] / "stages" / "embedded"
-TEACHERS = ("mnist_dit", "mnist_dit_bold", "mnist_sd", "mnist_sd_bold_lora")
+TEACHERS = ("mnist_dit", "mnist_dit_bold", "mnist_sd")
 MEASURES = {
     "frechet_distance": ("Frechet distance", 1),
     "class_accuracy": ("class accuracy", 3),
@@ -54,7 +54,11 @@ def comparison(rows: list[Row]) -> str:
 
 
 def per_scale(rows: list[Row], key: str, decimals: int) -> str:
-    return " / ".join(f"{row[key]:.{decimals}f}" for row in sorted(rows, key=lambda row: row["guidance_scale"]))
+    """The means over the seeds at each scale."""
+    at_scale: dict[float, list[float]] = {}
+    for row in rows:
+        at_scale.setdefault(row["guidance_scale"], []).append(row[key])
+    return " / ".join(f"{statistics.fmean(at_scale[scale]):.{decimals}f}" for scale in sorted(at_scale))
 
 
 def variants() -> str:
@@ -98,6 +102,23 @@ def claims() -> str:
     return to_markdown([Claim(**claim) for claim in read("claims/claims.json")["claims"]])
 
 
+def outside() -> str:
+    """Return the gap closed and the Frechet distance above the trained scales, by rule, beside CFG's distance."""
+    found = read("outside_scales/digits.json")
+    cells = [["scale", "straight on up to 8", "held at 4.5", "straight on without end", "CFG"]]
+    for guided in (row for row in found["twice"] if row["method"] == "cfg"):
+        scale = guided["guidance_scale"]
+        own = [one_pass_at(found[rule], scale) for rule in ("twice", "held", "endless")]
+        pairs = [f"{row['gap_closed']:.3f}, {row['frechet_distance']:.1f}" for row in own]
+        cells.append([f"{scale:g}", *pairs, f"{guided['frechet_distance']:.1f}"])
+    return markdown_table(cells)
+
+
+def one_pass_at(rows: list[Row], scale: float) -> Row:
+    (row,) = (row for row in rows if row["method"] == "one_pass" and row["guidance_scale"] == scale)
+    return row
+
+
 def scale() -> str:
     """Return the driver's share by the number of workers."""
     cells = [["workers", "units", "share of the workers' time in units", "CPU time of the driver per unit"]]
@@ -132,6 +153,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "default": default,
     "variants": variants,
     "claims": claims,
+    "outside": outside,
     "scale": scale,
     "teachers": teachers,
     "guidance": guidance,

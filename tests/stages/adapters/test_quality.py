@@ -11,7 +11,8 @@ from stages.adapters import GuidanceAdapter
 from stages.base.loading import load_pipeline
 from stages.base.sampling import Request
 from stages.configuration.parsing import parse
-from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Samples, Setting, sample_setting
+from stages.evaluate.comparisons import Samples, Setting, sample_setting
+from stages.evaluate.methods import CFG, NONE, ONE_PASS
 from stages.train.config import TrainConfig
 from stages.train.trainer import Trainer
 from tests.conftest import VARIANTS, generate, generate_config, mostly_long

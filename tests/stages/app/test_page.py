@@ -9,7 +9,8 @@ from PIL import Image
 from stages.app.page import Scales, drawn, figure
 from stages.app.sampler import Sample, Subject
 from stages.errors import UserError
-from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting
+from stages.evaluate.comparisons import Setting
+from stages.evaluate.methods import CFG, NONE, ONE_PASS
 
 
 @pytest.mark.parametrize("trained", [(1.0, 4.0), (1.0, 1.5), (2.0, 14.0), (1.0, 30.0)])

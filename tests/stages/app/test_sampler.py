@@ -14,8 +14,9 @@ from stages.adapters import GuidanceAdapter
 from stages.app.sampler import SIDE, Sampler, Subject
 from stages.base.loading import load_pipeline
 from stages.errors import UserError
-from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, load_pair, settings
+from stages.evaluate.comparisons import Setting, load_pair, settings
 from stages.evaluate.config import SampleConfig
+from stages.evaluate.methods import CFG, NONE, ONE_PASS
 from tests.pipelines_zoo.gathered import gather
 from tests.support.families import PROMPTS, build
 

@@ -8,17 +8,8 @@ import torch
 from stages.base.loading import load_pipeline
 from stages.base.sampling import Request
 from stages.errors import UserError
-from stages.evaluate.comparisons import (
-    CFG,
-    NONE,
-    ONE_PASS,
-    Setting,
-    conditions_of,
-    load_lora,
-    load_pair,
-    sample_setting,
-    settings,
-)
+from stages.evaluate.comparisons import Setting, conditions_of, load_lora, load_pair, sample_setting, settings
+from stages.evaluate.methods import CFG, NONE, ONE_PASS
 from tests.conftest import save_pipeline, tiny_dit
 
 CONDITIONS = [{"class_label": 1}, {"class_label": 2}]

@@ -12,9 +12,10 @@ from PIL import Image
 
 from stages.adapters import GuidanceAdapter
 from stages.errors import UserError
-from stages.evaluate.comparisons import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE, ONE_PASS, Setting
+from stages.evaluate.comparisons import Setting
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation, Worker
+from stages.evaluate.methods import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE, ONE_PASS
 from stages.evaluate.report import cells_of
 from stages.train.trainer import Trainer
 from tests.conftest import generate, generate_config, small_adapter, train_config
@@ -143,6 +144,15 @@ def test_only_missing_parts_are_made(
     assert made == [1]
     evaluation(tiny_adapter, tmp_path).run()
     assert made == [1]
+
+
+def test_an_evaluation_with_another_scheduler_is_the_same_in_each_process(tiny_adapter: Path, tmp_path: Path) -> None:
+    """diffusers lists the scheduler's default values in the order of a set, which each process hashes anew."""
+    worker = evaluation(tiny_adapter, tmp_path / "out", scheduler="DPMSolverMultistepScheduler").new_worker()
+    identity = worker.load().identity
+    defaults = worker.pipe.scheduler.config["_use_default_values"]
+    worker.pipe.scheduler.register_to_config(_use_default_values=defaults[::-1])
+    assert worker._facts().identity == identity
 
 
 def test_another_evaluation_in_the_same_folder_is_refused_and_nothing_lost(

@@ -18,7 +18,8 @@ from stages.base.denoiser import denoiser_of, latent_name
 from stages.base.hooks import scheduler_steps
 from stages.base.sampling import Request
 from stages.errors import UserError
-from stages.evaluate.comparisons import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE, Samples, Setting, sample_setting
+from stages.evaluate.comparisons import Samples, Setting, sample_setting
+from stages.evaluate.methods import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE
 from stages.evaluate.partial_guidance import partly_guided, predictions_in, select_rows, with_predictions
 from stages.evaluate.rules import Agreement, FirstSteps, agreement
 from stages.generate.finding import find_layout

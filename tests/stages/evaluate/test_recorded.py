@@ -14,7 +14,8 @@ from stages.adapters import GuidanceAdapter
 from stages.adapters.card import loading, model_card
 from stages.base.sampling import Request
 from stages.errors import UserError
-from stages.evaluate.comparisons import CFG, NONE, ONE_PASS, Setting, arguments_of, load_pair, sample_setting
+from stages.evaluate.comparisons import Setting, arguments_of, load_pair, sample_setting
+from stages.evaluate.methods import CFG, NONE, ONE_PASS
 from stages.generate.config import TeacherConfig
 from stages.train.trainer import Trainer
 from tests.conftest import generate, generate_config, small_adapter, train_config

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.evaluate.comparisons import CFG, COMPARED, NONE, settings
+from stages.evaluate.comparisons import settings
+from stages.evaluate.methods import CFG, COMPARED, NONE
 from stages.evaluate.report import table, write_report
 
 SCALES = [1.5, 3.0]
@@ -83,7 +84,7 @@ def test_the_report_is_self_contained_and_its_plots_are_files_too(tmp_path: Path
     assert "<b>base</b>" not in page
     assert "&lt;b&gt;base" in page
     assert ("one pass, yours" in page) == (len(adapters) > 1)
-    assert "No guidance at some steps only is better than one pass" in page
+    assert "None of the methods that guide at some steps only is better than one pass" in page
     for name in (
         "pareto",
         "frechet_distance",

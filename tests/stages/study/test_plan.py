@@ -106,6 +106,8 @@ def test_each_step_names_the_folders_it_needs(tmp_path: Path) -> None:
         (claiming(adapters=[]), r"claims.a: adapters=\[\]: name at least one, each once$"),
         (claiming(judgement="outperforms", threshold=None), "claims.a.against: not given: outperforms needs it$"),
         (claiming(threshold=None), "claims.a.threshold: not given: closes_gap needs it$"),
+        (claiming(judgement="keeps_gap"), "claims.a.home: not given: keeps_gap needs it$"),
+        (claiming(judgement="keeps_gap", home="none"), "claims.a.home: none: not among the evaluations: scales$"),
         (claiming(against=["two"]), r"claims.a.against=\['two'\]: closes_gap takes no against: leave it out$"),
         (claiming(threshold="much"), "claims.a.threshold: Value 'much'"),
         (claiming(goal=1), "claims.a.goal: "),

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stages.evaluate.comparisons import CFG, ONE_PASS
+from stages.evaluate.methods import CFG, ONE_PASS
 from stages.study.report import over_seeds, section
 
 
