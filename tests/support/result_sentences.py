@@ -110,6 +110,7 @@ def study_of_emoji() -> list[str]:
         f"with {every_second[0]['denoiser_evaluations']:.0f} evaluations",
         f"({' instead of '.join(adherence)} at scale 4)",
         f"({' instead of '.join(distances)})",
+        f"closes {at_scales(one_pass('emoji_three_passes', 'emoji_three_passes'), 'gap_closed', (2, 4))} of the gap",
         f"{mean(theirs, 'frechet_distance', 4):.0f} instead of {mean(theirs, 'frechet_distance', 2):.0f} at 2",
         f"{mean(few_steps, 'frechet_distance', 4):.0f} at 4",
         f"({' and '.join(top1)})",
