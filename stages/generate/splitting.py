@@ -59,7 +59,7 @@ class Splitter:
                     index=planned.index,
                     part=part,
                     seed=planned.seed,
-                    guidance_scale=planned.guidance_scale,
+                    scale=planned.guidance_scale,
                     condition=planned.condition,
                     denoiser=denoiser,
                     latent=latent[rows],

@@ -8,7 +8,7 @@ from typing import Any
 from stages.records.teacher import TeacherFacts
 from stages.storage.fields import read_fields
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # These keys of the newest snapshot's plan are repeated at the top of `dataset.json`.
 SNAPSHOT_KEYS = ("config", "conditions", "guidance", "counts", "manifest_sha256")
 

@@ -93,7 +93,7 @@ def row_of(trajectory: Trajectory, tensors: bytes) -> dict[str, Any]:
         "checksum": zlib.crc32(tensors),
         "trajectory": trajectory.index,
         "records": len(trajectory),
-        "scale": trajectory.guidance_scale,
+        "scale": trajectory.scale,
         "timestep_min": float(trajectory.timestep.min()),
         "timestep_max": float(trajectory.timestep.max()),
         "class_label": trajectory.condition.get("class_label"),

@@ -26,7 +26,7 @@ class Trajectory:
         index: number in the plan.
         part: number of this part; a long trajectory is stored in several.
         seed: of its initial noise.
-        guidance_scale: `w` in `u + w (c - u)` (diffusers' convention: 1 is no guidance).
+        scale: guidance scale, `w` in `u + w (c - u)` (diffusers' convention: 1 is no guidance).
         condition: the sampled condition, e.g. `{"class_label": 7}`.
         latent: `[k, ...]`, the denoiser's input in each of k steps, after the scheduler scaled it.
         timestep: `[k]`, as the denoiser receives it.
@@ -41,7 +41,7 @@ class Trajectory:
 
     index: int
     seed: int
-    guidance_scale: float
+    scale: float
     condition: dict[str, Any]
     latent: Tensor
     timestep: Tensor
@@ -79,7 +79,7 @@ class Trajectory:
             "trajectory": self.index,
             "part": self.part,
             "seed": self.seed,
-            "guidance_scale": self.guidance_scale,
+            "scale": self.scale,
             "condition": self.condition,
             "denoiser": self.denoiser,
         }
@@ -102,7 +102,7 @@ def from_members(tensors: bytes, metadata: bytes) -> Trajectory:
             index=fields["trajectory"],
             part=fields["part"],
             seed=fields["seed"],
-            guidance_scale=fields["guidance_scale"],
+            scale=fields["scale"],
             condition=fields["condition"],
             latent=named.pop("latent"),
             timestep=named.pop("timestep"),

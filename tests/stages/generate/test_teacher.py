@@ -30,7 +30,7 @@ def test_a_unit_yields_its_trajectories_in_order(tiny_teacher: Path) -> None:
     trajectories = made.run(plan.unit(1)).trajectories
     assert [t.index for t in trajectories] == [3, 4, 5]
     for t, planned in zip(trajectories, plan.unit(1).trajectories, strict=True):
-        assert (t.guidance_scale, t.seed) == (planned.guidance_scale, planned.seed)
+        assert (t.scale, t.seed) == (planned.guidance_scale, planned.seed)
         assert t.condition == planned.condition
         assert int(t.cond["class_labels"]) == planned.condition["class_label"]
         assert t.latent.shape == t.target.shape == (4, 4, 8, 8)
@@ -75,7 +75,7 @@ def test_diffusion_trajectories_hold_the_same_steps_of_other_latents(tiny_teache
     )
     first, second = guided.run(plan.unit(0)), diffusion.run(plan.unit(0))
     for one, other in zip(first.trajectories, second.trajectories, strict=True):
-        assert (one.index, one.seed, one.guidance_scale) == (other.index, other.seed, other.guidance_scale)
+        assert (one.index, one.seed, one.scale) == (other.index, other.seed, other.scale)
         assert torch.equal(one.timestep, other.timestep)
         assert one.latent.shape == other.latent.shape
         assert not any(torch.allclose(x, y, atol=0.1) for x, y in zip(one.latent, other.latent, strict=True))

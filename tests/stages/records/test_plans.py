@@ -37,15 +37,15 @@ def test_dataset_json_describes_the_dataset(dataset: Dataset) -> None:
 
 
 def test_another_schema_is_refused(damaged: Path) -> None:
-    change_info(damaged, schema_version=3)
-    with pytest.raises(UserError, match="schema 3 is newer than 2"):
+    change_info(damaged, schema_version=4)
+    with pytest.raises(UserError, match="schema 4 is newer than 3"):
         Dataset(damaged)
-    change_info(damaged, schema_version=1)
-    with pytest.raises(UserError, match="schema 1 is of an earlier version than 2: generate the dataset anew"):
+    change_info(damaged, schema_version=2)
+    with pytest.raises(UserError, match="schema 2 is of an earlier version than 3: generate the dataset anew"):
         Dataset(damaged)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema_version": "x"}', '{"schema_version": 2}', "\x00"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema_version": "x"}', '{"schema_version": 3}', "\x00"])
 def test_an_unreadable_description_is_refused(damaged: Path, content: str) -> None:
     (damaged / "dataset.json").write_text(content)
     with pytest.raises(UserError, match="damaged: not as it was written"):

@@ -24,7 +24,7 @@ def test_the_stock_reader_reads_the_shards(dataset: Dataset) -> None:
     for trajectory, row in zip(read, dataset.manifest.to_pylist(), strict=True):
         with dataset.open(row["shard"]) as file:
             assert torch.equal(dataset.read(file, row)["latent"], trajectory.latent)
-        assert trajectory.guidance_scale == row["scale"]
+        assert trajectory.scale == row["scale"]
         assert trajectory.condition == {"class_label": row["class_label"]}
 
 

@@ -11,7 +11,7 @@ def trajectory(steps: int = 5) -> Trajectory:
     return Trajectory(
         index=7,
         seed=11,
-        guidance_scale=2.5,
+        scale=2.5,
         condition={"class_label": 3},
         latent=torch.randn(steps, 4, 2, 2, dtype=torch.float16),
         timestep=torch.arange(steps).flip(0),
@@ -26,7 +26,7 @@ def test_members_round_trip_bit_for_bit() -> None:
     before = trajectory()
     members = before.to_members()
     after = from_members(members["safetensors"], members["json"])
-    assert (after.index, after.part, after.seed, after.guidance_scale, after.condition) == (
+    assert (after.index, after.part, after.seed, after.scale, after.condition) == (
         7,
         0,
         11,
