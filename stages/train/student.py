@@ -17,6 +17,7 @@ from stages.adapters.metadata import AdapterMetadata, Base, RecordedTeacher
 from stages.base.arguments import LENGTH, Arguments, Caller
 from stages.base.denoiser import NEGATIVE, STEP, as_target, fingerprint, predictions_of
 from stages.base.loading import denoiser_config, load_denoiser
+from stages.base.size import DEFAULT_SIZE
 from stages.errors import UserError
 from stages.records.schema import TensorSpec
 from stages.records.teacher import LayoutFacts, TeacherFacts
@@ -195,6 +196,7 @@ class Student:
     Args:
         arguments: the layout of the denoiser's arguments in the teacher's calls.
         channels: the channels of each prediction that are in the target.
+        constants: by size, the constant arguments that differ there.
         mixed_precision: as given to `load_base`.
     """
 
@@ -205,11 +207,16 @@ class Student:
         arguments: Arguments,
         channels: list[int],
         mixed_precision: str = "no",
+        constants: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         self.denoiser, self.adapter = denoiser, adapter.attach(denoiser)
         self.call: Callable[..., Any] = denoiser
         self.channels = channels
-        self.caller = Caller(arguments, next(denoiser.parameters()).device)
+        device = next(denoiser.parameters()).device
+        self.callers = {
+            size: Caller(replace(arguments, constants=arguments.constants | changed), device)
+            for size, changed in (constants or {DEFAULT_SIZE: {}}).items()
+        }
         self.precision = PRECISION.get(mixed_precision)
         self.dtype = next(denoiser.parameters()).dtype
 
@@ -228,7 +235,8 @@ class Student:
         adapter = GuidanceAdapter.for_denoiser(config, denoiser, metadata, inputs)
         adapter.to(next(denoiser.parameters()).device)
         channels = list(dataset.info.teacher.layout.target_channels)
-        return cls(denoiser, adapter, arguments_of(dataset), channels, mixed_precision)
+        constants = {name: size.constants for name, size in dataset.info.sizes.items()}
+        return cls(denoiser, adapter, arguments_of(dataset), channels, mixed_precision, constants)
 
     def compile(self) -> None:
         """Compile the denoiser with the adapter's hooks."""
@@ -269,5 +277,5 @@ class Student:
         cond = {name: value for name, value in batch.cond.items() if not name.startswith(NEGATIVE)}
         device = batch.latent.device.type
         with torch.autocast(device, self.precision) if self.precision else nullcontext():
-            output = self.call(**self.caller.nested(batch.latent, batch.timestep, cond), return_dict=False)
+            output = self.call(**self.callers[batch.size].nested(batch.latent, batch.timestep, cond), return_dict=False)
         return as_target(predictions_of(output), self.channels)

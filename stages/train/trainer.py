@@ -29,7 +29,7 @@ from stages.storage.files import check_folder, whole_file
 from stages.storage.folder import open_folder
 from stages.storage.locks import exclusive_lock
 from stages.train.batch import Batch
-from stages.train.bins import Range
+from stages.train.bins import Bins
 from stages.train.checkpoint import (
     CHECKPOINTS,
     check_resumable,
@@ -91,9 +91,9 @@ class Trainer:
             rank=self.processes.process_index, world_size=self.processes.num_processes, skip_damaged=skipping,
             pin=self.device.startswith("cuda"),
         )  # fmt: skip
-        ranges = ranges_of(self.dataset, self.adapter.metadata.scale_range)
-        self.validation = Validation(self.dataset, held_out, config.train_batch_size, *ranges, self.device, skipping)
-        self.meter = Meter(*ranges, self.device)
+        bins = bins_of(self.dataset, self.adapter.metadata.scale_range)
+        self.validation = Validation(self.dataset, held_out, config.train_batch_size, bins, self.device, skipping)
+        self.meter = Meter(bins, self.device)
         self.decoder = None
         if config.vae_name_or_path is not None and self.processes.is_main_process:
             self.decoder = Decoder(config.vae_name_or_path, self.dataset, held_out, self.device, skipping)
@@ -193,6 +193,7 @@ class Trainer:
             "optimization": self.optimization.state(),
             "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
             "records_consumed": self.stream.consumed,
+            "records_pending": self.stream.pending,
             "skipped": self.stream.skipped,
             "dataset_fingerprint": self.dataset.fingerprint,
             "config": effective(self.config),
@@ -205,7 +206,8 @@ class Trainer:
         torch.set_rng_state(state["rng"][0])
         if len(state["rng"]) == 1 + torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["rng"][1:])
-        self.stream.consumed, self.stream.skipped = state["records_consumed"], state["skipped"]
+        self.stream.go_to(state["records_consumed"], state["records_pending"])
+        self.stream.skipped = state["skipped"]
         self.step, self.meter.seconds = state["step"], state["seconds"]
         self.loss, self.unguided_loss = state["loss"], state["unguided_loss"]
 
@@ -274,13 +276,11 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch]) -> None:
         """Run one optimizer step; measurements stay on the device, so that nothing synchronizes."""
         for _ in range(self.config.gradient_accumulation_steps):
-            begin = self.stream.consumed
             with self.meter.waiting():
                 batch = next(batches).to(self.device, self.student.dtype)
             losses = self.objective(self.student.predict(batch), batch)
             self.optimization.backward(losses.mean())
-            position = BatchPosition(self.step + 1, begin, self.stream.consumed - begin)
-            self.meter.add(losses.detach(), batch.scale, batch.timestep, position)
+            self.meter.add(losses.detach(), batch, BatchPosition(self.step + 1, self.stream.drawn))
         self.meter.norms.append(self.optimization.step())
         self.step += 1
 
@@ -300,7 +300,7 @@ class Trainer:
         bar.set_postfix_str(f"loss {self.loss:.5f}, {scalars['records_per_second']:.0f} records/s", refresh=False)
 
     def _locate_failure(self, position: BatchPosition, wrong: list[int]) -> str:
-        names = self.stream.locate_records(position.begin, position.length)[self.stream.rank :: self.stream.world_size]
+        names = self.stream.locate_records(position.positions)[self.stream.rank :: self.stream.world_size]
         named = "; ".join(names[i] for i in wrong[:NAMED_RECORDS])
         more = f"; and {len(wrong) - NAMED_RECORDS} more of its batch" if len(wrong) > NAMED_RECORDS else ""
         return f"step {position.step}: the loss is not finite at {named}{more}: {self._way_out}"
@@ -335,10 +335,10 @@ def check(config: TrainConfig) -> None:
     GuidanceAdapter.get_class(config.adapter.variant)
 
 
-def ranges_of(dataset: Dataset, scale_range: list[float]) -> tuple[Range, Range]:
-    """The ranges of scale and of timestep that a run's bins cover."""
+def bins_of(dataset: Dataset, scale_range: list[float]) -> Bins:
+    """The bins of a run's records."""
     low, high = (pc.min_max(dataset.manifest[f"timestep_{end}"]).as_py()[end] for end in ("min", "max"))
-    return (scale_range[0], scale_range[1]), (low, high)
+    return Bins((scale_range[0], scale_range[1]), (low, high), tuple(dataset.info.sizes))
 
 
 def peak_memory(device: str) -> int:
