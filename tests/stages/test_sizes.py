@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from stages.adapters.folder import WEIGHTS_FILE
 from stages.base.denoiser import denoiser_of, unflatten
 from stages.base.hooks import Call, watch_steps
 from stages.base.loading import load_pipeline
 from stages.base.sampling import Request, sample, undecoded
 from stages.base.size import SIZE_KEYS, size_name
+from stages.errors import UserError
+from stages.evaluate.config import EvaluateConfig
+from stages.evaluate.evaluation import Evaluation
 from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.timesteps import shifted_timesteps
 from stages.records.dataset import Dataset
@@ -160,3 +165,105 @@ def test_a_resumed_stream_continues_exactly(uneven: Dataset, stop: int, shuffle_
         if stop != 0:
             assert [identity(batch) for batch in batches] == [expected[::2], expected[1::2]]
         assert [one.pending for one in two] == [two[0].pending] * 2
+
+
+def test_a_resumed_run_ends_with_the_same_weights(uneven: Dataset, tmp_path: Path) -> None:
+    options = {"train_batch_size": 6, "max_train_steps": 12, "checkpointing_steps": 4, "shuffle_bytes": 30_000}
+    Trainer(train_config(uneven.root, tmp_path / "whole", **options)).run()
+    begun = Trainer(train_config(uneven.root, tmp_path / "begun", **options | {"checkpointing_steps": 7}))
+    begun.run()
+    last = tmp_path / "begun" / "checkpoints" / "step-00000007.pt"
+    options |= {"resume_from_checkpoint": str(last)}
+    resumed = Trainer(train_config(uneven.root, tmp_path / "begun", **options))
+    assert resumed.step == 7
+    assert resumed.stream.pending
+    resumed.run()
+    weights = [(tmp_path / name / WEIGHTS_FILE).read_bytes() for name in ("whole", "begun")]
+    assert weights[0] == weights[1]
+
+
+def test_a_grown_dataset_keeps_its_sizes(tmp_path: Path) -> None:
+    config = sized_config("stable_diffusion", tmp_path, num_trajectories=5, trajectories_per_unit=2)
+    before = Dataset(generate(config)).manifest.to_pylist()
+    Path(str(config.prompts)).write_text("\n".join([*PROMPTS, "a third"]))
+    grown = Dataset(generate(replace(config, num_trajectories=14)))
+    assert grown.manifest.to_pylist()[: len(before)] == before
+    assert Counter(size_name(row) for row in grown.manifest.to_pylist()) == {"32x32": 4, "48x32": 5, "32x48": 5}
+    assert verify(grown.root)["ok"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([[32]], r"teacher.sizes: \[32\]: give \[width,height\] in pixels, or \[width,height,frames\] of a video"),
+        ([32], r"teacher.sizes: 32: give \[width,height\]"),
+        ([["32", 32]], r"give \[width,height\]"),
+        ([[True, 32]], r"give \[width,height\]"),
+        ([[32.0, 32]], r"give \[width,height\]"),
+        ([[32, 4]], "32x4 is too small: at least 8x8 pixels"),
+        ([[32, 32], [32, 32]], "32x32 stands there twice"),
+        ([[32, 32, 5]], "size 32x32x5: StableDiffusionPipeline takes no num_frames: leave the size out"),
+        ([[32, 32], [32, 33]], "have to be divisible by 8"),
+    ],
+)
+def test_what_is_no_size_of_the_teacher_is_refused(tmp_path: Path, sizes: list[Any], message: str) -> None:
+    config = sized_config("stable_diffusion", tmp_path)
+    config.teacher.sizes = sizes
+    with pytest.raises(UserError, match=message):
+        generate(config)
+    assert not (tmp_path / "data" / "shards").exists()
+
+
+def test_a_size_that_the_pipeline_rounds_is_refused(tmp_path: Path) -> None:
+    config = sized_config("chroma", tmp_path)
+    config.teacher.sizes = [[32, 32], [36, 32]]
+    with pytest.raises(UserError, match="size 36x32: ChromaPipeline makes another size in its place"):
+        generate(config)
+    assert not (tmp_path / "data" / "shards").exists()
+
+
+def test_sizes_that_two_options_name_are_refused(tmp_path: Path) -> None:
+    config = sized_config("stable_diffusion", tmp_path)
+    config.teacher.height = 32
+    with pytest.raises(UserError, match=r"teacher.height=32: teacher.sizes decides it"):
+        generate(config)
+    config.teacher.height, config.teacher.call = None, {"width": 32}
+    with pytest.raises(UserError, match=r"teacher.call.width: decided by the sizes of the trajectories"):
+        generate(config)
+    for content, message in (
+        ("prompt,width\none,32\n", "row 1: width without height: give width and height"),
+        ("prompt,height,width\none,32,4\n", "row 1: 4x32 is too small"),
+        ("prompt,width,height\none,32,32.5\n", "row 1: height='32.5': not a whole number"),
+    ):
+        config.teacher.call = {}
+        (tmp_path / "prompts.csv").write_text(content)
+        with pytest.raises(UserError, match=message):
+            generate(replace(config, prompts=str(tmp_path / "prompts.csv")))
+
+
+def test_a_teacher_of_one_size_takes_no_other(tiny_teacher: Path, tmp_path: Path) -> None:
+    config = generate_config(tiny_teacher, tmp_path)
+    config.teacher.sizes = [[32, 32]]
+    with pytest.raises(UserError, match="size 32x32: DiTPipeline takes no width: leave the size out"):
+        generate(config)
+
+
+def test_an_evaluation_has_the_size_that_it_is_asked_for(uneven: Dataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    Trainer(train_config(uneven.root, run, max_train_steps=2)).run()
+    (tmp_path / "prompts.csv").write_text("prompt,width,height\none,32,48\nanother,48,32\n")
+    config = EvaluateConfig(
+        str(run), prompts=str(tmp_path / "prompts.csv"), reference=None, num_samples=2, num_inference_steps=2,
+        guidance_scale=[2.0], methods=["one_pass"], device="cpu", size=[40, 32],
+    )  # fmt: skip
+    evaluation = Evaluation(config)
+    evaluation.run()
+    assert {images.shape[-2:] for images in evaluation.shown.values()} == {(32, 40)}
+    assert evaluation.metadata["size"] == [40, 32]
+    for size, message in (
+        (None, r"prompts: of several sizes \(32x48, 48x32\): say size=\[WIDTH,HEIGHT\]"),
+        ([32], r"size=\[32\]: give \[width,height\]"),
+        ([32, 33], r"size=\[32, 33\]: StableDiffusionPipeline does not make it: .*divisible by 8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Evaluation(replace(config, size=size, output_dir=str(tmp_path / "other"))).run()
