@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from stages.adapters import GuidanceAdapter
@@ -43,6 +41,7 @@ from stages.train.config import TrainConfig, check_together, effective
 from stages.train.decoding import Decoder
 from stages.train.objective import Objective
 from stages.train.optimization import Optimization
+from stages.train.processes import from_main, join_processes
 from stages.train.selection import choose_denoiser, select, trained_scales
 from stages.train.stream import RecordStream
 from stages.train.student import Student, load_base
@@ -68,18 +67,17 @@ class Trainer:
         self.root = Path(config.output_dir)
         self.checkpoints = self.root / "checkpoints"
         device = choose_device(config.device)
-        self.processes = PartialState(cpu=device == "cpu")
+        self.processes = join_processes(device)
         several = device == "cuda" and self.processes.num_processes > 1
         self.device = f"cuda:{self.processes.local_process_index}" if several else device
         skipping = config.on_damage == "skip"
-        state = self._load_state()
+        state = from_main(self._load_state)
         self.dataset = self._open_dataset(None if state is None else state["dataset_fingerprint"])
         if state is not None:
             check_resumable(state, self.dataset, config)
         training, held_out = select(self.dataset, config)
         objective = Objective(config.loss, self.dataset.info.teacher, self.device)
-        if self.processes.is_main_process:  # after the checks that need no folder
-            check_folder(self.root)
+        from_main(lambda: check_folder(self.root))  # after the checks that need no folder
 
         torch.manual_seed(config.seed)
         self.student = self._new_student(trained_scales(training, config))
@@ -101,8 +99,7 @@ class Trainer:
         self.loss = self.unguided_loss = float("nan")
         if state is not None:
             self.restore(state)
-        if self.processes.is_main_process:
-            check_room(self.checkpoints, self._size_of_state(), self._additional_checkpoints())
+        from_main(lambda: check_room(self.checkpoints, self._size_of_state(), self._additional_checkpoints()))
 
     def _size_of_state(self) -> int:
         """Bytes of a checkpoint: the weights, two moments of each, and their average if there is one."""
@@ -135,9 +132,12 @@ class Trainer:
         """
         config = self.config
         cache = None if config.cache_dir is None else ShardCache(Path(config.cache_dir), config.cache_bytes)
-        available = snapshots(open_folder(config.data_dir))
-        newest = next(reversed(available), None)
-        (snapshot,) = broadcast_object_list([fingerprint if fingerprint in available else newest])
+
+        def choose() -> str | None:
+            available = snapshots(open_folder(config.data_dir))
+            return fingerprint if fingerprint in available else next(reversed(available), None)
+
+        snapshot = from_main(choose)
         return Dataset(config.data_dir, snapshot, check_sizes=config.on_damage != "skip", cache=cache)
 
     @contextmanager
@@ -147,10 +147,8 @@ class Trainer:
         Raises:
             UserError: another run is training in the folder.
         """
-        if not self.processes.is_main_process:
-            yield
-            return
-        with exclusive_lock(self.root, "another run is training"):
+        with ExitStack() as stack:
+            from_main(lambda: stack.enter_context(exclusive_lock(self.root, "another run is training")))
             yield
 
     def _new_student(self, scale_range: list[float] | None) -> Student:
