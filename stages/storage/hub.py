@@ -29,7 +29,8 @@ HUB = "hf://"
 ADDRESS = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(.+?))?/?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PARTIAL_CONTENT = 206
-UNAUTHORIZED, FORBIDDEN = 401, 403
+UNAUTHORIZED, FORBIDDEN, PRECONDITION_FAILED = 401, 403, 412
+LONGEST = 300  # characters of the client's own words
 SECONDS = 60  # a read without any byte for so long is tried again
 
 
@@ -166,17 +167,18 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RevisionNotFoundError):
         return "the repository has no such revision: name a branch, a tag or a commit"
     if isinstance(error, HFValidationError):
-        return f"not a name of a repository: write OWNER/NAME: {_first_line(error)}"
+        return f"not a name of a repository: write OWNER/NAME: {_in_one_line(error)}"
     if status == UNAUTHORIZED:
         found = "HF_TOKEN is not valid" if get_token() else "no token is given"
         return f"{found}: make one at {endpoint}/settings/tokens, and set HF_TOKEN to it"
     if status == FORBIDDEN:
-        return f"the token has no right to it: give it the right at {endpoint}/settings/tokens: {_first_line(error)}"
+        return f"the token has no right to it: give it the right at {endpoint}/settings/tokens: {_in_one_line(error)}"
+    if status == PRECONDITION_FAILED:
+        return "it has a newer commit, of someone else: give the same command again"
     if status is None and isinstance(error, ClientError):
-        return f"{endpoint} does not answer: {_first_line(error)}: check the network and HF_ENDPOINT"
-    return _first_line(error)
+        return f"{endpoint} does not answer: {_in_one_line(error)}: check the network and HF_ENDPOINT"
+    return _in_one_line(error)
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:LONGEST] or type(error).__name__

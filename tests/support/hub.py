@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+import yaml
 from huggingface_hub import constants
 
 from tests.support.faulty_s3 import Fault
@@ -220,10 +221,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusalError(404, "RevisionNotFound", "Invalid rev id")
         files = repo.commits[oid]
         if action == "revision":
-            siblings = [{"rfilename": one} for one in files]
-            return _json(
-                {"id": name.removeprefix("datasets/"), "sha": oid, "private": repo.private, "siblings": siblings}
-            )
+            facts = {"id": name.removeprefix("datasets/"), "sha": oid, "private": repo.private}
+            header = files.get("README.md", b"").decode().split("---\n")[1:2]
+            card = yaml.safe_load(header[0]) if header else None
+            return _json(facts | {"siblings": [{"rfilename": one} for one in files], "cardData": card})
         if action == "tree":
             return self.tree(files, "/".join(arguments[1:]))
         if action == "paths-info":
