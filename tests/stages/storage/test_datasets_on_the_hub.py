@@ -17,7 +17,7 @@ from stages.records.dataset import Dataset
 from stages.records.verification import verify
 from stages.storage.folder import open_folder
 from stages.train.trainer import Trainer
-from tests.conftest import generate, generate_config, train_config
+from tests.conftest import fill, generate, generate_config, train_config
 from tests.stages.storage.test_datasets_in_buckets import assert_same_weights
 from tests.support.faults_table import survived
 from tests.support.faulty_s3 import Fault
@@ -165,6 +165,15 @@ def test_a_hub_that_does_not_answer_is_one_line(published: Hub, tmp_path: Path) 
     published.stop()
     with pytest.raises(StorageError, match="does not answer: .*: check the network and HF_ENDPOINT"):
         open_folder(ADDRESS)
+
+
+def test_a_full_disk_at_download_is_one_line(published: Hub, tmp_path: Path, small_disk: Path) -> None:
+    trainer = Trainer(train_config(ADDRESS, tmp_path / "run", cache_dir=str(small_disk / "cache")))
+    fill(small_disk, room=4096)
+    with pytest.raises(StorageError, match=rf"^{small_disk}/cache: cannot be written: No space .*another cache_dir"):
+        trainer.run()
+    assert [path.name for path in (small_disk / "cache").iterdir()] == [".lock"]
+    survived("a full disk at a download from a hub: one-line error", "storage")
 
 
 def test_nothing_writes_on_the_hub(published: Hub, tiny_teacher: Path) -> None:
