@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from stages.errors import ChangedError, UserError
 from stages.publish.dataset_card import card_of
@@ -49,14 +48,13 @@ def publish_dataset(
     _check_whole(found)
     repo = Repository(repo_id, DATASET, private, branch)
     _check_same(repo, found)
-    shards = {
-        commit.shard: LocalFile(root.path / commit.shard, commit.sha256) for commit in found.commits.values()
-    }  # fmt: skip
+    commits = found.commits.values()
+    shards = {commit.shard: LocalFile(root.path / commit.shard, commit.sha256) for commit in commits}
+    contents = before | card_of(found, repo.repo_id, license)
     sent = repo.upload(shards, "shards")
     if _contents(root) != before:
         way_out = "wait until nothing writes there, and give the same command again"
         raise ChangedError(f"{root}: has changed since the upload began: {way_out}")
-    contents = before | card_of(found, repo.repo_id, license)
     stale = {name for name in repo.names if name.startswith(("shards/", "commits/"))} - {*shards, *contents}
     repo.commit({}, contents, f"{found.info.published[-1].counts.trajectories} trajectories", leave_out=stale)
     return Published(f"{HUB}datasets/{repo.repo_id}@{repo.head}", len(shards), sent)
@@ -95,6 +93,6 @@ def _check_same(repo: Repository, found: Survey) -> None:
         UserError: the repository holds one.
     """
     there = read_info(HubFolder(repo.repo_id, repo.head)) if DATASET_FILE in repo.names else None
-    known: list[Any] = [plan.fingerprint for plan in found.info.published]
+    known = [plan.fingerprint for plan in found.info.published]
     if there is not None and there.published and there.published[-1].fingerprint not in known:
         raise UserError(f"{repo.address}: holds another dataset, or more of this one: take another repo_id")

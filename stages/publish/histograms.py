@@ -5,14 +5,22 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from matplotlib.figure import Figure
+from stages.errors import UserError
 
 COLOUR = "#1f6fb4"
 MOST_NAMES = 40  # that can be told apart below an axis
 
 
 def plot(name: str, histogram: Any) -> bytes:
-    """Draw a histogram of `verification.json` as a PNG: a list of bins, or counts by name."""
+    """Draw a histogram of `verification.json` as a PNG: a list of bins, or counts by name.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # here, because an adapter has no histograms
+    except ModuleNotFoundError as error:
+        raise UserError("the card's pictures: matplotlib is not installed: pip install '.[evaluate]'") from error
     figure = Figure(figsize=(5, 2.6), layout="constrained")
     axes = figure.add_subplot()
     if isinstance(histogram, dict):

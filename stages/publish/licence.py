@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, ModelCard
 from stages.adapters.folder import CARD_FILE
 from stages.base.loading import resolve
 from stages.errors import StorageError
-from stages.storage.hub import hub_errors
+from stages.storage.hub import SECONDS, hub_errors
 
 
 def licence_of(name_or_path: str, revision: str | None) -> str | None:
@@ -31,4 +31,4 @@ def _header_of(folder: Path) -> Any:
 
 
 def _header_on_hub(repo_id: str, revision: str | None) -> Any:
-    return HfApi().model_info(repo_id, revision=revision, expand=["cardData"]).card_data
+    return HfApi().model_info(repo_id, revision=revision, expand=["cardData"], timeout=SECONDS).card_data

@@ -153,10 +153,11 @@ def hub_errors(what: str, done: str) -> Iterator[None]:
     except (ClientError, OSError, ValueError, RuntimeError) as error:
         # The client wraps what happens in its threads.
         cause = error.__cause__ if type(error) is RuntimeError and isinstance(error.__cause__, Exception) else error
-        raise StorageError(f"{what}: cannot be {done}: {_reason(cause)}") from error
+        raise StorageError(f"{what}: cannot be {done}: {reason(cause)}") from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return why the hub's client failed, with a way out, in one line."""
     endpoint = HfApi().endpoint
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, GatedRepoError):

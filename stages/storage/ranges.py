@@ -41,3 +41,6 @@ class _Ranges(io.RawIOBase):
         buffer[: len(content)] = content
         self.offset += len(content)
         return len(content)
+
+    def readall(self) -> bytes:
+        return self.read(self.size - self.offset) or b""  # the inherited method reads a few kilobytes at a time

@@ -32,9 +32,10 @@ Files = dict[str, bytes]
 
 @dataclass
 class Repository:
-    """Commits with all their files, oldest first, and the last of each branch."""
+    """Commits with all their files, oldest first, and the last of each branch; if gated, nobody has agreed yet."""
 
     private: bool = False
+    gated: bool = False
     commits: dict[str, Files] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
@@ -192,6 +193,8 @@ class _Handler(BaseHTTPRequestHandler):
         found = self.hub.repos.get(name)
         if found is None or (found.private and self.user() not in (WRITER, READER)):
             raise MISSING if self.user() else RefusalError(401, "RepoNotFound", "Repository not found")
+        if found.gated:
+            raise RefusalError(403, "GatedRepo", "Access to this dataset is restricted")
         if write and self.user() != WRITER:
             raise RefusalError(403, "", "you have no right to write")
         return found

@@ -43,7 +43,7 @@ def test_it_tells_the_teacher_the_licence_and_the_counts(published: Hub) -> None
 def test_its_histograms_are_pictures(published: Hub, tmp_path: Path) -> None:
     files = published.repos[REPO].files
     shown = re.findall(r"!\[.*\]\((.*)\)", files["README.md"].decode())
-    assert shown == [f"{PICTURES}/{name}.png" for name in ("scale", "class_label", "timestep")]
+    assert {f"{PICTURES}/{name}.png" for name in ("scale", "class_label", "timestep")} <= set(shown)
     for name in shown:
         (tmp_path / "picture.png").write_bytes(files[name])
         assert Image.open(tmp_path / "picture.png").size == (500, 260)

@@ -132,6 +132,11 @@ def test_verify_reads_each_shard_of_a_commit(
         ("hf://datasets/someone/nothing", None, "has no such repository, or it is private: .* or set HF_TOKEN"),
         ("hf://datasets/someone/private", None, "has no such repository, or it is private: .* or set HF_TOKEN"),
         ("hf://datasets/someone/private", STRANGER, "or it is private: check the name, and what HF_TOKEN may read"),
+        (
+            "hf://datasets/someone/gated",
+            READER,
+            "asks for an agreement: give it on the repository's page, and set HF_TO",
+        ),
         ("hf://datasets/someone/tiny", "hf_wrong", "HF_TOKEN is not valid: make one at .*/settings/tokens"),
         (f"{ADDRESS}@nowhere", None, "no such revision: name a branch, a tag or a commit"),
         (f"{ADDRESS}@{'1' * 40}", None, "no such revision: name a branch, a tag or a commit"),
@@ -141,6 +146,7 @@ def test_what_cannot_be_read_is_one_line(
     published: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, token: str | None, message: str
 ) -> None:
     published.add("datasets/someone/private", {}, private=True)
+    published.add("datasets/someone/gated", {}).gated = True
     published.point_to(monkeypatch, token)
     with pytest.raises(UserError, match=message) as found:
         Trainer(TrainConfig(data_dir=address, output_dir=str(tmp_path / "run")))
