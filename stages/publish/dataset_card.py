@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from stages.adapters.folder import CARD_FILE
 from stages.base.loading import resolve
 from stages.publish.histograms import plot
 from stages.publish.licence import licence_of
+from stages.records.schema import DatasetInfo
 from stages.records.verification import Survey
 
 PICTURES = "card"
@@ -91,9 +93,7 @@ def card_of(found: Survey, repo_id: str, license: str | None) -> dict[str, bytes
         teacher=_name_of(found.info.teacher.pretrained_model_name_or_path),
         facts="\n".join(f"| {name} | {value} |" for name, value in _facts(found).items()),
         pictures="\n".join(f"![histogram of {name}]({PICTURES}/{name}.png)" for name in shown),
-        tensors="\n".join(
-            f"| `{name}` | {spec.dtype} | `{spec.shape}` |" for name, spec in sorted(found.info.tensors.items())
-        ),
+        tensors="\n".join(_tensors(found.info)),
         repo_id=repo_id,
     )
     return {CARD_FILE: text.encode()} | pictures
@@ -110,6 +110,13 @@ def _header(found: Survey, license: str | None) -> str:
         configs=[{"config_name": "default", "data_files": "shards/*.tar"}],
     )
     return data.to_yaml()
+
+
+def _tensors(info: DatasetInfo) -> Iterator[str]:
+    """Rows on all tensors, with the shapes that they have at the dataset's sizes."""
+    for name, spec in sorted(info.tensors.items()):
+        shapes = dict.fromkeys(f"`{size.tensors[name].shape}`" for size in info.sizes.values())
+        yield f"| `{name}` | {spec.dtype} | {', '.join(shapes)} |"
 
 
 def _size_category(count: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from stages.errors import UserError
 
 COLOUR = "#1f6fb4"
-MOST_NAMES = 40  # that can be told apart below an axis
+MOST_NAMES, LONGEST_ROW = 40, 60  # names that can be told apart below an axis, and their characters in one row
 
 
 def plot(name: str, histogram: Any) -> bytes:
@@ -24,14 +24,13 @@ def plot(name: str, histogram: Any) -> bytes:
     figure = Figure(figsize=(5, 2.6), layout="constrained")
     axes = figure.add_subplot()
     if isinstance(histogram, dict):
-        places = range(len(histogram))
-        axes.bar(places, list(histogram.values()), color=COLOUR)
-        axes.set_xticks(places if len(histogram) <= MOST_NAMES else [])
-        axes.set_xticklabels(list(histogram) if len(histogram) <= MOST_NAMES else [], fontsize=7)
+        names = list(histogram) if len(histogram) <= MOST_NAMES else []
+        axes.stairs(list(histogram.values()), fill=True, color=COLOUR)
+        axes.set_xticks([place + 0.5 for place in range(len(names))], names, fontsize=7)
+        axes.tick_params(axis="x", rotation=90 if sum(map(len, names)) > LONGEST_ROW else 0)
     else:
-        starts, ends = ([bin[end] for bin in histogram] for end in ("from", "to"))
-        widths = [end - start for start, end in zip(starts, ends, strict=True)]
-        axes.bar(starts, [bin["count"] for bin in histogram], widths, align="edge", color=COLOUR, edgecolor="white")
+        edges = [histogram[0]["from"], *(bin["to"] for bin in histogram)]
+        axes.stairs([bin["count"] for bin in histogram], edges, fill=True, color=COLOUR)
     axes.set_xlabel(name)
     axes.set_ylabel("records" if name == "timestep" else "samples")
     content = io.BytesIO()

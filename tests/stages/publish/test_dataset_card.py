@@ -13,7 +13,11 @@ import yaml
 from PIL import Image
 
 from stages.publish.dataset import publish_dataset
-from stages.publish.dataset_card import PICTURES
+from stages.publish.dataset_card import PICTURES, card_of
+from stages.records.verification import survey
+from stages.storage.folder import open_folder
+from tests.conftest import generate
+from tests.stages.test_sizes import sized_config
 from tests.support.hub import WRITER, Hub
 
 REPO = "datasets/someone/tiny"
@@ -47,6 +51,19 @@ def test_its_histograms_are_pictures(published: Hub, tmp_path: Path) -> None:
     for name in shown:
         (tmp_path / "picture.png").write_bytes(files[name])
         assert Image.open(tmp_path / "picture.png").size == (500, 260)
+
+
+def test_it_shows_prompts_and_several_sizes(tmp_path: Path) -> None:
+    root = generate(sized_config("stable_diffusion", tmp_path))
+    (tmp_path / "teacher" / "README.md").write_text("---\nlicense: openrail++\n---\n")
+    card = card_of(survey(open_folder(root), deep=True), "someone/sized", None)
+    text = card["README.md"].decode()
+    assert "text-to-image" in text
+    assert "license:" not in text
+    assert "| licence of the teacher's weights | openrail++ |" in text
+    assert f"![histogram of size]({PICTURES}/size.png)" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| `latent` |")]
+    assert row.count("`[") == 3
 
 
 def test_its_code_reads_each_sample(published: Hub, tmp_path: Path) -> None:
