@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stages.errors import ChangedError, UserError
+from stages.errors import UserError
 from stages.publish.dataset_card import card_of
-from stages.publish.repository import DATASET, LocalFile, Repository
+from stages.publish.repository import DATASET, LocalFile, Repository, changed
 from stages.records.commits import commit_names
 from stages.records.dataset import how_to_finish
 from stages.records.plans import DATASET_FILE, MANIFEST_FILE, read_info
@@ -53,8 +53,7 @@ def publish_dataset(
     contents = before | card_of(found, repo.repo_id, license)
     sent = repo.upload(shards, "shards")
     if _contents(root) != before:
-        way_out = "wait until nothing writes there, and give the same command again"
-        raise ChangedError(f"{root}: has changed since the upload began: {way_out}")
+        raise changed(root)
     stale = {name for name in repo.names if name.startswith(("shards/", "commits/"))} - {*shards, *contents}
     repo.commit({}, contents, f"{found.info.published[-1].counts.trajectories} trajectories", leave_out=stale)
     return Published(f"{HUB}datasets/{repo.repo_id}@{repo.head}", len(shards), sent)

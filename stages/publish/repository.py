@@ -14,10 +14,11 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from stages.errors import ChangedError, StorageError, UserError
 from stages.progress import progress
 from stages.records.shard import hash_file
+from stages.storage.folder import Folder
 from stages.storage.hub import hub_errors
 
 DATASET, MODEL = "dataset", "model"
-FILES_PER_COMMIT = 100  # what a killed upload may have to send again, and few enough for the hub's limit of commits
+FILES_PER_COMMIT = 100  # a hub limits commits per hour; what it has of a killed batch, it knows by the hash
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,13 @@ class LocalFile:
         except FileNotFoundError:
             found = None
         if found != self.sha256:
-            way_out = "wait until nothing writes there, and give the same command again"
-            raise ChangedError(f"{self.path}: has changed since the upload began: {way_out}")
+            raise changed(self.path)
+
+
+def changed(what: Path | Folder) -> ChangedError:
+    """Return the error for a file or a folder that changes during its upload."""
+    way_out = "wait until nothing writes there, and give the same command again"
+    return ChangedError(f"{what}: has changed since the upload began: {way_out}")
 
 
 class Repository:
