@@ -61,6 +61,8 @@ def begin(root: Path, resolved: str, trainer: Trainer) -> None:
     with whole_file(root / "config.yaml") as file:
         file.write(resolved.encode())
     dataset = trainer.dataset
+    if str(dataset.root) != trainer.config.data_dir:
+        print(f"data_dir: {dataset.root}")  # the commit that a branch on the hub names now
     if not dataset.newest:
         trajectories = dataset.plan.counts.trajectories
         print(f"{dataset.root}: has grown; the run continues with the {trajectories} trajectories that it started with")

@@ -59,7 +59,9 @@ WITHOUT_EFFECT = frozenset(
 @dataclass
 class TrainConfig:
     data_dir: str = option(
-        MISSING, "folder of the dataset, on disk or in a bucket: `s3://bucket/prefix`, `gs://`, `az://`"
+        MISSING,
+        "folder of the dataset, on disk, in a bucket (`s3://bucket/prefix`, `gs://`, `az://`) or on the hub "
+        "(`hf://datasets/OWNER/NAME@REVISION`)",
     )
     output_dir: str = option(MISSING, "folder for the adapter, its checkpoints and logs")
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

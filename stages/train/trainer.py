@@ -134,12 +134,13 @@ class Trainer:
         config = self.config
         cache = None if config.cache_dir is None else ShardCache(Path(config.cache_dir), config.cache_bytes)
 
-        def choose() -> str | None:
-            available = snapshots(open_folder(config.data_dir))
-            return fingerprint if fingerprint in available else next(reversed(available), None)
+        def choose() -> tuple[str | None, str]:
+            root = open_folder(config.data_dir)  # on the hub, at the commit that a branch names now
+            available = snapshots(root)
+            return fingerprint if fingerprint in available else next(reversed(available), None), str(root)
 
-        snapshot = from_main(choose)
-        return Dataset(config.data_dir, snapshot, check_sizes=config.on_damage != "skip", cache=cache)
+        snapshot, place = from_main(choose)
+        return Dataset(place, snapshot, check_sizes=config.on_damage != "skip", cache=cache)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -197,6 +198,7 @@ class Trainer:
             "records_pending": self.stream.pending,
             "skipped": self.stream.skipped,
             "dataset_fingerprint": self.dataset.fingerprint,
+            "data_dir": str(self.dataset.root),
             "config": effective(self.config),
         }
 
