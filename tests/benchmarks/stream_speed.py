@@ -79,7 +79,7 @@ def write_folders(root: Path, count: int, shape: tuple[int, ...]) -> list[Path]:
         folder.mkdir(parents=True)
         whole = trajectory(i, shape)
         np.save(folder / "records.npy", torch.stack([whole.latent, whole.target], 1).numpy())
-        conditioning = {"timestep": whole.timestep, "scale": torch.tensor(whole.guidance_scale), **whole.cond}
+        conditioning = {"timestep": whole.timestep, "scale": torch.tensor(whole.scale), **whole.cond}
         torch.save(conditioning, folder / "conditioning.pt")
     return folders
 
