@@ -15,7 +15,7 @@ from stages.errors import UsageError
 LOSSES = ("rms", "l2", "l1", "noise_weighted", "guidance_weighted", "guidance_delta")
 ON_DAMAGE = ("stop", "skip")
 PRECISIONS = ("no", "bf16", "fp16")
-QUANTIZATIONS = ("none", "int8")
+QUANTIZATIONS = ("none", "int8", "fp8", "int4", "nf4")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup")
 # A resumed run must draw the same records and hold out the same trajectories; the user may change all other options.
 KEPT_WHEN_RESUMED = (
@@ -42,6 +42,7 @@ WITHOUT_EFFECT = frozenset(
         "pretrained_model_name_or_path",
         "max_train_steps",
         "gradient_checkpointing",
+        "enable_group_offload",
         "torch_compile",
         "on_damage",
         "validation_steps",
@@ -92,8 +93,13 @@ class TrainConfig:
     gradient_checkpointing: bool = option(False, "recompute the base's activations in the backward pass: less memory")
     quantization: str = option(
         "none",
-        "`int8`: quantize the linear layers of the frozen base by torchao; needs gradient_checkpointing=true",
+        "quantize the linear layers of the frozen base: `int8`, `fp8` or `int4` by torchao, `nf4` by bitsandbytes; needs "
+        "gradient_checkpointing=true",
         one_of=QUANTIZATIONS,
+    )
+    enable_group_offload: bool = option(
+        False,
+        "keep the frozen base in the CPU's memory, each layer on the GPU while it runs; needs gradient_checkpointing=true",
     )
     torch_compile: bool = option(False, "compile the denoiser with its adapter")
     scale_range: list[float] | None = option(None, "train only on records with a guidance scale in [LOW,HIGH]")
@@ -165,8 +171,33 @@ def check_together(config: TrainConfig) -> None:
             raise UsageError(
                 f"quantization={config.quantization}: the variant `full` trains the base's weights: leave it out"
             )
+        if config.enable_group_offload:
+            raise UsageError(
+                "enable_group_offload=true: the variant `full` swaps its weights in for the forward pass: leave it out"
+            )
+    if config.enable_group_offload:
+        check_offloading(config)
     if config.quantization != "none" and not config.gradient_checkpointing:
         raise UsageError(
             f"quantization={config.quantization}: the backward pass would keep every layer's full weight, more than "
             "quantization saves: add gradient_checkpointing=true"
+        )
+
+
+def check_offloading(config: TrainConfig) -> None:
+    """
+    Raises:
+        UsageError: an option contradicts `enable_group_offload`.
+    """
+    if config.quantization != "none":
+        raise UsageError(
+            f"enable_group_offload=true: a base in {config.quantization} stays on the GPU, because its scales do not move "
+            "with its weights: leave one of the two out"
+        )
+    if config.torch_compile:
+        raise UsageError("enable_group_offload=true: compiled code does not load layers: leave torch_compile out")
+    if not config.gradient_checkpointing:
+        raise UsageError(
+            "enable_group_offload=true: the backward pass would load every layer again for each of its tensors: add "
+            "gradient_checkpointing=true"
         )

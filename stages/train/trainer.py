@@ -28,6 +28,7 @@ from stages.storage.cache import ShardCache
 from stages.storage.files import check_folder, whole_file
 from stages.storage.folder import open_folder
 from stages.storage.locks import exclusive_lock
+from stages.train.base import computing_dtype, load_base, parameters_of
 from stages.train.batch import Batch
 from stages.train.bins import Range
 from stages.train.checkpoint import (
@@ -43,9 +44,10 @@ from stages.train.config import TrainConfig, check_together, effective
 from stages.train.decoding import Decoder
 from stages.train.objective import Objective
 from stages.train.optimization import Optimization
+from stages.train.quantization import check_quantization
 from stages.train.selection import choose_denoiser, select, trained_scales
 from stages.train.stream import RecordStream
-from stages.train.student import Student, load_base
+from stages.train.student import Student
 from stages.train.telemetry import BatchPosition, Meter, Trackers, tracker_class
 from stages.train.validation import Validation, guidance_gain
 
@@ -78,6 +80,7 @@ class Trainer:
             check_resumable(state, self.dataset, config)
         training, held_out = select(self.dataset, config)
         objective = Objective(config.loss, self.dataset.info.teacher, self.device)
+        check_quantization(config.quantization, self.device, computing_dtype(self.dataset, config.mixed_precision))
         if self.processes.is_main_process:  # after the checks that need no folder
             check_folder(self.root)
 
@@ -162,6 +165,7 @@ class Trainer:
             config.mixed_precision,
             config.quantization,
             name,
+            config.enable_group_offload,
         )
         student = Student.create(self.dataset, config.adapter, denoiser, scale_range, config.mixed_precision, name)
         if config.gradient_checkpointing:
@@ -180,7 +184,7 @@ class Trainer:
     @property
     def adapter_share(self) -> float:
         """The adapter's parameters as a share of the base's."""
-        return self.adapter_parameters / sum(parameter.numel() for parameter in self.student.denoiser.parameters())
+        return self.adapter_parameters / parameters_of(self.student.denoiser)
 
     def state(self) -> dict[str, Any]:
         """The complete state of the run: a resumed run continues as if it had never stopped."""

@@ -31,11 +31,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from stages.adapters import AdapterConfig, GuidanceAdapter
+from stages.train.base import PRECISION
 from stages.train.batch import Batch
 from stages.train.config import QUANTIZATIONS, TrainConfig
 from stages.train.objective import squared_error
 from stages.train.optimization import Optimization
-from stages.train.student import PRECISION, Student, quantize
+from stages.train.quantization import quantize
+from stages.train.student import Student
 from tests.benchmarks.tiny_shapes import shape_named
 from tests.support.real_shapes import Shape, arguments_of, conditions_of, inputs_of, metadata_of
 
@@ -67,7 +69,7 @@ class Training:
             denoiser = setup.shape.build()
         denoiser.eval().requires_grad_(False)
         if setup.quantization == "int8":
-            quantize(denoiser)
+            quantize(denoiser, setup.quantization)
         inputs = inputs_of(setup.shape, denoiser, 1)
         adapter = GuidanceAdapter.for_denoiser(AdapterConfig(setup.variant), denoiser, metadata_of(setup.shape), inputs)
         if device != "cpu":  # a fake module cannot be moved
