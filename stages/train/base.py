@@ -61,11 +61,11 @@ def load_base(
         UserError: the denoiser found differs from the teacher's in class or in weights.
     """
     teacher = facts_of_teacher(dataset, denoiser)
-    path = name_or_path or teacher.pretrained_model_name_or_path
-    source: dict[str, Any] = {} if name_or_path else {"revision": teacher.revision, "variant": teacher.variant}
-    place = path, teacher.denoiser_subfolder, teacher.denoiser_class
-    check_architecture(dataset, teacher, path, denoiser_config(*place, revision=source.get("revision")))
-    base = load_denoiser(*place, getattr(torch, teacher.torch_dtype), **source)
+    base_config(dataset, name_or_path, denoiser)
+    path, source = place_of_base(teacher, name_or_path)
+    base = load_denoiser(
+        path, teacher.denoiser_subfolder, teacher.denoiser_class, getattr(torch, teacher.torch_dtype), **source
+    )
     found = fingerprint(base)
     if found != teacher.denoiser_fingerprint:
         raise UserError(
@@ -79,6 +79,26 @@ def load_base(
         offload(base, device)
         return base
     return base.to(device)
+
+
+def place_of_base(teacher: TeacherFacts, name_or_path: str | None) -> tuple[str, dict[str, str | None]]:
+    """Where the base is, and the revision and the variant of the teacher's weights if it is the teacher's."""
+    if name_or_path:
+        return name_or_path, {}
+    return teacher.pretrained_model_name_or_path, {"revision": teacher.revision, "variant": teacher.variant}
+
+
+def base_config(dataset: Dataset, name_or_path: str | None, denoiser: str | None) -> dict[str, Any]:
+    """The configuration of the base, whose weights are not loaded.
+
+    Raises:
+        UserError: there is none, or it is not of the teacher's class or number of latent channels.
+    """
+    teacher = facts_of_teacher(dataset, denoiser)
+    path, source = place_of_base(teacher, name_or_path)
+    config = denoiser_config(path, teacher.denoiser_subfolder, teacher.denoiser_class, revision=source.get("revision"))
+    check_architecture(dataset, teacher, path, config)
+    return config
 
 
 def check_architecture(dataset: Dataset, teacher: TeacherFacts, path: str, config: dict[str, Any]) -> None:

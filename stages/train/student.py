@@ -15,7 +15,7 @@ from stages.adapters.conditioning import find_conditions
 from stages.adapters.guidance import Guidance, as_scales
 from stages.adapters.metadata import AdapterMetadata, Base, RecordedTeacher
 from stages.base.arguments import LENGTH, Arguments, Caller
-from stages.base.denoiser import NEGATIVE, STEP, as_target, predictions_of
+from stages.base.denoiser import NEGATIVE, STEP, as_target, floating_weight, predictions_of
 from stages.errors import UserError
 from stages.records.schema import TensorSpec
 from stages.records.teacher import LayoutFacts
@@ -124,7 +124,7 @@ class Student:
         self.channels = channels
         self.caller = Caller(arguments, device_of(denoiser))
         self.precision = PRECISION.get(mixed_precision)
-        self.dtype = next(denoiser.parameters()).dtype
+        self.dtype = floating_weight(denoiser).dtype
 
     @classmethod
     def create(

@@ -42,6 +42,7 @@ from stages.train.checkpoint import (
 from stages.train.compiling import compile_errors
 from stages.train.config import TrainConfig, check_together, effective
 from stages.train.decoding import Decoder
+from stages.train.foresight import foresee
 from stages.train.objective import Objective
 from stages.train.optimization import Optimization
 from stages.train.quantization import check_quantization
@@ -64,7 +65,11 @@ class Trainer:
             cannot be written.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, dry_run: bool = False) -> None:
+        """
+        Args:
+            dry_run: only check and foresee; the trainer cannot run.
+        """
         check(config)
         self.config = config
         self.root = Path(config.output_dir)
@@ -81,11 +86,17 @@ class Trainer:
         training, held_out = select(self.dataset, config)
         objective = Objective(config.loss, self.dataset.info.teacher, self.device)
         check_quantization(config.quantization, self.device, computing_dtype(self.dataset, config.mixed_precision))
+        scales, name = trained_scales(training, config), choose_denoiser(self.dataset, config)
+        predicted = dry_run or self.device.startswith("cuda")
+        if self.processes.is_main_process:
+            self.foresight = foresee(self.dataset, config, name, scales, predicted)
+        if dry_run:
+            return
         if self.processes.is_main_process:  # after the checks that need no folder
             check_folder(self.root)
 
         torch.manual_seed(config.seed)
-        self.student = self._new_student(trained_scales(training, config))
+        self.student = self._new_student(name, scales)
         self.adapter = self.student.adapter
         self.objective = objective
         self.optimization = Optimization(self.adapter, config, self.device)
@@ -156,8 +167,8 @@ class Trainer:
         with exclusive_lock(self.root, "another run is training"):
             yield
 
-    def _new_student(self, scale_range: list[float] | None) -> Student:
-        config, name = self.config, choose_denoiser(self.dataset, self.config)
+    def _new_student(self, name: str, scale_range: list[float] | None) -> Student:
+        config = self.config
         denoiser = load_base(
             self.dataset,
             config.pretrained_model_name_or_path,
