@@ -11,6 +11,7 @@ from torch import nn
 
 from stages.base.denoiser import fingerprint
 from stages.base.loading import denoiser_config, load_denoiser
+from stages.base.single_file import is_gguf
 from stages.errors import UserError
 from stages.records.teacher import TeacherFacts
 from stages.train.offloading import offload
@@ -63,16 +64,16 @@ def load_base(
     teacher = facts_of_teacher(dataset, denoiser)
     base_config(dataset, name_or_path, denoiser)
     path, source = place_of_base(teacher, name_or_path)
-    base = load_denoiser(
-        path, teacher.denoiser_subfolder, teacher.denoiser_class, getattr(torch, teacher.torch_dtype), **source
-    )
+    stored = getattr(torch, teacher.torch_dtype)
+    dtype = computing_dtype(dataset, mixed_precision) if is_gguf(path) else stored
+    base = load_denoiser(path, teacher.denoiser_subfolder, teacher.denoiser_class, dtype, **source)
     found = fingerprint(base)
-    if found != teacher.denoiser_fingerprint:
+    if found != teacher.denoiser_fingerprint and not is_incomparable(teacher, name_or_path):
         raise UserError(
             f"{path}: not the weights that made {dataset.root}: fingerprint {found[:12]}, the dataset has "
             f"{teacher.denoiser_fingerprint[:12]}: name the teacher's with pretrained_model_name_or_path=..."
         )
-    if mixed_precision != "no":
+    if mixed_precision != "no" and not is_gguf(path):
         cast(base, PRECISION[mixed_precision])
     quantize(base, quantization, device)
     if offloaded:
@@ -82,10 +83,16 @@ def load_base(
 
 
 def place_of_base(teacher: TeacherFacts, name_or_path: str | None) -> tuple[str, dict[str, str | None]]:
-    """Where the base is, and the revision and the variant of the teacher's weights if it is the teacher's."""
+    """Where the base is and, if it is one file, its configuration; of the teacher's own also the revision and variant."""
     if name_or_path:
-        return name_or_path, {}
-    return teacher.pretrained_model_name_or_path, {"revision": teacher.revision, "variant": teacher.variant}
+        return name_or_path, {"config": teacher.config or teacher.pretrained_model_name_or_path}
+    source = {"config": teacher.config, "revision": teacher.revision, "variant": teacher.variant}
+    return teacher.pretrained_model_name_or_path, source
+
+
+def is_incomparable(teacher: TeacherFacts, name_or_path: str | None) -> bool:
+    """Whether a base was quantised from weights that may be the teacher's, which nobody can tell from them."""
+    return name_or_path is not None and is_gguf(name_or_path) and not is_gguf(teacher.pretrained_model_name_or_path)
 
 
 def base_config(dataset: Dataset, name_or_path: str | None, denoiser: str | None) -> dict[str, Any]:
@@ -96,7 +103,8 @@ def base_config(dataset: Dataset, name_or_path: str | None, denoiser: str | None
     """
     teacher = facts_of_teacher(dataset, denoiser)
     path, source = place_of_base(teacher, name_or_path)
-    config = denoiser_config(path, teacher.denoiser_subfolder, teacher.denoiser_class, revision=source.get("revision"))
+    place = path, teacher.denoiser_subfolder, teacher.denoiser_class, source["config"]
+    config = denoiser_config(*place, revision=source.get("revision"))
     check_architecture(dataset, teacher, path, config)
     return config
 

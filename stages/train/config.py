@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from stages.adapters import AdapterConfig
+from stages.base.single_file import is_gguf
 from stages.configuration.options import option
 from stages.errors import UsageError
 
@@ -175,6 +176,8 @@ def check_together(config: TrainConfig) -> None:
             raise UsageError(
                 "enable_group_offload=true: the variant `full` swaps its weights in for the forward pass: leave it out"
             )
+    if config.pretrained_model_name_or_path and is_gguf(config.pretrained_model_name_or_path):
+        check_gguf(config)
     if config.enable_group_offload:
         check_offloading(config)
     if config.quantization != "none" and not config.gradient_checkpointing:
@@ -201,3 +204,18 @@ def check_offloading(config: TrainConfig) -> None:
             "enable_group_offload=true: the backward pass would load every layer again for each of its tensors: add "
             "gradient_checkpointing=true"
         )
+
+
+def check_gguf(config: TrainConfig) -> None:
+    """
+    Raises:
+        UsageError: an option contradicts a base in GGUF, whose layers are quantised.
+    """
+    chosen = {
+        f"quantization={config.quantization}": config.quantization != "none",
+        "enable_group_offload=true": config.enable_group_offload,
+        "adapter.variant=full": config.adapter.variant == "full",
+    }
+    for name, given in chosen.items():
+        if given:
+            raise UsageError(f"{name}: the base {config.pretrained_model_name_or_path} is quantised: leave it out")

@@ -10,8 +10,9 @@ from torch import nn
 from stages.adapters import GuidanceAdapter
 from stages.base.arguments import LENGTH
 from stages.base.loading import diffusers_class, first_line
+from stages.base.single_file import is_gguf
 from stages.records.schema import TensorSpec
-from stages.train.base import base_config, computing_dtype, facts_of_teacher
+from stages.train.base import base_config, computing_dtype, facts_of_teacher, is_incomparable, place_of_base
 from stages.train.batch import Batch
 from stages.train.config import TrainConfig
 from stages.train.memory import default_dtype, fake_tensors, hold, modellable, step_bytes
@@ -36,8 +37,12 @@ def foresee(dataset: Dataset, config: TrainConfig, name: str, scale_range: list[
     settings = base_config(dataset, config.pretrained_model_name_or_path, name)
     with torch.device("meta"):
         layers = describe_layers(kind.from_config(settings), config, computing_dtype(dataset, config.mixed_precision))
+    if is_incomparable(facts_of_teacher(dataset, name), config.pretrained_model_name_or_path):
+        layers += f", from {config.pretrained_model_name_or_path}, which cannot be compared with the teacher's weights"
     if not predict:
         return layers
+    if is_gguf(place_of_base(facts_of_teacher(dataset, name), config.pretrained_model_name_or_path)[0]):
+        return f"{layers}; the peak of memory of a base in GGUF cannot be predicted"
     try:
         peak = predict_peak(dataset, config, kind, settings, name, scale_range)
     except Exception as error:  # the code of a denoiser may read values, which fake tensors do not have

@@ -84,7 +84,7 @@ def fake_tensors(n: int) -> Iterator[None]:
     """Make fake tensors within the context; those of up to n numbers, such as scales, keep values that they are given."""
     before, fake_tensor.CONSTANT_NUMEL_LIMIT = fake_tensor.CONSTANT_NUMEL_LIMIT, n
     try:
-        with fake_tensor.FakeTensorMode():
+        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
         fake_tensor.CONSTANT_NUMEL_LIMIT = before
