@@ -1,10 +1,11 @@
 """The memory of a training step at a real denoiser's shape: measured on a GPU, and by a model.
 
-python -m tests.benchmarks.training_memory sdxl|sd15|dit_xl_2_256|tiny_sdxl [variant] [none|int8 ...]
+python -m tests.benchmarks.training_memory sdxl|sd15|dit_xl_2_256|tiny_sdxl [variant] [none|int8|fp8|int4|nf4|offload ...]
+python -m tests.benchmarks.training_memory goals    tests/benchmarks/results/memory/goals.json, by the model alone
 
-The step trains on one record, with the base in bf16 and gradient checkpointing, once with the plain base and once with
-its linear layers in 8 bits. Weights are random: memory does not depend on them. Prints one JSON object, in bytes; exit
-status 1 if a peak is above its goal.
+The step trains on one record, with the base in bf16 and gradient checkpointing, once for each way to hold the base: plain,
+with quantised linear layers, or offloaded. Weights are random: memory does not depend on them. Prints one JSON object, in
+bytes; exit status 1 if a peak is above its goal.
 
 The model is that of stages/train/memory.py.
 """
@@ -34,7 +35,12 @@ from tests.benchmarks.tiny_shapes import shape_named
 from tests.support.real_shapes import Shape, arguments_of, conditions_of, inputs_of, metadata_of
 
 GB = 10**9
-GOALS = {("sdxl", "lora"): {"none": 12 * GB, "int8": 8 * GB}}
+HELD = (*QUANTIZATIONS, "offload")
+GOALS = {
+    ("sdxl", "lora"): {"none": 12 * GB, "int8": 8 * GB, "nf4": 6 * GB},
+    ("sd3", "lora"): {"none": 8 * GB},
+    ("qwen_image", "lora"): {"nf4": 24 * GB, "offload": 24 * GB},
+}
 STEPS = 3
 
 
@@ -48,6 +54,17 @@ class Setup:
     mixed_precision: str = "bf16"
     gradient_checkpointing: bool = True
     enable_group_offload: bool = False
+
+    @classmethod
+    def holding(cls, shape: Shape, held: str, variant: str = "lora") -> Setup:
+        """Return the options for one of the ways to hold the base."""
+        if held == "offload":
+            return cls(shape, variant, enable_group_offload=True)
+        return cls(shape, variant, held)
+
+    @property
+    def held(self) -> str:
+        return "offload" if self.enable_group_offload else self.quantization
 
     @property
     def config(self) -> TrainConfig:
@@ -125,19 +142,32 @@ def measured(setup: Setup) -> int:
 
 
 def goal_of(setup: Setup) -> int | None:
-    return GOALS.get((setup.shape.config, setup.variant), {}).get(setup.quantization)
+    return GOALS.get((setup.shape.config, setup.variant), {}).get(setup.held)
 
 
 def row(setup: Setup) -> dict[str, Any]:
     """Return a row with `peak`, measured if possible, and its `goal`, or None."""
     model = modelled(setup)
     peak = measured(setup) if torch.cuda.is_available() else model["peak"]
-    return {"quantization": setup.quantization, "peak": peak, "goal": goal_of(setup), "model": model}
+    return {"held": setup.held, "peak": peak, "goal": goal_of(setup), "model": model}
 
 
-def main(config: str, variant: str = "lora", *quantizations: str) -> None:
+def goals() -> dict[str, Any]:
+    """Return the modelled peak of each setup that has a goal."""
+    rows = []
+    for (config, variant), limits in GOALS.items():
+        for held, goal in limits.items():
+            setup = Setup.holding(shape_named(config), held, variant)
+            rows.append({"shape": setup.shape.title, "held": held, "peak": modelled(setup)["peak"], "goal": goal})
+    return {"rows": rows}
+
+
+def main(config: str, variant: str = "lora", *ways: str) -> None:
+    if config == "goals":
+        print(json.dumps(goals(), indent=2))
+        return
     shape = shape_named(config)
-    rows = [row(Setup(shape, variant, quantization)) for quantization in quantizations or QUANTIZATIONS]
+    rows = [row(Setup.holding(shape, held, variant)) for held in ways or HELD]
     info = {
         "shape": shape.title,
         "variant": variant,
