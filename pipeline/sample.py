@@ -16,6 +16,7 @@ from stages.errors import UserError
 from stages.evaluate.comparisons import arguments_of, conditions_of, load_pair, sample_setting, settings
 from stages.evaluate.config import SampleConfig
 from stages.evaluate.methods import title_of
+from stages.evaluate.sizes import at_size, check_size
 from stages.evaluate.threads import threads_that_pay
 from stages.storage.files import check_file, whole_file
 
@@ -29,8 +30,10 @@ def main(config: SampleConfig) -> None:
     pipe, adapter = load_pair(config.adapter_dir, config.pretrained_model_name_or_path, choose_device(config.device))
     pictures = {name: getattr(config, name) for name in PICTURES if getattr(config, name)}
     conditions = conditions_of(pipe, adapter, config.class_labels, list(config.prompts), pictures)
+    conditions, arguments = at_size(conditions, config.size), arguments_of(pipe, adapter)
+    check_size(pipe, conditions[0], arguments)
     seeds = noise_seeds(config.seed, range(len(conditions)))
-    request = Request(conditions, seeds, config.num_inference_steps, arguments_of(pipe, adapter))
+    request = Request(conditions, seeds, config.num_inference_steps, arguments)
     rows = []
     for setting in settings([config.guidance_scale]):
         with threads_that_pay(pipe):

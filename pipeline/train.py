@@ -15,18 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command import run
+from stages.base.loading import choose_device
 from stages.configuration.options import to_yaml
 from stages.storage.files import whole_file, write_json
 from stages.study.multirun import multirun
 from stages.train.config import TrainConfig
+from stages.train.processes import from_main, join_processes
 from stages.train.trainer import Trainer
 
 
 def main(config: TrainConfig) -> None:
     root = Path(config.output_dir)
     resolved = to_yaml(replace(config, resume_from_checkpoint=None))  # a resumed run is the same run
-    if (root / "training.json").is_file() and content_of(root / "config.yaml") == resolved.encode():
-        print(f"{root}: already trained with this configuration; nothing to do")
+    processes = join_processes(choose_device(config.device))
+    if from_main(lambda: is_trained(root, resolved)):
+        if processes.is_main_process:
+            print(f"{root}: already trained with this configuration; nothing to do")
         return
     trainer = Trainer(config)
     with trainer.alone():
@@ -51,8 +55,10 @@ def train(trainer: Trainer, root: Path, resolved: str) -> None:
         )
 
 
-def content_of(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None
+def is_trained(root: Path, resolved: str) -> bool:
+    """Whether the folder holds an adapter that was trained to the end with this configuration."""
+    finished = (root / "training.json").is_file() and (root / "config.yaml").is_file()
+    return finished and (root / "config.yaml").read_bytes() == resolved.encode()
 
 
 def begin(root: Path, resolved: str, trainer: Trainer) -> None:
@@ -60,6 +66,8 @@ def begin(root: Path, resolved: str, trainer: Trainer) -> None:
     with whole_file(root / "config.yaml") as file:
         file.write(resolved.encode())
     dataset = trainer.dataset
+    if str(dataset.root) != trainer.config.data_dir:
+        print(f"data_dir: {dataset.root}")  # the commit that a branch on the hub names now
     if not dataset.newest:
         trajectories = dataset.plan.counts.trajectories
         print(f"{dataset.root}: has grown; the run continues with the {trajectories} trajectories that it started with")

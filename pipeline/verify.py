@@ -29,7 +29,7 @@ GENERATED = (DATASET_FILE, MANIFEST_FILE)  # generation writes these again when 
 
 @dataclass
 class VerifyConfig:
-    data_dir: str = option(MISSING, "folder of the dataset, on disk or in a bucket")
+    data_dir: str = option(MISSING, "folder of the dataset, on disk, in a bucket or on the hub")
     output: str | None = option(None, "file of the report; by default `verification.json` in the dataset")
     deep: bool = option(
         True, "read every shard; otherwise only `dataset.json`, manifests, commit records and the sizes of shards"

@@ -23,6 +23,7 @@ from stages.records.dataset import Dataset
 from stages.train.config import TrainConfig
 from stages.train.trainer import Trainer
 from tests.support.faulty_s3 import FaultyS3
+from tests.support.hub import Hub, running_hub
 
 torch.set_num_threads(1)  # with matrices this small a second thread only waits
 VARIANTS = [
@@ -196,6 +197,14 @@ def s3_server() -> Iterator[FaultyS3]:
 def s3(s3_server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
     """The server with an empty bucket named `bucket`; the environment variables point to it."""
     with s3_server.empty_bucket(monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty hub; the client has no token for it."""
+    with running_hub() as server:
+        server.point_to(monkeypatch)
         yield server
 
 

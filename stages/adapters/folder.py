@@ -26,6 +26,7 @@ from stages.base.loading import first_line
 from stages.errors import UserError
 from stages.storage.bucket import SCHEMES, read_object
 from stages.storage.files import whole_file, write_json
+from stages.storage.hub import reason
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT_VERSION = 3
@@ -112,7 +113,7 @@ def _from_hub(repo_id: str, **source: Any) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **source))
     except (OSError, ValueError) as error:
-        raise UserError(f"{repo_id}: neither a local folder nor an adapter on the hub: {first_line(error)}") from error
+        raise UserError(f"{repo_id}: neither a local folder nor an adapter on the hub: {reason(error)}") from error
 
 
 def push(adapter: AdapterBase, repo_id: str, private: bool | None, token: str | None, commit_message: str) -> str:

@@ -10,6 +10,7 @@ from numbers import Real
 from typing import Any
 
 from stages.base.pictures import PICTURES
+from stages.base.size import SIZE_KEYS
 
 MOST = 2**63 - 1  # the largest integer in a column of the manifest
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,6})?", re.ASCII)
@@ -71,6 +72,7 @@ COLUMNS: dict[str, Callable[[Any], Any]] = {
     "seed": whole_number_of,
     "guidance_scale": scale_of,
     "class_label": whole_number_of,
+    **dict.fromkeys(SIZE_KEYS, whole_number_of),
     **dict.fromkeys(PICTURES, text_of),
 }
 TEXTS = {"negative_prompt"}  # columns in which an empty text counts as a value

@@ -174,7 +174,7 @@ def predictions_of(output: Any) -> tuple[Tensor, ...]:
 
 
 def part_of(prediction: Tensor, channels: int) -> Tensor:
-    """The first `channels` channels (or tokens, or frames) of a prediction; the last ones if negative."""
+    """The first `channels` channels (or tokens, or frames) of a prediction; the last ones if negative, all if 0."""
     return prediction[:, :channels] if channels > 0 else prediction[:, channels:]
 
 

@@ -21,6 +21,7 @@ from stages.base.columns import COLUMNS, LONGEST_NUMBER, TEXTS, decode_text
 from stages.base.loading import first_line, located, resolve
 from stages.base.pictures import PICTURES, PicturePath
 from stages.base.sampling import Condition, takes_class_labels
+from stages.base.size import Size
 from stages.errors import UserError
 from stages.storage.bucket import read_object
 
@@ -148,7 +149,8 @@ READERS: dict[str, Callable[[str], Iterator[Row]]] = {
 
 def read_prompts(path: str) -> list[Condition]:
     """Rows with a `prompt` or input pictures (`image`, `mask_image`, `video`: paths), and optionally
-    `negative_prompt`, `seed`, `guidance_scale`, `class_label`; other columns are ignored.
+    `negative_prompt`, `seed`, `guidance_scale`, `class_label`, `width`, `height`, `num_frames`; other columns are
+    ignored.
 
     Raises:
         UserError: names the file, and the row that is wrong.
@@ -176,6 +178,10 @@ def _checked(row: Row, folder: str, named: str) -> Condition:
             condition[name] = read(value)
         except (ValueError, ArithmeticError) as error:
             raise UserError(f"{named}: {name}={value!r:.{LONGEST_SHOWN}}: {first_line(error)}") from error
+    try:
+        Size.from_columns(condition)
+    except ValueError as error:
+        raise UserError(f"{named}: {error}") from error
     pictures = [name for name in PICTURES if name in condition]
     if not condition.get("prompt", "").strip() and not pictures:
         raise UserError(f"{named}: has no prompt")

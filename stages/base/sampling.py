@@ -13,12 +13,13 @@ import torch
 
 from stages.base.patching import replaced
 from stages.base.pictures import PICTURES, open_picture
+from stages.base.size import Size
 from stages.base.undecoded import Kept, decode, synchronize, undecoded, up_to_images
 from stages.errors import UserError
 
 __all__ = ["Condition", "Kept", "Request", "decode", "noise_seeds", "sample", "synchronize", "undecoded"]
 
-Condition = dict[str, Any]  # of one image: `class_label`, or `prompt`, pictures and `negative_prompt`
+Condition = dict[str, Any]  # of one image: `class_label`, or `prompt`, pictures and `negative_prompt`; its size
 ONE_FOR_EACH = ("prompt", "negative_prompt", "generator", *PICTURES)
 SCALE_KEYWORDS = ("true_cfg_scale", "guidance_scale")  # in a pipeline with both, the second feeds an embedding
 
@@ -40,7 +41,10 @@ def noise_seeds(seed: int, indices: Iterable[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of a pipeline's call: a condition and a seed per image, and extra arguments of its `__call__`."""
+    """The arguments of a pipeline's call: a condition and a seed per image, and extra arguments of its `__call__`.
+
+    The conditions name one size, or none.
+    """
 
     conditions: Sequence[Condition]
     seeds: Sequence[int]
@@ -79,6 +83,7 @@ def sample(pipe: Any, request: Request, guidance_scale: float) -> None:
     general = CALL_DEFAULTS.get(type(pipe).__name__, {}) | request.arguments
     arguments: dict[str, Any] = {
         **general,
+        **_size_arguments(request.conditions[0]),
         **_named_arguments(pipe, request.conditions, general.get("negative_prompt")),
         "generator": [torch.Generator().manual_seed(seed) for seed in request.seeds],
         "num_inference_steps": request.num_inference_steps,
@@ -123,6 +128,12 @@ def _named_arguments(pipe: Any, conditions: Sequence[Condition], negative_prompt
         if any(name in condition for condition in conditions):
             named[name] = [open_picture(name, condition[name]) for condition in conditions]
     return named
+
+
+def _size_arguments(condition: Condition) -> dict[str, int]:
+    """The size that a condition names, which all conditions of a call share, as the pipeline's `__call__` takes it."""
+    size = Size.from_columns(condition)
+    return {} if size is None else size.columns
 
 
 def takes_class_labels(pipeline_class: type) -> bool:

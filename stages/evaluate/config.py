@@ -61,6 +61,10 @@ class EvaluateConfig:
         None, "a scheduler class of diffusers that replaces the pipeline's, with the same configuration"
     )
     num_samples: int = option(1000, "images per method and scale; classes or prompts are taken in turn", at_least=2)
+    size: list[int] | None = option(
+        None,
+        "[width,height] of the images in pixels, or [width,height,frames] of the videos; by default the teacher's own",
+    )
     num_inference_steps: int = option(25, "denoising steps per image", at_least=1, at_most=1000)
     batch_size: int = option(
         100, "images sampled at once; an interrupted run continues after the last whole batch", at_least=1
@@ -81,6 +85,10 @@ class SampleConfig:
     guidance_scale: float = option(2.0, "scale of the guided and the one-pass row", above=1)
     output: str = option("grid.png", "image file")
     pretrained_model_name_or_path: str | None = option(None, "the pipeline; by default the adapter's base")
+    size: list[int] | None = option(
+        None,
+        "[width,height] of the images in pixels, or [width,height,frames] of the videos; by default the teacher's own",
+    )
     num_inference_steps: int = option(25, "denoising steps per image", at_least=1, at_most=1000)
     seed: int = option(0, "seed of the noise, the same for every row", at_least=0, at_most=MAX_SEED)
     device: str = option("auto", "`auto` (a GPU if there is one), `cuda` or `cpu`")

@@ -111,6 +111,7 @@ class Evaluation:
             **alone,
             "num_samples": config.num_samples,
             "num_inference_steps": config.num_inference_steps,
+            **({} if config.size is None else {"size": config.size}),
             "device": facts.device,
             "adapters": described,
         }

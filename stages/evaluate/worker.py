@@ -39,6 +39,7 @@ from stages.evaluate.metrics import ImageMetrics
 from stages.evaluate.parts import LAYOUT, Parts, Result
 from stages.evaluate.preference import load_scores
 from stages.evaluate.reference import Reference
+from stages.evaluate.sizes import at_size, check_size
 from stages.evaluate.threads import threads_that_pay
 from stages.storage.files import whole_file
 
@@ -91,8 +92,9 @@ class Worker:
         for name, folder in others:
             self.adapters[name] = fit_to_pipeline(GuidanceAdapter.from_pretrained(folder), self.pipe)
         self.arguments = arguments_of(self.pipe, self.first)
-        self.conditions = self._read_conditions()
+        self.conditions = at_size(self._read_conditions(), config.size)
         self._check_comparable()
+        check_size(self.pipe, self.conditions[0], self.arguments)
         self.judges: list[Judge] = []
         if config.reference is not None:
             metrics = ImageMetrics(Reference(config.reference, device, config.features, config.features_model))

@@ -51,6 +51,11 @@ class TeacherConfig:
     )
     height: int | None = option(None, "of the images in pixels; by default the pipeline's own", at_least=8)
     width: int | None = option(None, "of the images in pixels; by default the pipeline's own", at_least=8)
+    sizes: list[Any] = option(
+        list,
+        "several sizes, in turn: each [width,height] in pixels, or [width,height,frames] of a video; in place of height "
+        "and width",
+    )
     offload_text_encoder: bool = option(False, "keep on the GPU only the component that is running")
     call: dict[str, Any] = option(dict, "anything else that the pipeline's `__call__` takes: teacher.call.NAME=...")
 
@@ -64,8 +69,8 @@ class GenerateConfig:
     prompts: str | None = option(
         None,
         "a file or `s3://` object, in UTF-8: .txt with one prompt per line, or .jsonl, .csv, .parquet with a column prompt "
-        "and perhaps negative_prompt, seed, guidance_scale, class_label; and image, mask_image, video: paths, relative to "
-        "the file, of pictures that the pipeline takes",
+        "and perhaps negative_prompt, seed, guidance_scale, class_label, width, height, num_frames; and image, mask_image, "
+        "video: paths, relative to the file, of pictures that the pipeline takes",
     )
     class_labels: Any = option(
         "all", "without prompts: `all`, a list, or a text file with one class per line", kind=str | list[int]

@@ -163,7 +163,7 @@ class Driver:
 
     def _drive(self, fleet: Fleet) -> None:
         reporter = ProgressReporter(self.plan, (len(self.committed), sum(map(self.plan.records_of, self.committed))))
-        fleet.start(self.plan.conditions[0])
+        fleet.start(self.plan.examples)
         try:
             while self.todo or self.in_flight or not self.described:
                 self._dispatch(fleet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,8 +54,8 @@ Event = Loaded | Made | Failed
 class Fleet(Protocol):
     """Workers, wherever they run. A worker may sample a unit while it writes the previous one."""
 
-    def start(self, example: Condition) -> None:
-        """Have every worker load its teacher, with an example condition for trial runs. Call this first."""
+    def start(self, examples: Sequence[Condition]) -> None:
+        """Have every worker load its teacher, with a condition of each size for trial runs. Call this first."""
 
     def free(self, alone: bool) -> bool:
         """Whether a worker can take a unit now; if `alone`, a worker without other work."""

@@ -104,7 +104,7 @@ def place_conditional(pipe: Any, arguments: Arguments, unguided: Unguided, guide
                 f"{type(pipe).__name__} cannot be recorded: its denoiser is given {name} with guidance only, which one pass would "
                 "not have: take another class (teacher.pipeline_class=...)"
             )
-    arguments = replace(arguments, constants=_recorded_constants(pipe, call, arguments))
+    arguments = replace(arguments, constants=recorded_constants(pipe, call, arguments))
     parameters = inspect.signature(denoiser.forward).parameters
     targets = _find_targets(pipe, arguments, unguided.steps[-1])
     scale, offset = relation_of_timesteps(pipe, arguments, unguided.one)
@@ -209,7 +209,7 @@ def _prediction_distance(arguments: Arguments, alone: Seen, guided: Seen, place:
     return distance(alone.calls[0].prediction, guided.calls[number].prediction[chunk * n : (chunk + 1) * n])
 
 
-def _recorded_constants(pipe: Any, call: Call, arguments: Arguments) -> dict[str, Any]:
+def recorded_constants(pipe: Any, call: Call, arguments: Arguments) -> dict[str, Any]:
     constants, rows = constants_of(call.inputs, arguments), arguments.rows(call.inputs)
     values = {}
     for name, value in constants.items():
@@ -249,7 +249,7 @@ def _find_target(pipe: Any, prediction: Tensor, received: Tensor) -> tuple[int, 
     """
     count = received.shape[1] if received.ndim > 1 else 0
     fits = False
-    for channels in (count, -count) if count else ():
+    for channels in (0, count, -count) if count else ():
         own = part_of(prediction, channels)
         fits = own.numel() == received.numel()
         for sign in (1, -1) if fits else ():

@@ -7,7 +7,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -106,7 +106,7 @@ class RayFleet:
                 max_task_retries=0,
             )(self.worker_class)
         self.run, self.numbers = uuid.uuid4().hex[:4], count(1)
-        self.example: Condition | None = None
+        self.examples: Sequence[Condition] = ()
         self.members: list[Member] = []
         self.calls: dict[Any, PendingCall] = {}
         for _ in range(config.num_workers):
@@ -124,9 +124,9 @@ class RayFleet:
         self.calls[reference] = PendingCall(member, doing, unit)
         member.doing.append(doing)
 
-    def start(self, example: Condition) -> None:
-        """Remember the example; `poll` has each worker load once it has a place."""
-        self.example = example
+    def start(self, examples: Sequence[Condition]) -> None:
+        """Remember the examples; `poll` has each worker load once it has a place."""
+        self.examples = examples
 
     def free(self, alone: bool) -> bool:
         return self._free_member(alone) is not None
@@ -175,7 +175,7 @@ class RayFleet:
             case Doing.PLACE:
                 member.node, address = result
                 member.name = f"{member.name} on {address}"
-                self._call(member, Doing.LOAD, member.actor.load.remote(self.example))
+                self._call(member, Doing.LOAD, member.actor.load.remote(self.examples))
             case Doing.LOAD:
                 member.is_loaded = True
                 return [Loaded(result, member.name)]

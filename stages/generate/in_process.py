@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from stages.base.sampling import Condition
 from stages.generate.config import GenerateConfig
@@ -22,11 +23,11 @@ class InProcessFleet:
     def __init__(self, config: GenerateConfig) -> None:
         self.worker = UnitWorker(config)
         self.loaded = False
-        self.example: Condition | None = None
+        self.examples: Sequence[Condition] = ()
         self.unit: Unit | None = None
 
-    def start(self, example: Condition) -> None:
-        self.example = example
+    def start(self, examples: Sequence[Condition]) -> None:
+        self.examples = examples
 
     def free(self, alone: bool) -> bool:
         return self.loaded and self.unit is None
@@ -41,8 +42,7 @@ class InProcessFleet:
                 self.worker.sample(unit)
                 records, seconds = self.worker.commit(unit.index)
                 return [Made(unit.index, records, NAME, seconds)]
-            assert self.example is not None
-            facts = self.worker.load(self.example)
+            facts = self.worker.load(self.examples)
             self.loaded = True
             return [Loaded(facts, NAME)]
         except Exception as error:

@@ -112,6 +112,11 @@ class Layout(LayoutFacts):
                     f"the denoiser's {name} changes from call to call: it cannot be stored with a trajectory"
                 )
 
+    def changed_constants(self, other: Layout) -> dict[str, Any]:
+        """The constant arguments in which this layout differs from another."""
+        known = other.arguments.constants
+        return {name: value for name, value in self.arguments.constants.items() if known.get(name) != value}
+
     def negative(self, calls: list[Call], n: int) -> dict[str, Tensor]:
         """The result of `negative_tokens` for a step of n samples; empty for a step without guidance."""
         if self.unconditional is None or len(calls) != self.calls:

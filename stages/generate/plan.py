@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stages.base.sampling import Condition
 from stages.configuration.options import check_bounds
 from stages.errors import UsageError
 from stages.generate.call_arguments import check_arguments
 from stages.generate.conditions import pipeline_class_of, read_conditions
 from stages.generate.config import GenerateConfig
+from stages.generate.sizes import Sizes
 from stages.generate.steps import count_steps
 from stages.generate.unit import PlannedTrajectory, Unit
 from stages.records.schema import PlanEntry
@@ -31,7 +33,9 @@ class Plan:
 
     Attributes:
         turns: (repetition, condition) of each trajectory `[num_trajectories, 2]`.
-        bounds: the first trajectory of each unit, and the end of the last `[len(plan) + 1]`.
+        order: the trajectories, unit by unit `[num_trajectories]`.
+        bounds: where in `order` each unit begins, and the end of the last `[len(plan) + 1]`.
+        sizes: the size of each trajectory.
         steps_per_trajectory: the scheduler's; they may be more or fewer than `num_inference_steps`.
 
     Raises:
@@ -44,7 +48,9 @@ class Plan:
         check_recorded_steps(config, self.steps_per_trajectory)
         self.config = config
         self.conditions = read_conditions(config)
+        self.sizes = Sizes(config.teacher, self.conditions)
         self.turns = np.empty((0, 2), dtype=np.int64)
+        self.order = np.empty(0, dtype=np.int64)
         self.bounds = np.zeros(1, dtype=np.int64)
         for plan in earlier:
             self._add(plan.trajectories, plan.conditions.count)
@@ -53,11 +59,16 @@ class Plan:
 
     def _add(self, count: int, num_conditions: int | None) -> None:
         """Plan `count` more trajectories of the first `num_conditions` conditions; None for all."""
-        begin, size = len(self.turns), self.config.trajectories_per_unit
         made = np.bincount(self.turns[:, 1], minlength=len(self.conditions))[:num_conditions]
-        self.turns = np.concatenate([self.turns, take_turns(made, count)])
-        end = len(self.turns)
-        self.bounds = np.concatenate([self.bounds, np.append(np.arange(begin + size, end, size), end)[: end - begin]])
+        turns, begin = take_turns(made, count), len(self.turns)
+        self.turns = np.concatenate([self.turns, turns])
+        numbers = self.sizes.numbers(turns)
+        self.order = np.concatenate([self.order, begin + np.argsort(numbers, kind="stable")])
+        _, counts = np.unique(numbers, return_counts=True)
+        for end in begin + counts.cumsum():
+            self.bounds = np.append(self.bounds, np.arange(begin, end, self.config.trajectories_per_unit)[1:])
+            self.bounds = np.append(self.bounds, end)
+            begin = end
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -74,10 +85,10 @@ class Plan:
     def num_records(self) -> int:
         return self.num_trajectories * self.records_per_trajectory
 
-    def trajectories_of(self, unit: int) -> range:
-        """The trajectories of a unit."""
+    def trajectories_of(self, unit: int) -> list[int]:
+        """The trajectories of a unit, which all have one size."""
         begin, end = self.bounds[unit : unit + 2].tolist()
-        return range(begin, end)
+        return self.order[begin:end].tolist()
 
     def records_of(self, unit: int) -> int:
         """The number of records in a unit."""
@@ -95,6 +106,12 @@ class Plan:
         drawn = self.config.guidance_scale if len(given) < len(self.conditions) else []
         return [min([*given, *drawn]), max([*given, *drawn])]
 
+    @property
+    def examples(self) -> list[Condition]:
+        """The condition of the first trajectory of each size."""
+        _, first = np.unique(self.sizes.numbers(self.turns), return_index=True)
+        return [self.trajectory(index).condition for index in sorted(first.tolist())]
+
     def unit(self, index: int) -> Unit:
         # A golden-ratio sequence spreads any number of shifts evenly over the spacing; a random one leaves holes.
         shift = ((index + 0.5) * GOLDEN_RATIO) % 1.0 if self.config.shift_timesteps else 0.0
@@ -104,7 +121,7 @@ class Plan:
         sequence = np.random.SeedSequence([self.config.seed, index])
         random = np.random.default_rng(sequence)
         repetition, place = self.turns[index].tolist()
-        condition = dict(self.conditions[place])
+        condition = self.conditions[place] | self.sizes.columns(self.turns[index])
         scale = draw_scale(self.config, random)
         scale = condition.pop("guidance_scale", scale)
         seed = condition.pop("seed", None)

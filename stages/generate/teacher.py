@@ -13,6 +13,7 @@ from torch import Tensor
 from stages.base.denoiser import denoiser_of, denoisers_of, fingerprint
 from stages.base.loading import choose_device, load_pipeline, new_guider, use_scheduler
 from stages.base.sampling import Condition, Request, decode, guider_of, sample, synchronize, undecoded
+from stages.base.size import size_name
 from stages.errors import UsageError, UserError
 from stages.generate.call_arguments import check_arguments
 from stages.generate.config import GenerateConfig, TeacherConfig
@@ -23,6 +24,7 @@ from stages.generate.probing import PROBED_SCALES, PROBED_STEPS, rows_by_step
 from stages.generate.profile import RECORDING, TEACHER, Clock
 from stages.generate.recorder import Recording, record
 from stages.generate.scale import PerSampleScale
+from stages.generate.size_layouts import layouts_by_size
 from stages.generate.splitting import Splitter
 from stages.generate.steps import count_steps
 from stages.generate.timesteps import shifted_timesteps
@@ -39,31 +41,36 @@ class TeacherOutput:
     Attributes:
         trajectories: recorded, on the CPU in the storage dtype.
         previews: decoded images `[c, h, w]` in [-1, 1] by trajectory index, for indices below `preview`.
+        constants: the denoiser's constant arguments that depend on the size, see `Commit`.
         clock: seconds spent in the pipeline, and on converting its recordings.
     """
 
     trajectories: list[Trajectory] = field(default_factory=list)
     previews: dict[int, Tensor] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
 
     def extend(self, other: TeacherOutput) -> None:
         self.trajectories += other.trajectories
         self.previews |= other.previews
+        self.constants = other.constants
         self.clock.update(other.clock)
 
 
 class Teacher:
     """A loaded pipeline, ready to run units."""
 
-    def __init__(self, config: GenerateConfig, example: Condition) -> None:
+    def __init__(self, config: GenerateConfig, examples: Sequence[Condition]) -> None:
         """
         Args:
-            example: a condition for trial runs; if it has a negative prompt, negative prompts are recorded too.
+            examples: conditions for trial runs, one of each size; if the first has a negative prompt, negative prompts
+                are recorded too.
 
         Raises:
             UserError: it is not certain how the pipeline guides, or its scheduler cannot noise latents
-                (`trajectory=diffusion`).
+                (`trajectory=diffusion`), or it does not make a size.
         """
+        example = examples[0]
         self.config = config
         self.device = choose_device(config.device)
         storage_dtype = dtype_named(config.storage_dtype, "storage_dtype")
@@ -76,6 +83,7 @@ class Teacher:
             rows = rows_by_step(self.pipe, whole, PROBED_SCALES[0])
             request, expected = self._request_to_probe(whole, {*rows})
             self.layout = find_layout(self.pipe, request, expected)
+            self.layouts = layouts_by_size(self.pipe, self.layout, request, examples)
         self.evaluations_per_trajectory = sum(map(sum, rows)) * runs_per_trajectory(config)
         if config.trajectory == "diffusion":
             check_noising(self.pipe, self.layout, request)
@@ -148,12 +156,14 @@ class Teacher:
             synchronize(self.pipe)
         with clock.spent_on(RECORDING):
             trajectories = list(self.splitter.split(batch, recording))
-        return TeacherOutput(trajectories, previews, clock)
+        layout = self.layouts[size_name(batch[0].condition)]
+        return TeacherOutput(trajectories, previews, layout.changed_constants(self.layout), clock)
 
     def _record(self, batch: Sequence[PlannedTrajectory], shift: float) -> tuple[Recording, Tensor]:
         """The recording of a batch of n trajectories, and their final latents `[n, ...]`."""
         scales = torch.tensor([planned.guidance_scale - self.layout.scale_offset for planned in batch])
         scale = PerSampleScale(scales) if self.layout.scale_per_sample else float(scales[0])
+        layout = self.layouts[size_name(batch[0].condition)]
         steps = None if batch[0].steps is None else torch.tensor([planned.steps for planned in batch])
         request = Request(
             [planned.condition for planned in batch],
@@ -165,9 +175,9 @@ class Teacher:
             latents = stack.enter_context(undecoded(self.pipe))
             stack.enter_context(self._shifted(shift))
             if self.config.trajectory == "diffusion":
-                with sampled(self.pipe, self.layout, len(batch)) as clean:
+                with sampled(self.pipe, layout, len(batch)) as clean:
                     sample(self.pipe, request, scale)
-            recorder = stack.enter_context(record(self.pipe, self.layout, len(batch), steps))
+            recorder = stack.enter_context(record(self.pipe, layout, len(batch), steps))
             if self.config.trajectory == "diffusion":
                 stack.enter_context(noised(self.pipe, clean[0], request.seeds, recorder))
             sample(self.pipe, request, scale)

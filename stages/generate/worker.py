@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,14 +39,14 @@ class UnitWorker:
         self.config = config
         self.sampled: dict[int, SampledUnit] = {}
 
-    def load(self, example: Condition) -> dict[str, Any]:
-        """Load the teacher and find out how it guides, with trial runs on an example condition.
+    def load(self, examples: Sequence[Condition]) -> dict[str, Any]:
+        """Load the teacher and find out how it guides, with trial runs on a condition of each size.
 
         Returns:
             Its facts as JSON, and the number of its denoiser's evaluations for one trajectory.
         """
         self.root = open_folder(self.config.output_dir)
-        self.teacher = Teacher(self.config, example)
+        self.teacher = Teacher(self.config, examples)
         return self.teacher.facts().to_json() | {EVALUATIONS: self.teacher.evaluations_per_trajectory}
 
     def sample(self, unit: Unit) -> None:
@@ -71,7 +72,7 @@ class UnitWorker:
             plan = self._described(index, sampled.plan)
             for number, image in output.previews.items():
                 write_preview(self.root, number, image)
-            commit = commit_unit(self.root, index, samples, plan)
+            commit = commit_unit(self.root, index, samples, plan, output.constants)
         return sum(row["records"] for row in commit.samples), dict(clock)
 
     def _described(self, index: int, plan: str | None) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import chain
+from typing import Any
 
 from stages.errors import DamageError
 from stages.records.manifest import unit_of
@@ -23,11 +24,14 @@ READERS = 16  # threads: a request to a bucket mostly waits
 COMMITS_PER_READER = COMMITS_AT_ONCE // READERS  # handing over single commits takes longer than reading them
 
 
-def commit_unit(root: Folder, unit: int, samples: Iterable[Sample], plan: str) -> Commit:
+def commit_unit(
+    root: Folder, unit: int, samples: Iterable[Sample], plan: str, constants: dict[str, Any] | None = None
+) -> Commit:
     """Write a unit's shard and commit it; return the commit record that won, of this attempt or an earlier one.
 
     Args:
         plan: digest of the unit's plan, from `plan_digests`.
+        constants: see `Commit`.
     """
     shard = f"shards/{unit:05d}-{uuid.uuid4().hex[:8]}.tar"
     record = commit_name(unit)
@@ -37,7 +41,7 @@ def commit_unit(root: Folder, unit: int, samples: Iterable[Sample], plan: str) -
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         digest = hash_file(file)
-    commit = Commit(unit, plan, shard, size, digest, samples[0].tensors, rows)
+    commit = Commit(unit, plan, shard, size, digest, samples[0].tensors, rows, constants or {})
     if not root.create(record, seal(asdict(commit))):
         root.delete(shard)
     return read_commit(root, record)

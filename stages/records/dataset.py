@@ -139,7 +139,7 @@ class Dataset:
             sample = safetensors.torch.load(content)
         except safetensors.SafetensorError as error:
             raise self._damage(row["shard"], f"the tensors of {row['key']}", str(error)) from error
-        if found := schema_mismatch(sample, self.info.tensors):
+        if found := schema_mismatch(sample, self.info.tensors_of(row)):
             raise self._damage(row["shard"], f"the tensors of {row['key']}", found)
         count = len(sample["timestep"])
         if count != row["records"]:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.base.size import SIZE_KEYS
 from stages.records.schema import Commit
 
 ROWS_PER_BATCH = 10_000  # rows take many times the memory as Python objects
@@ -32,6 +33,7 @@ SCHEMA = pa.schema(
         pa.field("prompt", pa.string()),
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("denoiser", pa.string(), nullable=False),
+        *(pa.field(key, pa.int64()) for key in SIZE_KEYS),
     ]
 )
 

@@ -20,7 +20,7 @@ from stages.records.plans import (
     plan_digests,
     write_info,
 )
-from stages.records.schema import Commit, Counts, DatasetInfo, PlanEntry, PublishedPlan, TensorSpec
+from stages.records.schema import Commit, Counts, DatasetInfo, PlanEntry, PublishedPlan, SizeFacts
 from stages.storage.folder import Folder
 from stages.storage.sealing import sha256
 
@@ -63,7 +63,7 @@ def publish(root: Folder, info: DatasetInfo, commits: Iterable[Commit], again: b
     """
     digests = plan_digests(info)
     rows, size = array("q", [0]), array("q", [0])  # totals up to each unit
-    tensors: dict[str, TensorSpec] = {}
+    sizes: dict[str, SizeFacts] = {}
 
     def missing(unit: int) -> UserError:
         return UserError(f"{root.where(commit_name(unit))}: gone: generate again to make its unit anew")
@@ -77,7 +77,7 @@ def publish(root: Folder, info: DatasetInfo, commits: Iterable[Commit], again: b
                 raise damage_error(root, problem)
             rows.append(rows[-1] + len(commit.samples))
             size.append(size[-1] + commit.size)
-            tensors.update({} if tensors else commit.tensors)
+            sizes.setdefault(commit.size_name, SizeFacts(commit.tensors, commit.constants))
             yield commit
 
     whole = table_of(counted())
@@ -91,7 +91,7 @@ def publish(root: Folder, info: DatasetInfo, commits: Iterable[Commit], again: b
         content, published = _publish_plan(root, number, plan, whole.slice(0, rows[units]), units, size[units])
         plans.append(published)
     root.write(MANIFEST_FILE, content)
-    info = replace(info, complete=True, plans=(*plans, *info.plans[len(made) :]), tensors=tensors)
+    info = replace(info, complete=True, plans=(*plans, *info.plans[len(made) :]), sizes=sizes)
     write_info(root, info)
     return info
 

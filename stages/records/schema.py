@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from stages.base.size import size_name
 from stages.records.teacher import TeacherFacts
 from stages.storage.fields import read_fields
 
@@ -22,6 +23,19 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class SizeFacts:
+    """What the records of one size have in common.
+
+    Attributes:
+        tensors: dtype and shape of one record's tensors by name.
+        constants: see `Commit`.
+    """
+
+    tensors: dict[str, TensorSpec]
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Commit:
     """A unit's commit record.
 
@@ -32,6 +46,7 @@ class Commit:
         sha256: of the shard, in hexadecimal.
         tensors: by name.
         samples: the rows of the manifest, without the columns of the shard.
+        constants: the denoiser's constant arguments that depend on the size, as `Arguments.constants`.
     """
 
     unit: int
@@ -41,6 +56,12 @@ class Commit:
     sha256: str
     tensors: dict[str, TensorSpec]
     samples: list[dict[str, Any]]
+    constants: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size_name(self) -> str:
+        """The name of the size that all its samples have."""
+        return size_name(self.samples[0])
 
 
 @dataclass(frozen=True)
@@ -129,13 +150,23 @@ class DatasetInfo:
     Attributes:
         complete: whether every published unit is there; False while some are made again.
         plans: oldest first; the last may be under way.
-        tensors: dtype and shape of one record's tensors by name; none before the first snapshot.
+        sizes: what differs from size to size, by the size's name, as `size_name` gives it; none before the first
+            snapshot.
     """
 
     complete: bool
     teacher: TeacherFacts
     plans: tuple[PlanEntry, ...] = ()
-    tensors: dict[str, TensorSpec] = field(default_factory=dict)
+    sizes: dict[str, SizeFacts] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Dtype and shape of one record's tensors by name, of the first size; none before the first snapshot."""
+        return next((size.tensors for size in self.sizes.values()), {})
+
+    def tensors_of(self, row: dict[str, Any]) -> dict[str, TensorSpec]:
+        """Dtype and shape of one record's tensors by name, of the size of a row of the manifest."""
+        return self.sizes[size_name(row)].tensors
 
     @property
     def published(self) -> tuple[PublishedPlan, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from stages.base.size import SIZE_KEYS
 from stages.records.schema import TensorSpec
 from stages.records.trajectory import Trajectory, tensor_specs
 from stages.storage.folder import READ_SIZE
@@ -100,6 +101,7 @@ def row_of(trajectory: Trajectory, tensors: bytes) -> dict[str, Any]:
         "prompt": trajectory.condition.get("prompt"),
         "seed": trajectory.seed,
         "denoiser": trajectory.denoiser,
+        **{key: trajectory.condition.get(key) for key in SIZE_KEYS},
     }
 
 

@@ -23,7 +23,7 @@ class LayoutFacts:
         denoisers: their names in the pipeline; of several, each runs for its own timesteps.
         timestep_scale, timestep_offset: the denoiser's timestep is the scheduler's times the scale plus the offset.
         target_channels: the number of channels of each prediction that the scheduler, or a copy of it, receives; a
-            negative number counts from the last channel.
+            negative number counts from the last channel, and 0 is all.
         target_signs: -1 for a scheduler that receives minus the prediction.
         learned_variance: whether the denoiser predicts a variance beside these channels.
         no_guidance: the call's arguments that switch the pipeline's guidance off.

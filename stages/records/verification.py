@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from stages.base.size import DEFAULT_SIZE, size_name
 from stages.errors import DamageError, UserError
 from stages.progress import progress
 from stages.records.commits import READERS, commit_name, commit_names, read_commit
@@ -110,6 +111,9 @@ class Survey:
             "scale": _histogram(np.array([row["scale"] for row in rows]), SCALE_BINS),
             "class_label": {str(label): int(count) for label, count in zip(labels, counts, strict=True)},
         }
+        sizes = Counter(size_name(row) for row in rows)
+        if sizes.keys() - {DEFAULT_SIZE}:
+            histograms["size"] = dict(sorted(sizes.items()))
         if self.deep:
             timesteps = [values for unit in self.units for values in self.timesteps.get(unit, [])]
             histograms["timestep"] = _histogram(np.concatenate([np.empty(0), *timesteps]), TIMESTEP_BINS)
@@ -236,7 +240,8 @@ def _survey_shards(found: Survey) -> None:
         for unit, commit in sorted(found.commits.items()):
             if unit not in found.shard_problems:
                 try:
-                    tensors = found.info.tensors or commit.tensors
+                    size = found.info.sizes.get(commit.size_name)
+                    tensors = commit.tensors if size is None else size.tensors
                     found.timesteps[unit] = inspect_shard(found.root, commit, tensors)
                 except BrokenError as broken:
                     expected, what = broken.args

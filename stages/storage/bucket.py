@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import BinaryIO, cast
 
 import obstore
@@ -14,7 +14,8 @@ import obstore.store
 from obstore.exceptions import BaseError
 
 from stages.errors import StorageError, UserError
-from stages.storage.folder import READ_SIZE, Folder
+from stages.storage.folder import Folder
+from stages.storage.ranges import ranged_file
 
 SCHEMES = ("s3://", "gs://", "az://")
 CREATE_ATTEMPTS = 3
@@ -70,7 +71,7 @@ class BucketFolder(Folder):
     def open(self, name: str) -> BinaryIO:
         with self._storage_errors(name, "read"):
             size = obstore.head(self.store, name)["size"]
-        return io.BufferedReader(_Object(self, name, size), READ_SIZE)
+        return ranged_file(partial(self.read_range, name), size)
 
     def exists(self, name: str) -> bool:
         try:
@@ -152,35 +153,6 @@ class BucketFolder(Folder):
 
     def _error(self, name: str, done: str, error: Exception) -> StorageError:
         return StorageError(f"{self.where(name)}: cannot be {done}: {_reason(error)}")
-
-
-class _Object(io.RawIOBase):
-    """An object as an unbuffered file: each read is a request, so wrap it in a buffer."""
-
-    def __init__(self, folder: BucketFolder, name: str, size: int) -> None:
-        self.folder, self.name, self.size, self.offset = folder, name, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.offset = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.offset, io.SEEK_END: self.size}[whence]
-        return self.offset
-
-    def tell(self) -> int:
-        return self.offset
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        length = min(len(buffer), self.size - self.offset)
-        if length <= 0:
-            return 0
-        content = self.folder.read_range(self.name, self.offset, length)
-        buffer[: len(content)] = content
-        self.offset += len(content)
-        return len(content)
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""A cache of whole shards on a local disk, so that each shard of a bucket is fetched once."""
+"""A cache of whole shards on a local disk, so that each shard of a bucket or a hub is fetched once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from typing import BinaryIO
 from stages.errors import StorageError, UserError
 from stages.storage.files import make_folder
 from stages.storage.filesystem import lock, sync
-from stages.storage.folder import READ_SIZE, Folder
+from stages.storage.folder import Folder
 
+FETCH_SIZE = 1 << 26  # bytes of a request; one to a hub takes two round trips
 LOCK, CACHE_FILE = ".lock", re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.tmp")
 
 
@@ -67,7 +68,7 @@ class ShardCache:
                     return True
                 if original.seek(0, io.SEEK_END) == size and self._make_room(file, size):
                     original.seek(0)
-                    shutil.copyfileobj(original, file, READ_SIZE)
+                    shutil.copyfileobj(original, file, FETCH_SIZE)
                     sync(file)
                     fetched = file.tell() == size
             finally:

@@ -17,17 +17,23 @@ CLOCK = ".now"
 def open_folder(address: str | Path) -> Folder:
     """Open the folder at a local path, or at `s3://bucket/prefix`, `gs://...` or `az://...`; it need not exist yet.
 
+    Of a dataset on the hub, `hf://datasets/OWNER/NAME@REVISION`, it is the commit that the revision names now.
+
     Raises:
-        UserError: the address has another scheme, or the environment lacks what the bucket needs.
+        UserError: the address has another scheme, the environment lacks what the bucket needs, or the hub has no such
+            dataset.
     """
-    from stages.storage.bucket import SCHEMES, open_bucket  # here, because both modules import `Folder` from this one
+    from stages.storage.bucket import SCHEMES, open_bucket  # here, because these modules import `Folder` from this one
     from stages.storage.disk import DiskFolder
+    from stages.storage.hub import HUB, open_hub
 
     address = str(address)
     if "://" not in address:
         return DiskFolder(address)
+    if address.startswith(HUB):
+        return open_hub(address)
     if not address.startswith(SCHEMES):
-        raise UserError(f"{address}: neither a local folder nor one of {', '.join(SCHEMES)}")
+        raise UserError(f"{address}: neither a local folder nor one of {', '.join((*SCHEMES, HUB))}")
     return open_bucket(address)
 
 

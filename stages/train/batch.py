@@ -11,17 +11,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.base.arguments import LENGTH
+from stages.base.size import DEFAULT_SIZE
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of n records.
+    """A batch of n records of one size.
 
     Attributes:
         latent, target: `[n, ...]`.
         timestep, scale: `[n]`.
         cond: `[n, ...]`, by the names of the denoiser's arguments.
         guidance_stats: `[n]` float32, the other numbers that a record holds about its guidance, by name.
+        size: its name, as `size_name` gives it.
     """
 
     latent: Tensor
@@ -30,6 +32,7 @@ class Batch:
     scale: Tensor
     cond: dict[str, Tensor]
     guidance_stats: dict[str, Tensor] = field(default_factory=dict)
+    size: str = DEFAULT_SIZE
 
     def __len__(self) -> int:
         return len(self.scale)
@@ -57,6 +60,7 @@ class Batch:
                 for name, value in self.cond.items()
             },
             {name: value.to(device, non_blocking=True) for name, value in self.guidance_stats.items()},
+            self.size,
         )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -67,6 +71,7 @@ class Batch:
             change(self.scale),
             {name: change(value) for name, value in self.cond.items()},
             {name: change(value) for name, value in self.guidance_stats.items()},
+            self.size,
         )
 
 
@@ -82,7 +87,7 @@ def gather(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 def concatenate(parts: list[Batch]) -> Batch:
-    """Concatenate batches; token embeddings of different lengths are padded as in `collate`."""
+    """Concatenate batches of one size; token embeddings of different lengths are padded as in `collate`."""
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
@@ -93,6 +98,7 @@ def concatenate(parts: list[Batch]) -> Batch:
         torch.cat([part.scale for part in parts]),
         joined([part.cond for part in parts]),
         {name: torch.cat([part.guidance_stats[name] for part in parts]) for name in first.guidance_stats},
+        first.size,
     )
 
 

@@ -102,8 +102,8 @@ def check_resumable(state: dict[str, Any], dataset: Dataset, config: TrainConfig
     if state["dataset_fingerprint"] != dataset.fingerprint:
         raise UserError(
             f"{dataset.root}: not the dataset of the checkpoint: fingerprint {dataset.fingerprint[:12]}, "
-            f"the checkpoint has {state['dataset_fingerprint'][:12]}: set data_dir to that one, or take another "
-            "output_dir"
+            f"the checkpoint has {state['dataset_fingerprint'][:12]}: set data_dir to "
+            f"{state.get('data_dir', 'that one')}, or take another output_dir"
         )
     now, before = dotted(effective(config)), dotted(state["config"])
     changed = [key for key in sorted(now.keys() | before) if now.get(key) != before.get(key)]

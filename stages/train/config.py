@@ -61,7 +61,9 @@ WITHOUT_EFFECT = frozenset(
 @dataclass
 class TrainConfig:
     data_dir: str = option(
-        MISSING, "folder of the dataset, on disk or in a bucket: `s3://bucket/prefix`, `gs://`, `az://`"
+        MISSING,
+        "folder of the dataset, on disk, in a bucket (`s3://bucket/prefix`, `gs://`, `az://`) or on the hub "
+        "(`hf://datasets/OWNER/NAME@REVISION`)",
     )
     output_dir: str = option(MISSING, "folder for the adapter, its checkpoints and logs")
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -219,3 +221,16 @@ def check_gguf(config: TrainConfig) -> None:
     for name, given in chosen.items():
         if given:
             raise UsageError(f"{name}: the base {config.pretrained_model_name_or_path} is quantised: leave it out")
+
+
+def check_split(config: TrainConfig) -> None:
+    """
+    Raises:
+        UsageError: an option contradicts a base that is split over processes.
+    """
+    if config.enable_group_offload:
+        raise UsageError("enable_group_offload=true: --use_fsdp splits the base already: leave one of the two out")
+    if config.quantization != "none":
+        raise UsageError(
+            f"quantization={config.quantization}: --use_fsdp splits plain weights alone: leave one of the two out"
+        )

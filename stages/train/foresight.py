@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,14 +12,14 @@ from stages.adapters import GuidanceAdapter
 from stages.base.arguments import LENGTH
 from stages.base.loading import diffusers_class, first_line
 from stages.base.single_file import is_gguf
-from stages.records.schema import TensorSpec
+from stages.records.trajectory import CONDITION_PREFIX
 from stages.train.base import base_config, computing_dtype, facts_of_teacher, is_incomparable, place_of_base
 from stages.train.batch import Batch
 from stages.train.config import TrainConfig
 from stages.train.memory import default_dtype, fake_tensors, hold, modellable, step_bytes
 from stages.train.objective import squared_error
 from stages.train.quantization import INT4_GROUP
-from stages.train.student import Student, arguments_of, condition_tensors, describe_base, example_inputs
+from stages.train.student import Student, arguments_of, describe_base, example_inputs
 
 if TYPE_CHECKING:
     from stages.records.dataset import Dataset
@@ -90,7 +91,8 @@ def predict_peak(
         metadata, inputs = describe_base(dataset, scale_range, name), example_inputs(dataset)
         adapter = GuidanceAdapter.for_denoiser(config.adapter, layers, metadata, inputs)
         channels = list(dataset.info.teacher.layout.target_channels)
-        student = Student(denoiser, adapter, arguments_of(dataset), channels, config.mixed_precision)
+        constants = {size: facts.constants for size, facts in dataset.info.sizes.items()}
+        student = Student(denoiser, adapter, arguments_of(dataset), channels, config.mixed_precision, constants)
         if config.gradient_checkpointing:
             student.checkpoint_gradients()
         batch = made_up_batch(dataset, config.train_batch_size).to("cpu", dtype)
@@ -99,15 +101,17 @@ def predict_peak(
 
 
 def made_up_batch(dataset: Dataset, n: int) -> Batch:
-    """A batch of n records of the dataset's shapes; `torch.tensor` keeps its values on a fake tensor."""
-    tensors = dataset.info.tensors
+    """A batch of n records of the dataset's largest size; `torch.tensor` keeps its values on a fake tensor."""
+    sizes = dataset.info.sizes
+    size = max(sizes, key=lambda name: math.prod(sizes[name].tensors["latent"].shape))
+    tensors = sizes[size].tensors
 
-    def ones(name: str, spec: TensorSpec) -> torch.Tensor:
+    def ones(name: str) -> torch.Tensor:
         if name.endswith(LENGTH):
             return torch.tensor([1] * n)
+        spec = tensors[name]
         value = torch.ones if spec.dtype == "bool" or spec.dtype.startswith("float") else torch.zeros
         return value(n, *spec.shape, dtype=getattr(torch, spec.dtype))
 
-    cond = {name: ones(name, spec) for name, spec in condition_tensors(dataset).items()}
-    latent, target = ones("latent", tensors["latent"]), ones("target", tensors["target"])
-    return Batch(latent, torch.tensor([500] * n), target, torch.tensor([2.0] * n), cond)
+    cond = {name.removeprefix(CONDITION_PREFIX): ones(name) for name in tensors if name.startswith(CONDITION_PREFIX)}
+    return Batch(ones("latent"), torch.tensor([500] * n), ones("target"), torch.tensor([2.0] * n), cond, size=size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.base.loading import first_line
+from stages.base.size import size_name
 from stages.errors import DamageError, UserError
 from stages.records.dataset import Dataset
 from stages.train.config import TrainConfig
@@ -38,6 +40,11 @@ class SelectedSample:
     @property
     def name(self) -> str:
         return f"{self.row['shard']} {self.row['key']}"
+
+    @cached_property
+    def size(self) -> str:
+        """The name of its records' size."""
+        return size_name(self.row)
 
 
 def select(dataset: Dataset, config: TrainConfig) -> tuple[list[SelectedSample], list[SelectedSample]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from stages.adapters.guidance import Guidance, as_scales
 from stages.adapters.metadata import AdapterMetadata, Base, RecordedTeacher
 from stages.base.arguments import LENGTH, Arguments, Caller
 from stages.base.denoiser import NEGATIVE, STEP, as_target, floating_weight, predictions_of
+from stages.base.size import DEFAULT_SIZE
 from stages.errors import UserError
 from stages.records.schema import TensorSpec
 from stages.records.teacher import LayoutFacts
@@ -23,6 +24,7 @@ from stages.records.trajectory import CONDITION_PREFIX
 from stages.train.base import PRECISION, device_of, facts_of_teacher
 from stages.train.batch import Batch, split_by_length
 from stages.train.offloading import is_offloaded, offloaded_call
+from stages.train.sharding import shard
 
 if TYPE_CHECKING:  # a student needs no pyarrow
     from stages.records.dataset import Dataset
@@ -108,6 +110,7 @@ class Student:
     Args:
         arguments: the layout of the denoiser's arguments in the teacher's calls.
         channels: the channels of each prediction that are in the target.
+        constants: by size, the constant arguments that differ there.
         mixed_precision: as given to `load_base` of stages/train/base.py.
     """
 
@@ -118,11 +121,16 @@ class Student:
         arguments: Arguments,
         channels: list[int],
         mixed_precision: str = "no",
+        constants: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         self.denoiser, self.adapter = denoiser, adapter.attach(denoiser)
         self.call: Callable[..., Any] = offloaded_call(denoiser) if is_offloaded(denoiser) else denoiser
         self.channels = channels
-        self.caller = Caller(arguments, device_of(denoiser))
+        device = device_of(denoiser)
+        self.callers = {
+            size: Caller(replace(arguments, constants=arguments.constants | changed), device)
+            for size, changed in (constants or {DEFAULT_SIZE: {}}).items()
+        }
         self.precision = PRECISION.get(mixed_precision)
         self.dtype = floating_weight(denoiser).dtype
 
@@ -141,7 +149,18 @@ class Student:
         adapter = GuidanceAdapter.for_denoiser(config, denoiser, metadata, inputs)
         adapter.to(device_of(denoiser))
         channels = list(dataset.info.teacher.layout.target_channels)
-        return cls(denoiser, adapter, arguments_of(dataset), channels, mixed_precision)
+        constants = {name: size.constants for name, size in dataset.info.sizes.items()}
+        return cls(denoiser, adapter, arguments_of(dataset), channels, mixed_precision, constants)
+
+    def shard(self, device: str) -> None:
+        """Split the base over the processes of the run, each share on its process's device; move the adapter there.
+
+        Raises:
+            UserError: the base cannot be split.
+        """
+        shard(self.denoiser, device)
+        self.adapter.to(device)
+        self.callers = {size: replace(caller, device=torch.device(device)) for size, caller in self.callers.items()}
 
     def compile(self) -> None:
         """Compile the denoiser with the adapter's hooks."""
@@ -182,5 +201,5 @@ class Student:
         cond = {name: value for name, value in batch.cond.items() if not name.startswith(NEGATIVE)}
         device = batch.latent.device.type
         with torch.autocast(device, self.precision) if self.precision else nullcontext():
-            output = self.call(**self.caller.nested(batch.latent, batch.timestep, cond), return_dict=False)
+            output = self.call(**self.callers[batch.size].nested(batch.latent, batch.timestep, cond), return_dict=False)
         return as_target(predictions_of(output), self.channels)

@@ -18,17 +18,17 @@ from torch import Tensor
 
 from stages.base.loading import first_line
 from stages.errors import UserError
-from stages.train.bins import BinnedMean, Range
+from stages.train.batch import Batch
+from stages.train.bins import BinnedMean, Bins
 
 LOGS = "logs"
 
 
 class BatchPosition(NamedTuple):
-    """A batch's step, stream offset, and global length: positions that the batches of all processes take."""
+    """A batch's step, and the positions in the stream's order of its records, those of all processes `[n]`."""
 
     step: int
-    begin: int
-    length: int
+    positions: Tensor
 
 
 class Meter:
@@ -38,8 +38,8 @@ class Meter:
         seconds: total time of all steps, without validations and checkpoints.
     """
 
-    def __init__(self, scale_range: Range, timestep_range: Range, device: str) -> None:
-        self.losses = BinnedMean(scale_range, timestep_range, device)
+    def __init__(self, bins: Bins, device: str) -> None:
+        self.losses = BinnedMean(bins, device)
         self.seconds = 0.0
         self._clear()
 
@@ -62,9 +62,9 @@ class Meter:
         yield
         self.waited += time.monotonic() - start
 
-    def add(self, losses: Tensor, scale: Tensor, timestep: Tensor, position: BatchPosition) -> None:
-        """Add a batch; losses, scale and timestep `[n]`."""
-        self.losses.add(losses, scale, timestep)
+    def add(self, losses: Tensor, batch: Batch, position: BatchPosition) -> None:
+        """Add a batch of n records with their losses `[n]`."""
+        self.losses.add(losses, batch)
         self.batches.append((position, losses))
 
     def not_finite(self) -> tuple[BatchPosition, list[int]] | None:
@@ -79,7 +79,7 @@ class Meter:
         """Return the measurements by name, and reset."""
         with self.working():  # the device may still be computing
             loss, by_bin = self.losses.means()
-        seconds, records = self.seconds - self.before, sum(position.length for position, _ in self.batches)
+        seconds, records = self.seconds - self.before, sum(len(position.positions) for position, _ in self.batches)
         scalars = {
             "loss": loss,
             "gradient_norm": float(torch.stack(self.norms).mean()),

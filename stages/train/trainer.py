@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from stages.adapters import GuidanceAdapter
@@ -30,7 +28,7 @@ from stages.storage.folder import open_folder
 from stages.storage.locks import exclusive_lock
 from stages.train.base import computing_dtype, load_base, parameters_of
 from stages.train.batch import Batch
-from stages.train.bins import Range
+from stages.train.bins import Bins
 from stages.train.checkpoint import (
     CHECKPOINTS,
     check_resumable,
@@ -40,13 +38,15 @@ from stages.train.checkpoint import (
     save_checkpoint,
 )
 from stages.train.compiling import compile_errors
-from stages.train.config import TrainConfig, check_together, effective
+from stages.train.config import TrainConfig, check_split, check_together, effective
 from stages.train.decoding import Decoder
 from stages.train.foresight import foresee
 from stages.train.objective import Objective
 from stages.train.optimization import Optimization
+from stages.train.processes import from_main, join_processes
 from stages.train.quantization import check_quantization
 from stages.train.selection import choose_denoiser, select, trained_scales
+from stages.train.sharding import is_asked
 from stages.train.stream import RecordStream
 from stages.train.student import Student
 from stages.train.telemetry import BatchPosition, Meter, Trackers, tracker_class
@@ -75,25 +75,25 @@ class Trainer:
         self.root = Path(config.output_dir)
         self.checkpoints = self.root / "checkpoints"
         device = choose_device(config.device)
-        self.processes = PartialState(cpu=device == "cpu")
+        self.processes = join_processes(device)
         several = device == "cuda" and self.processes.num_processes > 1
         self.device = f"cuda:{self.processes.local_process_index}" if several else device
         skipping = config.on_damage == "skip"
-        state = self._load_state()
+        state = from_main(self._load_state)
         self.dataset = self._open_dataset(None if state is None else state["dataset_fingerprint"])
         if state is not None:
             check_resumable(state, self.dataset, config)
         training, held_out = select(self.dataset, config)
         objective = Objective(config.loss, self.dataset.info.teacher, self.device)
         check_quantization(config.quantization, self.device, computing_dtype(self.dataset, config.mixed_precision))
+        if is_asked():
+            check_split(config)
         scales, name = trained_scales(training, config), choose_denoiser(self.dataset, config)
         predicted = dry_run or self.device.startswith("cuda")
-        if self.processes.is_main_process:
-            self.foresight = foresee(self.dataset, config, name, scales, predicted)
+        self.foresight = from_main(lambda: foresee(self.dataset, config, name, scales, predicted))
         if dry_run:
             return
-        if self.processes.is_main_process:  # after the checks that need no folder
-            check_folder(self.root)
+        from_main(lambda: check_folder(self.root))  # after the checks that need no folder
 
         torch.manual_seed(config.seed)
         self.student = self._new_student(name, scales)
@@ -105,9 +105,9 @@ class Trainer:
             rank=self.processes.process_index, world_size=self.processes.num_processes, skip_damaged=skipping,
             pin=self.device.startswith("cuda"),
         )  # fmt: skip
-        ranges = ranges_of(self.dataset, self.adapter.metadata.scale_range)
-        self.validation = Validation(self.dataset, held_out, config.train_batch_size, *ranges, self.device, skipping)
-        self.meter = Meter(*ranges, self.device)
+        bins = bins_of(self.dataset, self.adapter.metadata.scale_range)
+        self.validation = Validation(self.dataset, held_out, config.train_batch_size, bins, self.device, skipping)
+        self.meter = Meter(bins, self.device)
         self.decoder = None
         if config.vae_name_or_path is not None and self.processes.is_main_process:
             self.decoder = Decoder(config.vae_name_or_path, self.dataset, held_out, self.device, skipping)
@@ -115,8 +115,7 @@ class Trainer:
         self.loss = self.unguided_loss = float("nan")
         if state is not None:
             self.restore(state)
-        if self.processes.is_main_process:
-            check_room(self.checkpoints, self._size_of_state(), self._additional_checkpoints())
+        from_main(lambda: check_room(self.checkpoints, self._size_of_state(), self._additional_checkpoints()))
 
     def _size_of_state(self) -> int:
         """Bytes of a checkpoint: the weights, two moments of each, and their average if there is one."""
@@ -149,10 +148,14 @@ class Trainer:
         """
         config = self.config
         cache = None if config.cache_dir is None else ShardCache(Path(config.cache_dir), config.cache_bytes)
-        available = snapshots(open_folder(config.data_dir))
-        newest = next(reversed(available), None)
-        (snapshot,) = broadcast_object_list([fingerprint if fingerprint in available else newest])
-        return Dataset(config.data_dir, snapshot, check_sizes=config.on_damage != "skip", cache=cache)
+
+        def choose() -> tuple[str | None, str]:
+            root = open_folder(config.data_dir)  # on the hub, at the commit that a branch names now
+            available = snapshots(root)
+            return fingerprint if fingerprint in available else next(reversed(available), None), str(root)
+
+        snapshot, place = from_main(choose)
+        return Dataset(place, snapshot, check_sizes=config.on_damage != "skip", cache=cache)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -161,24 +164,24 @@ class Trainer:
         Raises:
             UserError: another run is training in the folder.
         """
-        if not self.processes.is_main_process:
-            yield
-            return
-        with exclusive_lock(self.root, "another run is training"):
+        with ExitStack() as stack:
+            from_main(lambda: stack.enter_context(exclusive_lock(self.root, "another run is training")))
             yield
 
     def _new_student(self, name: str, scale_range: list[float] | None) -> Student:
-        config = self.config
+        config, split = self.config, is_asked()
         denoiser = load_base(
             self.dataset,
             config.pretrained_model_name_or_path,
-            self.device,
+            "cpu" if split else self.device,
             config.mixed_precision,
             config.quantization,
             name,
             config.enable_group_offload,
         )
         student = Student.create(self.dataset, config.adapter, denoiser, scale_range, config.mixed_precision, name)
+        if split:
+            student.shard(self.device)
         if config.gradient_checkpointing:
             student.checkpoint_gradients()
         if config.torch_compile:
@@ -208,8 +211,10 @@ class Trainer:
             "optimization": self.optimization.state(),
             "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
             "records_consumed": self.stream.consumed,
+            "records_pending": self.stream.pending,
             "skipped": self.stream.skipped,
             "dataset_fingerprint": self.dataset.fingerprint,
+            "data_dir": str(self.dataset.root),
             "config": effective(self.config),
         }
 
@@ -220,7 +225,8 @@ class Trainer:
         torch.set_rng_state(state["rng"][0])
         if len(state["rng"]) == 1 + torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["rng"][1:])
-        self.stream.consumed, self.stream.skipped = state["records_consumed"], state["skipped"]
+        self.stream.go_to(state["records_consumed"], state["records_pending"])
+        self.stream.skipped = state["skipped"]
         self.step, self.meter.seconds = state["step"], state["seconds"]
         self.loss, self.unguided_loss = state["loss"], state["unguided_loss"]
 
@@ -289,13 +295,11 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch]) -> None:
         """Run one optimizer step; measurements stay on the device, so that nothing synchronizes."""
         for _ in range(self.config.gradient_accumulation_steps):
-            begin = self.stream.consumed
             with self.meter.waiting():
                 batch = next(batches).to(self.device, self.student.dtype)
             losses = self.objective(self.student.predict(batch), batch)
             self.optimization.backward(losses.mean())
-            position = BatchPosition(self.step + 1, begin, self.stream.consumed - begin)
-            self.meter.add(losses.detach(), batch.scale, batch.timestep, position)
+            self.meter.add(losses.detach(), batch, BatchPosition(self.step + 1, self.stream.drawn))
         self.meter.norms.append(self.optimization.step())
         self.step += 1
 
@@ -315,7 +319,7 @@ class Trainer:
         bar.set_postfix_str(f"loss {self.loss:.5f}, {scalars['records_per_second']:.0f} records/s", refresh=False)
 
     def _locate_failure(self, position: BatchPosition, wrong: list[int]) -> str:
-        names = self.stream.locate_records(position.begin, position.length)[self.stream.rank :: self.stream.world_size]
+        names = self.stream.locate_records(position.positions)[self.stream.rank :: self.stream.world_size]
         named = "; ".join(names[i] for i in wrong[:NAMED_RECORDS])
         more = f"; and {len(wrong) - NAMED_RECORDS} more of its batch" if len(wrong) > NAMED_RECORDS else ""
         return f"step {position.step}: the loss is not finite at {named}{more}: {self._way_out}"
@@ -350,10 +354,10 @@ def check(config: TrainConfig) -> None:
     GuidanceAdapter.get_class(config.adapter.variant)
 
 
-def ranges_of(dataset: Dataset, scale_range: list[float]) -> tuple[Range, Range]:
-    """The ranges of scale and of timestep that a run's bins cover."""
+def bins_of(dataset: Dataset, scale_range: list[float]) -> Bins:
+    """The bins of a run's records."""
     low, high = (pc.min_max(dataset.manifest[f"timestep_{end}"]).as_py()[end] for end in ("min", "max"))
-    return (scale_range[0], scale_range[1]), (low, high)
+    return Bins((scale_range[0], scale_range[1]), (low, high), tuple(dataset.info.sizes))
 
 
 def peak_memory(device: str) -> int:

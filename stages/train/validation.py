@@ -7,7 +7,7 @@ from accelerate import PartialState
 
 from stages.errors import UserError
 from stages.records.dataset import Dataset
-from stages.train.bins import BinnedMean, Range
+from stages.train.bins import BinnedMean, Bins
 from stages.train.objective import squared_error
 from stages.train.selection import SelectedSample
 from stages.train.student import Student
@@ -29,17 +29,17 @@ class Validation:
         dataset: Dataset,
         samples: list[SelectedSample],
         batch_size: int,
-        scale_range: Range,
-        timestep_range: Range,
+        bins: Bins,
         device: str,
         skip_damaged: bool = False,
     ) -> None:
         processes = PartialState()
         self.dataset, self.batch_size, self.device = dataset, batch_size, device
-        self.samples = samples[processes.process_index :: processes.num_processes]
+        own = samples[processes.process_index :: processes.num_processes]
+        self.samples = {size: [s for s in own if s.size == size] for size in dict.fromkeys(s.size for s in own)}
         self.skip_damaged = skip_damaged
         self.skipped: dict[str, int] = {}
-        self.errors = BinnedMean(scale_range, timestep_range, device)
+        self.errors = BinnedMean(bins, device)
 
     @torch.no_grad()
     def measure(self, student: Student, guided: bool = True) -> tuple[float, dict[str, float]]:
@@ -51,14 +51,17 @@ class Validation:
         Raises:
             UserError: there is no intact record.
         """
-        for start in range(0, len(self.samples), SAMPLES_AT_ONCE):
-            window = load(self.dataset, self.samples[start : start + SAMPLES_AT_ONCE], self.skip_damaged)
+        together = [
+            s[i : i + SAMPLES_AT_ONCE] for s in self.samples.values() for i in range(0, len(s), SAMPLES_AT_ONCE)
+        ]
+        for samples in together:
+            window = load(self.dataset, samples, self.skip_damaged)
             self.skipped |= window.damaged
             intact = window.intact.nonzero().flatten()
             for chosen in intact.split(self.batch_size) if len(intact) else ():
                 batch = window.take(chosen).to(self.device, student.dtype)
                 errors = squared_error(student.predict(batch, guided), batch.target)
-                self.errors.add(errors, batch.scale, batch.timestep)
+                self.errors.add(errors, batch)
         mean, by_bin = self.errors.means()
         if not by_bin:
             raise UserError(

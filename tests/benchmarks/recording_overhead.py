@@ -36,7 +36,7 @@ def main(name_or_path: str = "stages/embedded/mnist_dit", batch_size: str = "50"
         num_trajectories=size, device=device,
     )  # fmt: skip
     plan = Plan(config)
-    teacher, unit = Teacher(config, plan.conditions[0]), plan.unit(0)
+    teacher, unit = Teacher(config, plan.examples), plan.unit(0)
     request = Request([t.condition for t in unit.trajectories], [t.seed for t in unit.trajectories], STEPS, {})
 
     def bare() -> None:

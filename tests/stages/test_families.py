@@ -81,7 +81,7 @@ def test_untrained_the_student_is_the_unguided_teacher(dataset: Dataset) -> None
         sample(pipe, request, 1.0)
     inputs, denoiser = seen[0].inputs, denoiser_of(pipe)[1]
     student = Student.create(dataset, ADAPTER, load_base(dataset))
-    torch.testing.assert_close(inputs[student.caller.arguments.latent], batch.latent)
+    torch.testing.assert_close(inputs[dataset.info.teacher.layout.arguments.latent], batch.latent)
     with torch.no_grad():
         unguided = denoiser(**unflatten(inputs), return_dict=False)[0]
         predicted = student.predict(batch)

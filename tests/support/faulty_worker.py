@@ -8,7 +8,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import cycle
 from pathlib import Path
@@ -75,9 +75,9 @@ class FaultyWorker(TeacherWorker):
         self.committing = threading.RLock()  # another unit's SIGKILL waits for it, or AFTER_COMMIT might never happen
         self.strike(STARTING, 0)
 
-    def load(self, example: Condition) -> dict[str, Any]:
+    def load(self, examples: Sequence[Condition]) -> dict[str, Any]:
         self.strike(LOADING, 0)
-        facts = super().load(example)
+        facts = super().load(examples)
         self.root = FaultyFolder(self.config.output_dir, self)
         return facts
 

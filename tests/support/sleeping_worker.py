@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class SleepingWorker:
     def place(self) -> tuple[str, str]:
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
-    def load(self, example: dict[str, Any]) -> dict[str, Any]:
+    def load(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return FACTS
 
     def sample(self, unit: Unit) -> None:
@@ -83,7 +84,7 @@ class Refuses(SleepingWorker):
         super().__init__(config)
         self.teacher = config.teacher.pretrained_model_name_or_path
 
-    def load(self, example: dict[str, Any]) -> dict[str, Any]:
+    def load(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         raise UserError(f"{self.teacher}: there is no such folder")
 
 
@@ -100,7 +101,7 @@ class KilledOnce(SleepingWorker):
 class Placed(SleepingWorker):
     """A worker that reports its Ray node and its resources."""
 
-    def load(self, example: dict[str, Any]) -> dict[str, Any]:
+    def load(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {
             "gpus": os.environ["CUDA_VISIBLE_DEVICES"],
             "kept": ray.get_runtime_context().get_assigned_resources(),

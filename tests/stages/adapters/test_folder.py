@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants
 
 from stages.adapters import GuidanceAdapter
 from stages.adapters.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
@@ -18,7 +17,7 @@ from stages.errors import StorageError, UserError
 from tests.conftest import tiny_dit
 from tests.stages.adapters.test_contract import new_adapter
 from tests.support.faulty_s3 import FaultyS3
-from tests.support.hub import hub
+from tests.support.hub import WRITER, Hub
 
 
 @pytest.fixture
@@ -139,18 +138,16 @@ def test_a_strangers_folder_cannot_run_code(adapter: GuidanceAdapter, tmp_path: 
     assert not (tmp_path / "sprung").exists()
 
 
-def test_to_a_hub_and_back(adapter: GuidanceAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with hub() as (address, given):
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        template = address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        commit = adapter.push_to_hub("mine", token="hf_x", commit_message="First")
-        assert commit.startswith(address)
-        assert set(given.repos["someone/mine"]) == {CARD_FILE, CONFIG_FILE, WEIGHTS_FILE}
-        assert given.commits == ["First"]
-        again = GuidanceAdapter.from_pretrained("someone/mine", cache_dir=tmp_path)
-        with pytest.raises(UserError, match="someone/nothing: neither a local folder nor an adapter on the hub"):
-            GuidanceAdapter.from_pretrained("someone/nothing", cache_dir=tmp_path)
+def test_to_a_hub_and_back(adapter: GuidanceAdapter, tmp_path: Path, hub: Hub) -> None:
+    commit = adapter.push_to_hub("mine", token=WRITER, commit_message="First")
+    assert commit.startswith(hub.url)
+    repo = hub.repos["someone/mine"]
+    assert {CARD_FILE, CONFIG_FILE, WEIGHTS_FILE} == set(repo.files) - {".gitattributes"}
+    assert repo.messages[1:] == ["First"]
+    again = GuidanceAdapter.from_pretrained("someone/mine", cache_dir=tmp_path)
+    missing = "someone/nothing: neither a local folder nor an adapter on the hub: .* no such repository, or it is priv"
+    with pytest.raises(UserError, match=missing):
+        GuidanceAdapter.from_pretrained("someone/nothing", cache_dir=tmp_path)
     assert again.metadata == adapter.metadata
     for one, other in zip(adapter.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other)

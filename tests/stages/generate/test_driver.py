@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,8 +280,8 @@ def test_a_teacher_that_predicts_nan_is_named(tiny_teacher: Path, tmp_path: Path
     fleet = InProcessFleet(config)
     load = fleet.worker.load
 
-    def broken(example: Condition) -> dict[str, Any]:
-        facts = load(example)
+    def broken(examples: Sequence[Condition]) -> dict[str, Any]:
+        facts = load(examples)
         with torch.no_grad():
             fleet.worker.teacher.pipe.transformer.proj_out_2.bias.fill_(float("nan"))
         return facts

@@ -14,7 +14,7 @@ from tests.stages.generate.test_worker import describe
 def test_it_loads_then_makes_the_dispatched_units(tiny_teacher: Path, tmp_path: Path) -> None:
     config = generate_config(tiny_teacher, tmp_path)
     fleet, plan = InProcessFleet(config), Plan(config)
-    fleet.start(plan.conditions[0])
+    fleet.start(plan.examples)
     assert not fleet.free(alone=False)
     (loaded,) = fleet.poll(1)
     assert isinstance(loaded, Loaded)
@@ -30,7 +30,7 @@ def test_it_loads_then_makes_the_dispatched_units(tiny_teacher: Path, tmp_path: 
 
 def test_a_failure_is_an_event(tmp_path: Path) -> None:
     fleet = InProcessFleet(generate_config(tmp_path / "missing", tmp_path))
-    fleet.start({"class_label": 0})
+    fleet.start([{"class_label": 0}])
     (event,) = fleet.poll(1)
     assert isinstance(event, Failed)
     assert isinstance(event.error, UserError)

@@ -22,7 +22,7 @@ from tests.support.families import PROMPTS, save
 def teacher(folder: Path, **changes: Any) -> tuple[Teacher, Plan]:
     config = generate_config(folder, Path("nowhere"), **changes)
     plan = Plan(config)
-    return Teacher(config, plan.conditions[0]), plan
+    return Teacher(config, plan.examples), plan
 
 
 def test_a_unit_yields_its_trajectories_in_order(tiny_teacher: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_teacher_whose_scheduler_cannot_noise_is_refused_at_load(tiny_teacher:
     config = generate_config(tiny_teacher, Path("nowhere"), trajectory="diffusion")
     config.teacher = replace(config.teacher, scheduler="IPNDMScheduler")
     with pytest.raises(UserError, match="IPNDMScheduler: adds no noise"):
-        Teacher(config, {"class_label": 1})
+        Teacher(config, [{"class_label": 1}])
 
 
 def test_units_use_shifted_grids(tiny_teacher: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_mistyped_dtype_is_refused() -> None:
 def text_teacher(tmp_path: Path, **options: Any) -> Teacher:
     config = generate_config(save("stable_diffusion", tmp_path / "teacher"), tmp_path)
     config.teacher = replace(config.teacher, **options)
-    return Teacher(config, {"prompt": PROMPTS[0]})
+    return Teacher(config, [{"prompt": PROMPTS[0]}])
 
 
 def test_call_arguments_reach_the_pipeline(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_the_evaluations_of_a_third_pass_are_counted(tmp_path: Path, trajectory:
     )  # fmt: skip
     third = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.01, "skip_layer_guidance_stop": 0.3}
     config.teacher = replace(config.teacher, height=32, width=32, call={"max_sequence_length": 32} | third)
-    made, plan = Teacher(config, {"prompt": PROMPTS[0]}), Plan(config)
+    made, plan = Teacher(config, [{"prompt": PROMPTS[0]}]), Plan(config)
     assert made.layout.parts == ((2,), (2, 1))
     with count_evaluations(made.pipe.transformer) as count:
         made.run(plan.unit(0))
@@ -205,7 +205,7 @@ def test_the_evaluations_of_a_third_pass_are_counted(tmp_path: Path, trajectory:
 def test_a_guider_makes_the_modular_pipeline_the_teacher(tmp_path: Path) -> None:
     config = generate_config(save("stable_diffusion_xl", tmp_path / "teacher"), tmp_path)
     config.teacher = replace(config.teacher, guider={"name": "AdaptiveProjectedGuidance", "eta": 0.5})
-    facts = Teacher(config, {"prompt": PROMPTS[0]}).facts()
+    facts = Teacher(config, [{"prompt": PROMPTS[0]}]).facts()
     assert facts.guidance_rule["name"] == "AdaptiveProjectedGuidance"
     assert facts.guidance_rule["eta"] == 0.5
     assert facts.layout.calls == 2
@@ -216,7 +216,7 @@ def test_the_storage_dtype_is_independent_of_the_computing_dtype(tiny_teacher: P
     config = generate_config(tiny_teacher, Path("nowhere"), storage_dtype="float32")
     config.teacher = replace(config.teacher, torch_dtype=dtype)
     plan = Plan(config)
-    made = Teacher(config, plan.conditions[0])
+    made = Teacher(config, plan.examples)
     assert made.pipe.transformer.dtype == getattr(torch, dtype)
     trajectory = made.run(plan.unit(0)).trajectories[0]
     assert trajectory.latent.dtype == trajectory.target.dtype == torch.float32

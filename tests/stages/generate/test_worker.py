@@ -31,7 +31,7 @@ def describe(plan: Plan, facts: dict[str, Any]) -> str:
 def test_a_worker_loads_once_and_commits_its_samples(tiny_teacher: Path, tmp_path: Path) -> None:
     config = generate_config(tiny_teacher, tmp_path, records_per_sample=3)
     worker, plan = UnitWorker(config), Plan(config)
-    facts = worker.load(plan.conditions[0])
+    facts = worker.load(plan.examples)
     assert facts["denoiser_class"] == "DiTTransformer2DModel"
     digest = describe(plan, facts)
     for unit in (2, 1, 0):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from stages.base.size import DEFAULT_SIZE
 from stages.errors import UserError
 from stages.records.commits import read_commits
 from stages.records.dataset import Dataset
@@ -68,7 +69,7 @@ def test_the_newest_snapshot_is_at_the_top_of_the_file_too(dataset: Dataset) -> 
     (entry,) = content["plans"]
     top = {"config", "conditions", "guidance", "counts", "manifest_sha256"}
     assert {key: content[key] for key in top} == {key: entry[key] for key in top}
-    assert content.keys() - top == {"schema_version", "complete", "teacher", "plans", "tensors", "checksum"}
+    assert content.keys() - top == {"schema_version", "complete", "teacher", "plans", "sizes", "checksum"}
     assert entry.keys() - top == {"units", "trajectories", "evaluations", "fingerprint"}
     grown = replace(dataset.info, plans=(dataset.plan, planned()))
     assert grown.to_json()["manifest_sha256"] == dataset.plan.manifest_sha256
@@ -77,6 +78,7 @@ def test_the_newest_snapshot_is_at_the_top_of_the_file_too(dataset: Dataset) -> 
 def test_a_missing_or_mistyped_key_is_named(damaged: Path) -> None:
     content = unseal((damaged / "dataset.json").read_bytes())
     (entry,) = content["plans"]
+    size = content["sizes"][DEFAULT_SIZE]
     for changes, message in (
         ({"complete": "yes"}, "complete is str, not bool"),
         ({"plans": {}}, "plans is dict, not list"),
@@ -84,7 +86,10 @@ def test_a_missing_or_mistyped_key_is_named(damaged: Path) -> None:
         ({"plans": [entry | {"units": 4.0}]}, r"plans\[0\].units is float, not int"),
         ({"plans": [{k: v for k, v in entry.items() if k != "fingerprint"}]}, r"no plans\[0\].fingerprint"),
         ({"teacher": content["teacher"] | {"layout": {}}}, "no teacher.layout.arguments"),
-        ({"tensors": content["tensors"] | {"latent": {"dtype": "float16"}}}, "no tensors.latent.shape"),
+        (
+            {"sizes": {DEFAULT_SIZE: size | {"tensors": {"latent": {"dtype": ""}}}}},
+            r"no sizes.default.tensors.latent.shape",
+        ),
     ):
         (damaged / "dataset.json").write_bytes(seal(content | changes))
         with pytest.raises(UserError, match=rf"dataset\.json: damaged: {message}; restore it"):

@@ -234,7 +234,7 @@ def test_a_repair_can_complete_a_publication(damaged: Path, tiny_teacher: Path) 
 
 def samples_of(config: Any, unit: int) -> list[Any]:
     plan, worker = Plan(config), UnitWorker(config)
-    worker.load(plan.conditions[0])
+    worker.load(plan.examples)
     worker.sample(plan.unit(unit))
     return [encode(part) for part in worker.sampled[unit].output.trajectories]
 

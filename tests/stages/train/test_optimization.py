@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from stages.adapters import GuidanceAdapter
 from stages.base.arguments import Arguments, Axis
+from stages.base.size import DEFAULT_SIZE
 from stages.train import optimization as optimization_module
 from stages.train.batch import Batch
+from stages.train.bins import Bins
 from stages.train.config import TrainConfig
 from stages.train.objective import squared_error
 from stages.train.optimization import Optimization
@@ -85,7 +87,10 @@ def test_no_step_makes_the_device_wait(variant: str, monkeypatch: pytest.MonkeyP
     adapter = GuidanceAdapter.for_denoiser(small_adapter(variant), denoiser, METADATA)
     places = {"hidden_states": Axis(), "class_labels": Axis()}
     student = Student(denoiser.to("meta"), adapter.to("meta"), Arguments("hidden_states", "timestep", places, {}), [4])
-    optimization, meter = Optimization(adapter, config(use_ema=True), "meta"), Meter((1.0, 6.0), (0.0, 999.0), "meta")
+    optimization, meter = (
+        Optimization(adapter, config(use_ema=True), "meta"),
+        Meter(Bins((1.0, 6.0), (0.0, 999.0), (DEFAULT_SIZE,)), "meta"),
+    )
     batch = Batch(
         torch.randn(4, 4, 8, 8), torch.arange(4), torch.randn(4, 4, 8, 8), torch.full((4,), 2.0),
         {"class_labels": torch.arange(4)},
@@ -93,7 +98,7 @@ def test_no_step_makes_the_device_wait(variant: str, monkeypatch: pytest.MonkeyP
     for step in range(2):
         losses = squared_error(student.predict(batch), batch.target)
         optimization.backward(losses.mean())
-        meter.add(losses.detach(), batch.scale, batch.timestep, BatchPosition(step, 4 * step, 4))
+        meter.add(losses.detach(), batch, BatchPosition(step, torch.arange(4)))
         norm = optimization.step()
     with pytest.raises(RuntimeError, match="meta"):
         float(norm)

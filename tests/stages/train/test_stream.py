@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,9 +23,11 @@ from tests.stages.records.test_trajectory import trajectory
 from tests.support.made_up import write_dataset
 
 
-def stream(dataset: Dataset, **changes: Any) -> RecordStream:
+def stream(dataset: Dataset, consumed: int = 0, pending: Sequence[int] = (), **changes: Any) -> RecordStream:
     options = {"batch_size": 5, "seed": 0, "shuffle_bytes": 1 << 30} | changes
-    return RecordStream(dataset, [*map(SelectedSample, dataset.manifest.to_pylist())], **options)
+    made = RecordStream(dataset, [*map(SelectedSample, dataset.manifest.to_pylist())], **options)
+    made.go_to(consumed, pending)
+    return made
 
 
 def identity(batch: Batch) -> list[tuple[float, int, int]]:
@@ -121,7 +124,7 @@ def test_a_process_gathers_only_its_own_records(dataset: Dataset, monkeypatch: p
 
 def test_windows_of_the_same_samples_are_read_once(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    monkeypatch.setattr("stages.train.stream.load", lambda *arguments: read.append(arguments[1]) or load(*arguments))
+    monkeypatch.setattr("stages.train.window.load", lambda *arguments: read.append(arguments[1]) or load(*arguments))
     assert len(set(first(dataset, 48, batch_size=5))) == 48
     assert len(read) == 1
     first(dataset, 48, batch_size=5, shuffle_bytes=10_000)
@@ -142,8 +145,7 @@ def test_records_are_located_by_their_position(dataset: Dataset, world_size: int
     running = stream(dataset, shuffle_bytes=10_000, rank=world_size - 1, world_size=world_size)
     rows = {row["key"]: row for row in dataset.manifest.to_pylist()}
     for batch in islice(running, 12):
-        count = len(batch) * world_size
-        names = running.locate_records(running.consumed - count, count)[world_size - 1 :: world_size]
+        names = running.locate_records(running.drawn)[world_size - 1 :: world_size]
         for i, name in enumerate(names):
             shard, key, number, scale, timestep = re.fullmatch(
                 r"(\S+) (\S+) record (\d+): scale (\S+), timestep (\S+)", name
@@ -157,7 +159,7 @@ def test_records_are_located_by_their_position(dataset: Dataset, world_size: int
 
 def test_chosen_records_are_named_by_their_number_in_the_sample(dataset: Dataset) -> None:
     samples = [SelectedSample(row, [1, 3]) for row in dataset.manifest.to_pylist()]
-    names = RecordStream(dataset, samples, 5, 0, 1 << 30).locate_records(0, 24)
+    names = RecordStream(dataset, samples, 5, 0, 1 << 30).locate_records(torch.arange(24))
     assert Counter(re.search(r"record (\d)", name)[1] for name in names) == {"1": 12, "3": 12}
 
 
@@ -229,15 +231,13 @@ def test_processes_skip_the_same_records(two_thirds: tuple[Dataset, set[str]]) -
         assert [one.consumed for one in streams] == [alone.consumed] * 2
 
 
-def test_skipped_records_are_not_listed(two_thirds: tuple[Dataset, set[str]]) -> None:
+def test_skipped_records_are_not_drawn(two_thirds: tuple[Dataset, set[str]]) -> None:
     dataset, lost = two_thirds
     running = stream(dataset, skip_damaged=True)
-    place = running.consumed
     for batch in islice(running, 10):
-        names = running.locate_records(place, running.consumed - place)
+        names = running.locate_records(running.drawn)
         assert [float(name.split()[-1]) for name in names] == batch.timestep.tolist()
         assert not {" ".join(name.split()[:2]) for name in names} & lost
-        place = running.consumed
 
 
 @pytest.mark.parametrize("shuffle_bytes", [1, 1 << 30])

@@ -600,7 +600,7 @@ def test_the_first_process_chooses_the_snapshot(
     """The first process opened the dataset before it grew."""
     first = Dataset(damaged).fingerprint
     grow(damaged, tiny_teacher, num_trajectories=20)
-    monkeypatch.setattr(trainer, "broadcast_object_list", lambda own: [first])
+    monkeypatch.setattr(trainer, "snapshots", lambda root: [first])
     assert Trainer(train_config(damaged, tmp_path)).dataset.fingerprint == first
 
 

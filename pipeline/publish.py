@@ -1,0 +1,51 @@
+"""Upload a dataset or an adapter to a Hugging Face hub, with its card. Give the same command again to go on.
+
+python -m pipeline.publish data_dir=data/mnist_dit repo_id=OWNER/NAME
+python -m pipeline.publish adapter_dir=runs/mnist_dit repo_id=OWNER/NAME
+
+`HF_TOKEN` is a token that may write, and `HF_ENDPOINT` another hub than huggingface.co. With an adapter go its card,
+the report in its folder `evaluation`, and what `pipeline.export` wrote into its folder `exports`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from pipeline.command import run
+from stages.configuration.options import check_bounds, option
+from stages.errors import UsageError
+from stages.publish.adapter import publish_adapter
+from stages.publish.dataset import publish_dataset
+
+
+@dataclass
+class PublishConfig:
+    repo_id: str = option(MISSING, "name of the repository on the hub, `OWNER/NAME`; made if it does not exist")
+    data_dir: str | None = option(None, "folder of the dataset to upload")
+    adapter_dir: str | None = option(None, "folder of the adapter to upload")
+    private: bool = option(False, "make the repository private")
+    revision: str | None = option(None, "branch to upload to, made if it does not exist; by default `main`")
+    license: str | None = option(
+        None, "of a dataset, for the header of its card, such as `cc-by-4.0`; by default the header names none"
+    )
+
+
+def main(config: PublishConfig) -> None:
+    check_bounds(config)
+    if (config.data_dir is None) == (config.adapter_dir is None):
+        raise UsageError("name either data_dir or adapter_dir")
+    if config.data_dir is not None:
+        done = publish_dataset(config.data_dir, config.repo_id, config.private, config.revision, config.license)
+        print(f"{done.address}: {done.shards} shards, of which {done.sent} were uploaded now")
+        return
+    if config.license is not None:
+        raise UsageError("license: only for a dataset: an adapter's card names its base")
+    repo, names = publish_adapter(str(config.adapter_dir), config.repo_id, config.private, config.revision)
+    print(f"{repo.address}: {len(names)} files: {', '.join(names)}")
+    print(f'loaded by GuidanceAdapter.from_pretrained("{repo.repo_id}")')
+
+
+if __name__ == "__main__":
+    run(PublishConfig, main, __doc__)

@@ -1,0 +1,1 @@
+"""Datasets and adapters on their way to a hub."""

@@ -1,0 +1,154 @@
+"""The card of a dataset: Markdown for readers and a header for the hub, with pictures of its histograms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCardData
+
+from stages.adapters.folder import CARD_FILE
+from stages.base.loading import resolve
+from stages.publish.histograms import plot
+from stages.publish.licence import licence_of
+from stages.records.schema import DatasetInfo
+from stages.records.verification import Survey
+
+PICTURES = "card"
+TAGS = ["webdataset", "guidance-distillation", "classifier-free-guidance", "diffusers"]
+CARD = """---
+{header}
+---
+
+# Guided trajectories of {teacher}
+
+Records of a diffusion model that was sampled with classifier-free guidance: latents, timesteps, conditions, scales and
+the guided predictions. They train adapters that fold both passes of guidance into one (adapter guidance distillation,
+arXiv 2503.07274).
+
+| | |
+| --- | --- |
+{facts}
+
+{pictures}
+
+## Tensors
+
+A sample is one trajectory, or a part of one: `KEY.safetensors` and `KEY.json`, which holds `scale`, `condition` and
+`seed`. For k steps, these tensors have the shape `[k, ...]`, but those named `cond.NAME`, which are the same at each
+step.
+
+| tensor | dtype | shape of one record |
+| --- | --- | --- |
+{tensors}
+
+## Read it
+
+With stock webdataset:
+
+```python
+import json
+from pathlib import Path
+
+import safetensors.torch
+import webdataset
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("{repo_id}", repo_type="dataset", allow_patterns="shards/*")
+shards = sorted(str(path) for path in Path(folder, "shards").glob("*.tar"))
+for sample in webdataset.WebDataset(shards, shardshuffle=False):
+    tensors = safetensors.torch.load(sample["safetensors"])
+    scale = json.loads(sample["json"])["scale"]
+    print(scale, tensors["timestep"].tolist(), tensors["latent"].shape, tensors["target"].shape)
+```
+
+With `datasets`, which gives the tensors as bytes:
+
+```python
+import safetensors.torch
+from datasets import load_dataset
+
+shards = "hf://datasets/{repo_id}/shards/*.tar"
+for row in load_dataset("webdataset", data_files=shards, split="train", streaming=True):
+    tensors = safetensors.torch.load(row["safetensors"])
+    scale = row["json"]["scale"]
+    print(scale, tensors["timestep"].tolist(), tensors["latent"].shape, tensors["target"].shape)
+```
+
+To train an adapter, with the project that made it:
+
+```bash
+python -m pipeline.train data_dir=hf://datasets/{repo_id} output_dir=runs/adapter
+```
+"""
+
+
+def card_of(found: Survey, repo_id: str, license: str | None) -> dict[str, bytes]:
+    """Return the card and its pictures by their names in the repository."""
+    shown = {name: histogram for name, histogram in found.summary()["histograms"].items() if histogram}
+    pictures = {f"{PICTURES}/{name}.png": plot(name, histogram) for name, histogram in shown.items()}
+    text = CARD.format(
+        header=_header(found, license),
+        teacher=_name_of(found.info.teacher.pretrained_model_name_or_path),
+        facts="\n".join(f"| {name} | {value} |" for name, value in _facts(found).items()),
+        pictures="\n".join(f"![histogram of {name}]({PICTURES}/{name}.png)" for name in shown),
+        tensors="\n".join(_tensors(found.info)),
+        repo_id=repo_id,
+    )
+    return {CARD_FILE: text.encode()} | pictures
+
+
+def _header(found: Survey, license: str | None) -> str:
+    plan, frames = found.info.published[-1], len(found.info.tensors["latent"].shape) > 3
+    prompted = "text-to-video" if frames else "text-to-image"
+    data = DatasetCardData(
+        license=license,
+        tags=TAGS,
+        task_categories=[prompted if plan.conditions.prompts else "unconditional-image-generation"],
+        size_categories=_size_category(plan.counts.samples),
+        configs=[{"config_name": "default", "data_files": "shards/*.tar"}],
+    )
+    return data.to_yaml()
+
+
+def _tensors(info: DatasetInfo) -> Iterator[str]:
+    """Rows on all tensors, with the shapes that they have at the dataset's sizes."""
+    for name, spec in sorted(info.tensors.items()):
+        shapes = dict.fromkeys(f"`{size.tensors[name].shape}`" for size in info.sizes.values())
+        yield f"| `{name}` | {spec.dtype} | {', '.join(shapes)} |"
+
+
+def _size_category(count: int) -> str:
+    for limit, name in ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M")):
+        if count < limit:
+            return name
+    return "n>1M"
+
+
+def _facts(found: Survey) -> dict[str, Any]:
+    teacher, plan = found.info.teacher, found.info.published[-1]
+    licence = licence_of(teacher.pretrained_model_name_or_path, teacher.revision)
+    conditions = {
+        "classes": len(plan.conditions.class_labels),
+        "prompts": plan.conditions.prompts,
+        "negative prompts": plan.conditions.negative_prompts,
+    }
+    low, high = plan.guidance.scale_range
+    counts = plan.counts
+    return {
+        "teacher": f"{_name_of(teacher.pretrained_model_name_or_path)} ({teacher.pipeline_class})",
+        "licence of the teacher's weights": licence or "unknown: the model's card states none",
+        "scheduler": teacher.scheduler_class,
+        "guidance scales": f"{low:g} to {high:g}",
+        **{name: f"{number:,}" for name, number in conditions.items() if number},
+        "trajectories": f"{counts.trajectories:,}",
+        "records": f"{counts.records:,}",
+        "shards": f"{counts.units:,}, {counts.bytes:,} bytes",
+        "fingerprint": f"`{plan.fingerprint}`",
+    }
+
+
+def _name_of(teacher: str) -> str:
+    """The name on the hub, or of the folder: its place on this machine is nobody's business."""
+    return Path(teacher).name if Path(resolve(teacher)).exists() or Path(teacher).is_absolute() else teacher

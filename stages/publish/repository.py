@@ -1,0 +1,145 @@
+"""A repository on a hub that files are uploaded to: what is there already is not sent again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+from stages.errors import ChangedError, StorageError, UserError
+from stages.progress import progress
+from stages.records.shard import hash_file
+from stages.storage.folder import Folder
+from stages.storage.hub import hub_errors
+
+DATASET, MODEL = "dataset", "model"
+FILES_PER_COMMIT = 100  # a hub limits commits per hour; what it has of a killed batch, it knows by the hash
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file to upload, and the SHA-256 that it must have."""
+
+    path: Path
+    sha256: str
+
+    @staticmethod
+    def of(path: Path) -> LocalFile:
+        with path.open("rb") as file:
+            return LocalFile(path, hash_file(file))
+
+    def check(self, found: str | None = None) -> None:
+        """
+        Args:
+            found: the SHA-256 of the file; by default it is read.
+
+        Raises:
+            ChangedError: it is another one.
+        """
+        try:
+            found = found or LocalFile.of(self.path).sha256
+        except FileNotFoundError:
+            found = None
+        if found != self.sha256:
+            raise changed(self.path)
+
+
+def changed(what: Path | Folder) -> ChangedError:
+    """Return the error for a file or a folder that changes during its upload."""
+    way_out = "wait until nothing writes there, and give the same command again"
+    return ChangedError(f"{what}: has changed since the upload began: {way_out}")
+
+
+class Repository:
+    """A branch of a repository, made if it does not exist.
+
+    Attributes:
+        head: its last commit.
+        sha256: of each large file there, by name.
+        names: of all files there.
+
+    Raises:
+        StorageError: the hub refused, or does not answer.
+        UserError: `private` is asked for, and the repository is public.
+    """
+
+    def __init__(self, repo_id: str, kind: str, private: bool = False, branch: str | None = None) -> None:
+        disable_progress_bars()  # there is one bar over all files
+        self.api, self.kind, self.branch = HfApi(), kind, branch or "main"
+        self.address = f"{self.api.endpoint}/{'datasets/' if kind == DATASET else ''}{repo_id}"
+        with hub_errors(self.address, "written"):
+            made = self.api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True)
+            self.repo_id = made.repo_id
+            if branch is not None:
+                self.api.create_branch(self.repo_id, branch=branch, repo_type=kind, exist_ok=True)
+            info = self.api.repo_info(self.repo_id, repo_type=kind, revision=self.branch)
+            tree = list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=info.sha, repo_type=kind))
+        if private and not info.private:
+            raise UserError(f"{self.address}: is public already: make it private on its page, or take another repo_id")
+        self.head = str(info.sha)
+        files = [entry for entry in tree if isinstance(entry, RepoFile)]
+        self.names = {entry.path for entry in files}
+        self.sha256 = {entry.path: entry.lfs.sha256 for entry in files if entry.lfs}
+
+    def missing(self, files: dict[str, LocalFile]) -> dict[str, LocalFile]:
+        """Return the files that are not there as they are here."""
+        return {name: file for name, file in files.items() if self.sha256.get(name) != file.sha256}
+
+    def upload(self, files: dict[str, LocalFile], what: str) -> int:
+        """Upload the files that are missing, in several commits; return how many.
+
+        Raises:
+            ChangedError: a file changes meanwhile; the commits before its own stay.
+            StorageError: the hub refused, or does not answer.
+        """
+        missing = self.missing(files)
+        with progress(len(files), "upload", what, initial=len(files) - len(missing)) as bar:
+            for batch in _batches(missing):
+                self.commit(batch, {}, f"{len(batch)} {what}")
+                bar.update(len(batch))
+        return len(missing)
+
+    def commit(
+        self, files: dict[str, LocalFile], contents: dict[str, bytes], message: str, leave_out: set[str] | None = None
+    ) -> None:
+        """Upload files and contents by name, and remove the names in `leave_out`, all in one commit.
+
+        Raises:
+            ChangedError: a file changes meanwhile; nothing is committed.
+            StorageError: the hub refused, does not answer, or has a newer commit.
+        """
+        try:
+            with hub_errors(self.address, "written"):
+                additions = {name: CommitOperationAdd(name, str(file.path)) for name, file in files.items()}
+                self.api.preupload_lfs_files(
+                    self.repo_id, additions.values(), repo_type=self.kind, revision=self.branch, free_memory=False
+                )  # fmt: skip
+                found = {name: addition.upload_info.sha256.hex() for name, addition in additions.items()}
+        except StorageError:
+            for file in files.values():  # the hub refuses what is not of the announced SHA-256
+                file.check()
+            raise
+        for name, file in files.items():
+            file.check(found[name])
+        removed = [CommitOperationDelete(name) for name in sorted(leave_out or set())]
+        written = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        with hub_errors(self.address, "written"):
+            self.head = self.api.create_commit(
+                self.repo_id,
+                [*removed, *additions.values(), *written],
+                commit_message=message,
+                repo_type=self.kind,
+                revision=self.branch,
+                parent_commit=self.head,
+            ).oid
+
+
+def _batches(files: dict[str, LocalFile]) -> Iterator[dict[str, LocalFile]]:
+    left = iter(files.items())
+    while batch := dict(islice(left, FILES_PER_COMMIT)):
+        yield batch

@@ -1,0 +1,36 @@
+"""The processes of a training run under `accelerate launch`, on one machine or several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from stages.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def join_processes(device: str) -> PartialState:
+    """Join the run's processes; without `accelerate launch`, this process is alone."""
+    return PartialState(cpu=device == "cpu")
+
+
+def from_main(compute: Callable[[], Result]) -> Result:
+    """Return to every process what the main process computes: only its machine needs to have the output folder.
+
+    Raises:
+        UserError: in every process, what the main process raised.
+    """
+    outcome: list[tuple[Result | None, UserError | None]] = [(None, None)]
+    if PartialState().is_main_process:
+        try:
+            outcome = [(compute(), None)]
+        except UserError as error:
+            outcome = [(None, error)]
+    ((result, refusal),) = broadcast_object_list(outcome)
+    if refusal is not None:
+        raise refusal
+    return result

@@ -1,0 +1,97 @@
+"""An adapter on its way to a hub."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.adapters import GuidanceAdapter
+from stages.adapters.export import export
+from stages.adapters.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from stages.errors import ChangedError, StorageError, UserError
+from stages.publish import adapter as publishing
+from stages.publish.adapter import publish_adapter
+from stages.publish.repository import Repository
+from tests.support.faulty_s3 import Fault
+from tests.support.hub import READER, WRITER, Hub
+
+REPO = "someone/adapter"
+
+
+@pytest.fixture
+def writable(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A hub that this process may write to."""
+    hub.point_to(monkeypatch, WRITER)
+    return hub
+
+
+@pytest.fixture
+def folder(tiny_adapter: Path, tmp_path: Path) -> Path:
+    """An adapter with an export, and an evaluation of which a part is left."""
+    copy = Path(shutil.copytree(tiny_adapter, tmp_path / "adapter"))
+    export(GuidanceAdapter.from_pretrained(copy), copy / "exports" / "2", 2.0, "peft")
+    (copy / "evaluation" / "parts").mkdir(parents=True)
+    for name in ("report.html", "evaluation.json", "parts/00000.safetensors", "reference_features.safetensors"):
+        (copy / "evaluation" / name).write_text("{}")
+    return copy
+
+
+def test_an_adapter_goes_with_its_exports_and_its_report(
+    writable: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, names = publish_adapter(folder, REPO, private=True)
+    repo = writable.repos[REPO]
+    assert repo.private
+    assert sorted(names) == sorted(set(repo.files) - {".gitattributes"})
+    own = {CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, "evaluation/report.html", "evaluation/evaluation.json"}
+    assert own == {name for name in names if not name.startswith("exports/2/")} < set(names)
+    assert "exports/2/adapter_model.safetensors" in names
+    writable.point_to(monkeypatch, READER)
+    again = GuidanceAdapter.from_pretrained(REPO, cache_dir=tmp_path / "cache")
+    for one, other in zip(
+        GuidanceAdapter.from_pretrained(folder).state_dict().values(), again.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_what_is_no_longer_there_goes(writable: Hub, folder: Path) -> None:
+    publish_adapter(folder, REPO)
+    shutil.rmtree(folder / "exports")
+    publish_adapter(folder, REPO)
+    assert not [name for name in writable.repos[REPO].files if name.startswith("exports/")]
+
+
+def test_an_upload_that_breaks_commits_nothing_and_goes_on(writable: Hub, folder: Path) -> None:
+    writable.faults = [Fault("POST", "/commit/", 403)]
+    with pytest.raises(StorageError, match=f"{writable.url}/{REPO}: cannot be written: the token has no right to it"):
+        publish_adapter(folder, REPO)
+    assert set(writable.repos[REPO].files) == {".gitattributes"}
+    writable.requests.clear()
+    publish_adapter(folder, REPO)
+    assert writable.count("PUT", "/large/") == 0
+    assert WEIGHTS_FILE in writable.repos[REPO].files
+
+
+def test_weights_that_change_meanwhile_end_the_upload(
+    writable: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*given: object) -> Repository:
+        (folder / WEIGHTS_FILE).write_bytes(b"others")
+        return Repository(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(publishing, "Repository", opened)
+    with pytest.raises(ChangedError, match=f"{WEIGHTS_FILE}: has changed since the upload began"):
+        publish_adapter(folder, REPO)
+    assert set(writable.repos[REPO].files) == {".gitattributes"}
+
+
+def test_a_folder_without_an_adapter_is_refused(writable: Hub, folder: Path) -> None:
+    with pytest.raises(UserError, match="adapter_dir=nowhere: no such folder on this machine"):
+        publish_adapter("nowhere", REPO)
+    (folder / CONFIG_FILE).unlink()
+    with pytest.raises(UserError, match=f"{folder}: not an adapter"):
+        publish_adapter(folder, REPO)
+    assert writable.requests == []
