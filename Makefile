@@ -41,15 +41,15 @@ check: install ## ruff, mypy and import-linter
 test: check ## check, then every test but the long ones and the zoo
 	$(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Apart from the rest: diffusers imports torchao wherever it finds it, which takes time and prints warnings.
+# Apart from the rest: diffusers imports them wherever it finds them, which takes time and prints warnings.
 $(QUANTIZATION): constraints.txt | install
 	rm -rf $@
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt --target $@ torchao
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt --target $@ torchao bitsandbytes gguf
 
 test-all: test $(QUANTIZATION) ## test, then the long tests, the zoo of pipelines, and quantised bases
 	$(PYTEST) -m long --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	$(PYTEST) -m zoo --numprocesses 2 tests/pipelines_zoo tests/test_pipelines.py
-	PYTHONPATH=$(QUANTIZATION) $(PYTEST) -m 'not zoo' -k 'quantised or int8' tests/stages/train tests/stages/adapters/test_compositions.py tests/benchmarks/test_training_memory.py
+	PYTHONPATH=$(QUANTIZATION) $(PYTEST) -m 'not zoo' -k 'quantised or int8 or fp8 or nf4 or gguf' tests/stages/train tests/stages/base tests/stages/adapters/test_compositions.py tests/benchmarks/test_training_memory.py
 
 clean: ## remove .venv and what the demo made
 	rm -rf $(VENV) $(DEMO)

@@ -16,7 +16,7 @@ from stages.signals import end_on_sigterm
 from stages.streams import print_warnings_in_one_line, steady
 
 FAILURE, WRONG_USAGE = 1, 2
-MULTIRUN = "--multirun"
+MULTIRUN, DRY_RUN = "--multirun", "--dry-run"
 # Errors of the disk, not defects of this project.
 REFUSALS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR,
@@ -31,12 +31,14 @@ def run(
     description: str,
     multirun: Callable[[list[str]], None] | None = None,
     argument: str | None = None,
+    dry_run: Callable[[Config], None] | None = None,
 ) -> NoReturn:
     """Parse the command line into `config_class`, call `main`, and exit: 0 done, 1 a failure, 2 wrong usage.
 
     Args:
         multirun: called instead of `main` for `--multirun`, with the other arguments.
         argument: the option that the first argument may give without its key.
+        dry_run: called instead of `main` for `--dry-run`.
     """
     end_on_sigterm()
     overrides = sys.argv[1:]
@@ -48,7 +50,11 @@ def run(
         check_encoding(overrides)
         if argument and overrides and is_path(overrides[0]):
             overrides[0] = f"{argument}={overrides[0]}"
-        if multirun and MULTIRUN in overrides:
+        if dry_run and DRY_RUN in overrides:
+            if MULTIRUN in overrides:
+                raise UsageError(f"{DRY_RUN}: not with {MULTIRUN}: try one combination")
+            dry_run(parse(config_class, [override for override in overrides if override != DRY_RUN]))
+        elif multirun and MULTIRUN in overrides:
             multirun([override for override in overrides if override != MULTIRUN])
         else:
             main(parse(config_class, overrides))

@@ -3,7 +3,8 @@
 python -m pipeline.train --config configs/train/lora.yaml data_dir=data/mnist_dit output_dir=runs/mnist_dit
 python -m pipeline.train --multirun data_dir=data/mnist_dit output_dir=runs/sweep adapter.variant=offset,lora seed=0,1
 
-`accelerate launch -m pipeline.train ...` trains on several GPUs. With --multirun, the command trains every combination
+With --dry-run, the command checks the options, tells how the base's layers would be held and the predicted peak of memory,
+and stops before it loads or writes anything. `accelerate launch -m pipeline.train ...` trains on several GPUs. With --multirun, the command trains every combination
 of the comma-separated values and compares them in one table.
 """
 
@@ -38,6 +39,10 @@ def main(config: TrainConfig) -> None:
     trainer.processes.destroy_process_group()
 
 
+def dry_run(config: TrainConfig) -> None:
+    print(Trainer(config, dry_run=True).foresight)
+
+
 def train(trainer: Trainer, root: Path, resolved: str) -> None:
     if trainer.processes.is_main_process:
         begin(root, resolved, trainer)
@@ -66,6 +71,7 @@ def begin(root: Path, resolved: str, trainer: Trainer) -> None:
     if not dataset.newest:
         trajectories = dataset.plan.counts.trajectories
         print(f"{dataset.root}: has grown; the run continues with the {trajectories} trajectories that it started with")
+    print(trainer.foresight)
     print(
         f"{trainer.adapter.variant}: {trainer.adapter_parameters:,} parameters at {len(trainer.adapter.shapes)} sites, "
         f"{trainer.adapter_share:.1%} of the base"
@@ -78,4 +84,4 @@ def skipped(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run(TrainConfig, main, __doc__, multirun)
+    run(TrainConfig, main, __doc__, multirun, dry_run=dry_run)

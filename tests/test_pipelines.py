@@ -24,8 +24,9 @@ from stages.generate.layout import Layout
 from stages.generate.plan import GOLDEN_RATIO
 from stages.generate.timesteps import shifted_timesteps
 from stages.records.dataset import Dataset
+from stages.train.base import load_base
 from stages.train.selection import SelectedSample
-from stages.train.student import Student, load_base
+from stages.train.student import Student
 from stages.train.trainer import Trainer
 from stages.train.window import load
 from tests.conftest import generate, generate_config, train_config

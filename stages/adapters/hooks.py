@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from stages.adapters.adapter_base import AdapterBase
 from stages.adapters.attachment import attachment_of
 from stages.adapters.wrappers import hookable_module, is_compiled, unwrapped
+from stages.base.denoiser import floating_weight
 
 
 def hook(adapter: AdapterBase, denoiser: nn.Module) -> None:
@@ -21,7 +22,7 @@ def hook(adapter: AdapterBase, denoiser: nn.Module) -> None:
     if attachment.handles:
         return
     if adapter.pipelines:
-        adapter.match_precision(next(denoiser.parameters()).dtype)
+        adapter.match_precision(floating_weight(denoiser).dtype)
     attachment.hooked_module = next((hookable_module(module) for module in adapter.wrapped_denoisers()), denoiser)
     for handle in _hooks(adapter, denoiser, attachment.hooked_module):
         attachment.handles.append(handle)

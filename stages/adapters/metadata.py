@@ -17,6 +17,7 @@ class Base:
     revision: str | None = None
     variant: str | None = None
     pipeline_class: str | None = None
+    config: str | None = None
     denoiser_class: str = ""
     denoiser_subfolder: str = ""
     denoiser_fingerprint: str = ""

@@ -14,7 +14,7 @@ from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.spots import Call, TensorFacts, TrialFacts, judge_module, parameters_of
 from stages.adapters.trial_inputs import InputMaker, map_tensors, swap_sample, to_meta
 from stages.base.arguments import Axis, argument
-from stages.base.denoiser import flatten, latent_name, unflatten
+from stages.base.denoiser import flatten, floating_weight, latent_name, unflatten
 from stages.base.loading import first_line
 from stages.errors import UserError
 
@@ -108,7 +108,7 @@ def calls_by_values(
     metadata: AdapterMetadata,
 ) -> list[Calls]:
     """Run four times: unchanged, with other latents, with another first sample, and with another last sample."""
-    latent, like = latent_name(denoiser), next(denoiser.parameters())
+    latent, like = latent_name(denoiser), floating_weight(denoiser)
     scale, offset = metadata.timestep_scale, metadata.timestep_offset
     maker = InputMaker(like, metadata.timestep, lambda timestep: scale * timestep + offset)
     one, other = maker.make(inputs), maker.make_other(inputs)

@@ -71,6 +71,11 @@ def forget_compiled(module: nn.Module) -> None:
         torch.compiler.reset()
 
 
+def floating_weight(denoiser: nn.Module) -> Tensor:
+    """A weight in the precision in which the denoiser computes; those of a quantised one may be packed in bytes."""
+    return next(parameter for parameter in denoiser.parameters() if parameter.is_floating_point())
+
+
 def latent_name(denoiser: nn.Module) -> str:
     """The denoiser's name for its latent: `sample` in a UNet, `hidden_states` in a transformer."""
     return next(iter(inspect.signature(denoiser.forward).parameters))

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.guiders import BaseGuidance
 from torch import nn
 
+from stages.base.single_file import check_file_of_weights, denoiser_of_file, is_single_file, pipeline_of_file
 from stages.errors import UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -56,22 +57,28 @@ def load_pipeline(
     torch_dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     pipeline_class: str | None = None,
+    config: str | None = None,
     **source: str | None,
 ) -> DiffusionPipeline:
-    """Load the stock pipeline of a folder or a hub id onto its device, without progress bars.
+    """Load the stock pipeline of a folder, a hub id or one file onto its device, without progress bars.
 
     Args:
         pipeline_class: its name in diffusers; by default the class that the model names.
+        config: of one file, a folder or a hub id with the pipeline's configuration; see stages/base/single_file.py.
         source: `revision` and `variant` of the weights.
     """
     quieten()
     kind = diffusers_class(pipeline_class or "DiffusionPipeline", "teacher.pipeline_class")
     try:
+        if is_single_file(name_or_path):
+            pipe: Any = pipeline_of_file(resolve(name_or_path), _resolved(config), pipeline_class, torch_dtype)
+            pipe.set_progress_bar_config(disable=True)
+            return pipe.to(device)
         absent = {} if issubclass(kind, ModularPipeline) else dict.fromkeys(absent_components(name_or_path, **source))
         pipe = kind.from_pretrained(resolve(name_or_path), torch_dtype=torch_dtype, **absent, **source)
         if isinstance(pipe, ModularPipeline):
             pipe.load_components(torch_dtype=torch_dtype)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         raise UserError(f"{name_or_path}: no {kind.__name__} could be loaded from it: {first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -128,27 +135,53 @@ def diffusers_class(name: str, key: str) -> Any:
 
 
 def load_denoiser(
-    name_or_path: str, subfolder: str, class_name: str, torch_dtype: torch.dtype, **source: str | None
+    name_or_path: str,
+    subfolder: str,
+    class_name: str,
+    torch_dtype: torch.dtype,
+    config: str | None = None,
+    **source: str | None,
 ) -> nn.Module:
-    """Load the denoiser alone, frozen, without text encoder, VAE and scheduler."""
+    """Load the denoiser alone, frozen, without text encoder, VAE and scheduler.
+
+    Args:
+        config: of one file, a folder or a hub id with the pipeline's configuration.
+    """
     kind = diffusers_class(class_name, "denoiser_class")
     with _named(name_or_path, class_name):
-        denoiser = kind.from_pretrained(resolve(name_or_path), subfolder=subfolder, torch_dtype=torch_dtype, **source)
+        if is_single_file(name_or_path):
+            denoiser = denoiser_of_file(resolve(name_or_path), _resolved(config), subfolder, kind, torch_dtype)
+        else:
+            path = resolve(name_or_path)
+            denoiser = kind.from_pretrained(path, subfolder=subfolder, torch_dtype=torch_dtype, **source)
     return denoiser.eval().requires_grad_(False)
 
 
-def denoiser_config(name_or_path: str, subfolder: str, class_name: str, **source: str | None) -> dict[str, Any]:
-    """The configuration of a denoiser, read without its weights; `_class_name` names its actual class."""
+def denoiser_config(
+    name_or_path: str, subfolder: str, class_name: str, config: str | None = None, **source: str | None
+) -> dict[str, Any]:
+    """The configuration of a denoiser, read without its weights; `_class_name` names its actual class.
+
+    Args:
+        config: of one file, a folder or a hub id with the pipeline's configuration.
+    """
     kind = diffusers_class(class_name, "denoiser_class")
     with _named(name_or_path, class_name):
+        if is_single_file(name_or_path):
+            check_file_of_weights(resolve(name_or_path), _resolved(config))
+            name_or_path = _resolved(config)
         return kind.load_config(resolve(name_or_path), subfolder=subfolder, **source)
+
+
+def _resolved(config: str | None) -> str:
+    return resolve(config) if config else ""
 
 
 @contextmanager
 def _named(name_or_path: str, class_name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, AttributeError) as error:
         raise UserError(
             f"{name_or_path}: no {class_name} could be loaded from it ({first_line(error)}): "
             "name where it is with pretrained_model_name_or_path=..."

@@ -113,7 +113,8 @@ def load_recorded(metadata: AdapterMetadata, name_or_path: str | None, device: s
         name_or_path: another base in place of the teacher's; its scheduler keeps its own configuration.
     """
     base, teacher = metadata.base, metadata.teacher
-    source: dict[str, Any] = {} if name_or_path else {"revision": base.revision, "variant": base.variant}
+    own = {"config": base.config, "revision": base.revision, "variant": base.variant}
+    source: dict[str, Any] = {"config": base.config or base.pretrained_model_name_or_path} if name_or_path else own
     kind = "ModularPipeline" if teacher.guider else base.pipeline_class
     if not hasattr(diffusers, str(kind)):
         warnings.warn(

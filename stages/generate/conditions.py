@@ -14,6 +14,7 @@ from stages.base.denoiser import DENOISER_NAMES
 from stages.base.loading import first_line, resolve
 from stages.base.prompts import check_columns, read_prompts, read_text
 from stages.base.sampling import Condition
+from stages.base.single_file import check_file_of_weights, is_single_file
 from stages.errors import UserError
 from stages.generate.config import GenerateConfig, TeacherConfig
 
@@ -120,8 +121,12 @@ def read_config(teacher: TeacherConfig, component: str | None = None) -> dict[st
     path = teacher.pretrained_model_name_or_path
     if component is not None and read_config(teacher).get(component) in (None, [None, None]):
         raise UserError(f"teacher.pretrained_model_name_or_path={path}: has no {component}: it cannot be recorded")
+    place = resolve(path)
+    if is_single_file(path):
+        check_file_of_weights(place, teacher.config or "")
+        place = resolve(teacher.config) if teacher.config else ""
     try:
-        read = kind.load_config(resolve(path), subfolder=component, revision=teacher.revision)
+        read = kind.load_config(place, subfolder=component, revision=teacher.revision)
     except (OSError, ValueError) as error:
         if component is not None:
             raise UserError(

@@ -32,7 +32,13 @@ MOST = 2**31 - 1
 
 @dataclass
 class TeacherConfig:
-    pretrained_model_name_or_path: str = option(MISSING, "folder or hub id of a stock diffusers pipeline")
+    pretrained_model_name_or_path: str = option(
+        MISSING, "folder or hub id of a stock diffusers pipeline, or a file of weights"
+    )
+    config: str | None = option(
+        None,
+        "if the weights are one file (.safetensors, .ckpt, .gguf): folder or hub id of the pipeline's configuration",
+    )
     revision: str | None = option(None, "branch, tag or commit on the hub")
     variant: str | None = option(None, "variant of the weights' files, e.g. fp16")
     torch_dtype: str = option("float32", "precision the teacher runs in", one_of=DTYPES)

@@ -90,7 +90,9 @@ class RayFleet:
         if self.started_ray:
             start_ray(config)
         teacher = replace(
-            config.teacher, pretrained_model_name_or_path=located(config.teacher.pretrained_model_name_or_path)
+            config.teacher,
+            pretrained_model_name_or_path=located(config.teacher.pretrained_model_name_or_path),
+            config=config.teacher.config and located(config.teacher.config),
         )
         self.config = replace(config, teacher=teacher, output_dir=absolute(config.output_dir))
         with ray_errors(config):

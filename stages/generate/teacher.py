@@ -132,6 +132,7 @@ class Teacher:
             guidance_rule=guidance_rule(self.pipe, self.arguments),
             arguments=self.arguments,
             layout=self.layout,
+            config=config.config,
         )
 
     def run(self, unit: Unit) -> TeacherOutput:
@@ -217,7 +218,7 @@ def _leaves_steps(config: GenerateConfig, asked: int) -> bool:
 def load_teacher(config: TeacherConfig, device: str) -> Any:
     """Load the pipeline that a configuration names, with its guider and scheduler, onto a device."""
     dtype = dtype_named(config.torch_dtype, "teacher.torch_dtype")
-    source = {"revision": config.revision, "variant": config.variant}
+    source = {"config": config.config, "revision": config.revision, "variant": config.variant}
     place = "cpu" if config.offload_text_encoder else device
     kind = "ModularPipeline" if config.guider else config.pipeline_class
     pipe: Any = load_pipeline(config.pretrained_model_name_or_path, dtype, place, kind, **source)

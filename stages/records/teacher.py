@@ -71,6 +71,7 @@ class TeacherFacts:
         prediction_type: None where the scheduler's configuration names none.
         guidance_rule: the rule's name and settings.
         arguments: extra arguments of the pipeline's call.
+        config: where the pipeline's configuration is, if its weights are one file.
     """
 
     pretrained_model_name_or_path: str
@@ -88,6 +89,7 @@ class TeacherFacts:
     guidance_rule: dict[str, Any]
     arguments: dict[str, Any]
     layout: LayoutFacts
+    config: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The facts as they are read back from `dataset.json`: tuples and arrays become lists, unknown objects text."""

@@ -9,13 +9,14 @@ from typing import Any
 from omegaconf import MISSING
 
 from stages.adapters import AdapterConfig
+from stages.base.single_file import is_gguf
 from stages.configuration.options import option
 from stages.errors import UsageError
 
 LOSSES = ("rms", "l2", "l1", "noise_weighted", "guidance_weighted", "guidance_delta")
 ON_DAMAGE = ("stop", "skip")
 PRECISIONS = ("no", "bf16", "fp16")
-QUANTIZATIONS = ("none", "int8")
+QUANTIZATIONS = ("none", "int8", "fp8", "int4", "nf4")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup")
 # A resumed run must draw the same records and hold out the same trajectories; the user may change all other options.
 KEPT_WHEN_RESUMED = (
@@ -42,6 +43,7 @@ WITHOUT_EFFECT = frozenset(
         "pretrained_model_name_or_path",
         "max_train_steps",
         "gradient_checkpointing",
+        "enable_group_offload",
         "torch_compile",
         "on_damage",
         "validation_steps",
@@ -94,8 +96,13 @@ class TrainConfig:
     gradient_checkpointing: bool = option(False, "recompute the base's activations in the backward pass: less memory")
     quantization: str = option(
         "none",
-        "`int8`: quantize the linear layers of the frozen base by torchao; needs gradient_checkpointing=true",
+        "quantize the linear layers of the frozen base: `int8`, `fp8` or `int4` by torchao, `nf4` by bitsandbytes; needs "
+        "gradient_checkpointing=true",
         one_of=QUANTIZATIONS,
+    )
+    enable_group_offload: bool = option(
+        False,
+        "keep the frozen base in the CPU's memory, each layer on the GPU while it runs; needs gradient_checkpointing=true",
     )
     torch_compile: bool = option(False, "compile the denoiser with its adapter")
     scale_range: list[float] | None = option(None, "train only on records with a guidance scale in [LOW,HIGH]")
@@ -167,8 +174,63 @@ def check_together(config: TrainConfig) -> None:
             raise UsageError(
                 f"quantization={config.quantization}: the variant `full` trains the base's weights: leave it out"
             )
+        if config.enable_group_offload:
+            raise UsageError(
+                "enable_group_offload=true: the variant `full` swaps its weights in for the forward pass: leave it out"
+            )
+    if config.pretrained_model_name_or_path and is_gguf(config.pretrained_model_name_or_path):
+        check_gguf(config)
+    if config.enable_group_offload:
+        check_offloading(config)
     if config.quantization != "none" and not config.gradient_checkpointing:
         raise UsageError(
             f"quantization={config.quantization}: the backward pass would keep every layer's full weight, more than "
             "quantization saves: add gradient_checkpointing=true"
+        )
+
+
+def check_offloading(config: TrainConfig) -> None:
+    """
+    Raises:
+        UsageError: an option contradicts `enable_group_offload`.
+    """
+    if config.quantization != "none":
+        raise UsageError(
+            f"enable_group_offload=true: a base in {config.quantization} stays on the GPU, because its scales do not move "
+            "with its weights: leave one of the two out"
+        )
+    if config.torch_compile:
+        raise UsageError("enable_group_offload=true: compiled code does not load layers: leave torch_compile out")
+    if not config.gradient_checkpointing:
+        raise UsageError(
+            "enable_group_offload=true: the backward pass would load every layer again for each of its tensors: add "
+            "gradient_checkpointing=true"
+        )
+
+
+def check_gguf(config: TrainConfig) -> None:
+    """
+    Raises:
+        UsageError: an option contradicts a base in GGUF, whose layers are quantised.
+    """
+    chosen = {
+        f"quantization={config.quantization}": config.quantization != "none",
+        "enable_group_offload=true": config.enable_group_offload,
+        "adapter.variant=full": config.adapter.variant == "full",
+    }
+    for name, given in chosen.items():
+        if given:
+            raise UsageError(f"{name}: the base {config.pretrained_model_name_or_path} is quantised: leave it out")
+
+
+def check_split(config: TrainConfig) -> None:
+    """
+    Raises:
+        UsageError: an option contradicts a base that is split over processes.
+    """
+    if config.enable_group_offload:
+        raise UsageError("enable_group_offload=true: --use_fsdp splits the base already: leave one of the two out")
+    if config.quantization != "none":
+        raise UsageError(
+            f"quantization={config.quantization}: --use_fsdp splits plain weights alone: leave one of the two out"
         )

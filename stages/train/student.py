@@ -15,33 +15,19 @@ from stages.adapters.conditioning import find_conditions
 from stages.adapters.guidance import Guidance, as_scales
 from stages.adapters.metadata import AdapterMetadata, Base, RecordedTeacher
 from stages.base.arguments import LENGTH, Arguments, Caller
-from stages.base.denoiser import NEGATIVE, STEP, as_target, fingerprint, predictions_of
-from stages.base.loading import denoiser_config, load_denoiser
+from stages.base.denoiser import NEGATIVE, STEP, as_target, floating_weight, predictions_of
 from stages.base.size import DEFAULT_SIZE
 from stages.errors import UserError
 from stages.records.schema import TensorSpec
-from stages.records.teacher import LayoutFacts, TeacherFacts
+from stages.records.teacher import LayoutFacts
 from stages.records.trajectory import CONDITION_PREFIX
+from stages.train.base import PRECISION, device_of, facts_of_teacher
 from stages.train.batch import Batch, split_by_length
+from stages.train.offloading import is_offloaded, offloaded_call
 from stages.train.sharding import shard
 
 if TYPE_CHECKING:  # a student needs no pyarrow
     from stages.records.dataset import Dataset
-
-PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def facts_of_teacher(dataset: Dataset, denoiser: str | None = None) -> TeacherFacts:
-    """The facts of the teacher in `dataset.json`, with those of one denoiser; by default the first."""
-    teacher = dataset.info.teacher
-    name = denoiser or teacher.denoiser_subfolder
-    chosen = teacher.denoisers[name]
-    return replace(
-        teacher,
-        denoiser_subfolder=name,
-        denoiser_class=chosen.denoiser_class,
-        denoiser_fingerprint=chosen.denoiser_fingerprint,
-    )
 
 
 def describe_base(
@@ -118,79 +104,6 @@ def condition_tensors(dataset: Dataset) -> dict[str, TensorSpec]:
     }
 
 
-def load_base(
-    dataset: Dataset,
-    name_or_path: str | None = None,
-    device: str = "cpu",
-    mixed_precision: str = "no",
-    quantization: str = "none",
-    denoiser: str | None = None,
-) -> nn.Module:
-    """Load the frozen denoiser that the records were made with.
-
-    Args:
-        mixed_precision: dtype of the base, `bf16` or `fp16`; by default the teacher's.
-        quantization: `int8` for linear layers with 8-bit weights.
-        denoiser: the denoiser's name in the pipeline; by default the first.
-
-    Raises:
-        UserError: the denoiser found differs from the teacher's in class or in weights.
-    """
-    teacher = facts_of_teacher(dataset, denoiser)
-    path = name_or_path or teacher.pretrained_model_name_or_path
-    source: dict[str, Any] = {} if name_or_path else {"revision": teacher.revision, "variant": teacher.variant}
-    place = path, teacher.denoiser_subfolder, teacher.denoiser_class
-    check_architecture(dataset, teacher, path, denoiser_config(*place, revision=source.get("revision")))
-    base = load_denoiser(*place, getattr(torch, teacher.torch_dtype), **source)
-    found = fingerprint(base)
-    if found != teacher.denoiser_fingerprint:
-        raise UserError(
-            f"{path}: not the weights that made {dataset.root}: fingerprint {found[:12]}, the dataset has "
-            f"{teacher.denoiser_fingerprint[:12]}: name the teacher's with pretrained_model_name_or_path=..."
-        )
-    if mixed_precision != "no":
-        cast(base, PRECISION[mixed_precision])
-    if quantization == "int8":
-        quantize(base)
-    return base.to(device)
-
-
-def check_architecture(dataset: Dataset, teacher: TeacherFacts, path: str, config: dict[str, Any]) -> None:
-    """Check a denoiser's configuration before its weights are loaded.
-
-    Raises:
-        UserError: its class or its number of latent channels differs from the teacher's.
-    """
-    expected, had = teacher.denoiser_class, teacher.denoisers[teacher.denoiser_subfolder].in_channels
-    channels = config.get("in_channels")
-    if config.get("_class_name", expected) != expected:
-        raise UserError(f"{path}: a {config['_class_name']}, and {dataset.root} was made with a {expected}")
-    if channels != had:
-        raise UserError(f"{path}: takes latents of {channels} channels, and {dataset.root} was made with {had}")
-
-
-def cast(denoiser: nn.Module, dtype: torch.dtype) -> None:
-    """Convert to another precision, except the modules that the model class keeps in fp32."""
-    denoiser.to(dtype)
-    kept = getattr(denoiser, "_keep_in_fp32_modules", None) or []
-    for name, module in denoiser.named_modules():
-        if any(part in name.split(".") for part in kept):
-            module.float()
-
-
-def quantize(denoiser: nn.Module) -> None:
-    """Hold the weights of the linear layers in 8 bits.
-
-    Raises:
-        UserError: torchao is not installed.
-    """
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise UserError("quantization=int8: torchao is not installed: pip install '.[quantization]'") from error
-    quantize_(denoiser, Int8WeightOnlyConfig())
-
-
 class Student:
     """Predicts the guided output of a batch in one conditional pass.
 
@@ -198,7 +111,7 @@ class Student:
         arguments: the layout of the denoiser's arguments in the teacher's calls.
         channels: the channels of each prediction that are in the target.
         constants: by size, the constant arguments that differ there.
-        mixed_precision: as given to `load_base`.
+        mixed_precision: as given to `load_base` of stages/train/base.py.
     """
 
     def __init__(
@@ -211,15 +124,15 @@ class Student:
         constants: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         self.denoiser, self.adapter = denoiser, adapter.attach(denoiser)
-        self.call: Callable[..., Any] = denoiser
+        self.call: Callable[..., Any] = offloaded_call(denoiser) if is_offloaded(denoiser) else denoiser
         self.channels = channels
-        device = next(denoiser.parameters()).device
+        device = device_of(denoiser)
         self.callers = {
             size: Caller(replace(arguments, constants=arguments.constants | changed), device)
             for size, changed in (constants or {DEFAULT_SIZE: {}}).items()
         }
         self.precision = PRECISION.get(mixed_precision)
-        self.dtype = next(denoiser.parameters()).dtype
+        self.dtype = floating_weight(denoiser).dtype
 
     @classmethod
     def create(
@@ -234,7 +147,7 @@ class Student:
         """Attach a new adapter to the dataset's denoiser of that name; see `describe_base` for `scale_range`."""
         metadata, inputs = describe_base(dataset, scale_range, name), example_inputs(dataset)
         adapter = GuidanceAdapter.for_denoiser(config, denoiser, metadata, inputs)
-        adapter.to(next(denoiser.parameters()).device)
+        adapter.to(device_of(denoiser))
         channels = list(dataset.info.teacher.layout.target_channels)
         constants = {name: size.constants for name, size in dataset.info.sizes.items()}
         return cls(denoiser, adapter, arguments_of(dataset), channels, mixed_precision, constants)

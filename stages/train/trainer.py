@@ -26,6 +26,7 @@ from stages.storage.cache import ShardCache
 from stages.storage.files import check_folder, whole_file
 from stages.storage.folder import open_folder
 from stages.storage.locks import exclusive_lock
+from stages.train.base import computing_dtype, load_base, parameters_of
 from stages.train.batch import Batch
 from stages.train.bins import Bins
 from stages.train.checkpoint import (
@@ -37,15 +38,17 @@ from stages.train.checkpoint import (
     save_checkpoint,
 )
 from stages.train.compiling import compile_errors
-from stages.train.config import TrainConfig, check_together, effective
+from stages.train.config import TrainConfig, check_split, check_together, effective
 from stages.train.decoding import Decoder
+from stages.train.foresight import foresee
 from stages.train.objective import Objective
 from stages.train.optimization import Optimization
 from stages.train.processes import from_main, join_processes
+from stages.train.quantization import check_quantization
 from stages.train.selection import choose_denoiser, select, trained_scales
 from stages.train.sharding import is_asked
 from stages.train.stream import RecordStream
-from stages.train.student import Student, load_base
+from stages.train.student import Student
 from stages.train.telemetry import BatchPosition, Meter, Trackers, tracker_class
 from stages.train.validation import Validation, guidance_gain
 
@@ -62,7 +65,11 @@ class Trainer:
             cannot be written.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, dry_run: bool = False) -> None:
+        """
+        Args:
+            dry_run: only check and foresee; the trainer cannot run.
+        """
         check(config)
         self.config = config
         self.root = Path(config.output_dir)
@@ -78,10 +85,18 @@ class Trainer:
             check_resumable(state, self.dataset, config)
         training, held_out = select(self.dataset, config)
         objective = Objective(config.loss, self.dataset.info.teacher, self.device)
+        check_quantization(config.quantization, self.device, computing_dtype(self.dataset, config.mixed_precision))
+        if is_asked():
+            check_split(config)
+        scales, name = trained_scales(training, config), choose_denoiser(self.dataset, config)
+        predicted = dry_run or self.device.startswith("cuda")
+        self.foresight = from_main(lambda: foresee(self.dataset, config, name, scales, predicted))
+        if dry_run:
+            return
         from_main(lambda: check_folder(self.root))  # after the checks that need no folder
 
         torch.manual_seed(config.seed)
-        self.student = self._new_student(trained_scales(training, config))
+        self.student = self._new_student(name, scales)
         self.adapter = self.student.adapter
         self.objective = objective
         self.optimization = Optimization(self.adapter, config, self.device)
@@ -153,8 +168,8 @@ class Trainer:
             from_main(lambda: stack.enter_context(exclusive_lock(self.root, "another run is training")))
             yield
 
-    def _new_student(self, scale_range: list[float] | None) -> Student:
-        config, name, split = self.config, choose_denoiser(self.dataset, self.config), is_asked()
+    def _new_student(self, name: str, scale_range: list[float] | None) -> Student:
+        config, split = self.config, is_asked()
         denoiser = load_base(
             self.dataset,
             config.pretrained_model_name_or_path,
@@ -162,6 +177,7 @@ class Trainer:
             config.mixed_precision,
             config.quantization,
             name,
+            config.enable_group_offload,
         )
         student = Student.create(self.dataset, config.adapter, denoiser, scale_range, config.mixed_precision, name)
         if split:
@@ -182,7 +198,7 @@ class Trainer:
     @property
     def adapter_share(self) -> float:
         """The adapter's parameters as a share of the base's."""
-        return self.adapter_parameters / sum(parameter.numel() for parameter in self.student.denoiser.parameters())
+        return self.adapter_parameters / parameters_of(self.student.denoiser)
 
     def state(self) -> dict[str, Any]:
         """The complete state of the run: a resumed run continues as if it had never stopped."""

@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 
 from stages.errors import UserError
-from stages.train.config import QUANTIZATIONS
+from stages.train.quantization import check_quantization
 from tests.benchmarks.measuring import device_name
 from tests.benchmarks.one_pass_time import measured as one_pass_time
 from tests.benchmarks.parts import Part, Row, run
 from tests.benchmarks.real_shapes import recording, training
 from tests.benchmarks.tiny_shapes import shape_named
-from tests.benchmarks.training_memory import Setup, goal_of, measured, modelled
+from tests.benchmarks.training_memory import HELD, Setup, goal_of, measured, modelled
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "torchao")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "torchao", "bitsandbytes")
 
 
 def metadata() -> Iterator[Row]:
@@ -43,14 +43,15 @@ def metadata() -> Iterator[Row]:
     }
 
 
-def training_memory(config: str) -> Iterator[Row]:
-    """Yield the peak of a step with the plain base and the quantised one: measured on a GPU, modelled elsewhere."""
-    for quantization in QUANTIZATIONS:
-        setup = Setup(shape_named(config), quantization=quantization)
-        row: Row = {"quantization": quantization, "goal": goal_of(setup)}
+def training_memory(config: str, *ways: str) -> Iterator[Row]:
+    """Yield the peak of a step for each way to hold the base: measured on a GPU, modelled elsewhere."""
+    for held in ways or HELD:
+        setup = Setup.holding(shape_named(config), held)
+        row: Row = {"held": held, "goal": goal_of(setup)}
         try:
+            check_quantization(setup.quantization, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
             yield row | {"peak": measured(setup) if torch.cuda.is_available() else modelled(setup)["peak"]}
-        except UserError as error:  # torchao is not installed
+        except UserError as error:  # a library is not installed
             yield row | {"error": str(error)}
 
 
@@ -66,7 +67,8 @@ def parts(tiny: bool) -> list[Part]:
     return [
         Part("metadata", 60, metadata),
         *(Part(f"one_pass_time {c}", 60, one_pass_time, (c, "eager", "", lock, (1, 8))) for c in (sdxl, dit, sd15, sd3)),
-        Part(f"training_memory {sdxl}", 60, training_memory, (sdxl,)),
+        Part(f"training_memory {sdxl}", 90, training_memory, (sdxl,)),
+        Part(f"training_memory {sd3}", 30, training_memory, (sd3, "none", "nf4")),
         Part(f"training {sdxl}", 45, of_shape, (training, sdxl, few, lock)),
         Part(f"training {dit}", 45, of_shape, (training, dit, many, lock)),
         Part(f"recording {sdxl}", 45, of_shape, (recording, sdxl, few, steps, lock)),
@@ -75,6 +77,7 @@ def parts(tiny: bool) -> list[Part]:
             Part(f"compiled {c}", limit, one_pass_time, (c, "compiled", "", lock / 2, (1, 8)))
             for c, limit in ((dit, 90), (sdxl, 150), (sd15, 120), (sd3, 120))
         ),
+        *([] if tiny else [Part("training_memory qwen_image", 120, training_memory, ("qwen_image", "nf4", "offload"))]),
     ]  # fmt: skip
 
 

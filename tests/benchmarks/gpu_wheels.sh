@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 wheels=tests/benchmarks/wheels
-packages=(diffusers omegaconf antlr4-python3-runtime obstore torchao pillow importlib-metadata lazy-importer zipp
+packages=(diffusers omegaconf antlr4-python3-runtime obstore torchao bitsandbytes pillow importlib-metadata lazy-importer zipp
   requests urllib3 charset-normalizer)
 platforms=(manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_24_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64)
 

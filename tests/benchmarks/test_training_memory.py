@@ -13,13 +13,13 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from stages.train.quantization import LIBRARIES
 from tests.benchmarks import training_memory
 from tests.benchmarks.tiny_shapes import shape_named
-from tests.benchmarks.training_memory import GOALS, Setup, Training, main, modelled
+from tests.benchmarks.training_memory import GOALS, HELD, Setup, Training, main, modelled
 from tests.support.real_shapes import TOKENS, Shape, on_meta, parameters
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
-SDXL = shape_named("sdxl")
 
 
 def small_unet() -> UNet2DConditionModel:
@@ -61,7 +61,10 @@ def measured(setup: Setup) -> tuple[int, int]:
 
 @pytest.mark.long
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="only Linux reports the peak of one step")
-@pytest.mark.parametrize(("quantization", "gradient_checkpointing"), [("none", False), ("none", True), ("int8", True)])
+@pytest.mark.parametrize(
+    ("quantization", "gradient_checkpointing"),
+    [("none", False), ("none", True), ("int8", True), ("fp8", True), ("nf4", True)],
+)
 def test_the_model_agrees_with_a_measured_run(
     monkeypatch: pytest.MonkeyPatch, quantization: str, gradient_checkpointing: bool
 ) -> None:
@@ -69,8 +72,8 @@ def test_the_model_agrees_with_a_measured_run(
 
     Those between steps agree within 12%, because the process's own objects are included.
     """
-    if quantization == "int8":
-        pytest.importorskip("torchao")
+    if quantization != "none":
+        pytest.importorskip(LIBRARIES[quantization])
     for threshold in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.setenv(threshold, str(1 << 16))  # freed memory returns to the system at once
     setup = Setup(SMALL, "lora", quantization, "no", gradient_checkpointing)
@@ -83,16 +86,32 @@ def test_the_model_agrees_with_a_measured_run(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_sdxl_meets_its_goals(quantization: str) -> None:
-    if quantization == "int8":
-        pytest.importorskip("torchao")
-    model = modelled(Setup(SDXL, quantization=quantization))
-    bytes_per_weight = {"none": 2, "int8": 1}[quantization]
-    assert model["base"] >= bytes_per_weight * parameters(on_meta("sdxl"))
+@pytest.mark.parametrize(
+    ("config", "held"), [(config, held) for (config, _), limits in GOALS.items() for held in limits]
+)
+def test_goals_are_met(config: str, held: str) -> None:
+    setup = Setup.holding(shape_named(config), held)
+    model = modelled(setup)
+    bytes_per_weight = {"none": 2, "int8": 1, "nf4": 0.5, "offload": 0}[held]
+    assert model["base"] >= bytes_per_weight * parameters(on_meta(config))
     assert model["activations"] <= sum(model["blocks"].values()) < 2 * model["activations"]
     assert model["peak"] >= sum(model[part] for part in ("base", "adapter", "optimizer", "activations"))
-    assert model["peak"] <= GOALS["sdxl", "lora"][quantization]
+    assert model["peak"] <= GOALS[config, "lora"][held]
+
+
+def test_the_stored_results_meet_their_goals() -> None:
+    rows = json.loads((Path(__file__).parent / "results" / "memory" / "goals.json").read_text())["rows"]
+    assert [(row["held"], row["goal"]) for row in rows] == [
+        goal for limits in GOALS.values() for goal in limits.items()
+    ]
+    assert all(row["peak"] <= row["goal"] for row in rows)
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_each_way_to_hold_the_base_is_modelled(held: str) -> None:
+    plain, other = (modelled(Setup.holding(shape_named("tiny_sd3"), way)) for way in ("none", held))
+    assert (other["base"] < plain["base"]) == (held != "none")
+    assert other["adapter"] == plain["adapter"]
 
 
 @pytest.mark.parametrize(("goal", "kept"), [(1 << 30, True), (1 << 10, False)])
@@ -106,5 +125,5 @@ def test_a_missed_goal_is_a_failure(
         with pytest.raises(SystemExit, match="tiny SDXL, offset: the peak is above its goal"):
             main("tiny_sdxl", "offset", "none")
     (row,) = json.loads(capsys.readouterr().out)["rows"]
-    assert (row["quantization"], row["goal"]) == ("none", goal)
+    assert (row["held"], row["goal"]) == ("none", goal)
     assert row["peak"] > row["model"]["base"] > 0

@@ -20,8 +20,9 @@ from stages.generate.plan import GOLDEN_RATIO
 from stages.generate.timesteps import shifted_timesteps
 from stages.records.dataset import Dataset
 from stages.records.verification import verify
+from stages.train.base import load_base
 from stages.train.selection import SelectedSample
-from stages.train.student import Student, load_base
+from stages.train.student import Student
 from stages.train.trainer import Trainer
 from stages.train.window import load
 from tests.conftest import generate, generate_config, small_adapter, train_config

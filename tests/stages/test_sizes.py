@@ -24,10 +24,11 @@ from stages.generate.config import GenerateConfig, TeacherConfig
 from stages.generate.timesteps import shifted_timesteps
 from stages.records.dataset import Dataset
 from stages.records.verification import verify
+from stages.train.base import load_base
 from stages.train.batch import Batch
 from stages.train.selection import SelectedSample
 from stages.train.stream import RecordStream
-from stages.train.student import Student, load_base
+from stages.train.student import Student
 from stages.train.trainer import Trainer
 from stages.train.window import load
 from tests.conftest import generate, generate_config, mostly_long, small_adapter, train_config

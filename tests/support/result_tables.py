@@ -1,6 +1,6 @@
 """The tables of the pages, from the results of `tests/benchmarks/results`.
 
-python -m tests.support.result_tables demo|emoji|default|variants|claims|outside|scale|teachers|guidance
+python -m tests.support.result_tables demo|emoji|default|variants|claims|outside|scale|teachers|guidance|memory
 """
 
 from __future__ import annotations
@@ -147,6 +147,16 @@ def guidance() -> str:
     return markdown_table(cells_of([{key: row[key] for key in keys} for row in rows]))
 
 
+def memory() -> str:
+    """Return the modelled peak of a training step beside its goal, for each way to hold the base that has one."""
+    titles = {"none": "bf16", "offload": "bf16, `enable_group_offload=true`"}
+    cells = [["base", "held in", "peak", "goal"]]
+    for row in read("memory/goals.json")["rows"]:
+        held = titles.get(row["held"], f"`quantization={row['held']}`")
+        cells.append([row["shape"], held, f"{row['peak'] / 1e9:.1f} GB", f"{row['goal'] / 1e9:.0f} GB"])
+    return markdown_table(cells)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": lambda: comparison(read("mnist_dit/evaluation.json")["rows"]),
     "emoji": lambda: comparison(read("emoji/evaluation.json")["rows"]),
@@ -157,6 +167,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale": scale,
     "teachers": teachers,
     "guidance": guidance,
+    "memory": memory,
 }
 
 

@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.records.schema import TensorSpec
+from stages.train.base import load_base
 from stages.train.decoding import COLUMNS, Decoder, load_vae
 from stages.train.selection import SelectedSample
-from stages.train.student import Student, load_base
+from stages.train.student import Student
 from tests.conftest import small_adapter
 from tests.support.made_up import teacher_facts
 

@@ -9,8 +9,9 @@ from stages.adapters import AdapterConfig
 from stages.base.loading import load_pipeline
 from stages.errors import UserError
 from stages.records.dataset import Dataset
+from stages.train.base import load_base
 from stages.train.selection import SelectedSample
-from stages.train.student import Student, describe_base, load_base
+from stages.train.student import Student, describe_base
 from stages.train.window import load
 
 CONFIG = AdapterConfig(sites=["attention"], hidden_size=16, rank=4)

@@ -26,6 +26,7 @@ from stages.storage.folder import open_folder
 from stages.train import trainer, validation
 from stages.train.batch import Batch
 from stages.train.config import LOSSES
+from stages.train.quantization import LIBRARIES
 from stages.train.selection import select
 from stages.train.trainer import Trainer
 from tests.conftest import VARIANTS, generate, generate_config, small_adapter, train_config
@@ -332,10 +333,11 @@ def test_gradient_checkpointing_changes_nothing_but_memory(shared_dataset: Path,
     assert_close(again, whole)
 
 
-def test_training_works_on_a_quantised_base(shared_dataset: Path, tmp_path: Path) -> None:
-    pytest.importorskip("torchao")
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_training_works_on_a_quantised_base(shared_dataset: Path, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip(LIBRARIES[kind])
     options = {"max_train_steps": 100, "learning_rate": 3e-3, "validation_share": 0.1, "gradient_checkpointing": True}
-    config = train_config(shared_dataset, tmp_path, quantization="int8", mixed_precision="bf16", **options)
+    config = train_config(shared_dataset, tmp_path, quantization=kind, mixed_precision="bf16", **options)
     summary = Trainer(config).run()
     assert summary["validation_loss"] < 0.99 * summary["validation_loss_unguided"]
 
@@ -397,7 +399,7 @@ def test_a_mismatch_is_refused_before_the_base_is_loaded(
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr("stages.train.student.load_denoiser", loaded)
+    monkeypatch.setattr("stages.train.base.load_denoiser", loaded)
     bases = {}
     for name, changes in {"channels": {"in_channels": 16}, "class": {"_class_name": "UNet2DConditionModel"}}.items():
         bases[name] = Path(shutil.copytree(tiny_teacher, tmp_path / name))
@@ -534,6 +536,24 @@ def test_a_non_finite_loss_stops_the_run_and_names_its_records(shared_dataset: P
         (
             {"quantization": "int8", "adapter": AdapterConfig("full")},
             "quantization=int8: the variant `full` trains the base's",
+        ),
+        ({"quantization": "fp4"}, "quantization=fp4: one of none, int8, fp8, int4, nf4"),
+        (
+            {"quantization": "int4", "gradient_checkpointing": True},
+            "quantization=int4: (torchao is not installed|needs a GPU)",
+        ),
+        ({"enable_group_offload": True}, "enable_group_offload=true: .*: add gradient_checkpointing=true"),
+        (
+            {"enable_group_offload": True, "quantization": "nf4", "gradient_checkpointing": True},
+            "enable_group_offload=true: a base in nf4 stays on the GPU",
+        ),
+        (
+            {"enable_group_offload": True, "torch_compile": True, "gradient_checkpointing": True},
+            "enable_group_offload=true: .* leave torch_compile out",
+        ),
+        (
+            {"enable_group_offload": True, "adapter": AdapterConfig("full")},
+            "enable_group_offload=true: the variant `full`",
         ),
         (
             {"gradient_checkpointing": True, "adapter": AdapterConfig("full")},

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.adapters import AdapterConfig
+from stages.errors import UserError
+from stages.train import base, foresight
+from stages.train.trainer import Trainer
+from tests.conftest import train_config
+
+
+def foreseen(data: Path, output: Path, **changes: Any) -> str:
+    return Trainer(train_config(data, output, gradient_checkpointing=True, **changes), dry_run=True).foresight
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr(base, "load_denoiser", loaded)
+
+
+def test_a_dry_run_tells_layers_and_peak_and_writes_nothing(shared_dataset: Path, tmp_path: Path) -> None:
+    line = foreseen(shared_dataset, tmp_path / "run")
+    assert re.fullmatch(r"base: \d+ layers in fp32; predicted peak 0\.0 GB", line)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
+def test_quantised_layers_are_counted(
+    shared_dataset: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.train.trainer.check_quantization", lambda *_: None)  # the library may be absent
+    line = foreseen(shared_dataset, tmp_path, quantization=kind, mixed_precision="bf16")
+    assert re.match(rf"base: \d+ linear layers in {kind}, \d+ others in bf16; predicted peak", line)
+
+
+def test_an_offloaded_base_is_not_in_the_peak(
+    shared_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks: list[int] = []
+    predict = foresight.predict_peak
+    monkeypatch.setattr(foresight, "predict_peak", lambda *args: peaks.append(predict(*args)) or peaks[-1])
+    foreseen(shared_dataset, tmp_path, adapter=AdapterConfig(rank=1), train_batch_size=1)
+    line = foreseen(
+        shared_dataset, tmp_path, adapter=AdapterConfig(rank=1), train_batch_size=1, enable_group_offload=True
+    )
+    assert ", offloaded layer by layer; predicted peak" in line
+    assert peaks[1] < peaks[0]
+
+
+def test_what_cannot_be_predicted_ends_no_run(
+    shared_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> int:
+        raise RuntimeError("reads a value\nand more")
+
+    monkeypatch.setattr(foresight, "predict_peak", failing)
+    assert foreseen(shared_dataset, tmp_path).endswith("; the peak of memory cannot be predicted: reads a value")
+
+
+def test_a_dry_run_refuses_what_a_run_would(shared_dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="missing: no DiTTransformer2DModel could be loaded"):
+        foreseen(shared_dataset, tmp_path, pretrained_model_name_or_path=str(tmp_path / "missing"))
