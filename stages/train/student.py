@@ -23,6 +23,7 @@ from stages.records.schema import TensorSpec
 from stages.records.teacher import LayoutFacts, TeacherFacts
 from stages.records.trajectory import CONDITION_PREFIX
 from stages.train.batch import Batch, split_by_length
+from stages.train.sharding import shard
 
 if TYPE_CHECKING:  # a student needs no pyarrow
     from stages.records.dataset import Dataset
@@ -237,6 +238,16 @@ class Student:
         channels = list(dataset.info.teacher.layout.target_channels)
         constants = {name: size.constants for name, size in dataset.info.sizes.items()}
         return cls(denoiser, adapter, arguments_of(dataset), channels, mixed_precision, constants)
+
+    def shard(self, device: str) -> None:
+        """Split the base over the processes of the run, each share on its process's device; move the adapter there.
+
+        Raises:
+            UserError: the base cannot be split.
+        """
+        shard(self.denoiser, device)
+        self.adapter.to(device)
+        self.callers = {size: replace(caller, device=torch.device(device)) for size, caller in self.callers.items()}
 
     def compile(self) -> None:
         """Compile the denoiser with the adapter's hooks."""

@@ -43,6 +43,7 @@ from stages.train.objective import Objective
 from stages.train.optimization import Optimization
 from stages.train.processes import from_main, join_processes
 from stages.train.selection import choose_denoiser, select, trained_scales
+from stages.train.sharding import is_asked
 from stages.train.stream import RecordStream
 from stages.train.student import Student, load_base
 from stages.train.telemetry import BatchPosition, Meter, Trackers, tracker_class
@@ -152,16 +153,18 @@ class Trainer:
             yield
 
     def _new_student(self, scale_range: list[float] | None) -> Student:
-        config, name = self.config, choose_denoiser(self.dataset, self.config)
+        config, name, split = self.config, choose_denoiser(self.dataset, self.config), is_asked()
         denoiser = load_base(
             self.dataset,
             config.pretrained_model_name_or_path,
-            self.device,
+            "cpu" if split else self.device,
             config.mixed_precision,
             config.quantization,
             name,
         )
         student = Student.create(self.dataset, config.adapter, denoiser, scale_range, config.mixed_precision, name)
+        if split:
+            student.shard(self.device)
         if config.gradient_checkpointing:
             student.checkpoint_gradients()
         if config.torch_compile:
@@ -215,7 +218,10 @@ class Trainer:
         Raises:
             UserError: a loss or a weight is not finite, or compilation failed.
         """
-        with compile_errors(self.config.torch_compile):  # torch compiles each kind of pass on first use
+        with (
+            sharding_errors(),
+            compile_errors(self.config.torch_compile),
+        ):  # torch compiles each kind of pass on first use
             return self._run()
 
     def _run(self) -> dict[str, Any]:

@@ -13,6 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import generate, generate_config
+from tests.support.families import ARGUMENTS, PROMPTS, save
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = [
     "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
@@ -102,3 +105,48 @@ def test_two_machines_train_like_one_process_with_twice_the_batch(shared_dataset
     )
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prompted")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    teacher = save("stable_diffusion_3", folder / "teacher")
+    config = generate_config(teacher, folder / "data", prompts=str(folder / "prompts.txt"))
+    config.teacher.call = dict(ARGUMENTS["stable_diffusion_3"])
+    return generate(config)
+
+
+SPLIT = [*LAUNCH[:1], "--use_fsdp", "--fsdp_version", "2", *LAUNCH[2:]]  # in place of --multi_gpu
+
+
+@pytest.mark.long
+def test_a_base_split_over_two_processes_trains_the_same_adapter(prompted: Path, tmp_path: Path) -> None:
+    data = f"data_dir={prompted}"
+    train(LAUNCH, data, f"output_dir={tmp_path / 'whole'}", "train_batch_size=4")
+    train(SPLIT, data, f"output_dir={tmp_path / 'split'}", "train_batch_size=4")
+    train(SPLIT, data, f"output_dir={tmp_path / 'less'}", "train_batch_size=4", "gradient_checkpointing=true")
+    whole, split, less = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "split", "less")
+    )
+    for name in whole:
+        torch.testing.assert_close(split[name], whole[name], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(less[name], whole[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.long
+def test_a_base_that_cannot_be_split_is_refused_in_one_line(shared_dataset: Path, tmp_path: Path) -> None:
+    for launch, message in (
+        (SPLIT, "error: --use_fsdp: DiTTransformer2DModel does not name the blocks to split it by: launch without"),
+        (
+            ["1" if word == "2" and SPLIT[i - 1] == "--fsdp_version" else word for i, word in enumerate(SPLIT)],
+            "error: --fsdp_version 1: ",
+        ),
+    ):
+        words = [f"data_dir={shared_dataset}", f"output_dir={tmp_path}", *WORDS]
+        done = subprocess.run(
+            [sys.executable, "-m", *launch, *words],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert message in done.stderr
