@@ -68,6 +68,7 @@ def begin(root: Path, resolved: str, trainer: Trainer) -> None:
         f"{trainer.adapter.variant}: {trainer.adapter_parameters:,} parameters at {len(trainer.adapter.shapes)} sites, "
         f"{trainer.adapter_share:.1%} of the base"
     )
+    print(*trainer.remarks, sep="\n")
 
 
 def skipped(summary: dict[str, Any]) -> str:
