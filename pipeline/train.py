@@ -3,9 +3,9 @@
 python -m pipeline.train --config configs/train/lora.yaml data_dir=data/mnist_dit output_dir=runs/mnist_dit
 python -m pipeline.train --multirun data_dir=data/mnist_dit output_dir=runs/sweep adapter.variant=offset,lora seed=0,1
 
-With --dry-run, the command checks the options, tells how the base's layers would be held and the predicted peak of memory,
-and stops before it loads or writes anything. `accelerate launch -m pipeline.train ...` trains on several GPUs. With --multirun, the command trains every combination
-of the comma-separated values and compares them in one table.
+With --dry-run, the command checks the options, tells how the base's layers would be held and the predicted peak of
+memory, and stops before it loads or writes anything. `accelerate launch -m pipeline.train ...` trains on several GPUs.
+With --multirun, the command trains every combination of the comma-separated values and compares them in one table.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def main(config: TrainConfig) -> None:
 
 
 def dry_run(config: TrainConfig) -> None:
-    print(Trainer(config, dry_run=True).foresight)
+    trainer = Trainer(config, dry_run=True)
+    print(trainer.foresight, *trainer.remarks, sep="\n")
 
 
 def train(trainer: Trainer, root: Path, resolved: str) -> None:
@@ -76,6 +77,7 @@ def begin(root: Path, resolved: str, trainer: Trainer) -> None:
         f"{trainer.adapter.variant}: {trainer.adapter_parameters:,} parameters at {len(trainer.adapter.shapes)} sites, "
         f"{trainer.adapter_share:.1%} of the base"
     )
+    print(*trainer.remarks, sep="\n")
 
 
 def skipped(summary: dict[str, Any]) -> str:

@@ -117,6 +117,7 @@ def train_config(data: Path | str, output: Path, **changes: Any) -> TrainConfig:
         "max_train_steps": 12,
         "validation_share": 0.2,
         "checkpointing_steps": 4,
+        "validation_steps": 1000,
         "logging_steps": 4,
         "report_to": "none",
         "device": "cpu",

@@ -37,6 +37,7 @@ class GuidanceAdapter(ForwardPass):
     default_sites: ClassVar[tuple[str, ...]] = ("attention",)
     default_conditions: ClassVar[tuple[str, ...]] = ("timestep", "pooled")
     default_rank: ClassVar[int] = 16
+    default_learning_rate: ClassVar[float] = 2e-3
     variants: ClassVar[dict[str, type[GuidanceAdapter]]] = {}
 
     def __init_subclass__(cls) -> None:

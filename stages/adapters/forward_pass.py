@@ -84,9 +84,9 @@ class ForwardPass(Attachable):
         conditions = self.conditioning(self.scale_with_gain(scale), timestep, embedded).to(self.dtype)
         return [(*site.prepare_step(conditions), *site.prepare_tokens(conditions)) for site in self._each_site()]
 
-    def scale_with_gain(self, scale: Tensor) -> Tensor:
-        """Apply the guidance gain, but never push a scale past the trained maximum."""
-        gain, most = self.metadata.guidance_gain, self.metadata.scale_range[1]
+    def scale_with_gain(self, scale: Tensor, gain: float | None = None) -> Tensor:
+        """Apply a guidance gain, by default the adapter's own, but never push a scale past the trained maximum."""
+        gain, most = self.metadata.guidance_gain if gain is None else gain, self.metadata.scale_range[1]
         return torch.minimum(scale + (gain - 1) * (scale - 1), scale.clamp(min=most))
 
     def _each_site(self) -> list[Site]:

@@ -28,6 +28,7 @@ class Full(Offset):
     """
 
     variant = "full"
+    default_learning_rate = 3e-4
     exclusive = True
 
     def __init__(self, config: AdapterConfig, shapes: dict[str, Shape], metadata: AdapterMetadata) -> None:

@@ -78,6 +78,7 @@ def convolution_of(kernel: tuple[int, ...]) -> tuple[type[Any], tuple[int, ...],
 
 class LoRA(GuidanceAdapter):
     variant = "lora"
+    default_learning_rate = 5e-3
     default_sites = ("*",)
     default_conditions = ()
     fusible = True

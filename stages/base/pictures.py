@@ -27,8 +27,8 @@ def to_picture(image: Tensor) -> Image.Image:
 
 
 def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Arrange pictures of one size in rows of one picture, and enlarge small ones."""
-    width, height = rows[0][0].size
+    """Arrange pictures in rows of one picture, each in a place of the largest one's size, and enlarge small ones."""
+    width, height = (max(picture.size[i] for row in rows for picture in row) for i in range(2))
     sheet = Image.new("RGB", (width * max(len(row) for row in rows), height * len(rows)))
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):

@@ -10,6 +10,7 @@ import diffusers
 import torch
 
 from stages.base.loading import diffusers_class, first_line
+from stages.base.noise_levels import set_timesteps
 from stages.errors import UsageError, UserError
 from stages.generate.conditions import pipeline_class_of, read_config
 from stages.generate.config import TeacherConfig
@@ -63,7 +64,8 @@ def timesteps_of(scheduler: Any, num_inference_steps: int) -> torch.Tensor | Non
     option = f"num_inference_steps={num_inference_steps}"
     too_many = f"{option}: at most {most}, the timesteps of the teacher's scheduler"
     try:
-        timesteps = _set_timesteps(scheduler, num_inference_steps)
+        set_timesteps(scheduler, num_inference_steps)
+        timesteps = scheduler.timesteps
     except ValueError as error:
         reason = too_many if 0 < most < num_inference_steps else f"{option}: {name}: {first_line(error)}"
         raise UsageError(reason) from error
@@ -74,18 +76,6 @@ def timesteps_of(scheduler: Any, num_inference_steps: int) -> torch.Tensor | Non
     counts_down_from_one = timesteps.is_floating_point() and 0 < float(timesteps.max()) <= 1
     # On a scale from 1 to 0, timestep 0 is the finished image, and pipelines stop before it.
     return timesteps[:-1] if counts_down_from_one and timesteps[-1] == 0 else timesteps
-
-
-def _set_timesteps(scheduler: Any, num_inference_steps: int) -> torch.Tensor:
-    """Set the timesteps as pipelines do: with `sigmas` for a scheduler of one training timestep, with `mu` if used."""
-    known = inspect.signature(scheduler.set_timesteps).parameters
-    named: dict[str, Any] = {}
-    if "mu" in known and scheduler.config.get("use_dynamic_shifting"):
-        named["mu"] = 1.0
-    if "sigmas" in known and scheduler.config.get("num_train_timesteps") == 1:
-        named["sigmas"] = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
-    scheduler.set_timesteps(num_inference_steps, **named)
-    return scheduler.timesteps
 
 
 def kept_by_pipeline(

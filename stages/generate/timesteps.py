@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from stages.base.noise_levels import DENSE, Table, dense_table, noise_level
 from stages.base.patching import patched
 from stages.errors import UserError
-
-DENSE = 1000  # steps in a dense table of noise levels
-FITS = 0.02  # relative tolerance at which noise levels match the scheduler's own
 
 
 @contextmanager
@@ -54,38 +51,37 @@ def _move(scheduler: Any, shift: float) -> None:
     scheduler.timesteps = (grid + moved).clamp(0, last)
 
 
-Table = tuple[np.ndarray, np.ndarray]  # timesteps and their noise levels, from the noisiest down
-
-
 def _dense_table(scheduler: Any, args: Any, kwargs: dict[str, Any]) -> Table | None:
-    """The scheduler's timesteps and noise levels for many steps; None where the call gives no number of steps."""
+    """The scheduler's table for many steps; None where the call gives no number of steps."""
     if (not args and kwargs.get("num_inference_steps") is None) or args[:1] == (None,):
         return None
-    dense = copy.deepcopy(scheduler)
-    vars(dense).pop("set_timesteps", None)  # the scheduler's own method, without the shift
-    try:
+
+    def set_dense(dense: Any) -> None:
         if args:
             dense.set_timesteps(DENSE, *args[1:], **kwargs)
         else:
             dense.set_timesteps(**kwargs | {"num_inference_steps": DENSE})
-    except Exception:  # some schedulers cannot make so many steps
-        return None
-    timesteps = dense.timesteps.double().cpu().numpy()
-    return timesteps, dense.sigmas.double().cpu().numpy()[: len(timesteps)]
+
+    return dense_table(scheduler, set_dense)
 
 
 def _spread(scheduler: Any, shift: float, table: Table | None) -> None:
     """Place each timestep between two of the grid's, with the scheduler's noise level at that timestep."""
     grid = scheduler.timesteps.double().cpu().numpy()
     sigmas = scheduler.sigmas.double().cpu().numpy()
-    noise_level = _noise_level(scheduler, grid, sigmas[: len(grid)], table)
+    level = noise_level(scheduler, grid, sigmas[: len(grid)], table)
+    if level is None:
+        raise UserError(
+            f"{type(scheduler).__name__}: its noise levels do not follow from its timesteps as known here: "
+            "record with shift_timesteps=false"
+        )
     ends = _with_ends(grid, scheduler.config.num_train_timesteps)
     places = (np.arange(len(grid)) + shift) * (len(ends) - 1) / len(grid)
     moved = np.interp(places, np.arange(len(ends)), ends)
     if not scheduler.timesteps.is_floating_point():
         moved = np.floor(moved)
     scheduler.timesteps = torch.from_numpy(moved).to(scheduler.timesteps)
-    levels = np.append(noise_level(moved), sigmas[len(grid) :])
+    levels = np.append(level(moved), sigmas[len(grid) :])
     scheduler.sigmas = torch.from_numpy(levels).to(scheduler.sigmas)
 
 
@@ -97,30 +93,3 @@ def _with_ends(grid: np.ndarray, num_train_timesteps: int) -> np.ndarray:
     half = (grid[:-1] - grid[1:]) / 2
     inner = grid[int(top - grid[0] < half[0]) : len(grid) - int(grid[-1] < half[-1])]
     return np.concatenate([[top], inner, [0.0]])
-
-
-def _shifted_flow(times: np.ndarray, sigmas: np.ndarray, whole: int) -> Any:
-    """Noise levels of flow matching with a static shift, `a x / (1 + (a - 1) x)`; the grid's middle gives a."""
-    middle = len(times) // 2
-    x, sigma = np.clip([times[middle], sigmas[middle]], 1e-6, 1 - 1e-6)
-    a = sigma / (1 - sigma) * (1 - x) / x
-    return lambda t: a * (t / whole) / (1 + (a - 1) * (t / whole))
-
-
-def _noise_level(scheduler: Any, grid: np.ndarray, sigmas: np.ndarray, dense: Table | None) -> Any:
-    """The function from timesteps to noise levels that reproduces the scheduler's own grid."""
-    whole = scheduler.config.num_train_timesteps
-    known = [lambda t: t / whole, _shifted_flow(grid / whole, sigmas, whole)]
-    if getattr(scheduler, "alphas_cumprod", None) is not None:
-        alphas = scheduler.alphas_cumprod.double().cpu().numpy()
-        table = ((1 - alphas) / alphas) ** 0.5
-        known.append(lambda t: np.interp(t, np.arange(len(table)), table))
-    if dense is not None and (np.diff(dense[0]) < 0).all():
-        known.append(lambda t: np.interp(t, dense[0][::-1], dense[1][::-1]))
-    for level in known if (np.diff(grid) < 0).all() else []:
-        if np.allclose(level(grid), sigmas, rtol=FITS, atol=1e-4):
-            return level
-    raise UserError(
-        f"{type(scheduler).__name__}: its noise levels do not follow from its timesteps as known here: "
-        "record with shift_timesteps=false"
-    )

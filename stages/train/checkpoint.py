@@ -13,7 +13,8 @@ from stages.configuration.options import dotted
 from stages.errors import StorageError, UserError
 from stages.records.dataset import Dataset
 from stages.storage.files import make_folder, whole_file
-from stages.train.config import KEPT_WHEN_RESUMED, TrainConfig, effective
+from stages.train.config import KEPT_WHEN_RESUMED, effective
+from stages.train.defaults import RunConfig
 
 CHECKPOINTS, UNFINISHED = "step-[0-9]*.pt", ".step-*.pt.*.tmp"
 
@@ -93,7 +94,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_resumable(state: dict[str, Any], dataset: Dataset, config: TrainConfig) -> None:
+def check_resumable(state: dict[str, Any], dataset: Dataset, config: RunConfig) -> None:
     """Refuse to resume with another dataset, or with options that must stay.
 
     Raises:

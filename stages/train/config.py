@@ -73,7 +73,9 @@ class TrainConfig:
     )
     train_batch_size: int = option(64, "records per batch and process", at_least=1)
     gradient_accumulation_steps: int = option(1, "batches per optimizer step", at_least=1)
-    max_train_steps: int = option(5000, "optimizer steps", at_least=1)
+    max_train_steps: int | None = option(
+        None, "optimizer steps; by default 4 passes over the records, but 1000 to 10000 steps", at_least=1
+    )
     loss: str = option(
         "rms",
         "`rms`: root of each record's mean squared error; `l1`; `l2`; or l2 weighted by the share of noise in the "
@@ -81,9 +83,11 @@ class TrainConfig:
         "square of what guidance adds (`guidance_delta`)",
         one_of=LOSSES,
     )
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0, at_most=1e3)
+    learning_rate: float | None = option(
+        None, "peak learning rate of AdamW; by default the variant's own", above=0, at_most=1e3
+    )
     lr_scheduler: str = option("cosine", "schedule, by its name in diffusers.optimization", one_of=SCHEDULES)
-    lr_warmup_steps: int = option(200, "steps of linear warm-up", at_least=0)
+    lr_warmup_steps: int | None = option(None, "steps of linear warm-up; by default a tenth of the run", at_least=0)
     adam_weight_decay: float = option(0.0, "weight decay of AdamW", at_least=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
     use_ema: bool = option(False, "validate and save an exponential moving average of the adapter's weights")
@@ -135,9 +139,11 @@ class TrainConfig:
     validation_share: float = option(
         0.05, "share of trajectories held out for validation, at least one", above=0, at_most=0.99
     )
-    validation_steps: int = option(1000, "steps between two validations", at_least=1)
+    validation_steps: int | None = option(
+        None, "steps between two validations; by default a quarter of the run, at most 1000", at_least=1
+    )
     vae_name_or_path: str | None = option(
-        None, "folder or hub id of a pipeline or a VAE: each validation decodes some held-out predictions into images"
+        None, "folder or hub id of a pipeline or a VAE: each validation decodes some held-out samples into images"
     )
     logging_steps: int = option(50, "steps between two log entries", at_least=1)
     checkpointing_steps: int = option(1000, "steps between two checkpoints", at_least=1)
@@ -164,6 +170,8 @@ def check_together(config: TrainConfig) -> None:
             raise UsageError(f"{name}={getattr(config, name)}: name a local folder; only data_dir can be in a bucket")
     if Path(config.output_dir).resolve() == Path(config.data_dir).resolve():
         raise UsageError(f"output_dir={config.output_dir}: is the dataset's folder: take another one")
+    if config.lr_warmup_steps is not None and config.max_train_steps is not None:
+        check_warmup(config.lr_warmup_steps, config.max_train_steps)
     if config.adapter.variant == "full":
         if config.gradient_checkpointing:
             raise UsageError(
@@ -233,4 +241,15 @@ def check_split(config: TrainConfig) -> None:
     if config.quantization != "none":
         raise UsageError(
             f"quantization={config.quantization}: --use_fsdp splits plain weights alone: leave one of the two out"
+        )
+
+
+def check_warmup(warmup: int, steps: int) -> None:
+    """
+    Raises:
+        UsageError: the learning rate would never reach its peak.
+    """
+    if warmup >= steps:
+        raise UsageError(
+            f"lr_warmup_steps={warmup}: the run has {steps} steps: lower it, or leave it out for a tenth of them"
         )

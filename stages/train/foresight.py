@@ -15,7 +15,7 @@ from stages.base.single_file import is_gguf
 from stages.records.trajectory import CONDITION_PREFIX
 from stages.train.base import base_config, computing_dtype, facts_of_teacher, is_incomparable, place_of_base
 from stages.train.batch import Batch
-from stages.train.config import TrainConfig
+from stages.train.defaults import RunConfig
 from stages.train.memory import default_dtype, fake_tensors, hold, modellable, step_bytes
 from stages.train.objective import squared_error
 from stages.train.quantization import INT4_GROUP
@@ -28,7 +28,7 @@ GB = 10**9
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def foresee(dataset: Dataset, config: TrainConfig, name: str, scale_range: list[float] | None, predict: bool) -> str:
+def foresee(dataset: Dataset, config: RunConfig, name: str, scale_range: list[float] | None, predict: bool) -> str:
     """A line: how many layers are held in which precision and where; with `predict` also the peak of memory.
 
     Raises:
@@ -51,7 +51,7 @@ def foresee(dataset: Dataset, config: TrainConfig, name: str, scale_range: list[
     return f"{layers}; predicted peak {peak / GB:.1f} GB"
 
 
-def describe_layers(denoiser: nn.Module, config: TrainConfig, dtype: torch.dtype) -> str:
+def describe_layers(denoiser: nn.Module, config: RunConfig, dtype: torch.dtype) -> str:
     """Such as `base: 780 linear layers in nf4, 95 others in bf16`."""
     layers = [module for module in denoiser.modules() if module._parameters]
     quantised = [layer for layer in layers if is_quantised(layer, config.quantization)]
@@ -73,7 +73,7 @@ def is_quantised(layer: nn.Module, kind: str) -> bool:
 
 def predict_peak(
     dataset: Dataset,
-    config: TrainConfig,
+    config: RunConfig,
     kind: Any,
     settings: dict[str, Any],
     name: str,

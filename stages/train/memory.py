@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from stages.train.config import TrainConfig
+from stages.train.defaults import RunConfig
 from stages.train.offloading import alias_weights, offloaded_call
 from stages.train.optimization import Optimization
 from stages.train.quantization import INT4_GROUP, replace_linears
@@ -90,12 +90,12 @@ def fake_tensors(n: int) -> Iterator[None]:
         fake_tensor.CONSTANT_NUMEL_LIMIT = before
 
 
-def modellable(config: TrainConfig) -> TrainConfig:
+def modellable(config: RunConfig) -> RunConfig:
     """The options as the model runs them: bf16 in place of fp16, whose loss scale reads values."""
     return replace(config, mixed_precision="bf16") if config.mixed_precision == "fp16" else config
 
 
-def step_bytes(student: Student, config: TrainConfig, loss: Callable[[], Tensor]) -> dict[str, Any]:
+def step_bytes(student: Student, config: RunConfig, loss: Callable[[], Tensor]) -> dict[str, Any]:
     """The bytes of a step's parts, and its `peak`, for a student of fake tensors.
 
     `base` is what stays on the device; `activations` is what the forward pass keeps for the backward pass, and `blocks`

@@ -12,7 +12,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from stages.train.config import TrainConfig
+from stages.train.defaults import RunConfig
 
 
 class Optimization:
@@ -22,7 +22,7 @@ class Optimization:
         average: the exponential moving average of the weights, with `use_ema`.
     """
 
-    def __init__(self, adapter: nn.Module, config: TrainConfig, device: str) -> None:
+    def __init__(self, adapter: nn.Module, config: RunConfig, device: str) -> None:
         self.parameters = list(adapter.parameters())
         self.config = config
         self.optimizer = torch.optim.AdamW(

@@ -19,6 +19,7 @@ from stages.records.dataset import Dataset
 from stages.train.config import TrainConfig
 
 Row = dict[str, Any]  # a row of the manifest
+FEW_HELD_OUT = 4  # trajectories, where a share gives one or none
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def select(dataset: Dataset, config: TrainConfig) -> tuple[list[SelectedSample],
     validate with the same ones.
 
     Raises:
-        UserError: a filter is invalid, or no record is left.
+        UserError: a filter is invalid, no record is left, or none has guidance.
     """
     manifest = dataset.manifest.filter(pc.field("denoiser") == choose_denoiser(dataset, config))
     held_out = hold_out(manifest, config.validation_share, config.seed)
@@ -62,6 +63,7 @@ def select(dataset: Dataset, config: TrainConfig) -> tuple[list[SelectedSample],
     if config.max_trajectories is not None:
         first = np.unique(training["trajectory"].to_numpy())[: config.max_trajectories]
         training = training.filter(pc.field("trajectory").isin(first))
+    check_scales(dataset, manifest, config)
     parts = tuple(list(in_timestep_range(dataset, table, config)) for table in (training, validation))
     if not all(parts) and pc.count_distinct(dataset.manifest["trajectory"]).as_py() < 2:
         raise UserError(
@@ -74,7 +76,44 @@ def select(dataset: Dataset, config: TrainConfig) -> tuple[list[SelectedSample],
                 f"{dataset.root}: no record is left to {purpose}: change validation_share={config.validation_share:g}, "
                 "or widen scale_range, timestep_range, max_trajectories or filters"
             )
+        if all(sample.row["scale"] == 1 for sample in samples):
+            raise UserError(
+                f"{dataset.root}: every record to {purpose} has scale 1, which is no guidance: generate with a wider "
+                "guidance_scale, or change validation_share, seed, scale_range or filters"
+            )
     return parts[0], parts[1]
+
+
+def check_scales(dataset: Dataset, manifest: pa.Table, config: TrainConfig) -> None:
+    """
+    Raises:
+        UserError: no record has a scale in `scale_range`.
+    """
+    if config.scale_range is None:
+        return
+    (low, high), found = interval("scale_range", config.scale_range), pc.min_max(manifest["scale"]).as_py()
+    if not pc.any(pc.and_(pc.greater_equal(manifest["scale"], low), pc.less_equal(manifest["scale"], high))).as_py():
+        raise UserError(
+            f"scale_range={config.scale_range}: no record of {dataset.root} has such a scale: they are "
+            f"{found['min']:.3g} to {found['max']:.3g}"
+        )
+
+
+def remarks(dataset: Dataset, held_out: list[SelectedSample], config: TrainConfig) -> list[str]:
+    """What a user should know about the selection, a line each."""
+    lines = []
+    trajectories = len({sample.row["trajectory"] for sample in held_out})
+    asked = round(config.validation_share * pc.count_distinct(dataset.manifest["trajectory"]).as_py())
+    if trajectories == 1:
+        lines.append("validation: a single trajectory, whose loss says little: raise validation_share")
+    elif trajectories > asked:
+        lines.append(f"validation: {trajectories} trajectories; validation_share gives {asked}, which says little")
+    low, high = dataset.plan.guidance.scale_range
+    if config.scale_range and not low <= config.scale_range[0] <= config.scale_range[1] <= high:
+        lines.append(
+            f"scale_range={config.scale_range}: the dataset has scales {low:g} to {high:g}, and trains no others"
+        )
+    return lines
 
 
 def choose_denoiser(dataset: Dataset, config: TrainConfig) -> str:
@@ -97,7 +136,9 @@ def choose_denoiser(dataset: Dataset, config: TrainConfig) -> str:
 def hold_out(manifest: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.Table]:
     """(training, validation): whole trajectories are held out, because the records of a trajectory are correlated."""
     trajectories = np.unique(manifest["trajectory"].to_numpy())
-    count = max(1, round(share * len(trajectories)))
+    count = round(share * len(trajectories))
+    if count < 2:  # one trajectory says little
+        count = max(1, min(FEW_HELD_OUT, len(trajectories) // 2))
     chosen = np.random.default_rng([seed, 1]).permutation(trajectories)[:count]
     held = np.isin(manifest["trajectory"].to_numpy(), chosen)
     return manifest.filter(pa.array(~held)), manifest.filter(pa.array(held))

@@ -12,10 +12,12 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from stages.adapters import GuidanceAdapter
 from stages.adapters.folder import CONFIG_FILE
+from stages.adapters.metadata import AdapterMetadata
 from stages.base.loading import choose_device
 from stages.configuration.options import check_bounds
 from stages.errors import UserError
@@ -28,6 +30,7 @@ from stages.storage.folder import open_folder
 from stages.storage.locks import exclusive_lock
 from stages.train.base import computing_dtype, load_base, parameters_of
 from stages.train.batch import Batch
+from stages.train.best import BEST, Best
 from stages.train.bins import Bins
 from stages.train.checkpoint import (
     CHECKPOINTS,
@@ -40,12 +43,14 @@ from stages.train.checkpoint import (
 from stages.train.compiling import compile_errors
 from stages.train.config import TrainConfig, check_split, check_together, effective
 from stages.train.decoding import Decoder
+from stages.train.defaults import complete, describe_course
 from stages.train.foresight import foresee
 from stages.train.objective import Objective
 from stages.train.optimization import Optimization
 from stages.train.processes import from_main, join_processes
 from stages.train.quantization import check_quantization
-from stages.train.selection import choose_denoiser, select, trained_scales
+from stages.train.sampling import HeldOutSampling, NotSampledError
+from stages.train.selection import SelectedSample, choose_denoiser, remarks, select, trained_scales
 from stages.train.sharding import is_asked
 from stages.train.stream import RecordStream
 from stages.train.student import Student
@@ -65,25 +70,28 @@ class Trainer:
             cannot be written.
     """
 
-    def __init__(self, config: TrainConfig, dry_run: bool = False) -> None:
+    def __init__(self, given: TrainConfig, dry_run: bool = False) -> None:
         """
         Args:
             dry_run: only check and foresee; the trainer cannot run.
         """
-        check(config)
-        self.config = config
-        self.root = Path(config.output_dir)
+        check(given)
+        self.root = Path(given.output_dir)
         self.checkpoints = self.root / "checkpoints"
-        device = choose_device(config.device)
+        device = choose_device(given.device)
         self.processes = join_processes(device)
         several = device == "cuda" and self.processes.num_processes > 1
         self.device = f"cuda:{self.processes.local_process_index}" if several else device
-        skipping = config.on_damage == "skip"
-        state = from_main(self._load_state)
-        self.dataset = self._open_dataset(None if state is None else state["dataset_fingerprint"])
+        skipping = given.on_damage == "skip"
+        state = from_main(lambda: self._load_state(given))
+        self.dataset = self._open_dataset(given, None if state is None else state["dataset_fingerprint"])
+        training, held_out = select(self.dataset, given)
+        records = sum(sample.records for sample in training)
+        self.config = config = complete(given, records, self.processes.num_processes)
         if state is not None:
             check_resumable(state, self.dataset, config)
-        training, held_out = select(self.dataset, config)
+        self.remarks = [describe_course(config, records, self.processes.num_processes)]
+        self.remarks += remarks(self.dataset, held_out, config)
         objective = Objective(config.loss, self.dataset.info.teacher, self.device)
         check_quantization(config.quantization, self.device, computing_dtype(self.dataset, config.mixed_precision))
         if is_asked():
@@ -108,9 +116,13 @@ class Trainer:
         bins = bins_of(self.dataset, self.adapter.metadata.scale_range)
         self.validation = Validation(self.dataset, held_out, config.train_batch_size, bins, self.device, skipping)
         self.meter = Meter(bins, self.device)
+        self.sampling = self._new_sampling(held_out)
         self.decoder = None
-        if config.vae_name_or_path is not None and self.processes.is_main_process:
-            self.decoder = Decoder(config.vae_name_or_path, self.dataset, held_out, self.device, skipping)
+        if config.vae_name_or_path is not None and self.sampling is not None and self.processes.is_main_process:
+            self.decoder = Decoder(config.vae_name_or_path, self.dataset, self.device)
+            self.decoder.try_out(self.sampling.two_passes[0])
+        self.gap_closed: dict[str, float] = {}
+        self.best: Best | None = None
         self.step = 0
         self.loss = self.unguided_loss = float("nan")
         if state is not None:
@@ -118,9 +130,9 @@ class Trainer:
         from_main(lambda: check_room(self.checkpoints, self._size_of_state(), self._additional_checkpoints()))
 
     def _size_of_state(self) -> int:
-        """Bytes of a checkpoint: the weights, two moments of each, and their average if there is one."""
+        """Bytes of a checkpoint: the weights, two moments of each, the best ones, and the average if there is one."""
         each = sum(parameter.numel() * parameter.element_size() for parameter in self.adapter.parameters())
-        return each * (4 if self.config.use_ema else 3)
+        return each * (5 if self.config.use_ema else 4)
 
     def _additional_checkpoints(self) -> int:
         """How many checkpoints the run adds at most, since each is written before the oldest is removed."""
@@ -128,9 +140,9 @@ class Trainer:
         left = math.ceil((config.max_train_steps - self.step) / config.checkpointing_steps)
         return min(left, max(1, config.checkpoints_total_limit + 1 - existing))
 
-    def _load_state(self) -> dict[str, Any] | None:
+    def _load_state(self, config: TrainConfig) -> dict[str, Any] | None:
         """The state to resume from; None for a new run."""
-        path = find_checkpoint(self.checkpoints, self.config.resume_from_checkpoint)
+        path = find_checkpoint(self.checkpoints, config.resume_from_checkpoint)
         if path is not None:
             return load_checkpoint(path)
         if find_checkpoint(self.checkpoints, "latest"):
@@ -141,12 +153,11 @@ class Trainer:
             raise UserError(f"{self.root}: holds an adapter, and no checkpoint to resume from: take another output_dir")
         return None
 
-    def _open_dataset(self, fingerprint: str | None) -> Dataset:
+    def _open_dataset(self, config: TrainConfig, fingerprint: str | None) -> Dataset:
         """Open the checkpoint's snapshot if it exists, else the newest.
 
         The main process decides for all, because the dataset may grow between two processes' reads.
         """
-        config = self.config
         cache = None if config.cache_dir is None else ShardCache(Path(config.cache_dir), config.cache_bytes)
 
         def choose() -> tuple[str | None, str]:
@@ -191,6 +202,15 @@ class Trainer:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         return student
 
+    def _new_sampling(self, held_out: list[SelectedSample]) -> HeldOutSampling | None:
+        low, high = self.adapter.metadata.scale_range
+        try:
+            return HeldOutSampling(self.dataset, held_out, (low, high), self.device, self.config.on_damage == "skip")
+        except NotSampledError as error:
+            pictures = "" if self.config.vae_name_or_path is None else " and no pictures"
+            self.remarks.append(f"validation: no gap closed{pictures}: {error}")
+            return None
+
     @property
     def adapter_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.adapter.parameters())
@@ -207,6 +227,7 @@ class Trainer:
             "seconds": self.meter.seconds,
             "loss": self.loss,
             "unguided_loss": self.unguided_loss,
+            "best": None if self.best is None else self.best._asdict(),
             "adapter": self.adapter.state_dict(),
             "optimization": self.optimization.state(),
             "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
@@ -229,6 +250,7 @@ class Trainer:
         self.stream.skipped = state["skipped"]
         self.step, self.meter.seconds = state["step"], state["seconds"]
         self.loss, self.unguided_loss = state["loss"], state["unguided_loss"]
+        self.best = None if state["best"] is None else Best(**state["best"])
 
     def run(self) -> dict[str, Any]:
         """Train to the end, write the adapter's folder, and return the content of `training.json`.
@@ -242,6 +264,7 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         if self.step == 0:
             self.unguided_loss, _ = self.validation.measure(self.student, guided=False)
+        self._save_best()  # an interrupted run may have left a later one, which this run need not reach
         settings = {key: value for key, value in asdict(self.config).items() if isinstance(value, (str, int, float))}
         with Trackers(self.config.report_to, self.root, self.step, settings) as trackers:
             self._fit(trackers)
@@ -255,6 +278,8 @@ class Trainer:
             "validation_loss": validation_loss,
             "validation_loss_unguided": self.unguided_loss,
             "validation_loss_by": by_bin,
+            "gap_closed": self.gap_closed,
+            "best": None if self.best is None else {"folder": BEST, **self.best.figures},
             "adapter_parameters": self.adapter_parameters,
             "adapter_share": self.adapter_share,
             "seconds": self.meter.seconds,
@@ -263,17 +288,32 @@ class Trainer:
             "samples_skipped": sorted(skipped),
             "peak_memory_bytes": peak_memory(self.device),
         }
-        low, high = self.adapter.metadata.scale_range
-        # A single trained scale leaves no room for a gain.
-        gain = guidance_gain(validation_loss, self.unguided_loss) if low < high else 1.0
-        measured = ("steps", "validation_loss", "validation_loss_unguided")
-        kind = {"kind": self.dataset.plan.config["trajectory"]}
-        training = asdict(self.dataset.plan.counts) | kind | {key: summary[key] for key in measured}
-        self.adapter.metadata = replace(self.adapter.metadata, guidance_gain=gain, training=training)
+        self.adapter.metadata = self._metadata(self.step, validation_loss)
         if self.processes.is_main_process:
             with self.optimization.averaged():
                 self.adapter.save_pretrained(self.root)
         return summary
+
+    def _gain(self, validation_loss: float) -> float:
+        low, high = self.adapter.metadata.scale_range
+        # A single trained scale leaves no room for a gain.
+        return guidance_gain(validation_loss, self.unguided_loss) if low < high else 1.0
+
+    def _metadata(self, step: int, validation_loss: float) -> AdapterMetadata:
+        """The adapter's metadata after a validation."""
+        measured = {
+            "kind": self.dataset.plan.config["trajectory"],
+            "steps": step,
+            "validation_loss": validation_loss,
+            "validation_loss_unguided": self.unguided_loss,
+        }
+        training = asdict(self.dataset.plan.counts) | measured
+        return replace(self.adapter.metadata, guidance_gain=self._gain(validation_loss), training=training)
+
+    def _save_best(self) -> None:
+        if self.best is not None and self.processes.is_main_process:
+            metadata = self._metadata(self.best.step, self.best.validation_loss)
+            self.best.save(self.adapter, metadata, self.root / BEST)
 
     def _fit(self, trackers: Trackers) -> None:
         config, batches = self.config, iter(self.stream)
@@ -331,15 +371,23 @@ class Trainer:
     def _validate(self, trackers: Trackers) -> tuple[float, dict[str, float]]:
         with self.optimization.averaged():
             loss, by_bin = self.validation.measure(self.student)
-            trackers.log(
-                {"validation_loss": loss} | {f"validation_loss_by/{k}": v for k, v in by_bin.items()}, self.step
-            )
-            if self.decoder is not None:
-                picture = self.decoder.draw(self.student)
-                trackers.show("held_out", picture, self.step)
-                with whole_file(self.root / "held_out" / f"step-{self.step:08d}.png") as file:
-                    picture.save(file, format="png")
+            scalars = {"validation_loss": loss} | {f"validation_loss_by/{k}": v for k, v in by_bin.items()}
+            if self.sampling is not None:
+                samples = self.sampling.measure(self.student, self._gain(loss))
+                self.gap_closed = samples.gap_closed
+                scalars |= {f"gap_closed/{k}": v for k, v in samples.gap_closed.items()}
+                if self.decoder is not None:
+                    self._show(trackers, self.decoder.draw(samples))
+            trackers.log(scalars, self.step)
+            if loss < (math.inf if self.best is None else self.best.validation_loss):
+                self.best = Best.of(self.adapter, self.step, loss)
+                self._save_best()
         return loss, by_bin
+
+    def _show(self, trackers: Trackers, picture: Image.Image) -> None:
+        trackers.show("held_out", picture, self.step)
+        with whole_file(self.root / "held_out" / f"step-{self.step:08d}.png") as file:
+            picture.save(file, format="png")
 
 
 def check(config: TrainConfig) -> None:

@@ -25,6 +25,7 @@ from stages.adapters import AdapterConfig, GuidanceAdapter
 from stages.train.base import PRECISION
 from stages.train.batch import Batch
 from stages.train.config import QUANTIZATIONS, TrainConfig
+from stages.train.defaults import RunConfig, complete
 from stages.train.memory import default_dtype, fake_tensors, hold, modellable, step_bytes
 from stages.train.objective import squared_error
 from stages.train.offloading import offload
@@ -67,9 +68,9 @@ class Setup:
         return "offload" if self.enable_group_offload else self.quantization
 
     @property
-    def config(self) -> TrainConfig:
+    def config(self) -> RunConfig:
         options = {name: value for name, value in vars(self).items() if name not in ("shape", "variant")}
-        return modellable(TrainConfig(adapter=AdapterConfig(self.variant), **options))
+        return modellable(complete(TrainConfig(adapter=AdapterConfig(self.variant), **options), records=1, processes=1))
 
 
 class Training:

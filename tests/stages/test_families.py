@@ -91,8 +91,11 @@ def test_untrained_the_student_is_the_unguided_teacher(dataset: Dataset) -> None
 
 def test_an_adapter_is_trained_and_samples_in_one_pass(dataset: Dataset, tmp_path: Path) -> None:
     config = train_config(dataset.root, tmp_path / "run", max_train_steps=3, adapter=ADAPTER)
-    summary = Trainer(config).run()
+    trainer = Trainer(config)
+    assert trainer.sampling is not None, trainer.remarks
+    summary = trainer.run()
     assert summary["loss"] > 0
+    assert summary["gap_closed"]
     pipe, adapter = load_pair(config.output_dir, None, "cpu")
     request = Request(conditions_of(pipe, adapter, None, PROMPTS), [0, 1], 3, adapter.metadata.arguments)
     guided, one_pass = (sample_setting(pipe, adapter, Setting(method, 3.0), request) for method in (CFG, ONE_PASS))

@@ -26,6 +26,7 @@ from stages.records.dataset import Dataset
 from stages.records.verification import verify
 from stages.train.base import load_base
 from stages.train.batch import Batch
+from stages.train.sampling import HeldOutSampling
 from stages.train.selection import SelectedSample
 from stages.train.stream import RecordStream
 from stages.train.student import Student
@@ -74,6 +75,16 @@ def test_each_unit_has_one_size_and_each_prompt_all(dataset: Dataset) -> None:
     found = verify(dataset.root)
     assert found["ok"]
     assert found["histograms"]["size"] == dict.fromkeys(sorted({size_name(row) for row in rows}), 4)
+
+
+def test_held_out_trajectories_of_every_size_are_sampled(dataset: Dataset) -> None:
+    samples = [SelectedSample(row) for row in dataset.manifest.to_pylist()]
+    sampling = HeldOutSampling(dataset, samples, (1.0, 6.0), "cpu")
+    found = sampling.measure(Student.create(dataset, small_adapter(), load_base(dataset)))
+    assert len({held_out.window.size for held_out in sampling.held_out}) > 1
+    for held_out, unguided, one_pass in zip(sampling.held_out, found.unguided, found.one_pass, strict=True):
+        assert one_pass.shape == held_out.noise.shape[1:]
+        torch.testing.assert_close(one_pass, unguided, atol=1e-3, rtol=1e-3)
 
 
 def test_the_denoiser_of_the_student_gets_what_the_pipeline_gives_it(dataset: Dataset) -> None:

@@ -36,7 +36,7 @@ def trained(root: Path, trajectories: int, steps: int) -> GuidanceAdapter:
     }
     data = generate(generate_config(TEACHER, root / "data", guidance_scale=[SCALE, SCALE], **changes))
     overrides = ["--config", "configs/train/lora.yaml", f"data_dir={data}", f"output_dir={root}/adapter"]
-    options = [f"max_train_steps={steps}", "lr_warmup_steps=10", "train_batch_size=32", "report_to=none", "device=cpu"]
+    options = [f"max_train_steps={steps}", "train_batch_size=32", "report_to=none", "device=cpu"]
     Trainer(parse(TrainConfig, [*overrides, *options, "adapter.hidden_size=32"])).run()
     return GuidanceAdapter.from_pretrained(root / "adapter")
 

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from stages.train import checkpoint
+from stages.train.best import BEST
 from stages.train.checkpoint import find_checkpoint, load_checkpoint
 from stages.train.config import TrainConfig
 from stages.train.trainer import Trainer
@@ -68,6 +69,8 @@ def install(fault: str) -> None:
         setattr(Path, "unlink", at_call(3, Path.unlink))  # noqa: B010
     elif fault == "writing the adapter":
         vars(safetensors.torch)["save"] = die
+    elif fault == "writing the second best adapter":
+        vars(safetensors.torch)["save"] = at_call(2, safetensors.torch.save)
     else:
         raise ValueError(fault)
 
@@ -134,6 +137,23 @@ def test_killed_at_a_chosen_moment(
     assert run(config) == 0
     assert_same(outcome(tmp_path), undisturbed)
     assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("fault", ["a step after a checkpoint", "writing the second best adapter"])
+def test_the_best_adapter_is_kept_over_a_kill(shared_dataset: Path, tmp_path: Path, fault: str) -> None:
+    undisturbed, disturbed = (
+        replace(config_of(shared_dataset, tmp_path / name), validation_steps=3) for name in ("undisturbed", "disturbed")
+    )
+    assert run(undisturbed) == 0
+    assert run(disturbed, fault) == -signal.SIGKILL
+    assert run(disturbed) == 0
+    assert_same(*(outcome(Path(config.output_dir)) for config in (undisturbed, disturbed)))
+    one, other = (
+        {path.name: path.read_bytes() for path in Path(config.output_dir, BEST).glob("[!.]*")}
+        for config in (undisturbed, disturbed)
+    )
+    assert one == other
+    assert one.keys() == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
 
 @pytest.mark.long

@@ -12,7 +12,7 @@ from stages.base.size import DEFAULT_SIZE
 from stages.train import optimization as optimization_module
 from stages.train.batch import Batch
 from stages.train.bins import Bins
-from stages.train.config import TrainConfig
+from stages.train.defaults import RunConfig
 from stages.train.objective import squared_error
 from stages.train.optimization import Optimization
 from stages.train.student import Student
@@ -21,8 +21,10 @@ from tests.conftest import VARIANTS, small_adapter, tiny_dit
 from tests.stages.adapters.test_contract import METADATA
 
 
-def config(**changes: Any) -> TrainConfig:
-    return TrainConfig("data", "run", **{"lr_warmup_steps": 0, "lr_scheduler": "constant"} | changes)
+def config(**changes: Any) -> RunConfig:
+    return RunConfig(
+        "data", "run", **{"learning_rate": 1e-3, "max_train_steps": 100, "lr_scheduler": "constant"} | changes
+    )
 
 
 def layer() -> nn.Linear:

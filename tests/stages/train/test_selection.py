@@ -10,7 +10,7 @@ import torch
 
 from stages.errors import UserError
 from stages.records.dataset import Dataset
-from stages.train.selection import SelectedSample, choose_denoiser, hold_out, select
+from stages.train.selection import FEW_HELD_OUT, SelectedSample, choose_denoiser, hold_out, remarks, select
 from stages.train.trainer import Trainer
 from stages.train.window import load
 from tests.conftest import generate, generate_config, train_config
@@ -30,6 +30,29 @@ def test_whole_trajectories_are_held_out(dataset: Dataset) -> None:
     assert (len(one), len(other), len(one | other)) == (9, 3, 12)
     assert hold_out(dataset.manifest, 0.25, seed=0)[1].equals(validation)
     assert not hold_out(dataset.manifest, 0.25, seed=1)[1].equals(validation)
+
+
+def test_a_single_held_out_trajectory_becomes_a_few(dataset: Dataset) -> None:
+    assert len(trajectories(selected(dataset, validation_share=0.05)[1])) == FEW_HELD_OUT
+    assert len(set(hold_out(dataset.manifest.slice(0, 2), 0.05, seed=0)[1]["trajectory"].to_pylist())) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({}, []),
+        ({"validation_share": 0.05}, ["validation: 4 trajectories; validation_share gives 1, which says little"]),
+        (
+            {"filters": [["trajectory", "not in", [0, 7]]]},
+            ["validation: a single trajectory, whose loss says little: raise"],
+        ),
+        ({"scale_range": [1.0, 9.0]}, ["scale_range=[1.0, 9.0]: the dataset has scales 1 to 6, and trains no others"]),
+    ],
+)
+def test_a_selection_that_is_not_as_asked_is_told(dataset: Dataset, changes: Any, lines: list[str]) -> None:
+    config = train_config(dataset.root, Path("unused"), **{"validation_share": 0.25} | changes)
+    found = remarks(dataset, select(dataset, config)[1], config)
+    assert [line.startswith(start) for line, start in zip(found, lines, strict=True)] == [True] * len(lines)
 
 
 def test_by_default_every_record_is_read(dataset: Dataset) -> None:
@@ -91,7 +114,10 @@ def test_selection_leaves_a_missing_shard_to_the_stream_if_damage_is_skipped(dam
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scale_range": [50.0, 60.0]}, "no record is left to train on"),
+        (
+            {"scale_range": [50.0, 60.0]},
+            r"scale_range=\[50.0, 60.0\]: no record of .* has such a scale: they are 1.19 to 5.47",
+        ),
         ({"timestep_range": [2000, 3000]}, "no record is left to train on"),
         ({"validation_share": 0.99}, "no record is left to train on"),
         ({"scale_range": [3.0]}, r"scale_range=\[3.0\]: give \[LOW,HIGH\]"),

@@ -43,7 +43,6 @@ def test_training_lowers_the_error_and_leaves_the_base_bit_for_bit(
         tmp_path,
         adapter=small_adapter(variant),
         max_train_steps=150,
-        validation_share=0.1,
         learning_rate=3e-3,
     )
     trainer = Trainer(config)
@@ -196,6 +195,7 @@ def test_the_log_has_losses_and_speed(shared_dataset: Path, tmp_path: Path) -> N
     assert info["records_per_second"] > 0
     assert 0 < info["waiting_share"] < 1
     assert info["peak_memory_bytes"] > 1e6
+    assert len([name for name in info if name.startswith("gap_closed/scale_")]) == 2
     for kind in ("loss", "validation_loss"):
         by_scale = {value for name, value in info.items() if name.startswith(f"{kind}_by/scale_")}
         by_timestep = {value for name, value in info.items() if name.startswith(f"{kind}_by/timestep_")}
@@ -469,12 +469,33 @@ def test_batches_without_guidance_train_like_others(
     assert trainer.optimization.is_finite()
 
 
-def test_a_dataset_without_any_guidance_is_trained_on_to_the_end(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_sampled_is_left_out_in_a_line(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = generate(generate_config(tiny_teacher, tmp_path / "data", num_recorded_steps=2))
+    pipeline.train.main(train_config(data, tmp_path / "run", vae_name_or_path=str(tiny_teacher)))
+    lines = capsys.readouterr().out.splitlines()
+    assert "validation: no gap closed and no pictures: num_recorded_steps=2 leaves steps out" in lines
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["gap_closed"] == {}
+
+
+def test_without_options_a_run_chooses_rate_and_length(
+    shared_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.train.defaults.LEAST_STEPS", 10)
+    options = {"max_train_steps": None, "validation_steps": None, "train_batch_size": 4}
+    pipeline.train.main(train_config(shared_dataset, tmp_path, **options))
+    chosen = "40 steps of 4 records, 4.0 passes over 40; learning rate 0.005 after 4 steps of warm-up"
+    assert chosen in capsys.readouterr().out.splitlines()
+    assert json.loads((tmp_path / "training.json").read_text())["steps"] == 40
+    pipeline.train.main(train_config(shared_dataset, tmp_path, **options))
+    assert "already trained with this configuration" in capsys.readouterr().out
+
+
+def test_a_dataset_without_any_guidance_is_refused(tiny_teacher: Path, tmp_path: Path) -> None:
     data = generate(generate_config(tiny_teacher, tmp_path / "data", guidance_scale=[1.0, 1.0]))
-    pipeline.train.main(train_config(data, tmp_path / "run", report_to="tensorboard"))
-    info = json.loads((tmp_path / "run" / "training.json").read_text())
-    assert info["steps"] == 12
-    assert info["validation_loss"] == info["validation_loss_unguided"] < 1e-4
+    with pytest.raises(UserError, match="every record to train on has scale 1, which is no guidance: generate with"):
+        Trainer(train_config(data, tmp_path / "run"))
 
 
 def test_compiled_training_takes_batches_without_guidance(scales_with_1: Path, tmp_path: Path) -> None:
@@ -623,9 +644,9 @@ def test_a_run_on_fewer_classes_is_resumed_after_more_were_added(tiny_teacher: P
     """The adapter's class table keeps its length."""
     data, run = tmp_path / "data", tmp_path / "run"
     grow(data, tiny_teacher, class_labels=[0, 1, 2])
-    config = train_config(data, run, resume_from_checkpoint="latest")
+    config = train_config(data, run, resume_from_checkpoint="latest", lr_scheduler="constant")
     Trainer(replace(config, max_train_steps=4)).run()
-    whole = weights_after(data, tmp_path / "whole")
+    whole = weights_after(data, tmp_path / "whole", lr_scheduler="constant")
     grow(data, tiny_teacher, class_labels=[0, 1, 2, 9], num_trajectories=18)
     Trainer(config).run()
     resumed = load_file(run / "adapter_model.safetensors")
