@@ -43,7 +43,7 @@ from stages.train.checkpoint import (
 from stages.train.compiling import compile_errors
 from stages.train.config import TrainConfig, check_split, check_together, effective
 from stages.train.decoding import Decoder
-from stages.train.defaults import complete, describe_course
+from stages.train.defaults import RunConfig, complete, describe_course
 from stages.train.foresight import foresee
 from stages.train.objective import Objective
 from stages.train.optimization import Optimization
@@ -82,31 +82,45 @@ class Trainer:
         self.processes = join_processes(device)
         several = device == "cuda" and self.processes.num_processes > 1
         self.device = f"cuda:{self.processes.local_process_index}" if several else device
-        skipping = given.on_damage == "skip"
         state = from_main(lambda: self._load_state(given))
         self.dataset = self._open_dataset(given, None if state is None else state["dataset_fingerprint"])
         training, held_out = select(self.dataset, given)
-        records = sum(sample.records for sample in training)
-        self.config = config = complete(given, records, self.processes.num_processes)
+        self.config = self._complete(given, training, held_out)
         if state is not None:
-            check_resumable(state, self.dataset, config)
+            check_resumable(state, self.dataset, self.config)
+        self.objective = Objective(self.config.loss, self.dataset.info.teacher, self.device)
+        scales, name = trained_scales(training, self.config), choose_denoiser(self.dataset, self.config)
+        self.foresight = self._foresee(name, scales, predict=dry_run or self.device.startswith("cuda"))
+        if not dry_run:
+            from_main(lambda: check_folder(self.root))  # after the checks that need no folder
+            torch.manual_seed(self.config.seed)
+            self.student = self._new_student(name, scales)
+            self._prepare(training, held_out, state)
+
+    def _complete(
+        self, given: TrainConfig, training: list[SelectedSample], held_out: list[SelectedSample]
+    ) -> RunConfig:
+        """The configuration with all choices made; `remarks` tell them."""
+        records = sum(sample.records for sample in training)
+        config = complete(given, records, self.processes.num_processes)
         self.remarks = [describe_course(config, records, self.processes.num_processes)]
         self.remarks += remarks(self.dataset, held_out, config)
-        objective = Objective(config.loss, self.dataset.info.teacher, self.device)
+        return config
+
+    def _foresee(self, name: str, scale_range: list[float] | None, predict: bool) -> str:
+        """Check how the base would be held, and describe it."""
+        config = self.config
         check_quantization(config.quantization, self.device, computing_dtype(self.dataset, config.mixed_precision))
         if is_asked():
             check_split(config)
-        scales, name = trained_scales(training, config), choose_denoiser(self.dataset, config)
-        predicted = dry_run or self.device.startswith("cuda")
-        self.foresight = from_main(lambda: foresee(self.dataset, config, name, scales, predicted))
-        if dry_run:
-            return
-        from_main(lambda: check_folder(self.root))  # after the checks that need no folder
+        return from_main(lambda: foresee(self.dataset, config, name, scale_range, predict))
 
-        torch.manual_seed(config.seed)
-        self.student = self._new_student(name, scales)
+    def _prepare(
+        self, training: list[SelectedSample], held_out: list[SelectedSample], state: dict[str, Any] | None
+    ) -> None:
+        """Make the parts of the run around its student, and restore a state."""
+        config, skipping = self.config, self.config.on_damage == "skip"
         self.adapter = self.student.adapter
-        self.objective = objective
         self.optimization = Optimization(self.adapter, config, self.device)
         self.stream = RecordStream(
             self.dataset, training, config.train_batch_size, config.seed, config.shuffle_bytes,
