@@ -19,6 +19,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from stages.adapters.folder import CONFIG_FILE
 from stages.configuration.options import check_bounds, option
 from stages.errors import UserError
 from stages.storage.files import make_folder, write_json
@@ -114,12 +115,16 @@ class Study:
 
 
 def cost(run: PlannedRun) -> dict[str, Any]:
-    """The cost of an adapter: evaluations of the teacher, and training."""
+    """The cost of an adapter: evaluations of the teacher, and training.
+
+    The dataset may have grown since the training, so the trajectories that were trained on count.
+    """
     training = json.loads((run.folder / "training.json").read_bytes())
     generation = json.loads((run.data / "generation.json").read_bytes())
+    trained_on = json.loads((run.folder / CONFIG_FILE).read_bytes())["training"]["trajectories"]
     return {
         "data": run.data.name,
-        "teacher_evaluations": generation["teacher_evaluations"],
+        "teacher_evaluations": generation["teacher_evaluations"] // generation["trajectories"] * trained_on,
         "training_seconds": training["seconds"],
         "training_peak_memory_bytes": training["peak_memory_bytes"],
         "parameters": training["adapter_parameters"],
