@@ -101,7 +101,7 @@ def use_scheduler(pipe: Any, name: str, key: str) -> None:
     """
     kind = diffusers_class(name, key)
     if not hasattr(kind, "set_timesteps"):
-        raise UserError(f"{key}={name}: no scheduler")
+        raise UserError(f"{key}={name}: no scheduler: name a class such as DDIMScheduler, or leave it out")
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
 
 
@@ -130,7 +130,7 @@ def diffusers_class(name: str, key: str) -> Any:
     """A class of diffusers by its name; `key` is the option that names it."""
     kind = getattr(diffusers, name, None)
     if not isinstance(kind, type):
-        raise UserError(f"{key}={name}: diffusers {diffusers.__version__} has no such class")
+        raise UserError(f"{key}={name}: diffusers {diffusers.__version__} has no such class: name one that it has")
     return kind
 
 

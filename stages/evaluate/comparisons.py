@@ -33,7 +33,7 @@ from stages.base.sampling import (
     takes_class_labels,
     undecoded,
 )
-from stages.errors import UserError
+from stages.errors import UsageError, UserError
 from stages.evaluate.methods import (
     CFG,
     NONE,
@@ -77,7 +77,7 @@ def settings(
 ) -> list[Setting]:
     """The settings in order: no guidance once, then at every scale CFG and the methods, one pass once per adapter."""
     if not scales or not all(1 < scale < float("inf") for scale in scales):
-        raise UserError(
+        raise UsageError(
             f"guidance_scale={list(scales)}: name scales above 1; 1 is no guidance, which is always included"
         )
     check_compared(methods)
@@ -146,7 +146,10 @@ def load_lora(pipe: Any, name_or_path: str) -> None:
     try:
         pipe.load_lora_weights(resolve(name_or_path))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"lora={name_or_path}: cannot be loaded: {first_line(error)}") from error
+        raise UserError(
+            f"lora={name_or_path}: cannot be loaded: {first_line(error)}: name a folder, a file or a hub id of a LoRA for "
+            f"{type(pipe).__name__}, or leave it out"
+        ) from error
 
 
 def fit_to_pipeline(adapter: GuidanceAdapter, pipe: Any) -> GuidanceAdapter:

@@ -28,6 +28,15 @@ from stages.evaluate.worker import DISTANCES, ERROR, Facts, Worker, number_of_pa
 from stages.progress import progress
 from stages.storage.files import check_folder, whole_file
 
+# What another command leaves in its folder.
+OTHERS = {
+    "adapter_config.json": "an adapter",
+    "checkpoints": "a training run",
+    "dataset.json": "a dataset",
+    "commits": "a dataset",
+    "claims.json": "a study",
+}
+ROUNDING = 1e-9  # a mean squared distance between latents, whose deviation is about 1, that rounding explains
 Begin = Callable[[Facts], list[int]]
 Makers = Callable[["Evaluation", Begin], Iterator[int]]
 
@@ -68,6 +77,7 @@ class Evaluation:
                 f"adapter_dir={folder}: no such folder: name an adapter's folder, or a hub id and an output_dir"
             )
         self.folder = Path(config.output_dir or Path(folder) / "evaluation")
+        check_own_folder(self.folder)
         self.settings = settings(config.guidance_scale, config.methods, list(self.adapters))
         self.reference: Reference | None = None
         if config.reference is not None:
@@ -143,7 +153,7 @@ class Evaluation:
             )
         return rows
 
-    def _distances_to_cfg(self) -> dict[Setting, dict[str, float]]:
+    def _distances_to_cfg(self) -> dict[Setting, dict[str, float | None]]:
         """The gap to CFG at its own scale that each setting closes, and its effective scale."""
         measured = measured_scales(self.settings)
         scales = sorted(measured)
@@ -160,6 +170,16 @@ class Evaluation:
         }
 
 
+def check_own_folder(folder: Path) -> None:
+    """
+    Raises:
+        UserError: the folder is another command's, whose files this one would replace.
+    """
+    for name, kind in OTHERS.items():
+        if (folder / name).exists():
+            raise UserError(f"output_dir={folder}: holds {kind}: name a folder of the evaluation's own")
+
+
 def adapter_names(adapter_dir: Any) -> dict[str, str]:
     """The adapters' folders by name."""
     folders = [adapter_dir] if isinstance(adapter_dir, str) else adapter_dir
@@ -167,8 +187,9 @@ def adapter_names(adapter_dir: Any) -> dict[str, str]:
         raise UserError(f"adapter_dir={adapter_dir}: name the folder of an adapter, or a list of folders")
     names = [Path(folder).name for folder in folders]
     unique = names if len(set(names)) == len(names) else folders
-    if twice := [name for name, times in Counter(unique).items() if times > 1]:
-        raise UserError(f"adapter_dir: {twice[0]} is given twice: name each adapter once")
+    places = [str(Path(folder).resolve()) if Path(folder).exists() else folder.rstrip("/") for folder in folders]
+    if twice := [place for place, times in Counter(places).items() if times > 1]:
+        raise UserError(f"adapter_dir: {folders[places.index(twice[0])]} is given twice: name each adapter once")
     return dict(zip(unique, folders, strict=True))
 
 
@@ -211,11 +232,12 @@ def image_measurements(found: Result) -> dict[str, Tensor]:
     return {name: v for name, v in found.values.items() if name != DISTANCES and not name.startswith(ERROR)}
 
 
-def gap_closed(setting: Setting, distances: dict[float, float], gaps: dict[float, float]) -> float:
-    """The share of the gap between no guidance and CFG, in the final latents, that a setting closes."""
+def gap_closed(setting: Setting, distances: dict[float, float], gaps: dict[float, float]) -> float | None:
+    """The share of the gap between no guidance and CFG, in the final latents, that a setting closes; None without one."""
     if setting.method in (NONE, CFG):
         return float(setting.method == CFG)
-    return 1 - distances[setting.guidance_scale] / gaps[setting.guidance_scale]
+    gap = gaps[setting.guidance_scale]
+    return None if gap < ROUNDING else 1 - distances[setting.guidance_scale] / gap
 
 
 def errors_by_timestep(found: Result, timesteps: list[float]) -> list[dict[str, Any]]:

@@ -63,8 +63,9 @@ def section(name: str, folder: Path, rows: list[Row]) -> dict[str, Any]:
     """One evaluation's section of the page: its table, plots of the means over seeds, and image grids."""
     means = over_seeds(rows)
     scales = sorted({curve["guidance_scale"] for row in means for curve in row["error_by_timestep"]})
-    plots = {key: (PLOTS[key], plot_over_scale(means, key)) for key in ("frechet_distance", "gap_closed")}
-    if len({row["teacher_evaluations"] for row in means if row["name"]}) > 1:
+    shown: list[str] = [key for key in ("frechet_distance", "gap_closed") if key in rows[0]]
+    plots = {key: (PLOTS[key], plot_over_scale(means, key)) for key in shown}
+    if "frechet_distance" in shown and len({row["teacher_evaluations"] for row in means if row["name"]}) > 1:
         plots["cost"] = ("Frechet distance against the teacher's evaluations", plot_over_cost(means))
     plots |= {
         f"error_{scale}": (f"distance to CFG at scale {scale:g}", plot_over_time(means, scale)) for scale in scales
@@ -91,7 +92,7 @@ def over_seeds(rows: list[Row]) -> list[Row]:
         | {
             key: statistics.fmean(row[key] for row in group)
             for key, value in group[0].items()
-            if isinstance(value, float)
+            if isinstance(value, float) and None not in [row[key] for row in group]
         }
         | {"error_by_timestep": mean_curves([row["error_by_timestep"] for row in group])}
         for (_, _, name), group in groups.items()
