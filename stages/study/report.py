@@ -24,6 +24,8 @@ from stages.evaluate.report import (
 from stages.storage.files import whole_file
 from stages.study.claims_table import VERDICTS, Claim, markdown_table, to_markdown
 
+REPORTS = MARKDOWN, PAGE = "claims.md", "claims.html"
+
 
 def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], metadata: dict[str, Any]) -> Path:
     """Write `claims.html`, with plots and image grids, and `claims.md`, with tables of the means over seeds.
@@ -35,9 +37,9 @@ def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], metad
     sections = [
         section(name, folder / "evaluations" / name, [r for r in rows if r["evaluation"] == name]) for name in names
     ]
-    with whole_file(folder / "claims.md") as file:
+    with whole_file(folder / MARKDOWN) as file:
         file.write("\n\n".join(tables_of(claims, rows)).encode() + b"\n")
-    path = folder / "claims.html"
+    path = folder / PAGE
     with whole_file(path) as file:
         file.write(
             render(

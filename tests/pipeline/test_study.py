@@ -99,6 +99,8 @@ def test_a_failure_skips_only_what_depends_on_it(
         tmp_path, "import sys\nsys.exit(any(word.endswith('data/bad') for word in sys.argv) and 'error: no')"
     )
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / "claims.json").write_text("of an earlier plan")
     with pytest.raises(UserError, match=r"^generate bad: no \(log: .*generate-bad.log\); fix that and repeat"):
         Study(StudyConfig(str(study_file), "claims", jobs=1)).run()
     assert capsys.readouterr().out.splitlines() == [
@@ -111,6 +113,7 @@ def test_a_failure_skips_only_what_depends_on_it(
         "evaluate scales: ",
         "evaluate data_cost: skipped, because a command that it needs failed",
     ]
+    assert not (tmp_path / "claims" / "claims.json").exists()
 
 
 def test_an_adapter_costs_the_trajectories_that_it_was_trained_on(tmp_path: Path) -> None:
