@@ -75,7 +75,8 @@ def load_pipeline(
             pipe.set_progress_bar_config(disable=True)
             return pipe.to(device)
         absent = {} if issubclass(kind, ModularPipeline) else dict.fromkeys(absent_components(name_or_path, **source))
-        pipe = kind.from_pretrained(resolve(name_or_path), torch_dtype=torch_dtype, **absent, **source)
+        with quiet():  # of the types in its configuration, and of what a folder leaves out
+            pipe = kind.from_pretrained(resolve(name_or_path), torch_dtype=torch_dtype, **absent, **source)
         if isinstance(pipe, ModularPipeline):
             pipe.load_components(torch_dtype=torch_dtype)
     except (OSError, ValueError, TypeError, ImportError) as error:
@@ -124,6 +125,17 @@ def quieten() -> None:
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within the context, diffusers logs errors alone."""
+    verbosity = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(verbosity)
 
 
 def diffusers_class(name: str, key: str) -> Any:

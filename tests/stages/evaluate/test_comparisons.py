@@ -100,3 +100,13 @@ def test_a_lora_that_cannot_be_loaded_is_named(tiny_adapter: Path, tmp_path: Pat
         load_pair(str(tiny_adapter), None, "cpu", lora=str(tmp_path))
     with pytest.raises(UserError, match=r"lora=.*cannot be loaded"):
         load_lora(load_pipeline("stages/embedded/mnist_sd"), str(tmp_path))
+
+
+def test_a_lora_is_loaded_without_a_word_and_one_of_another_base_is_refused(
+    capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    load_lora(load_pipeline("stages/embedded/emoji"), "stages/embedded/emoji_grey_lora")
+    assert capfd.readouterr().err == ""
+    assert [str(each.message) for each in recwarn if "PEFT" in str(each.message)] == []
+    with pytest.raises(UserError, match="lora=stages/embedded/emoji_grey_lora: "):
+        load_lora(load_pipeline("stages/embedded/mnist_sd"), "stages/embedded/emoji_grey_lora")
