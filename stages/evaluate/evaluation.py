@@ -15,7 +15,7 @@ from torch import Tensor
 from stages.adapters import GuidanceAdapter
 from stages.base.denoiser import fingerprint
 from stages.base.loading import choose_device
-from stages.configuration.options import check_bounds
+from stages.configuration.options import check_bounds, to_yaml
 from stages.errors import UserError
 from stages.evaluate.comparisons import Setting, measured_scales, settings
 from stages.evaluate.config import EvaluateConfig
@@ -100,7 +100,7 @@ class Evaluation:
             def begin(facts: Facts) -> list[int]:
                 self.parts = Parts(self.folder, facts.identity, number_of_parts(self.config))
                 self.metadata = self._metadata(facts)
-                missing = self.parts.missing()
+                missing = self._missing()
                 bar.update(self.config.num_samples - sum(self._size(part) for part in missing))
                 return missing
 
@@ -108,6 +108,18 @@ class Evaluation:
                 bar.update(images)
         self.rows = self._rows()
         return self.rows
+
+    def _missing(self) -> list[int]:
+        """
+        Raises:
+            UserError: the folder holds parts of another evaluation; names what differs, if that one was finished.
+        """
+        try:
+            return self.parts.missing()
+        except UserError as error:
+            if others := other_options(self.folder / "config.yaml", self.config):
+                raise UserError(f"{error} (its {', '.join(others)})") from error
+            raise
 
     def _size(self, part: int) -> int:
         return min(self.config.batch_size, self.config.num_samples - part * self.config.batch_size)
@@ -178,6 +190,15 @@ def check_own_folder(folder: Path) -> None:
     for name, kind in OTHERS.items():
         if (folder / name).exists():
             raise UserError(f"output_dir={folder}: holds {kind}: name a folder of the evaluation's own")
+
+
+def other_options(path: Path, config: EvaluateConfig) -> list[str]:
+    """The options of a saved configuration that differ from a configuration, with their values there."""
+    if not path.is_file():
+        return []
+    there, here = yaml.safe_load(path.read_bytes()), yaml.safe_load(to_yaml(config))
+    elsewhere = ("output_dir", "device")
+    return [f"{key} is {value}" for key, value in there.items() if key not in elsewhere and value != here.get(key)]
 
 
 def adapter_names(adapter_dir: Any) -> dict[str, str]:
