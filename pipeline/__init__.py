@@ -23,3 +23,5 @@ def check_surroundings() -> None:
 
 
 check_surroundings()
+# transformers says which backend it takes for each image processor of a pipeline.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

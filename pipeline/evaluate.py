@@ -30,7 +30,7 @@ from stages.storage.files import whole_file, write_json
 def main(config: EvaluateConfig) -> None:
     evaluation = evaluate(config)
     print(table(evaluation.rows))
-    print(*sentences(evaluation.rows), sep="\n")
+    print(*sentences(evaluation.rows, config.num_samples), sep="\n")
     print(f"report: {evaluation.folder / 'report.html'}")
     if (card := write_results_to_card(evaluation)) is not None:
         print(f"model card: {card} and {CONFIG_FILE} beside it now hold these results")
@@ -68,7 +68,8 @@ def write_results_to_card(evaluation: Evaluation) -> Path | None:
     if not folder.is_dir():
         return None
     adapter = GuidanceAdapter.from_pretrained(folder)
-    rows = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in evaluation.rows]
+    size = {"num_samples": config.num_samples, "num_inference_steps": config.num_inference_steps}
+    rows = [{key: value for key, value in row.items() if not isinstance(value, list)} | size for row in evaluation.rows]
     adapter.metadata = replace(adapter.metadata, evaluation=rows)
     write_card(adapter, folder)
     return folder / CARD_FILE

@@ -10,14 +10,19 @@ With --multirun, the command trains every combination of the comma-separated val
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.command import run
+from stages.adapters.folder import CONFIG_FILE
 from stages.base.loading import choose_device
 from stages.configuration.options import to_yaml
+from stages.errors import UserError
+from stages.records.plans import snapshots
 from stages.storage.files import whole_file, write_json
+from stages.storage.folder import open_folder
 from stages.study.multirun import multirun
 from stages.train.config import TrainConfig
 from stages.train.processes import from_main, join_processes
@@ -28,7 +33,7 @@ def main(config: TrainConfig) -> None:
     root = Path(config.output_dir)
     resolved = to_yaml(replace(config, resume_from_checkpoint=None))  # a resumed run is the same run
     processes = join_processes(choose_device(config.device))
-    if from_main(lambda: is_trained(root, resolved)):
+    if from_main(lambda: is_trained(root, resolved, config.data_dir)):
         if processes.is_main_process:
             print(f"{root}: already trained with this configuration; nothing to do")
         return
@@ -56,10 +61,22 @@ def train(trainer: Trainer, root: Path, resolved: str) -> None:
         )
 
 
-def is_trained(root: Path, resolved: str) -> bool:
-    """Whether the folder holds an adapter that was trained to the end with this configuration."""
+def is_trained(root: Path, resolved: str, data_dir: str) -> bool:
+    """Whether the folder holds an adapter that was trained to the end with this configuration.
+
+    Raises:
+        UserError: it does, and another dataset is there now; the adapter's own may have grown since.
+    """
     finished = (root / "training.json").is_file() and (root / "config.yaml").is_file()
-    return finished and (root / "config.yaml").read_bytes() == resolved.encode()
+    if not finished or (root / "config.yaml").read_bytes() != resolved.encode():
+        return False
+    trained_on = json.loads((root / CONFIG_FILE).read_bytes())["dataset_fingerprint"]
+    present = snapshots(open_folder(data_dir))
+    if present and trained_on not in present:
+        raise UserError(
+            f"{root}: holds an adapter of another dataset than that in data_dir={data_dir}: take another output_dir"
+        )
+    return True
 
 
 def begin(root: Path, resolved: str, trainer: Trainer) -> None:

@@ -31,7 +31,7 @@ GuidanceAdapter.from_pretrained("this folder, or its name on the hub").attach(pi
 MEASURED = """
 ## Measured
 
-| method | guidance scale | effective scale | Frechet distance | gap closed | evaluations per image |
+{size}| method | guidance scale | effective scale | Frechet distance | gap closed | evaluations per image |
 | --- | --- | --- | --- | --- | --- |
 {rows}
 
@@ -81,7 +81,7 @@ def model_card(variant: str, parameters: int, metadata: AdapterMetadata) -> str:
         loading=loading(metadata),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
     )
-    card += MEASURED.format(rows="\n".join(map(measured, rows))) if rows else ""
+    card += MEASURED.format(size=size_of(rows[0]), rows="\n".join(map(measured, rows))) if rows else ""
     return card + "".join(DIAL.format(scale=scale, rows=dial(rows)) for scale, rows in metadata.dial.items())
 
 
@@ -137,6 +137,7 @@ def header(variant: str, metadata: AdapterMetadata, rows: list[dict[str, Any]]) 
         for row in rows
         if row["method"] == "one_pass"
         for metric in ("frechet_distance", "gap_closed")
+        if row[metric] is not None
     ]
     data = ModelCardData(
         base_model=metadata.base.pretrained_model_name_or_path,
@@ -149,10 +150,18 @@ def header(variant: str, metadata: AdapterMetadata, rows: list[dict[str, Any]]) 
     return data.to_yaml()
 
 
+def size_of(row: dict[str, Any]) -> str:
+    """How many images the figures are of; nothing of an evaluation that did not write it down."""
+    if "num_samples" not in row:
+        return ""
+    return f"{row['num_samples']:,} images a row, {row['num_inference_steps']} steps, the same noise in every row.\n\n"
+
+
 def measured(row: dict[str, Any]) -> str:
     effective = f"{row['effective_scale']:.2f}" if "effective_scale" in row else ""
     cells = [row["method"], f"{row['guidance_scale']:g}", effective, f"{row['frechet_distance']:.1f}"]
-    return f"| {' | '.join(cells)} | {row['gap_closed']:.3f} | {row['denoiser_evaluations']:g} |"
+    gap = "none" if row["gap_closed"] is None else f"{row['gap_closed']:.3f}"
+    return f"| {' | '.join(cells)} | {gap} | {row['denoiser_evaluations']:g} |"
 
 
 def dial(rows: list[dict[str, float]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Sequence
 
@@ -32,6 +33,21 @@ def as_scales(scale: Scales, offset: float = 0.0) -> Tensor:
     if scales.device.type == "cpu" and not (len(scales) and bool(scales.isfinite().all())):
         raise UserError(f"guidance_scale={scale}: give a finite number, or one for each image")
     return (scales + offset).clamp(min=1)
+
+
+def check_schedule(schedule: ScaleSchedule) -> None:
+    """
+    Raises:
+        UserError: it is a function that does not take a step and a timestep.
+    """
+    if not callable(schedule):
+        return
+    try:
+        inspect.signature(schedule).bind(0, 0.0)
+    except TypeError as error:
+        raise UserError(f"a schedule of scales is a function of the step and the timestep: {error}") from error
+    except ValueError:  # compiled code has no signature
+        return
 
 
 def scales_of_schedule(schedule: ScaleSchedule, timesteps: Tensor) -> Tensor:

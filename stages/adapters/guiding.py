@@ -11,7 +11,7 @@ from torch import nn
 from stages.adapters.adapter_base import AdapterBase
 from stages.adapters.attachment import Context, Fusion, attachment_of, is_attached
 from stages.adapters.denoiser_controller import DenoiserController
-from stages.adapters.guidance import Guidance, Scales, ScaleSchedule, as_scales
+from stages.adapters.guidance import Guidance, Scales, ScaleSchedule, as_scales, check_schedule
 from stages.adapters.scale_overrides import innermost_context, overriding
 from stages.errors import UserError
 
@@ -84,6 +84,7 @@ class Guiding(AdapterBase):
         """
         if not self.pipelines:
             raise UserError("a schedule of scales needs a pipeline, which knows the steps: attach the adapter to one")
+        check_schedule(schedule)
         with overriding(self, schedule):
             yield
 

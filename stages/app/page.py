@@ -28,8 +28,10 @@ SYSTEM_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace
 CSS = Path(__file__).with_name("page.css")
 TITLES = {NONE: "no guidance", CFG: "CFG, two passes", ONE_PASS: "one pass"}  # from left to right
 SHOWN = tuple(TITLES)
-STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 MOST_POSITIONS = 60
+ROUNDING = 1e-5  # of a position in the browser
+HINT = "Type what the pictures shall show, and press Enter."
 Outputs = list[Any]  # a figure per method and the note
 
 
@@ -49,23 +51,31 @@ class Scales:
         Args:
             lowest, highest: of the trained scales.
         """
-        end = highest + (highest - 1) / 4
+        end, middle = highest + (highest - 1) / 4, (lowest + highest) / 2
         step = next((step for step in STEPS if (end - 1) / step <= MOST_POSITIONS), STEPS[-1])
+        if (highest - lowest) < step < middle - 1:  # a position that is trained, even of a single scale
+            step = (middle - 1) / round((middle - 1) / step)
 
         def position(scale: float) -> float:
-            return round(max(1, round((scale - 1) / step)) * step + 1, 2)
+            return round(max(1, round((scale - 1) / step)) * step + 1, 6)
 
-        return Scales((lowest, highest), step, 1 + step, position(end), position((lowest + highest) / 2))
+        highest_position = max(position(end), position(1 + 2 * step))
+        return Scales((lowest, highest), step, position(1 + step), highest_position, position(middle))
 
     def share(self, scale: float) -> float:
         """The place of a scale on the slider, from 0 at its left end to 1."""
         return min(1.0, max(0.0, (scale - self.lowest) / (self.highest - self.lowest)))
 
+    @property
+    def trained_in_words(self) -> str:
+        low, high = self.trained
+        return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
     def note(self, scale: float) -> str:
         low, high = self.trained
-        if low <= scale <= high:
+        if low - ROUNDING <= scale <= high + ROUNDING:
             return ""
-        return f"{scale:g} is outside the trained scales, {low:g} to {high:g}: one pass may differ from CFG"
+        return f"{scale:g} is outside the trained scales, {self.trained_in_words}: one pass may differ from CFG"
 
 
 def application(sampler: Sampler, title: str) -> Any:
@@ -97,27 +107,28 @@ def build(sampler: Sampler, title: str) -> gr.Blocks:
         gr.HTML(f"<h1>{TITLE}</h1><p>{escape(title)}</p>{marks(scales)}", elem_id="head")
         with gr.Row(elem_id="subject"):
             shown, negative = subject_fields(sampler)
-            seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=80, elem_id="seed")
+            # Without bounds: gradio prints a traceback for a number outside of them.
+            seed = gr.Number(0, label="seed", precision=0, min_width=80, elem_id="seed")
             another = gr.Button("another seed", scale=0, min_width=130, elem_id="another")
         with gr.Row(elem_id="pictures"):
             figures = [gr.HTML(figure(method, first.get(method)), elem_id=method, min_width=80) for method in SHOWN]
-        low, high = scales.trained
         scale = gr.Slider(
             scales.lowest,
             scales.highest,
             scales.first,
             step=scales.step,
             label="guidance scale",
-            info=f"trained: {low:g} to {high:g}; hatched: not trained",
+            info=f"trained: {scales.trained_in_words}; hatched: not trained",
             buttons=[],
             elem_id="scale",
         )
-        note = gr.HTML(note_of(""), elem_id="note")
+        note = gr.HTML(note_of("" if first else HINT), elem_id="note")
 
         def follow(scale: float, seed: int | None, shown: Any, negative: str = "") -> Iterator[Outputs]:
             if seed is None or shown in (None, ""):
                 yield [gr.skip()] * len([*figures, note])
                 return
+            check_seed(seed)
             yield from drawn(sampler, scales, scale, Subject(shown, seed, negative))
 
         another.click(
@@ -155,6 +166,11 @@ def subject_fields(sampler: Sampler) -> tuple[Any, Any]:
         return shown, None
     label = "negative prompt" if sampler.adapter.sees_negative else "negative prompt (CFG only)"
     return shown, gr.Textbox(label=label, lines=1, max_lines=1, elem_id="negative", scale=3)
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed <= MAX_SEED:
+        raise gr.Error(f"seed {seed}: 0 to {MAX_SEED}", duration=None, print_exception=False)
 
 
 def triggers(field: Any) -> list[Any]:
@@ -204,6 +220,7 @@ def figure(method: str, sample: Sample | None) -> str:
 
 
 def marks(scales: Scales) -> str:
-    """The places on the slider between which its scales were trained, for `page.css`."""
+    """The places on the slider between which its scales were trained, for `page.css`; before its end if they reach it."""
     begin, end = map(scales.share, scales.trained)
+    begin = begin or -1
     return f"<style>#scale {{ --trained-from: {begin:.3f}; --trained-to: {end:.3f} }}</style>"

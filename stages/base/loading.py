@@ -75,7 +75,8 @@ def load_pipeline(
             pipe.set_progress_bar_config(disable=True)
             return pipe.to(device)
         absent = {} if issubclass(kind, ModularPipeline) else dict.fromkeys(absent_components(name_or_path, **source))
-        pipe = kind.from_pretrained(resolve(name_or_path), torch_dtype=torch_dtype, **absent, **source)
+        with quiet():  # of the types in its configuration, and of what a folder leaves out
+            pipe = kind.from_pretrained(resolve(name_or_path), torch_dtype=torch_dtype, **absent, **source)
         if isinstance(pipe, ModularPipeline):
             pipe.load_components(torch_dtype=torch_dtype)
     except (OSError, ValueError, TypeError, ImportError) as error:
@@ -101,7 +102,7 @@ def use_scheduler(pipe: Any, name: str, key: str) -> None:
     """
     kind = diffusers_class(name, key)
     if not hasattr(kind, "set_timesteps"):
-        raise UserError(f"{key}={name}: no scheduler")
+        raise UserError(f"{key}={name}: no scheduler: name a class such as DDIMScheduler, or leave it out")
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
 
 
@@ -126,11 +127,22 @@ def quieten() -> None:
         logging.set_verbosity_error()
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within the context, diffusers logs errors alone."""
+    verbosity = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(verbosity)
+
+
 def diffusers_class(name: str, key: str) -> Any:
     """A class of diffusers by its name; `key` is the option that names it."""
     kind = getattr(diffusers, name, None)
     if not isinstance(kind, type):
-        raise UserError(f"{key}={name}: diffusers {diffusers.__version__} has no such class")
+        raise UserError(f"{key}={name}: diffusers {diffusers.__version__} has no such class: name one that it has")
     return kind
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from stages.base.loading import first_line, quieten, resolve
 from stages.base.sampling import Condition
 from stages.errors import UserError
 from stages.evaluate.feature_extractors import as_tensor
+from stages.evaluate.identity import settings_of
 
 
 class ClipJudge:
@@ -37,13 +39,15 @@ class ClipJudge:
             model, processor = CLIPModel.from_pretrained(path), CLIPProcessor.from_pretrained(path)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
-                f"clip_model={name_or_path}: no CLIP model with its processor found: {first_line(error)}"
+                f"clip_model={name_or_path}: no CLIP model with its processor found: {first_line(error)}: name a folder or "
+                "a hub id, or leave it out"
             ) from error
+        self.settings = settings_of(processor.image_processor)
         self.metric = CLIPScore(lambda: (ClipEmbedding(model.eval()), processor)).to(device)
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.metric.model)
+        return fingerprint(self.metric.model) + json.dumps(self.settings, sort_keys=True, default=str)
 
     @torch.no_grad()
     def measure(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:

@@ -14,13 +14,13 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ModularPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.adapters import GuidanceAdapter
 from stages.adapters.metadata import AdapterMetadata
 from stages.base.denoiser import denoiser_of, denoisers_of
 from stages.base.hooks import SchedulerStep, count_evaluations, scheduler_steps
-from stages.base.loading import diffusers_class, first_line, load_pipeline, new_guider, resolve
+from stages.base.loading import diffusers_class, first_line, load_pipeline, new_guider, quiet, resolve
 from stages.base.pictures import PicturePath, check_pictures
 from stages.base.prompts import check_columns
 from stages.base.sampling import (
@@ -33,7 +33,8 @@ from stages.base.sampling import (
     takes_class_labels,
     undecoded,
 )
-from stages.errors import UserError
+from stages.errors import UsageError, UserError
+from stages.evaluate.identity import scaling_of
 from stages.evaluate.methods import (
     CFG,
     NONE,
@@ -77,7 +78,7 @@ def settings(
 ) -> list[Setting]:
     """The settings in order: no guidance once, then at every scale CFG and the methods, one pass once per adapter."""
     if not scales or not all(1 < scale < float("inf") for scale in scales):
-        raise UserError(
+        raise UsageError(
             f"guidance_scale={list(scales)}: name scales above 1; 1 is no guidance, which is always included"
         )
     check_compared(methods)
@@ -143,10 +144,19 @@ def load_lora(pipe: Any, name_or_path: str) -> None:
     """
     if not hasattr(pipe, "load_lora_weights"):
         raise UserError(f"lora={name_or_path}: {type(pipe).__name__} takes no LoRA: leave it out")
+    wanted = f"for {type(pipe).__name__}, or leave it out"
     try:
-        pipe.load_lora_weights(resolve(name_or_path))
+        with quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)  # to fewer layers
+            pipe.load_lora_weights(resolve(name_or_path))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"lora={name_or_path}: cannot be loaded: {first_line(error)}") from error
+        raise UserError(
+            f"lora={name_or_path}: cannot be loaded: {first_line(error)}: name a folder, a file or a hub id of a LoRA "
+            f"{wanted}"
+        ) from error
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    if not any(scaling_of(module) for part in parts for module in part.modules()):
+        raise UserError(f"lora={name_or_path}: changes nothing of this pipeline: name a LoRA {wanted}")
 
 
 def fit_to_pipeline(adapter: GuidanceAdapter, pipe: Any) -> GuidanceAdapter:

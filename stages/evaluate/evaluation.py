@@ -15,7 +15,7 @@ from torch import Tensor
 from stages.adapters import GuidanceAdapter
 from stages.base.denoiser import fingerprint
 from stages.base.loading import choose_device
-from stages.configuration.options import check_bounds
+from stages.configuration.options import check_bounds, to_yaml
 from stages.errors import UserError
 from stages.evaluate.comparisons import Setting, measured_scales, settings
 from stages.evaluate.config import EvaluateConfig
@@ -28,6 +28,15 @@ from stages.evaluate.worker import DISTANCES, ERROR, Facts, Worker, number_of_pa
 from stages.progress import progress
 from stages.storage.files import check_folder, whole_file
 
+# What another command leaves in its folder.
+OTHERS = {
+    "adapter_config.json": "an adapter",
+    "checkpoints": "a training run",
+    "dataset.json": "a dataset",
+    "commits": "a dataset",
+    "claims.json": "a study",
+}
+ROUNDING = 1e-9  # a mean squared distance between latents, whose deviation is about 1, that rounding explains
 Begin = Callable[[Facts], list[int]]
 Makers = Callable[["Evaluation", Begin], Iterator[int]]
 
@@ -68,6 +77,7 @@ class Evaluation:
                 f"adapter_dir={folder}: no such folder: name an adapter's folder, or a hub id and an output_dir"
             )
         self.folder = Path(config.output_dir or Path(folder) / "evaluation")
+        check_own_folder(self.folder)
         self.settings = settings(config.guidance_scale, config.methods, list(self.adapters))
         self.reference: Reference | None = None
         if config.reference is not None:
@@ -90,7 +100,7 @@ class Evaluation:
             def begin(facts: Facts) -> list[int]:
                 self.parts = Parts(self.folder, facts.identity, number_of_parts(self.config))
                 self.metadata = self._metadata(facts)
-                missing = self.parts.missing()
+                missing = self._missing()
                 bar.update(self.config.num_samples - sum(self._size(part) for part in missing))
                 return missing
 
@@ -98,6 +108,18 @@ class Evaluation:
                 bar.update(images)
         self.rows = self._rows()
         return self.rows
+
+    def _missing(self) -> list[int]:
+        """
+        Raises:
+            UserError: the folder holds parts of another evaluation; names what differs, if that one was finished.
+        """
+        try:
+            return self.parts.missing()
+        except UserError as error:
+            if others := other_options(self.folder / "config.yaml", self.config):
+                raise UserError(f"{error} (its {', '.join(others)})") from error
+            raise
 
     def _size(self, part: int) -> int:
         return min(self.config.batch_size, self.config.num_samples - part * self.config.batch_size)
@@ -143,7 +165,7 @@ class Evaluation:
             )
         return rows
 
-    def _distances_to_cfg(self) -> dict[Setting, dict[str, float]]:
+    def _distances_to_cfg(self) -> dict[Setting, dict[str, float | None]]:
         """The gap to CFG at its own scale that each setting closes, and its effective scale."""
         measured = measured_scales(self.settings)
         scales = sorted(measured)
@@ -160,6 +182,25 @@ class Evaluation:
         }
 
 
+def check_own_folder(folder: Path) -> None:
+    """
+    Raises:
+        UserError: the folder is another command's, whose files this one would replace.
+    """
+    for name, kind in OTHERS.items():
+        if (folder / name).exists():
+            raise UserError(f"output_dir={folder}: holds {kind}: name a folder of the evaluation's own")
+
+
+def other_options(path: Path, config: EvaluateConfig) -> list[str]:
+    """The options of a saved configuration that differ from a configuration, with their values there."""
+    if not path.is_file():
+        return []
+    there, here = yaml.safe_load(path.read_bytes()), yaml.safe_load(to_yaml(config))
+    elsewhere = ("output_dir", "device")
+    return [f"{key} is {value}" for key, value in there.items() if key not in elsewhere and value != here.get(key)]
+
+
 def adapter_names(adapter_dir: Any) -> dict[str, str]:
     """The adapters' folders by name."""
     folders = [adapter_dir] if isinstance(adapter_dir, str) else adapter_dir
@@ -167,8 +208,9 @@ def adapter_names(adapter_dir: Any) -> dict[str, str]:
         raise UserError(f"adapter_dir={adapter_dir}: name the folder of an adapter, or a list of folders")
     names = [Path(folder).name for folder in folders]
     unique = names if len(set(names)) == len(names) else folders
-    if twice := [name for name, times in Counter(unique).items() if times > 1]:
-        raise UserError(f"adapter_dir: {twice[0]} is given twice: name each adapter once")
+    places = [str(Path(folder).resolve()) if Path(folder).exists() else folder.rstrip("/") for folder in folders]
+    if twice := [place for place, times in Counter(places).items() if times > 1]:
+        raise UserError(f"adapter_dir: {folders[places.index(twice[0])]} is given twice: name each adapter once")
     return dict(zip(unique, folders, strict=True))
 
 
@@ -211,11 +253,12 @@ def image_measurements(found: Result) -> dict[str, Tensor]:
     return {name: v for name, v in found.values.items() if name != DISTANCES and not name.startswith(ERROR)}
 
 
-def gap_closed(setting: Setting, distances: dict[float, float], gaps: dict[float, float]) -> float:
-    """The share of the gap between no guidance and CFG, in the final latents, that a setting closes."""
+def gap_closed(setting: Setting, distances: dict[float, float], gaps: dict[float, float]) -> float | None:
+    """The share of the gap between no guidance and CFG, in the final latents, that a setting closes; None without one."""
     if setting.method in (NONE, CFG):
         return float(setting.method == CFG)
-    return 1 - distances[setting.guidance_scale] / gaps[setting.guidance_scale]
+    gap = gaps[setting.guidance_scale]
+    return None if gap < ROUNDING else 1 - distances[setting.guidance_scale] / gap
 
 
 def errors_by_timestep(found: Result, timesteps: list[float]) -> list[dict[str, Any]]:

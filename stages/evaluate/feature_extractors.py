@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +19,7 @@ from stages.base.loading import first_line, quieten, resolve
 from stages.base.pictures import to_picture
 from stages.embedded.classifier import DigitClassifier
 from stages.errors import UserError
+from stages.evaluate.identity import identity_of
 
 CLASSIFIER = "classifier"
 BATCH_ON_CPU = 4  # the caches hold the activations of few images; batches of 20 take twice as long
@@ -27,9 +30,11 @@ class FeatureNetwork(Protocol):
 
     Attributes:
         gaussian: whether the published kernel distance in its features has the Gaussian kernel of CMMD, not KID's.
+        normalisation: the mean and the deviation that it takes off the colours, where a file beside the weights says so.
     """
 
     gaussian: bool
+    normalisation: Sequence[Sequence[float]]
 
     @property
     def module(self) -> nn.Module:
@@ -50,6 +55,7 @@ class ClassifierNetwork:
     """The digit classifier as a feature network."""
 
     gaussian, size = False, None
+    normalisation: Sequence[Sequence[float]] = ()
 
     def __init__(self, classifier: DigitClassifier) -> None:
         self.module: DigitClassifier = classifier
@@ -67,6 +73,7 @@ class SquareNetwork(ABC):
     """
 
     gaussian = False
+    normalisation: Sequence[Sequence[float]] = ()
     size: int
     module: Any
 
@@ -181,9 +188,8 @@ class TransformersNetwork(SquareNetwork):
             ) from error
         self.module, self.gaussian = loaded[0].eval().to(device), gaussian
         self.encode = getattr(self.module, method)
-        self.mean, self.deviation = (
-            torch.tensor(value, device=device).view(3, 1, 1) for value in (processor.image_mean, processor.image_std)
-        )
+        self.normalisation = processor.image_mean, processor.image_std
+        self.mean, self.deviation = (torch.tensor(value, device=device).view(3, 1, 1) for value in self.normalisation)
 
     def measure(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         features = as_tensor(self.encode((pixels / 255 - self.mean) / self.deviation))
@@ -205,13 +211,29 @@ FEATURES = (CLASSIFIER, *NETWORKS)
 
 def to_square(picture: Image.Image, size: int) -> Tensor:
     """The picture's central square, resized, as bytes `[3, size, size]`."""
-    square = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    square = ImageOps.fit(to_rgb(picture), (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """The picture in RGB: 16 bits as 8, and transparent places white; Pillow's own conversion clips and drops them."""
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture).astype(np.uint32) // 257).astype(np.uint8))
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def as_tensor(output: Any) -> Tensor:
     """The features in a model's output, which newer versions of transformers wrap."""
     return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def network_fingerprint(network: FeatureNetwork) -> str:
+    """A hash of what the features of an image depend on."""
+    facts = [identity_of(network.module), network.size, [list(values) for values in network.normalisation]]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def load_classifier(folder: Path) -> DigitClassifier | None:

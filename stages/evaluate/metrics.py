@@ -17,6 +17,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from stages.base.denoiser import fingerprint
 from stages.base.sampling import Condition
 from stages.errors import UserError
+from stages.evaluate.feature_extractors import network_fingerprint
 from stages.evaluate.reference import Reference
 
 FEATURES, SCORES = "features", "scores"
@@ -41,11 +42,11 @@ class ImageMetrics:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the networks' weights and of the real images' prompts."""
+        """A hash of the networks and of the real images' prompts."""
         classifier, captions = self.reference.classifier, self.reference.captions
         known = hashlib.sha256(repr(captions.prompts).encode()).hexdigest() if captions is not None else ""
         judged = fingerprint(classifier) if classifier is not None else ""
-        return fingerprint(self.reference.network.module) + judged + known
+        return network_fingerprint(self.reference.network) + judged + known
 
     def check(self, conditions: Sequence[Condition]) -> None:
         """
@@ -66,7 +67,7 @@ class ImageMetrics:
             images: `[n, c, h, w]` in [-1, 1].
             conditions: the classes or captions of the images, all of one kind.
         """
-        self._check_size(images)
+        self.check_size(images)
         features, scores = self.reference.network(images)
         values = {FEATURES: features} | ({SCORES: scores} if scores.shape[1] else {})
         captions = self.reference.captions
@@ -78,7 +79,11 @@ class ImageMetrics:
             values["class_accuracy"] = right.float()
         return {name: value.cpu() for name, value in values.items()}
 
-    def _check_size(self, images: Tensor) -> None:
+    def check_size(self, images: Tensor) -> None:
+        """
+        Raises:
+            UserError: the real images are pixels of another size than the images `[n, c, h, w]`.
+        """
         real = self.reference.images
         if isinstance(real, Tensor) and real.shape[1:] != images.shape[1:]:
             expected, found = ("x".join(map(str, batch.shape[1:])) for batch in (real, images))

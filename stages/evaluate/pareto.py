@@ -1,4 +1,4 @@
-"""Quality against cost: each method at its best, the Pareto front, and where an alternative beats one pass."""
+"""Quality against cost: each method at its best, the Pareto front, and which alternatives have better figures."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class Pareto:
 
     @staticmethod
     def of(rows: list[Row], quality: Quality) -> Pareto:
-        """The points of an evaluation's rows."""
+        """The points of an evaluation's rows; of the gap, without rows at which there was none to close."""
+        rows = [row for row in rows if row[quality.column] is not None]
         measured = [] if quality.averaged else [each for each in ADHERENCE if each.column in rows[0]]
         adherence = measured[0] if measured else None
         adapters = list(dict.fromkeys(row["adapter"] for row in rows if row.get("adapter")))
@@ -80,7 +81,7 @@ class Pareto:
         return Pareto(points, quality, adherence, front_of(points, quality))
 
     def sentences(self) -> list[str]:
-        """Which methods are on the front, which beat one pass, and which it beats at a lower or equal cost."""
+        """Which methods are on the front, and which have better figures than one pass, or none at a like or higher cost."""
         found = [f"On the Pareto front of {self.quality.name} and evaluations per image: {self._listed(self.front)}."]
         own = [point for point in self.points if uses_adapter(point.method)]
         if not own:
@@ -90,14 +91,15 @@ class Pareto:
         others = [point for point in self.points if not uses_adapter(point.method) and point.method != NONE]
         better = [point for point in others if self._loss(point) < self._loss(best)]
         free = [point for point in better if point.method != CFG]
+        figure = f"a {'lower' if self.quality.lower else 'higher'} {self.quality.name}"
         if free:
-            found.append(f"Better than {named}, at their own cost: {self._listed(free)}.")
-        else:
-            found.append(f"None of the methods that guide at some steps only is better than {named}, at any cost.")
+            found.append(f"With {figure} than {named}, at their own cost: {self._listed(free)}.")
+        elif any(point.method != CFG for point in others):
+            found.append(f"None of the methods that guide at some steps only has {figure} than {named}, at any cost.")
         if not self.quality.averaged:  # else CFG is the measure
-            found += [f"CFG at all steps is better: {self._figures(p)}." for p in better if p.method == CFG]
+            found += [f"CFG at all steps has {figure}: {self._figures(p)}." for p in better if p.method == CFG]
         if beaten := [p for p in others if p not in better and p.evaluations >= best.evaluations]:
-            found.append(f"At least as costly as {named} and no better: {self._listed(beaten)}.")
+            found.append(f"At least as costly as {named}, without {figure}: {self._listed(beaten)}.")
         return found
 
     def _loss(self, point: Point) -> float:
@@ -123,9 +125,11 @@ def paretos_of(rows: list[Row]) -> list[Pareto]:
     return [Pareto.of(rows, quality) for quality in QUALITIES if quality.column in rows[0]]
 
 
-def sentences(rows: list[Row]) -> list[str]:
+def sentences(rows: list[Row], num_samples: int) -> list[str]:
     """What the fronts say, in words."""
-    return [sentence for pareto in paretos_of(rows) for sentence in pareto.sentences()]
+    found = [sentence for pareto in paretos_of(rows) for sentence in pareto.sentences()]
+    chance = "how much they vary with it is not measured, so a small difference may be chance"
+    return [*found, f"These are figures of {num_samples:,} images a row from one set of noise: {chance}."]
 
 
 def cells(rows: list[Row]) -> list[list[str]]:
@@ -137,15 +141,17 @@ def cells(rows: list[Row]) -> list[list[str]]:
         head += [] if pareto.quality.averaged else ["at scale"]
         head += [] if pareto.adherence is None else [pareto.adherence.name]
     body = []
-    for same in sorted(
-        zip(*(pareto.points for pareto in paretos), strict=True), key=lambda points: points[0].evaluations
-    ):
-        line = [same[0].title, f"{same[0].evaluations:.4g}"]
-        for pareto, point in zip(paretos, same, strict=True):
+    by_method = [{(point.method, point.adapter): point for point in pareto.points} for pareto in paretos]
+    for key, first in sorted(by_method[0].items(), key=lambda item: item[1].evaluations):
+        line, fronts = [first.title, f"{first.evaluations:.4g}"], []
+        for pareto, points in zip(paretos, by_method, strict=True):
+            if (point := points.get(key)) is None:  # without a gap to close
+                line.append("none")
+                continue
             line.append(f"{point.quality:{pareto.quality.format}}")
             line += [] if point.scale is None else [f"{point.scale:g}"]
             line += [] if pareto.adherence is None else [f"{point.adherence:{pareto.adherence.format}}"]
-        fronts = [pareto.quality.name for pareto, point in zip(paretos, same, strict=True) if point in pareto.front]
+            fronts += [pareto.quality.name] if point in pareto.front else []
         body.append([*line, ", ".join(fronts)])
     return [[*head, "on the front of"], *body]
 
@@ -184,9 +190,12 @@ def draw(axes: Any, measure: Quality, points: list[Point]) -> None:
 
 
 def focus(axes: Any, points: list[Point], measure: Quality) -> None:
-    """Limit the axis to the guided methods; no guidance, mostly far from them, is written at the edge."""
+    """Limit the axis to the guided methods; no guidance, mostly far from them, is written at the edge.
+
+    A tenth of the largest value is shown at least, so that noise does not look like a difference.
+    """
     values = [point.quality for point in points if point.method != NONE]
-    margin = 0.2 * (max(values) - min(values)) or 0.01 * abs(values[0]) or 1.0
+    margin = max(0.2 * (max(values) - min(values)), 0.05 * max(map(abs, values))) or 1.0
     low, high = min(values) - margin, max(values) + margin
     axes.set_ylim(low, high)
     for point in points:

@@ -119,7 +119,7 @@ class Sampling:
             self.timesteps = number[begin:]
             self.different = number[-1] + 1
         current = self.timesteps[min(self.step, len(self.timesteps) - 1)]
-        return Place(self.step, len(timesteps), current, self.different)
+        return Place(self.step, len(self.timesteps), current, self.different)
 
     @property
     def _all_guided(self) -> bool:

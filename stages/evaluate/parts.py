@@ -17,7 +17,7 @@ from stages.errors import UserError
 from stages.storage.files import whole_file
 
 SHOWN = "shown"
-LAYOUT = 3  # increases with every change of the parts' content
+LAYOUT = 4  # increases with every change of the parts' content
 
 
 @dataclass(frozen=True)

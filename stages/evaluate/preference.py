@@ -41,13 +41,17 @@ class PreferenceJudge:
             raise UserError(f"preference={entry}: name a class or function as MODULE:NAME")
         try:
             self.score: Score = getattr(importlib.import_module(module), name)(device)
-        except (ImportError, AttributeError, OSError, ValueError) as error:
-            raise UserError(f"preference={entry}: cannot be loaded: {first_line(error)}") from error
+        except Exception as error:  # the user's code may raise anything
+            raise UserError(
+                f"preference={entry}: cannot be loaded: {named(error)}: fix that, or leave it out"
+            ) from error
+        if not callable(self.score):
+            raise UserError(f"preference={entry}: {name}(device) returns no callable of pictures and prompts: fix that")
         self.name, self.source = PREFERENCE + name, getattr(sys.modules[module], "__file__", None)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the score's code, and of its weights if it is a module of torch."""
+        """A hash of the score's module, not of what that imports, and of its weights if it is a module of torch."""
         code = Path(self.source).read_bytes() if self.source else b""
         weights = fingerprint(self.score) if isinstance(self.score, nn.Module) else ""
         return hashlib.sha256(self.entry.encode() + code + weights.encode()).hexdigest()
@@ -56,14 +60,23 @@ class PreferenceJudge:
     def measure(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
         """The scores `[n]` of images `[n, c, h, w]` in [-1, 1]."""
         pictures = [to_picture(image).convert("RGB") for image in images]
-        found = self.score(pictures, [condition["prompt"] for condition in conditions])
-        scores = torch.as_tensor(found, dtype=torch.float32).detach().cpu()
+        try:
+            found = self.score(pictures, [condition["prompt"] for condition in conditions])
+            scores = torch.as_tensor(found, dtype=torch.float32).detach().cpu()
+        except Exception as error:
+            raise UserError(f"preference={self.entry}: fails: {named(error)}: fix that, or leave it out") from error
         if scores.shape != (len(images),):
             raise UserError(
                 f"preference={self.entry}: returns numbers of shape {list(scores.shape)} for {len(images)} images: "
                 "return one number an image"
             )
+        if not scores.isfinite().all():
+            raise UserError(f"preference={self.entry}: returns a number that is not finite: fix that, or leave it out")
         return {self.name: scores}
+
+
+def named(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def load_scores(entries: Sequence[str], device: str) -> list[PreferenceJudge]:

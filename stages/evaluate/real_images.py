@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import load_file
 from torch import Tensor
@@ -44,7 +45,7 @@ class ImageTable:
     `category`; iterates over the rows' numbers and their encoded images.
 
     Raises:
-        ValueError: it lacks a column, or a row lacks a text.
+        ValueError: it lacks a column or has another type of images, or a row lacks a text.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,6 +53,8 @@ class ImageTable:
         names = pq.read_schema(path).names
         if missing := [name for name in ("image", "prompt") if name not in names]:
             raise ValueError(f"{path.name} has no column {missing[0]}")
+        if not holds_bytes(kind := pq.read_schema(path).field("image").type):
+            raise ValueError(f"{path.name}: column image is {kind}, not bytes or a struct with bytes")
         self.captions = Captions(_texts(path, "prompt"), _texts(path, "category") if "category" in names else [])
 
     def __len__(self) -> int:
@@ -69,6 +72,13 @@ class ImageTable:
     @property
     def fingerprint(self) -> str:
         return ImageFiles([self.path]).fingerprint
+
+
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a column's type is that of encoded images: bytes, or a struct with `bytes`."""
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _texts(path: Path, column: str) -> list[str]:

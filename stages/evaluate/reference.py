@@ -13,7 +13,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from stages.base.denoiser import fingerprint
 from stages.base.loading import first_line, resolve
 from stages.errors import UserError
 from stages.evaluate.feature_extractors import (
@@ -22,6 +21,7 @@ from stages.evaluate.feature_extractors import (
     ClassifierNetwork,
     FeatureNetwork,
     load_classifier,
+    network_fingerprint,
     to_square,
 )
 from stages.evaluate.real_images import PIXELS, SUFFIXES, TABLE, read_real_images
@@ -56,7 +56,10 @@ class Reference:
             self.images = read_real_images(root)
             self.classifier = load_classifier(root / "classifier")
         except (OSError, KeyError, ValueError, safetensors.SafetensorError, pa.ArrowException) as error:
-            raise UserError(f"reference={folder}: cannot be read: {first_line(error)}") from error
+            raise UserError(
+                f"reference={folder}: cannot be read: {first_line(error)}: name a folder of real images, or leave it out: "
+                "reference=null"
+            ) from error
         if len(self.images) < 2:
             raise UserError(
                 f"reference={folder}: no {PIXELS}, {TABLE} or two image files found ({', '.join(sorted(SUFFIXES))})"
@@ -114,8 +117,8 @@ class Reference:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the network's weights and of the images, or of their files' names, sizes and times."""
-        digest = hashlib.sha256(fingerprint(self.network.module).encode())
+        """A hash of the network and of the images, or of their files' names, sizes and times."""
+        digest = hashlib.sha256(network_fingerprint(self.network).encode())
         images = self.images
         digest.update(images.numpy().tobytes() if isinstance(images, Tensor) else images.fingerprint.encode())
         return digest.hexdigest()

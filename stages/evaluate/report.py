@@ -15,7 +15,7 @@ from torch import Tensor
 from stages.base.pictures import grid, to_picture
 from stages.evaluate import pareto
 from stages.evaluate.comparisons import Setting
-from stages.evaluate.methods import CFG, NONE, title_of
+from stages.evaluate.methods import CFG, NONE, parse, title_of
 from stages.evaluate.preference import PREFERENCE
 from stages.evaluate.styles import style_of
 from stages.storage.files import whole_file
@@ -47,7 +47,7 @@ COLUMNS = {
     "category_accuracy": Column("category", "{:.3f}".format),
     "clip_score": Column("CLIP score", "{:.2f}".format),
     "class_accuracy": Column("class accuracy", "{:.3f}".format),
-    "gap_closed": Column("gap closed", "{:.3f}".format),
+    "gap_closed": Column("gap closed", lambda gap: "none" if gap is None else f"{gap:.3f}"),
     "effective_scale": Column("effective scale", "{:.2f}".format),
     "denoiser_evaluations": Column("evaluations", "{:.4g}".format),
     "fused": Column("fused", lambda fused: "" if fused is None else "yes" if fused else "no"),
@@ -185,10 +185,11 @@ def write_report(folder: Path, rows: list[Row], shown: dict[Setting, Tensor], me
         over_time=as_pictures(over_time),
         grids=grids,
         pareto={
-            "sentences": pareto.sentences(rows),
+            "sentences": pareto.sentences(rows, metadata["num_samples"]),
             "cells": pareto.cells(rows),
             "source": as_source(pictures["pareto"]),
         },
+        kinds={parse(row["method"])[0] for row in rows},
         metadata=metadata,
     )
     path = folder / "report.html"

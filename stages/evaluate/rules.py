@@ -13,7 +13,7 @@ class Place:
     """The place of a step in a sampling.
 
     Attributes:
-        step, steps: its number, and the number of all; a scheduler of second order steps twice per timestep.
+        step, steps: its number, and the number of all that run; a scheduler of second order steps twice per timestep.
         timestep, timesteps: the number of its timestep, and that of all different timesteps.
     """
 

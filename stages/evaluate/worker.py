@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from stages.adapters import GuidanceAdapter
 from stages.base.denoiser import denoiser_of, fingerprint
-from stages.base.loading import choose_device, use_scheduler
+from stages.base.loading import choose_device, first_line, use_scheduler
 from stages.base.pictures import check_pictures, to_picture
 from stages.base.prompts import check_columns, read_prompts
 from stages.base.sampling import Condition, Request, decode, noise_seeds, takes_class_labels
@@ -34,6 +34,7 @@ from stages.evaluate.comparisons import (
 )
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.effective_scale import squared_distances
+from stages.evaluate.identity import identity_of
 from stages.evaluate.methods import CFG, NONE
 from stages.evaluate.metrics import ImageMetrics
 from stages.evaluate.parts import LAYOUT, Parts, Result
@@ -68,7 +69,7 @@ class Judge(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the judge's weights."""
+        """What its measurements depend on."""
 
     def measure(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
         """Measure images `[n, c, h, w]` in [-1, 1]; return values by name with an entry per image `[n, ...]`."""
@@ -96,9 +97,11 @@ class Worker:
         self._check_comparable()
         check_size(self.pipe, self.conditions[0], self.arguments)
         self.judges: list[Judge] = []
+        image = self._trial()
         if config.reference is not None:
             metrics = ImageMetrics(Reference(config.reference, device, config.features, config.features_model))
             metrics.check(self.conditions[: config.num_samples])
+            metrics.check_size(image)
             self.judges.append(metrics)
         if config.clip_model is not None:
             self.judges.append(ClipJudge(config.clip_model, device))
@@ -107,6 +110,24 @@ class Worker:
         self.parts = Parts(self.output, facts.identity, number_of_parts(config))
         self.is_warm = False
         return facts
+
+    def _trial(self) -> Tensor:
+        """One image `[1, c, h, w]` in two steps, to find out before any work is done what the pipeline makes.
+
+        Raises:
+            UserError: the pipeline cannot use the scheduler that was named.
+        """
+        request = Request(self.conditions[:1], noise_seeds(self.config.seed, [0]), 2, self.arguments)
+        try:
+            with threads_that_pay(self.pipe):
+                return decode(self.pipe, sample_setting(self.pipe, self.first, Setting(NONE, 1.0), request).latents)
+        except Exception as error:
+            if self.config.scheduler is None or isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"scheduler={self.config.scheduler}: {type(self.pipe).__name__} cannot use it: {first_line(error)}: name "
+                "another one, or leave it out"
+            ) from error
 
     def _read_conditions(self) -> list[Condition]:
         """The classes, or the prompts; either all prompts have a class or none has."""
@@ -151,18 +172,24 @@ class Worker:
         return [adapter.metadata.base.pipeline_class, adapter.metadata.teacher]
 
     def _facts(self) -> Facts:
-        components = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        processors = ("feature_extractor", "image_processor")
+        components = {
+            name: part
+            for name, part in self.pipe.components.items()
+            if isinstance(part, nn.Module) or (name in processors and part is not None)
+        }
         parted = ("num_samples", "num_inference_steps", "batch_size", "seed", "save_images", "features")
-        # A name with an underscore is diffusers' own; one of them is a set, in another order in each process.
-        scheduler = {key: value for key, value in self.pipe.scheduler.config.items() if not key.startswith("_")}
         facts = {
             "layout": LAYOUT,
             "config": {key: getattr(self.config, key) for key in parted},
             "settings": [(s.method, s.guidance_scale, s.adapter) for s in self.settings],
-            "adapters": {name: [fingerprint(a), a.metadata.guidance_gain] for name, a in self.adapters.items()},
-            "base": {name: fingerprint(part) for name, part in components.items()},
+            "adapters": {
+                name: [fingerprint(a), asdict(a.config), a.metadata.guidance_gain, a.metadata.scale_range]
+                for name, a in self.adapters.items()
+            },
+            "base": {name: identity_of(part) for name, part in components.items()},
             "pipeline": [type(self.pipe).__name__, self.arguments],
-            "scheduler": [type(self.pipe.scheduler).__name__, scheduler],
+            "scheduler": identity_of(self.pipe.scheduler),
             "conditions": self.conditions,
             "judges": [judge.fingerprint for judge in self.judges],
         }
@@ -215,6 +242,7 @@ class Worker:
         for setting in self.settings:
             adapter = self.adapters.get(setting.adapter or "", self.first)
             found = sample_setting(self.pipe, adapter, setting, request)
+            check_finite(found.latents, setting)
             name = f"{ERROR}{setting.guidance_scale!r}"
             if setting.method == NONE:
                 plain, self.timesteps = found, [float(step.timestep) for step in found.steps]
@@ -233,13 +261,25 @@ class Worker:
                 to_picture(image).save(file, format="png")
 
 
+def check_finite(latents: Tensor, setting: Setting) -> None:
+    """
+    Raises:
+        UserError: some of the final latents are not finite.
+    """
+    if not latents.isfinite().all():
+        raise UserError(
+            f"guidance_scale={setting.guidance_scale:g}: {setting.method} makes latents that are not finite: name another "
+            "scale, scheduler or number of steps"
+        )
+
+
 def number_of_parts(config: EvaluateConfig) -> int:
     return -(-config.num_samples // config.batch_size)
 
 
 def folder_name(setting: Setting, several: bool) -> str:
     """A name such as `one_pass-2`, or `one_pass-2-NAME` if there are several adapters."""
-    name = f"{setting.method}-{setting.guidance_scale:g}"
+    name = f"{setting.method}-{repr(setting.guidance_scale).removesuffix('.0')}"
     return f"{name}-{setting.adapter.replace('/', '_')}" if several and setting.adapter else name
 
 

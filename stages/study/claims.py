@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ def judge(plans: Mapping[str, ClaimPlan], rows: list[Row]) -> list[Claim]:
         try:
             claims.append(Claim(plan.text, *JUDGEMENTS[plan.judgement](own, **arguments)))
         except MissingRowsError as missing:
-            claims.append(Claim(plan.text, "", f"the evaluation has no {missing}", None))
+            claims.append(Claim(plan.text, "", f"there is {missing}", None))
     return claims
 
 
@@ -65,6 +66,8 @@ def check_arguments(key: str, plan: ClaimPlan) -> None:
     for name in needed:
         if name not in given:
             raise UsageError(f"{key}.{name}: not given: {plan.judgement} needs it")
+    if plan.threshold is not None and not math.isfinite(plan.threshold):
+        raise UsageError(f"{key}.threshold={plan.threshold}: not a finite number")
     for name in given:
         if name not in needed:
             raise UsageError(f"{key}.{name}={given[name]}: {plan.judgement} takes no {name}: leave it out")

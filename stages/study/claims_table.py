@@ -31,5 +31,10 @@ def to_markdown(claims: list[Claim]) -> str:
 
 def markdown_table(cells: list[list[str]]) -> str:
     """A Markdown table whose first row is the header."""
-    header, *rows = [f"| {' | '.join(row)} |" for row in cells]
+    header, *rows = [f"| {' | '.join(map(in_a_cell, row))} |" for row in cells]
     return "\n".join([header, "| --- " * len(cells[0]) + "|", *rows])
+
+
+def in_a_cell(text: str) -> str:
+    """A text in one line, without a bar that would end its cell."""
+    return " ".join(text.split()).replace("|", "\\|")

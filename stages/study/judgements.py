@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from stages.evaluate.methods import CFG, CFG_FIRST_50, NONE
 from stages.study.rows import (
     Rows,
+    below_cfgs_best_scale,
     best_adapter,
     cfg_at,
     cfgs_best_scale,
     measured_accuracies,
-    reaches_cfgs_best_scale,
     words,
 )
 
@@ -48,29 +49,41 @@ def closes_gap_elsewhere(rows: Rows, adapters: list[str], threshold: float) -> F
 
 
 def keeps_gap(rows: Rows, adapters: list[str], home: Rows, threshold: float) -> Finding:
-    """Where sampling differs from training, the adapter closes that share of what it closes at home, at each scale."""
+    """Where sampling differs from training, the adapter closes that share of what it closes at home, at each scale.
+
+    An adapter that closes nothing at home has nothing to keep.
+    """
     name = best_adapter(rows, adapters)
     own, at_home = rows.named([name]), home.named([name])
     shares = ratios_by_scale("gap_closed", own, at_home)
     return Finding(
         f"at each scale, closes at least {threshold} of the share of the gap that it closes at home",
-        f"{name}: {own.by_scale('gap_closed')}; over home: {listed(shares)}; "
+        f"{name}: {own.by_scale('gap_closed')}; over home: {listed(shares, threshold)}; "
         f"Frechet distance {own.by_scale('frechet_distance', '.1f')}; "
         f"CFG {rows.where(method=CFG).by_scale('frechet_distance', '.1f')}",
-        min(shares.values()) >= threshold,
+        all(share >= threshold for share in shares.values()),
     )
 
 
 def ratios_by_scale(key: str, rows: Rows, others: Rows) -> dict[float, float]:
-    """The mean of a column over that of other rows, at each scale of the rows."""
-    return {
-        scale: rows.where(guidance_scale=scale).mean(key) / others.where(guidance_scale=scale).mean(key)
-        for scale in rows.unique("guidance_scale")
-    }
+    """The mean of a column over that of other rows, at each scale of the rows; NaN, which meets no goal, over 0 or less.
+
+    Raises:
+        MissingRowsError: there are no rows.
+    """
+    scales = rows.unique("guidance_scale")
+    means = {s: (rows.where(guidance_scale=s).mean(key), others.where(guidance_scale=s).mean(key)) for s in scales}
+    return {scale: own / other if other > 0 else math.nan for scale, (own, other) in means.items()}
 
 
-def listed(by_scale: dict[float, float]) -> str:
-    return ", ".join(f"{value:.3f} at {scale:g}" for scale, value in by_scale.items())
+def listed(by_scale: dict[float, float], goal: float) -> str:
+    return ", ".join(f"{figure(value, goal)} at {scale:g}" for scale, value in by_scale.items())
+
+
+def figure(value: float, goal: float) -> str:
+    """A figure in three digits, or in as many as tell it from the goal."""
+    texts = [f"{value:.{digits}f}" for digits in range(3, 8)]
+    return next((text for text in texts if float(text) != goal), texts[0])
 
 
 def frechet_at_each_scale(rows: Rows, adapters: list[str], threshold: float) -> Finding:
@@ -80,8 +93,8 @@ def frechet_at_each_scale(rows: Rows, adapters: list[str], threshold: float) -> 
     ratios = ratios_by_scale("frechet_distance", own, cfg)
     return Finding(
         f"Frechet distance at most CFG's times {threshold}",
-        f"{name}: {own.by_scale('frechet_distance', '.1f')}; over CFG: {listed(ratios)}",
-        max(ratios.values()) <= threshold,
+        f"{name}: {own.by_scale('frechet_distance', '.1f')}; over CFG: {listed(ratios, threshold)}",
+        all(ratio <= threshold for ratio in ratios.values()),
     )
 
 
@@ -103,7 +116,7 @@ def frechet_at_cfgs_best_scale(rows: Rows, adapters: list[str], threshold: float
     ratio = own.mean(key) / cfg
     return Finding(
         f"at CFG's best scale, Frechet distance at most CFG's times {threshold}",
-        f"{name}: {own.format(key, '.1f')} at {scale:g}, CFG {cfg:.1f}; over CFG: {ratio:.3f}",
+        f"{name}: {own.format(key, '.1f')} at {scale:g}, CFG {cfg:.1f}; over CFG: {figure(ratio, threshold)}",
         ratio <= threshold,
     )
 
@@ -114,7 +127,7 @@ def frechet_at_effective_scale(rows: Rows, adapters: list[str], threshold: float
     The effective scale must reach CFG's best scale: without guidance the two distances are the same.
     """
     name, key = best_adapter(rows, adapters), "frechet_distance"
-    figures, ratios = [], []
+    figures, ratios, too_low = [], [], below_cfgs_best_scale(rows, name)
     for scale in rows.named([name]).unique("guidance_scale"):
         own = rows.named([name]).where(guidance_scale=scale)
         effective = own.mean("effective_scale")
@@ -124,8 +137,8 @@ def frechet_at_effective_scale(rows: Rows, adapters: list[str], threshold: float
     return Finding(
         f"at each scale, Frechet distance at most {threshold} times that of CFG at the effective scale, "
         "which reaches CFG's best scale",
-        f"{name}: {'; '.join(figures)}; over CFG: at most {max(ratios):.3f}",
-        max(ratios) <= threshold and reaches_cfgs_best_scale(rows, name),
+        f"{name}: {'; '.join(figures)}; over CFG: at most {figure(max(ratios), threshold)}{too_low}",
+        all(ratio <= threshold for ratio in ratios) and not too_low,
     )
 
 
@@ -137,8 +150,8 @@ def time_over_cfg(rows: Rows, adapters: list[str], threshold: float) -> Finding:
     fused = all(row.get("fused") for row in own.rows)
     return Finding(
         f"fused, it takes at most {threshold} of CFG's time at each scale",
-        f"{name}: {listed(ratios)}{'' if fused else '; not fused'}",
-        fused and max(ratios.values()) <= threshold,
+        f"{name}: {listed(ratios, threshold)}{'' if fused else '; not fused'}",
+        fused and all(ratio <= threshold for ratio in ratios.values()),
     )
 
 
@@ -248,7 +261,8 @@ def prompts_at_cfgs_best_scale(rows: Rows, adapters: list[str], threshold: float
 def prompts_at_effective_scale(rows: Rows, adapters: list[str], threshold: float) -> Finding:
     """As `meets_prompts`, against CFG at the adapter's effective scale, which must reach CFG's best scale."""
     name, keys = best_adapter(rows, adapters), measured_accuracies(rows)
-    figures, holds = [], reaches_cfgs_best_scale(rows, name)
+    figures, too_low = [], below_cfgs_best_scale(rows, name)
+    holds = not too_low
     for scale in rows.named([name]).unique("guidance_scale"):
         own = rows.named([name]).where(guidance_scale=scale)
         effective = own.mean("effective_scale")
@@ -259,7 +273,7 @@ def prompts_at_effective_scale(rows: Rows, adapters: list[str], threshold: float
     return Finding(
         f"at each scale, {', '.join(map(words, keys))} within {threshold} of CFG's at the effective scale, "
         "which reaches CFG's best scale",
-        "; ".join(figures),
+        f"{'; '.join(figures)}{too_low}",
         holds,
     )
 

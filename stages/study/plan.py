@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import re
@@ -12,13 +13,15 @@ from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
+from stages.base.loading import resolve
+from stages.base.prompts import read_prompts
 from stages.configuration.options import check_bounds, option
 from stages.configuration.parsing import parse
 from stages.errors import UsageError, UserError
 from stages.evaluate.comparisons import settings
 from stages.evaluate.config import EvaluateConfig
 from stages.generate.config import GenerateConfig
-from stages.generate.plan import check as check_generation
+from stages.generate.plan import check as check_generate_config
 from stages.study.claims import ClaimPlan, check_arguments
 from stages.train.config import TrainConfig
 from stages.train.trainer import check as check_training
@@ -26,9 +29,26 @@ from stages.train.trainer import check as check_training
 NAME = re.compile(r"\w[\w.-]*")
 
 
+def check_generation(config: GenerateConfig) -> None:
+    check_generate_config(config)
+    check_prompts(config.prompts)
+
+
 def check_evaluation(config: EvaluateConfig) -> None:
     check_bounds(config)
     settings(config.guidance_scale, config.methods)
+    check_prompts(config.prompts)
+    if config.reference is not None and not Path(resolve(config.reference)).is_dir():
+        raise UserError(f"reference={config.reference}: no such folder: name a folder of real images, or null")
+    for entry in config.preference:
+        package = entry.partition(":")[0].partition(".")[0]
+        if not package or importlib.util.find_spec(package) is None:
+            raise UserError(f"preference={entry}: no module {package or entry} is found: name it as MODULE:NAME")
+
+
+def check_prompts(prompts: str | None) -> None:
+    if prompts is not None:
+        read_prompts(prompts)
 
 
 # What each command would refuse only once it runs, hours into the study.
@@ -99,7 +119,7 @@ class StudyPlan:
     def __init__(self, study: str, root: Path) -> None:
         self.root = root
         try:
-            self.file = parse(StudyFile, ["--config", study])
+            self.file = read_study(study)
             self._check_names()
             self.steps = {
                 "datasets": list(self._datasets()),
@@ -167,28 +187,51 @@ class StudyPlan:
     def _datasets(self) -> Iterator[StudyStep]:
         for name, overrides in self.file.datasets.items():
             output = self.root / "data" / name
-            yield StudyStep("generate", name, [*overrides, override("output_dir", str(output))], output, [])
+            own = [override("output_dir", str(output))]
+            yield StudyStep("generate", name, with_own(f"datasets.{name}", overrides, own), output, [])
 
     def _adapters(self) -> Iterator[StudyStep]:
         for name, adapter in self.file.adapters.items():
             for run in self.runs(name):
-                overrides = [
-                    *adapter.overrides,
-                    override("data_dir", str(run.data)),
-                    override("output_dir", str(run.folder)),
-                ]
-                overrides += [f"seed={run.seed}", "resume_from_checkpoint=latest", "report_to=none"]
+                own = [override("data_dir", str(run.data)), override("output_dir", str(run.folder))]
+                own += [f"seed={run.seed}", "resume_from_checkpoint=latest", "report_to=none"]
+                overrides = with_own(f"adapters.{name}", adapter.overrides, own)
                 yield StudyStep("train", run.folder.name, overrides, run.folder, [run.data])
 
     def _evaluations(self) -> Iterator[StudyStep]:
         for name, evaluation in self.file.evaluations.items():
             folders = [run.folder for adapter in evaluation.adapters for run in self.runs(adapter)]
             output = self.root / "evaluations" / name
-            overrides = [
+            own = [
                 override("adapter_dir", [str(folder) for folder in folders]),
                 override("output_dir", str(output)),
             ]
-            yield StudyStep("evaluate", name, [*evaluation.overrides, *overrides], output, folders)
+            overrides = with_own(f"evaluations.{name}", evaluation.overrides, own)
+            yield StudyStep("evaluate", name, overrides, output, folders)
+
+
+def read_study(path: str) -> StudyFile:
+    """
+    Raises:
+        UsageError: it is no study's file; a key that it lacks is one to add, not to say on the command line.
+    """
+    try:
+        return parse(StudyFile, ["--config", path])
+    except UsageError as error:
+        raise UsageError(re.sub(r": say [\w.-]+=\.\.\.$", ": add this key", str(error))) from error
+
+
+def with_own(key: str, given: list[str], own: list[str]) -> list[str]:
+    """A command's overrides: the file's, then the study's own.
+
+    Raises:
+        UsageError: the file names an option that is the study's own.
+    """
+    names = {each.partition("=")[0] for each in own}
+    for each in given:
+        if (name := each.partition("=")[0]) in names:
+            raise UsageError(f"{key}: overrides: {each}: the study sets {name} itself: leave it out")
+    return [*given, *own]
 
 
 def override(key: str, value: Any) -> str:

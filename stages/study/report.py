@@ -24,6 +24,8 @@ from stages.evaluate.report import (
 from stages.storage.files import whole_file
 from stages.study.claims_table import VERDICTS, Claim, markdown_table, to_markdown
 
+REPORTS = MARKDOWN, PAGE = "claims.md", "claims.html"
+
 
 def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], metadata: dict[str, Any]) -> Path:
     """Write `claims.html`, with plots and image grids, and `claims.md`, with tables of the means over seeds.
@@ -35,9 +37,9 @@ def write_study_report(folder: Path, rows: list[Row], claims: list[Claim], metad
     sections = [
         section(name, folder / "evaluations" / name, [r for r in rows if r["evaluation"] == name]) for name in names
     ]
-    with whole_file(folder / "claims.md") as file:
+    with whole_file(folder / MARKDOWN) as file:
         file.write("\n\n".join(tables_of(claims, rows)).encode() + b"\n")
-    path = folder / "claims.html"
+    path = folder / PAGE
     with whole_file(path) as file:
         file.write(
             render(
@@ -63,8 +65,9 @@ def section(name: str, folder: Path, rows: list[Row]) -> dict[str, Any]:
     """One evaluation's section of the page: its table, plots of the means over seeds, and image grids."""
     means = over_seeds(rows)
     scales = sorted({curve["guidance_scale"] for row in means for curve in row["error_by_timestep"]})
-    plots = {key: (PLOTS[key], plot_over_scale(means, key)) for key in ("frechet_distance", "gap_closed")}
-    if len({row["teacher_evaluations"] for row in means if row["name"]}) > 1:
+    shown: list[str] = [key for key in ("frechet_distance", "gap_closed") if key in rows[0]]
+    plots = {key: (PLOTS[key], plot_over_scale(means, key)) for key in shown}
+    if "frechet_distance" in shown and len({row["teacher_evaluations"] for row in means if row["name"]}) > 1:
         plots["cost"] = ("Frechet distance against the teacher's evaluations", plot_over_cost(means))
     plots |= {
         f"error_{scale}": (f"distance to CFG at scale {scale:g}", plot_over_time(means, scale)) for scale in scales
@@ -91,7 +94,7 @@ def over_seeds(rows: list[Row]) -> list[Row]:
         | {
             key: statistics.fmean(row[key] for row in group)
             for key, value in group[0].items()
-            if isinstance(value, float)
+            if isinstance(value, float) and None not in [row[key] for row in group]
         }
         | {"error_by_timestep": mean_curves([row["error_by_timestep"] for row in group])}
         for (_, _, name), group in groups.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from typing import Any
@@ -18,31 +19,44 @@ ACCURACIES = (
 
 
 class MissingRowsError(Exception):
-    """The evaluation lacks the rows, or the measurements, that a judgement needs."""
+    """The evaluation lacks the rows, or the measurements, that a judgement needs; the text says which."""
 
 
 class Rows:
-    """Rows of a study, to filter and average."""
+    """Rows of a study, to filter and average.
 
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows = list(rows)
+    Args:
+        chosen: what they have in common, in words.
+    """
+
+    def __init__(self, rows: Iterable[Row], chosen: tuple[str, ...] = ()) -> None:
+        self.rows, self.chosen = list(rows), chosen
 
     def where(self, **values: Any) -> Rows:
-        return Rows(row for row in self.rows if all(row.get(key) == value for key, value in values.items()))
+        found = [row for row in self.rows if all(row.get(key) == value for key, value in values.items())]
+        return Rows(found, (*self.chosen, *(f"{key} {value}" for key, value in values.items())))
 
     def named(self, names: list[str]) -> Rows:
         """The one-pass rows of these adapters."""
-        return Rows(row for row in self.where(method=ONE_PASS).rows if row["name"] in names)
+        own = self.where(method=ONE_PASS)
+        return Rows((row for row in own.rows if row["name"] in names), (*own.chosen, f"adapter {' or '.join(names)}"))
 
     def unique(self, key: str) -> list[Any]:
         """The distinct values of a column, sorted."""
         return sorted({row[key] for row in self.rows if row.get(key) is not None})
 
     def mean(self, key: str) -> float:
+        """
+        Raises:
+            MissingRowsError: there are no rows, or one of them lacks the column or holds no finite number there.
+        """
         values: list[Any] = [row.get(key) for row in self.rows]
-        if not values or None in values:
-            raise MissingRowsError(key)
+        if not values or None in values or not all(map(math.isfinite, values)):
+            raise MissingRowsError(f"no {'finite ' if values and None not in values else ''}{key} of {self}")
         return statistics.fmean(values)
+
+    def __str__(self) -> str:
+        return ", ".join(dict.fromkeys(self.chosen)) or "any row"
 
     def by_seed(self, key: str) -> list[float]:
         """The means over scales, one for each seed; of rows without a seed there is one."""
@@ -62,7 +76,7 @@ class Rows:
     def least_over_scales(self, key: str) -> float:
         scales = self.unique("guidance_scale")
         if not scales:
-            raise MissingRowsError(key)
+            raise MissingRowsError(f"no {key} of {self}")
         return min(self.where(guidance_scale=scale).mean(key) for scale in scales)
 
     def quality(self, name: str) -> str:
@@ -82,15 +96,15 @@ def cfgs_best_scale(rows: Rows) -> float:
     cfg = rows.where(method=CFG)
     scales = cfg.unique("guidance_scale")
     if not scales:
-        raise MissingRowsError("guidance_scale")
+        raise MissingRowsError(f"no frechet_distance of {cfg}")
     return min(scales, key=lambda scale: cfg.where(guidance_scale=scale).mean("frechet_distance"))
 
 
-def reaches_cfgs_best_scale(rows: Rows, name: str) -> bool:
-    """Whether the adapter's effective scale reaches CFG's best scale, at some scale that it is asked for."""
-    own = rows.named([name])
-    effective = [own.where(guidance_scale=scale).mean("effective_scale") for scale in own.unique("guidance_scale")]
-    return max(effective) >= cfgs_best_scale(rows)
+def below_cfgs_best_scale(rows: Rows, name: str) -> str:
+    """That the adapter's effective scale reaches CFG's best scale at no scale that it is asked for; else empty."""
+    own, best = rows.named([name]), cfgs_best_scale(rows)
+    highest = max(own.where(guidance_scale=scale).mean("effective_scale") for scale in own.unique("guidance_scale"))
+    return "" if highest >= best else f"; effective scale at most {highest:.2f}, CFG's best {best:g}"
 
 
 def cfg_at(rows: Rows, key: str, scale: float) -> float:
@@ -109,7 +123,7 @@ def measured_accuracies(rows: Rows) -> list[str]:
     """The measures of prompt adherence that the rows have."""
     keys = [key for key in ACCURACIES if rows.unique(key)]
     if not keys:
-        raise MissingRowsError("accuracies")
+        raise MissingRowsError(f"no {', '.join(ACCURACIES)} of {rows}")
     return keys
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from stages.adapters.folder import CONFIG_FILE
 from stages.configuration.options import check_bounds, option
 from stages.errors import UserError
 from stages.storage.files import make_folder, write_json
@@ -26,8 +27,10 @@ from stages.storage.locks import exclusive_lock
 from stages.study.claims import judge
 from stages.study.claims_table import Claim, to_text
 from stages.study.plan import PlannedRun, StudyPlan, StudyStep
-from stages.study.report import write_study_report
+from stages.study.report import REPORTS, write_study_report
 from stages.study.subprocess_run import run_command
+
+RESULTS = "claims.json"
 
 
 @dataclass
@@ -55,6 +58,8 @@ class Study:
     def run(self) -> list[Claim]:
         with exclusive_lock(self.root, "another study is running"):
             make_folder(self.root / "logs")
+            for name in (RESULTS, *REPORTS):  # of an earlier plan, perhaps
+                (self.root / name).unlink(missing_ok=True)
             if failed := self._make_all():
                 way_out = "fix that and repeat the command: it makes what is missing"
                 raise UserError(f"{next(iter(failed.values()))}; {way_out}")
@@ -96,9 +101,7 @@ class Study:
         rows = list(self.rows())
         claims = judge(self.plan.file.claims, rows)
         metadata = {"study": self.config.study, "seconds": self.seconds}
-        write_json(
-            self.root / "claims.json", metadata | {"claims": [claim._asdict() for claim in claims], "rows": rows}
-        )
+        write_json(self.root / RESULTS, metadata | {"claims": [claim._asdict() for claim in claims], "rows": rows})
         report = write_study_report(self.root, rows, claims, metadata)
         print("\n".join([*filter(None, [to_text(claims)]), f"report: {report}"]))
         return claims
@@ -114,12 +117,16 @@ class Study:
 
 
 def cost(run: PlannedRun) -> dict[str, Any]:
-    """The cost of an adapter: evaluations of the teacher, and training."""
+    """The cost of an adapter: evaluations of the teacher, and training.
+
+    The dataset may have grown since the training, so the trajectories that were trained on count.
+    """
     training = json.loads((run.folder / "training.json").read_bytes())
     generation = json.loads((run.data / "generation.json").read_bytes())
+    trained_on = json.loads((run.folder / CONFIG_FILE).read_bytes())["training"]["trajectories"]
     return {
         "data": run.data.name,
-        "teacher_evaluations": generation["teacher_evaluations"],
+        "teacher_evaluations": generation["teacher_evaluations"] // generation["trajectories"] * trained_on,
         "training_seconds": training["seconds"],
         "training_peak_memory_bytes": training["peak_memory_bytes"],
         "parameters": training["adapter_parameters"],

@@ -55,6 +55,11 @@ def test_everything_is_written(undisturbed: Evaluation) -> None:
     assert not (folder / "images").exists()
 
 
+def test_the_options_that_differ_are_named(undisturbed: Evaluation, tiny_adapter: Path) -> None:
+    with pytest.raises(UserError, match=r"holds another evaluation, .* \(its guidance_scale is \[3.0\], seed is 0\)$"):
+        evaluate(config(tiny_adapter, undisturbed.folder, guidance_scale=[2.0], seed=1))
+
+
 def test_a_killed_evaluation_resumes_and_equals_an_undisturbed_one(
     undisturbed: Evaluation, tiny_adapter: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from stages.errors import UsageError, UserError
 from stages.storage.locks import exclusive_lock
-from stages.study.study import Study, StudyConfig
+from stages.study.plan import PlannedRun
+from stages.study.study import Study, StudyConfig, cost
 from tests.support.sleepers import as_soon_as_they_sleep, write_commands, write_sleepers
 
 CLAIMS = {
@@ -98,6 +99,8 @@ def test_a_failure_skips_only_what_depends_on_it(
         tmp_path, "import sys\nsys.exit(any(word.endswith('data/bad') for word in sys.argv) and 'error: no')"
     )
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / "claims.json").write_text("of an earlier plan")
     with pytest.raises(UserError, match=r"^generate bad: no \(log: .*generate-bad.log\); fix that and repeat"):
         Study(StudyConfig(str(study_file), "claims", jobs=1)).run()
     assert capsys.readouterr().out.splitlines() == [
@@ -110,6 +113,19 @@ def test_a_failure_skips_only_what_depends_on_it(
         "evaluate scales: ",
         "evaluate data_cost: skipped, because a command that it needs failed",
     ]
+    assert not (tmp_path / "claims" / "claims.json").exists()
+
+
+def test_an_adapter_costs_the_trajectories_that_it_was_trained_on(tmp_path: Path) -> None:
+    """The dataset grew to 20 trajectories after the training."""
+    training = dict.fromkeys(("seconds", "peak_memory_bytes", "adapter_parameters", "adapter_share"), 1)
+    for name, content in (
+        ("training", training),
+        ("adapter_config", {"training": {"trajectories": 12}}),
+        ("generation", {"trajectories": 20, "teacher_evaluations": 160}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert cost(PlannedRun("one", 0, tmp_path, tmp_path))["teacher_evaluations"] == 96
 
 
 def test_a_folder_is_locked_for_one_study_at_a_time(study_file: Path, tmp_path: Path) -> None:

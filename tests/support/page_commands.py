@@ -63,6 +63,7 @@ class Command:
     description: str
     multirun: Callable[[list[str]], None] | None = None
     argument: str | None = None
+    dry_run: Callable[[Any], None] | None = None
 
 
 @cache

@@ -54,17 +54,22 @@ def test_the_card_has_the_header_for_hubs(tiny_adapter: Path) -> None:
 def test_the_card_shows_the_measurements(adapter: GuidanceAdapter, tmp_path: Path) -> None:
     row = {"guidance_scale": 2.0, "effective_scale": 1.9, "frechet_distance": 20.4, "gap_closed": 0.9}
     row["denoiser_evaluations"] = 25.0
+    row |= {"num_samples": 1000, "num_inference_steps": 20}
     rows = [row | {"method": "cfg"}, row | {"method": "one_pass"}]
+    rows.append(row | {"method": "one_pass", "guidance_scale": 1.0001, "frechet_distance": 50.0, "gap_closed": None})
     adapter.metadata = replace(adapter.metadata, evaluation=rows)
     adapter.save_pretrained(tmp_path)
     _, header, text = (tmp_path / CARD_FILE).read_text().split("---\n", 2)
     assert "| one_pass | 2 | 1.90 | 20.4 | 0.900 | 25 |" in text
+    assert "| one_pass | 1.0001 | 1.90 | 50.0 | none | 25 |" in text
+    assert "1,000 images a row, 20 steps, the same noise in every row." in text
     assert "| guidance gain | the adapter gets 1.250 times the requested guidance, up to scale 6 |" in text
     (result,) = yaml.safe_load(header)["model-index"][0]["results"]
-    assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {
-        "frechet_distance": 20.4,
-        "gap_closed": 0.9,
-    }
+    assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == [
+        ("frechet_distance", 20.4),
+        ("gap_closed", 0.9),
+        ("frechet_distance", 50.0),
+    ]
 
 
 def test_the_card_shows_the_effect_of_strength(adapter: GuidanceAdapter, tmp_path: Path) -> None:

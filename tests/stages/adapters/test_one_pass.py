@@ -186,5 +186,8 @@ def test_a_schedule_of_another_length_is_refused_without_a_trace(pipe: DiTPipeli
         adapter.guidance_schedule([2.0, 3.0, 4.0]),
     ):
         final(pipe)
+    of_one: Any = lambda step: 2.0  # noqa: E731
+    with pytest.raises(UserError, match="is a function of the step and the timestep: too many"):
+        adapter.guidance_schedule(of_one).__enter__()
     assert "set_timesteps" not in vars(pipe.scheduler)
     assert torch.equal(final(pipe, 3.0)[0], before)

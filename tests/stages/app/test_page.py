@@ -6,7 +6,7 @@ import gradio as gr
 import pytest
 from PIL import Image
 
-from stages.app.page import Scales, drawn, figure
+from stages.app.page import Scales, check_seed, drawn, figure, marks
 from stages.app.sampler import Sample, Subject
 from stages.errors import UserError
 from stages.evaluate.comparisons import Setting
@@ -26,6 +26,28 @@ def test_the_slider_reaches_from_just_above_no_guidance_to_beyond_the_trained_sc
     assert 10 < positions <= 60
     assert scales.share(scales.lowest) == 0
     assert scales.share(scales.highest) == 1
+
+
+@pytest.mark.parametrize("trained", [(1.0, 1.004), (1.2, 1.2), (3.33, 3.33), (7.5, 7.5), (4.0, 4.02), (1.0, 1.0)])
+def test_a_slider_of_near_scales_begins_at_a_trained_one(trained: tuple[float, float]) -> None:
+    scales = Scales.around(*trained)
+    assert 1 < scales.lowest <= scales.first <= scales.highest
+    assert scales.lowest < scales.highest
+    assert scales.note(scales.first) == "" or trained == (1.0, 1.0)
+
+
+def test_the_band_of_the_trained_scales_reaches_the_sliders_end() -> None:
+    assert "--trained-from: -1.000" in marks(Scales.around(1.0, 4.0))
+    assert "--trained-from: 0." in marks(Scales.around(2.0, 4.0))
+    assert Scales.around(3.0, 3.0).trained_in_words == "3"
+
+
+def test_a_seed_out_of_bounds_is_told_on_the_page() -> None:
+    check_seed(0)
+    for seed in (-1, 2**31):
+        with pytest.raises(gr.Error, match=f"seed {seed}: 0 to 2147483647") as raised:
+            check_seed(seed)
+        assert not raised.value.print_exception
 
 
 def test_scales_outside_the_trained_ones_are_noted() -> None:

@@ -56,7 +56,7 @@ def test_one_pass_in_an_interval_costs_one_pass_and_guides_there_only(tiny_adapt
     whole = sample_setting(pipe, adapter, Setting(ONE_PASS, 3.0), request)
     none = sample_setting(pipe, adapter, Setting(NONE, 1.0), request)
     states = [*(step.latents for step in none.steps), none.latents]
-    for interval, first in {"0_100": 0, "20_80": 1, "40_60": 2, "50_50": 5}.items():
+    for interval, first in {"0_100": 0, "20_80": 1, "40_60": 2, "50_51": 5}.items():
         found = sample_setting(pipe, adapter, Setting(f"one_pass_interval_{interval}", 3.0), request)
         assert (found.denoiser_evaluations, found.fused) == (10, True)
         same = [
@@ -100,3 +100,13 @@ def test_a_lora_that_cannot_be_loaded_is_named(tiny_adapter: Path, tmp_path: Pat
         load_pair(str(tiny_adapter), None, "cpu", lora=str(tmp_path))
     with pytest.raises(UserError, match=r"lora=.*cannot be loaded"):
         load_lora(load_pipeline("stages/embedded/mnist_sd"), str(tmp_path))
+
+
+def test_a_lora_is_loaded_without_a_word_and_one_of_another_base_is_refused(
+    capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    load_lora(load_pipeline("stages/embedded/emoji"), "stages/embedded/emoji_grey_lora")
+    assert capfd.readouterr().err == ""
+    assert [str(each.message) for each in recwarn if "PEFT" in str(each.message)] == []
+    with pytest.raises(UserError, match="lora=stages/embedded/emoji_grey_lora: "):
+        load_lora(load_pipeline("stages/embedded/mnist_sd"), "stages/embedded/emoji_grey_lora")

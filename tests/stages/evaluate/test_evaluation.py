@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import save_file
 
 from stages.adapters import GuidanceAdapter
 from stages.errors import UserError
 from stages.evaluate.comparisons import Setting
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluation import Evaluation, Worker
+from stages.evaluate.evaluation import Evaluation, Worker, gap_closed
+from stages.evaluate.identity import scaling_of
 from stages.evaluate.methods import CFG, CFG_FIRST_50, CFG_FIRST_60, NONE, ONE_PASS
 from stages.evaluate.report import cells_of
+from stages.evaluate.worker import check_finite, folder_name
 from stages.train.trainer import Trainer
 from tests.conftest import generate, generate_config, small_adapter, train_config
 from tests.stages.evaluate.test_clip_score import save_tiny_clip
@@ -155,6 +159,20 @@ def test_an_evaluation_with_another_scheduler_is_the_same_in_each_process(tiny_a
     assert worker._facts().identity == identity
 
 
+def test_settings_beside_the_weights_are_part_of_the_identity(text_adapter: Path, tmp_path: Path) -> None:
+    """The VAE's scaling and a LoRA's alpha change the images, and no weight."""
+    prompts = str(text_adapter.parent / "prompts.txt")
+    worker = evaluation(text_adapter, tmp_path / "out", prompts=prompts, reference=None).new_worker()
+    seen = [worker.load().identity]
+    worker.pipe.vae.register_to_config(scaling_factor=0.5)
+    seen.append(worker._facts().identity)
+    worker.pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+    seen.append(worker._facts().identity)
+    next(filter(scaling_of, worker.pipe.unet.modules())).scaling["default"] = 7.0
+    seen.append(worker._facts().identity)
+    assert len(set(seen)) == 4
+
+
 def test_another_evaluation_in_the_same_folder_is_refused_and_nothing_lost(
     whole: Evaluation, other_adapter: Path, tmp_path: Path, tiny_adapter: Path
 ) -> None:
@@ -234,6 +252,37 @@ def test_images_are_saved_on_request(tiny_adapter: Path, tmp_path: Path) -> None
         assert picture.size == (32, 32)
 
 
+def test_latents_that_are_not_finite_are_refused() -> None:
+    check_finite(torch.zeros(2, 4), Setting(CFG, 1e30))
+    with pytest.raises(UserError, match="guidance_scale=1e\\+30: cfg makes latents that are not finite: name another"):
+        check_finite(torch.tensor([0.0, torch.nan]), Setting(CFG, 1e30))
+
+
+def test_folders_of_near_scales_differ() -> None:
+    names = {folder_name(Setting(CFG, scale), several=False) for scale in (2.0, 2.0000001)}
+    assert names == {"cfg-2", "cfg-2.0000001"}
+
+
+def test_a_gap_of_rounding_is_none() -> None:
+    assert gap_closed(one_pass_setting(2.0), {2.0: 1e-3}, {2.0: 1e-13}) is None
+    assert gap_closed(Setting(CFG, 2.0), {2.0: 0.0}, {2.0: 1e-13}) == 1
+
+
+def test_what_the_pipeline_cannot_make_is_named_before_any_image_is(tiny_adapter: Path, tmp_path: Path) -> None:
+    save_file({"pixels": torch.zeros(4, 30, 30, dtype=torch.uint8)}, tmp_path / "reference.safetensors")
+    shutil.copytree("stages/embedded/digits/classifier", tmp_path / "classifier")
+    for changes, message in (
+        (
+            {"scheduler": "FlowMatchEulerDiscreteScheduler"},
+            "scheduler=Flow.*: DiTPipeline cannot use it: .*: name another",
+        ),
+        ({"reference": str(tmp_path)}, "holds images of 1x34x34, and the pipeline makes 1x32x32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluation(tiny_adapter, tmp_path / "out", **changes).run()
+    assert not (tmp_path / "out" / "parts").exists()
+
+
 def test_without_a_reference_the_latents_are_compared_alone(tiny_adapter: Path, tmp_path: Path) -> None:
     rows = evaluation(tiny_adapter, tmp_path, reference=None, guidance_scale=[2.0]).run()
     assert "frechet_distance" not in rows[0]
@@ -307,6 +356,8 @@ def test_an_invalid_configuration_is_refused(tiny_adapter: Path, tmp_path: Path)
         ({"output_dir": None, "adapter_dir": "s3://bucket/a"}, "output_dir: not given: s3://bucket/a is in a bucket"),
         ({"output_dir": None, "adapter_dir": "no/adapter"}, "adapter_dir=no/adapter: no such folder: name an adapter"),
         ({"adapter_dir": [str(tiny_adapter)] * 2}, "is given twice"),
+        ({"adapter_dir": [str(tiny_adapter), f"{tiny_adapter}/"]}, "is given twice"),
+        ({"output_dir": str(tiny_adapter)}, "holds an adapter: name a folder of the evaluation's own"),
         ({"adapter_dir": 3}, "adapter_dir=3: name the folder"),
     ):
         config = EvaluateConfig(**({"adapter_dir": str(tiny_adapter), "output_dir": str(tmp_path)} | changes))

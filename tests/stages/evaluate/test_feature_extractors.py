@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import io
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +13,13 @@ from transformers import BitImageProcessor, CLIPModel, CLIPProcessor, Dinov2Conf
 
 from stages.base.pictures import to_picture
 from stages.errors import UserError
-from stages.evaluate.feature_extractors import NETWORKS, InceptionNetwork, as_tensor, to_square
+from stages.evaluate.feature_extractors import (
+    NETWORKS,
+    InceptionNetwork,
+    as_tensor,
+    network_fingerprint,
+    to_square,
+)
 from tests.stages.evaluate.test_clip_score import save_tiny_clip
 
 IMAGES = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -108,3 +117,23 @@ def test_the_central_square_of_a_picture_is_used() -> None:
     picture.paste("white", (100, 0, 200, 100))
     assert to_square(picture, 299).shape == (3, 299, 299)
     assert to_square(picture, 299)[:, :, 3:-3].min() == 255
+
+
+def test_another_normalisation_is_another_network(tmp_path: Path) -> None:
+    folder = save_tiny_dinov2(tmp_path)
+    before = network_fingerprint(NETWORKS["dinov2"](str(folder), "cpu"))
+    assert network_fingerprint(NETWORKS["dinov2"](str(folder), "cpu")) == before
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.1, 0.5, 0.6]}))
+    assert network_fingerprint(NETWORKS["dinov2"](str(folder), "cpu")) != before
+
+
+def test_sixteen_bits_are_eight_and_transparent_places_are_white() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(file, format="png")
+    assert to_square(Image.open(file), 2).unique().tolist() == [128]
+    half = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    half.paste((0, 0, 255, 255), (0, 0, 2, 4))
+    pixels = to_square(half, 4)
+    assert pixels[:, 0, 0].tolist() == [0, 0, 255]
+    assert pixels[:, 0, 3].tolist() == [255, 255, 255]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.errors import UserError
+from stages.errors import UsageError
 from stages.evaluate.comparisons import Setting, settings
 from stages.evaluate.methods import (
     CFG,
@@ -34,13 +34,11 @@ def test_a_method_is_a_kind_and_its_numbers() -> None:
         "",
         "two_pass",
         "cfg_first",
-        "cfg_first_101",
         "cfg_first_050",
         "cfg_first_5.5",
         "cfg_first_50_60",
         "cfg_interval_20",
         "cfg_interval_20_80_90",
-        "cfg_every_0",
         "cfg_adaptive_",
         "cfg_adaptive_1..5",
         "one_pass_20",
@@ -49,15 +47,29 @@ def test_a_method_is_a_kind_and_its_numbers() -> None:
 )
 def test_no_other_name_is_a_method(method: str) -> None:
     with pytest.raises(
-        UserError, match="^methods=.*: some of one_pass, cfg_first_50, cfg_interval_20_80, .* other numbers$"
+        UsageError, match="^methods=.*: some of one_pass, cfg_first_50, cfg_interval_20_80, .* other numbers$"
     ):
         parse(method)
 
 
-def test_an_interval_that_ends_before_it_starts_is_refused() -> None:
-    with pytest.raises(UserError, match="cfg_interval_80_20: the interval ends before it starts: swap the numbers"):
-        check_compared(["cfg_interval_80_20"])
-    with pytest.raises(UserError, match="methods=cfg: none and cfg are always included: leave it out"):
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("cfg_first_150", "150 is out of range: 0 to 100"),
+        ("cfg_interval_20_101", "101 is out of range: 0 to 100"),
+        ("cfg_adaptive_99", "99 is out of range: 0 to 1"),
+        ("cfg_every_0", "0 is out of range: 1 to 1000"),
+        ("cfg_interval_80_20", "the interval is empty: the second number must be the larger one"),
+        ("one_pass_interval_50_50", "the interval is empty: the second number must be the larger one"),
+    ],
+)
+def test_a_number_out_of_range_is_named(method: str, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^methods={method}: {message}$"):
+        parse(method)
+
+
+def test_the_baselines_need_not_be_named() -> None:
+    with pytest.raises(UsageError, match="methods=cfg: none and cfg are always included: leave it out"):
         check_compared(["cfg"])
 
 

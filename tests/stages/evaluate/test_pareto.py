@@ -55,17 +55,22 @@ def test_the_report_says_where_an_alternative_beats_one_pass_and_where_not() -> 
         "one pass (12.00 at scale 1.5 with 20 evaluations); guided, 20% to 80% (10.50 at scale 3 with 32 evaluations)."
     )
     assert better == (
-        "Better than one pass (12.00 at scale 1.5 with 20 evaluations), at their own cost: "
+        "With a lower Frechet distance than one pass (12.00 at scale 1.5 with 20 evaluations), at their own cost: "
         "guided, 20% to 80% (10.50 at scale 3 with 32 evaluations)."
     )
-    assert cfg == "CFG at all steps is better: 11.00 at scale 1.5 with 40 evaluations."
-    assert "no better: guided, first 50% (12.50" in beaten
+    assert cfg == "CFG at all steps has a lower Frechet distance: 11.00 at scale 1.5 with 40 evaluations."
+    assert "without a lower Frechet distance: guided, first 50% (12.50" in beaten
     without = [each for each in ROWS if "interval" not in each["method"]]
     (_, none_better, *_) = Pareto.of(without, DISTANCE).sentences()
-    assert none_better.startswith("None of the methods that guide at some steps only is better than one pass (12.00")
+    expected = "None of the methods that guide at some steps only has a lower Frechet distance than one pass (12.00"
+    assert none_better.startswith(expected)
+    alone = [each for each in ROWS if each["method"] in ("none", "cfg", "one_pass")]
+    assert not any("some steps" in sentence for sentence in Pareto.of(alone, DISTANCE).sentences())
     assert len(Pareto.of([each for each in ROWS if each["method"] != "one_pass"], DISTANCE).sentences()) == 1
-    assert sentences(ROWS)[:4] == [front, better, cfg, beaten]
-    assert "guided, first 50% (0.873 with 30 evaluations)" in sentences(ROWS)[5]
+    found = sentences(ROWS, 1000)
+    assert found[:4] == [front, better, cfg, beaten]
+    assert "guided, first 50% (0.873 with 30 evaluations)" in found[5]
+    assert found[-1].startswith("These are figures of 1,000 images a row from one set of noise: ")
 
 
 def test_the_table_names_the_fronts() -> None:
@@ -75,6 +80,13 @@ def test_the_table_names_the_fronts() -> None:
     assert found[-2] == ["guided, 20% to 80%", "32", "10.50", "3", "0.950", "0.890", "Frechet distance, gap closed"]
     assert found[3] == ["guided, first 50%", "30", "12.50", "3", "0.900", "0.873", "gap closed"]
     assert {len(line) for line in found} == {len(head)}
+
+
+def test_without_a_gap_to_close_there_is_no_figure_of_it() -> None:
+    rows = [each | ({"gap_closed": None} if "first" in each["method"] else {}) for each in ROWS]
+    assert cells(rows)[3] == ["guided, first 50%", "30", "12.50", "3", "0.900", "none", ""]
+    assert [point.method for point in Pareto.of(rows, GAP).front] == ["one_pass", "cfg_interval_20_80"]
+    assert plot(rows)
 
 
 def test_without_a_reference_there_is_the_gap_alone() -> None:

@@ -191,7 +191,7 @@ def test_guidance_ends_for_every_denoiser_of_a_pipeline() -> None:
 
 
 # What the limits of a method's numbers equal, exactly.
-LIMITS = {"cfg_interval_0_100": CFG, "cfg_adaptive_1.1": CFG, "cfg_every_1": CFG, "cfg_interval_50_50": NONE}
+LIMITS = {"cfg_interval_0_100": CFG, "cfg_adaptive_1": CFG, "cfg_every_1": CFG, "cfg_interval_50_51": NONE}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -293,7 +293,7 @@ def test_a_pipeline_that_begins_with_a_picture_counts_the_timesteps_that_it_leav
     stub: Any = AdapterStub({"call": 0, "chunk": 0, "chunks": 2})
     picture = {"image": torch.rand(2, 3, 32, 32), "strength": 0.5}
     request = Request([{"prompt": prompt} for prompt in PROMPTS], [0, 1], 8, picture)  # the last 4 timesteps of 8
-    methods = {"cfg_interval_0_50": 0, "cfg_interval_50_75": 2, "cfg_every_3": 2}
+    methods = {"cfg_interval_0_50": 0, "cfg_interval_50_75": 2, "cfg_every_3": 2, "cfg_first_50": 2, "cfg_first_30": 2}
     for method, guided in methods.items():
         found = sample_setting(pipe, stub, Setting(method, SCALE), request)
         assert found.denoiser_evaluations == 2 * (4 + guided), method
@@ -306,7 +306,7 @@ def test_a_modular_pipeline_costs_one_pass_where_it_is_not_guided(tmp_path: Path
     request = Request([{"prompt": prompt} for prompt in PROMPTS], [0, 1], 4, {})
     stub = placed(pipe, request)
     cfg = sample_setting(pipe, stub, Setting(CFG, SCALE), request)
-    for method, guided in {"cfg_interval_25_75": 2, "cfg_every_2": 2, "cfg_adaptive_1.1": 4}.items():
+    for method, guided in {"cfg_interval_25_75": 2, "cfg_every_2": 2, "cfg_adaptive_1": 4}.items():
         found = sample_setting(pipe, stub, Setting(method, SCALE), request)
         assert found.denoiser_evaluations == 2 * (4 + guided), method
         assert torch.equal(found.latents, cfg.latents) == (guided == 4)

@@ -29,6 +29,15 @@ def length(device):
 def one_for_all(device):
     return lambda pictures, prompts: 3.0
 
+def text(device):
+    return lambda pictures, prompts: ["good"] * len(prompts)
+
+def no_number(device):
+    return lambda pictures, prompts: [float("nan")] * len(prompts)
+
+def nothing(device):
+    return None
+
 def without_weights(device):
     raise OSError("no weights\\nfound")
 """
@@ -68,14 +77,21 @@ def test_the_fingerprint_follows_weights_and_code(tmp_path: Path, monkeypatch: p
 
 def test_a_score_that_cannot_be_loaded_or_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = save_scores(tmp_path, monkeypatch, "scores_with_faults")
+    (tmp_path / "scores_with_a_fault.py").write_text("def length(:")
     for entry, message in (
         ("PickScore", "name a class or function as MODULE:NAME"),
-        ("no_such_module:PickScore", "cannot be loaded: No module named 'no_such_module'"),
+        ("no_such_module:PickScore", "cannot be loaded: ModuleNotFoundError: No module named 'no_such_module'"),
         (f"{module}:PickScore", "cannot be loaded: .*has no attribute 'PickScore'"),
-        (f"{module}:without_weights", "cannot be loaded: no weights$"),
+        (f"{module}:without_weights", "cannot be loaded: OSError: no weights: fix that"),
+        (f"{module}:nothing", "nothing\\(device\\) returns no callable"),
+        (f"{module}:SCORES", "cannot be loaded: .*has no attribute"),
+        ("scores_with_a_fault:length", "cannot be loaded: SyntaxError: "),
     ):
         with pytest.raises(UserError, match=f"preference={entry}: {message}"):
             PreferenceJudge(entry, "cpu")
+    for name, message in (("text", "fails: ValueError: "), ("no_number", "returns a number that is not finite")):
+        with pytest.raises(UserError, match=f"preference={module}:{name}: {message}"):
+            PreferenceJudge(f"{module}:{name}", "cpu").measure(torch.zeros(2, 1, 8, 8), CONDITIONS)
     with pytest.raises(UserError, match="preference: length is given twice: give each score a name of its own"):
         load_scores([f"{module}:length"] * 2, "cpu")
     with pytest.raises(UserError, match=r"returns numbers of shape \[\] for 2 images: return one number an image"):

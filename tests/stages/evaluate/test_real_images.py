@@ -68,6 +68,13 @@ def test_a_table_that_lacks_a_column_or_a_text_is_refused(tmp_path: Path) -> Non
             read_real_images(tmp_path)
 
 
+@pytest.mark.parametrize("image", ["text", 3, {"path": "a.png"}, {"bytes": "text"}])
+def test_a_table_of_other_images_is_refused(tmp_path: Path, image: Any) -> None:
+    write_table(tmp_path, [image, image], prompt=["a", "b"])
+    with pytest.raises(ValueError, match=r"reference.parquet: column image is .*, not bytes or a struct with bytes"):
+        read_real_images(tmp_path)
+
+
 def test_the_fingerprint_of_files_follows_their_content(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "notes.txt").write_text("no image")

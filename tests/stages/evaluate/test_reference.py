@@ -19,7 +19,7 @@ from tests.stages.evaluate.test_real_images import encoded, write_digits, write_
 class Means:
     """A stand-in for InceptionV3: the mean of each colour."""
 
-    gaussian, size = False, 299
+    gaussian, normalisation, size = False, (), 299
 
     def __init__(self, model: str | None, device: str) -> None:
         self.module = nn.Linear(1, 1)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from stages.configuration.parsing import parse
 from stages.evaluate.methods import CFG, CFG_FIRST_50, NONE, ONE_PASS
 from stages.study.claims import ClaimPlan, judge
 from stages.study.claims_table import Claim
-from stages.study.judgements import JUDGEMENTS
+from stages.study.judgements import JUDGEMENTS, figure
 from stages.study.plan import StudyFile
 from stages.study.rows import Rows, best_adapter
 
@@ -267,8 +268,45 @@ def test_negative_prompts_are_heeded_by_those_who_see_them(accuracy: float, gap:
 
 def test_a_claim_that_is_not_judged_says_what_is_missing() -> None:
     rows = [row(ONE_PASS, 2.0, 0.9, 20.0, "lora")]
-    (claim,) = judge({"": plan("meets_prompts", ["lora"], threshold=0.01)}, rows)
-    assert (claim.found, claim.holds) == ("the evaluation has no accuracies", None)
+    accuracies = "class_accuracy, category_accuracy, retrieval_top1, retrieval_top5"
+    full, lora = (f"no gap_closed of evaluation scales, method one_pass, adapter {name}" for name in ("full", "lora"))
+    missing = [
+        (plan("meets_prompts", ["lora"], threshold=0.01), f"no {accuracies} of evaluation scales"),
+        (plan("closes_gap", ["full"], threshold=0.9), full),
+        (plan("keeps_gap", ["lora"], "elsewhere", home="scales", threshold=0.9), f"{lora}, guidance_scale 4.0"),
+    ]
+    rows.append(row(ONE_PASS, 4.0, 0.9, 20.0, "lora", evaluation="elsewhere"))
+    for claim_plan, message in missing:
+        (claim,) = judge({"": claim_plan}, rows)
+        assert (claim.found, claim.holds) == (f"there is {message}", None)
+
+
+@pytest.mark.parametrize("home", [-0.2, 0.0])
+def test_an_adapter_that_harms_at_home_keeps_nothing(home: float) -> None:
+    rows = [row(ONE_PASS, 3.0, home, 20.0, "default")]
+    rows += [row(CFG, 3.0, 1.0, 20.0, evaluation="elsewhere")]
+    rows += [row(ONE_PASS, 3.0, -0.8, 21.0, "default", evaluation="elsewhere")]
+    (claim,) = judged({"": PLANS["keeps_gap"]}, rows)
+    assert not claim.holds
+    assert "over home: nan at 3" in claim.found
+
+
+@pytest.mark.parametrize("judgement", ["closes_gap", "frechet_at_each_scale", "frechet_at_best_scale"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_claim_whose_rows_hold_no_number_is_not_judged(judgement: str, scale: float) -> None:
+    rows = study()
+    for each in rows:
+        if (each["name"], each["guidance_scale"]) == ("default", scale):
+            each |= {"gap_closed": math.nan, "frechet_distance": math.nan}
+    (claim,) = judge({"": replace(PLANS[judgement], adapters=["default"])}, rows)
+    assert claim.holds is None
+    assert claim.found.startswith(
+        "there is no finite gap_closed of evaluation scales, method one_pass, adapter default"
+    )
+
+
+def test_a_figure_is_told_from_the_goal() -> None:
+    assert [figure(value, 1.02) for value in (1.0199, 1.0203, 1.01, 1.02)] == ["1.0199", "1.0203", "1.010", "1.020"]
 
 
 def test_a_claim_without_rows_is_not_judged() -> None:

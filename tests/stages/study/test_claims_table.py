@@ -22,3 +22,8 @@ def test_a_claim_has_a_line_and_a_row() -> None:
         "| does not hold | It is fast | at most 1 s | 3 s |",
         "| not judged | It is light |  | the evaluation has no share |",
     ]
+
+
+def test_a_text_stays_in_its_cell() -> None:
+    (_, _, line) = to_markdown([Claim("a|b\nc", "", "", True)]).splitlines()
+    assert line == "| holds | a\\|b c |  |  |"

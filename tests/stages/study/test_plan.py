@@ -52,6 +52,31 @@ def test_each_step_names_the_folders_it_needs(tmp_path: Path) -> None:
         ({"datasets": {"a/b": []}}, "datasets: a/b: a name has letters"),
         ({"datasets": {"data": "overrides"}}, "datasets.data: Value 'overrides'"),
         ({"datasets": {"data": ["num_trajectories=many"]}}, "generate data: num_trajectories=many"),
+        ({"datasets": {"data": ["output_dir=x"]}}, "datasets.data: overrides: output_dir=x: the study sets output_dir"),
+        (
+            {"adapters": STUDY["adapters"] | {"one": {"data": "data", "overrides": ["seed=3"]}}},
+            "adapters.one: overrides: seed=3: the study sets seed itself: leave it out$",
+        ),
+        (
+            {"evaluations": {"a": {"adapters": ["one"], "overrides": ["adapter_dir=x"]}}},
+            "evaluations.a: overrides: adapter_dir=x: the study sets adapter_dir itself",
+        ),
+        (
+            {"datasets": {"data": [*STUDY["datasets"]["data"], "prompts=nowhere.txt"]}},
+            "generate data: prompts=nowhere.txt: not readable",
+        ),
+        *(
+            ({"evaluations": {"a": {"adapters": ["one"], "overrides": [given]}}}, f"evaluate a: {given}: {message}")
+            for given, message in (
+                ("prompts=nowhere.csv", "not readable"),
+                ("reference=nowhere", "no such folder: name a folder of real images, or null$"),
+            )
+        ),
+        (
+            {"evaluations": {"a": {"adapters": ["one"], "overrides": ["preference=[nowhere_scores:Score]"]}}},
+            "evaluate a: preference=nowhere_scores:Score: no module nowhere_scores is found",
+        ),
+        (claiming(threshold=float("nan")), "claims.a.threshold=nan: not a finite number$"),
         ({"datasets": {"data": ["--help"]}}, "generate data: --help: not understood"),
         ({"adapters": {"one": {"data": "other", "overrides": []}}}, "adapters.one.data: other: not among the datasets"),
         (
@@ -130,3 +155,9 @@ def test_a_claim_compares_adapters_of_its_evaluation(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="^missing.yaml: No such file or directory$"):
         StudyPlan("missing.yaml", tmp_path)
+
+
+def test_a_key_that_the_file_lacks_is_one_to_add(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(json.dumps({key: value for key, value in STUDY.items() if key != "seeds"}))
+    with pytest.raises(UsageError, match="study.yaml: seeds: not given: add this key$"):
+        StudyPlan(str(tmp_path / "study.yaml"), tmp_path)

@@ -615,6 +615,22 @@ def test_a_resumed_run_keeps_the_snapshot_that_it_started_with(
     assert fresh.stream.records_per_epoch == 4 * 16
 
 
+def test_a_finished_run_stays_finished_when_its_dataset_grows_and_not_when_it_is_another(
+    damaged: Path, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = train_config(damaged, tmp_path / "run", max_train_steps=2)
+    pipeline.train.main(config)
+    grow(damaged, tiny_teacher, num_trajectories=20)
+    pipeline.train.main(config)
+    assert capsys.readouterr().out.endswith("already trained with this configuration; nothing to do\n")
+    shutil.rmtree(damaged)
+    grow(damaged, tiny_teacher, seed=1)
+    with pytest.raises(
+        UserError, match=f"run: holds an adapter of another dataset than that in data_dir={damaged}: take"
+    ):
+        pipeline.train.main(config)
+
+
 def test_the_first_process_chooses_the_snapshot(
     damaged: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
