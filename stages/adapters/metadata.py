@@ -96,7 +96,7 @@ class AdapterMetadata:
         return metadata
 
 
-OPTIONAL = ("weights", "spots", "training", "evaluation", "dial")
+OPTIONAL = ("weights", "spots", "training", "evaluation", "dial", "config")
 
 
 def check_keys(kind: type[Any], values: dict[str, Any], prefix: str = "") -> None:

@@ -217,11 +217,12 @@ class Quantised(nn.Linear):
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         # torchao's operations in 8 bits leave the weight as they have converted it to the backward pass.
         self.keeps = kind in ("int8", "fp8")
-        size = quantised_bytes(linear, kind)
+        self.dtype, size = linear.weight.dtype, quantised_bytes(linear, kind)
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        return Product.apply(input, self.bias, (self.out_features, self.in_features), self.keeps)
+        shape = (self.out_features, self.in_features)
+        return Product.apply(input.to(self.dtype), self.bias, shape, self.keeps)
 
 
 def quantised_bytes(linear: nn.Linear, kind: str) -> int:
@@ -253,4 +254,4 @@ class Product(torch.autograd.Function):
         (gradient,) = gradients
         saved = ctx.saved_tensors
         weight = saved[0] if saved else gradient.new_empty(ctx.shape)
-        return gradient @ weight, None, None, None
+        return gradient.to(weight) @ weight, None, None, None

@@ -174,10 +174,9 @@ def test_a_hub_that_does_not_answer_is_one_line(published: Hub, tmp_path: Path) 
 
 
 def test_a_full_disk_at_download_is_one_line(published: Hub, tmp_path: Path, small_disk: Path) -> None:
-    trainer = Trainer(train_config(ADDRESS, tmp_path / "run", cache_dir=str(small_disk / "cache")))
     fill(small_disk, room=4096)
     with pytest.raises(StorageError, match=rf"^{small_disk}/cache: cannot be written: No space .*another cache_dir"):
-        trainer.run()
+        Trainer(train_config(ADDRESS, tmp_path / "run", cache_dir=str(small_disk / "cache"))).run()
     assert [path.name for path in (small_disk / "cache").iterdir()] == [".lock"]
     survived("a full disk at a download from a hub: one-line error", "storage")
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from stages.generate.config import TeacherConfig
 from stages.records.dataset import Dataset
+from stages.train.base import load_base
 from stages.train.batch import Batch
 from stages.train.sampling import HeldOutSampling, NotSampledError, choose
 from stages.train.selection import SelectedSample
-from stages.train.student import Student, load_base
+from stages.train.student import Student
 from stages.train.window import load
 from tests.conftest import generate, generate_config, small_adapter
 
