@@ -187,7 +187,9 @@ def refusals(module: str, words: list[str]) -> Iterator[str]:
     combine = partial(check_each, command.config_class) if command.multirun else None
     with inside(ROOT), patch.object(sys, "argv", [module, *words]), redirect_stderr(output):
         try:
-            command_line.run(command.config_class, check_bounds, command.description, combine, command.argument)
+            check = check_bounds
+            dry_run = check if command.dry_run else None
+            command_line.run(command.config_class, check, command.description, combine, command.argument, dry_run)
         except SystemExit as ended:
             if ended.code:
                 yield f"{module}: {output.getvalue().strip()}"
