@@ -1,7 +1,7 @@
 """Weights in one file: a checkpoint of a whole pipeline or of a denoiser alone, or a denoiser in GGUF.
 
-The file's configuration comes from a folder or a hub id of the same pipeline, where diffusers would ask the hub for the one
-of the model that it takes the file for.
+The file's configuration comes from a folder or a hub id of the same pipeline, where diffusers would ask the hub for the
+one of the model that it takes the file for.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ class FeatureNetwork(Protocol):
 
     Attributes:
         gaussian: whether the published kernel distance in its features has the Gaussian kernel of CMMD, not KID's.
-        normalisation: the mean and the deviation that it takes off the colours, where a file beside the weights says so.
+        normalisation: the mean and the deviation that it takes off the colours, where a file beside the weights says
+            so.
     """
 
     gaussian: bool

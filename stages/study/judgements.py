@@ -66,7 +66,7 @@ def keeps_gap(rows: Rows, adapters: list[str], home: Rows, threshold: float) -> 
 
 
 def ratios_by_scale(key: str, rows: Rows, others: Rows) -> dict[float, float]:
-    """The mean of a column over that of other rows, at each scale of the rows; NaN, which meets no goal, over 0 or less.
+    """The mean of a column over that of other rows, at each scale; NaN, which meets no goal, over 0 or less.
 
     Raises:
         MissingRowsError: there are no rows.

@@ -1,11 +1,11 @@
 """The memory of a training step at a real denoiser's shape: measured on a GPU, and by a model.
 
-python -m tests.benchmarks.training_memory sdxl|sd15|dit_xl_2_256|tiny_sdxl [variant] [none|int8|fp8|int4|nf4|offload ...]
+python -m tests.benchmarks.training_memory SHAPE [variant] [none|int8|fp8|int4|nf4|offload ...]
 python -m tests.benchmarks.training_memory goals    tests/benchmarks/results/memory/goals.json, by the model alone
 
-The step trains on one record, with the base in bf16 and gradient checkpointing, once for each way to hold the base: plain,
-with quantised linear layers, or offloaded. Weights are random: memory does not depend on them. Prints one JSON object, in
-bytes; exit status 1 if a peak is above its goal.
+SHAPE is sdxl, sd15, dit_xl_2_256 or tiny_sdxl. The step trains on one record, with the base in bf16 and gradient
+checkpointing, once for each way to hold the base: plain, with quantised linear layers, or offloaded. Weights are
+random: memory does not depend on them. Prints one JSON object, in bytes; exit status 1 if a peak is above its goal.
 
 The model is that of stages/train/memory.py.
 """
