@@ -113,7 +113,9 @@ def why_not_fusable(denoiser: nn.Module, names: list[str]) -> str | None:
     """Return why a change cannot be fused into these layers; None if it can."""
     for name in names:
         weight = layer_beneath(denoiser.get_submodule(name)).weight
-        if type(weight.data) is not Tensor or weight.dtype not in FUSABLE_DTYPES:
+        # Some weights of a class of their own are quantised only in their first pass.
+        plain = type(weight) in (Tensor, nn.Parameter) and type(weight.data) is Tensor
+        if not plain or weight.dtype not in FUSABLE_DTYPES:
             return f"{name} is quantised"
         if weight.is_meta:
             return f"{name} is offloaded on its own, as by sequential offloading"
