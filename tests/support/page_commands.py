@@ -34,7 +34,7 @@ EXTRAS = re.compile(r"\.\[([\w,]+)\]")
 TREE = ("configs/", "docker/", "pipeline/", "stages/", "tests/")
 SMALL = {
     "pipeline.generate": ["num_trajectories=8", "trajectories_per_unit=4", "num_inference_steps=3", "device=cpu"],
-    "pipeline.train": ["max_train_steps=2", "train_batch_size=8", "report_to=none", "device=cpu"],
+    "pipeline.train": ["max_train_steps=2", "lr_warmup_steps=0", "train_batch_size=8", "report_to=none", "device=cpu"],
     "pipeline.sample": ["num_inference_steps=3", "device=cpu"],
     "pipeline.evaluate": ["guidance_scale=[2]", "num_samples=4", "num_inference_steps=3", "device=cpu"],
     "pipeline.export": ["num_inference_steps=3", "device=cpu"],
