@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, fields
 
 from stages.adapters import GuidanceAdapter
-from stages.train.config import TrainConfig, check_warmup
+from stages.train.compatibility import check_warmup
+from stages.train.config import TrainConfig
 
 PASSES = 4  # over the records
 LEAST_STEPS, MOST_STEPS = 1_000, 10_000

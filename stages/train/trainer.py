@@ -6,18 +6,16 @@ import math
 import resource
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from stages.adapters import GuidanceAdapter
 from stages.adapters.folder import CONFIG_FILE
-from stages.adapters.metadata import AdapterMetadata
 from stages.base.loading import choose_device
 from stages.configuration.options import check_bounds
 from stages.errors import UserError
@@ -25,12 +23,11 @@ from stages.progress import progress
 from stages.records.dataset import Dataset
 from stages.records.plans import snapshots
 from stages.storage.cache import ShardCache
-from stages.storage.files import check_folder, whole_file
+from stages.storage.files import check_folder
 from stages.storage.folder import open_folder
 from stages.storage.locks import exclusive_lock
 from stages.train.base import computing_dtype, load_base, parameters_of
 from stages.train.batch import Batch
-from stages.train.best import BEST, Best
 from stages.train.bins import Bins
 from stages.train.checkpoint import (
     CHECKPOINTS,
@@ -40,22 +37,21 @@ from stages.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from stages.train.compatibility import check_split, check_together
 from stages.train.compiling import compile_errors
-from stages.train.config import TrainConfig, check_split, check_together, effective
-from stages.train.decoding import Decoder
+from stages.train.config import TrainConfig, effective
 from stages.train.defaults import RunConfig, complete, describe_course
 from stages.train.foresight import foresee
 from stages.train.objective import Objective
 from stages.train.optimization import Optimization
 from stages.train.processes import from_main, join_processes
 from stages.train.quantization import check_quantization
-from stages.train.sampling import HeldOutSampling, NotSampledError
 from stages.train.selection import SelectedSample, choose_denoiser, remarks, select, trained_scales
 from stages.train.sharding import is_asked
 from stages.train.stream import RecordStream
 from stages.train.student import Student
 from stages.train.telemetry import BatchPosition, Meter, Trackers, tracker_class
-from stages.train.validation import Validation, guidance_gain
+from stages.train.validation import Validation
 
 NAMED_RECORDS = 5
 
@@ -128,17 +124,11 @@ class Trainer:
             pin=self.device.startswith("cuda"),
         )  # fmt: skip
         bins = bins_of(self.dataset, self.adapter.metadata.scale_range)
-        self.validation = Validation(self.dataset, held_out, config.train_batch_size, bins, self.device, skipping)
         self.meter = Meter(bins, self.device)
-        self.sampling = self._new_sampling(held_out)
-        self.decoder = None
-        if config.vae_name_or_path is not None and self.sampling is not None and self.processes.is_main_process:
-            self.decoder = Decoder(config.vae_name_or_path, self.dataset, self.device)
-            self.decoder.try_out(self.sampling.two_passes[0])
-        self.gap_closed: dict[str, float] = {}
-        self.best: Best | None = None
+        self.validation = Validation(self.dataset, held_out, config, self.student, bins, self.device)
+        self.remarks += self.validation.remarks
         self.step = 0
-        self.loss = self.unguided_loss = float("nan")
+        self.loss = math.nan
         if state is not None:
             self.restore(state)
         from_main(lambda: check_room(self.checkpoints, self._size_of_state(), self._additional_checkpoints()))
@@ -216,15 +206,6 @@ class Trainer:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         return student
 
-    def _new_sampling(self, held_out: list[SelectedSample]) -> HeldOutSampling | None:
-        low, high = self.adapter.metadata.scale_range
-        try:
-            return HeldOutSampling(self.dataset, held_out, (low, high), self.device, self.config.on_damage == "skip")
-        except NotSampledError as error:
-            pictures = "" if self.config.vae_name_or_path is None else " and no pictures"
-            self.remarks.append(f"validation: no gap closed{pictures}: {error}")
-            return None
-
     @property
     def adapter_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.adapter.parameters())
@@ -240,8 +221,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.meter.seconds,
             "loss": self.loss,
-            "unguided_loss": self.unguided_loss,
-            "best": None if self.best is None else self.best._asdict(),
+            **self.validation.state(),
             "adapter": self.adapter.state_dict(),
             "optimization": self.optimization.state(),
             "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
@@ -263,8 +243,8 @@ class Trainer:
         self.stream.go_to(state["records_consumed"], state["records_pending"])
         self.stream.skipped = state["skipped"]
         self.step, self.meter.seconds = state["step"], state["seconds"]
-        self.loss, self.unguided_loss = state["loss"], state["unguided_loss"]
-        self.best = None if state["best"] is None else Best(**state["best"])
+        self.loss = state["loss"]
+        self.validation.restore(state)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, write the adapter's folder, and return the content of `training.json`.
@@ -277,23 +257,19 @@ class Trainer:
 
     def _run(self) -> dict[str, Any]:
         if self.step == 0:
-            self.unguided_loss, _ = self.validation.measure(self.student, guided=False)
-        self._save_best()  # an interrupted run may have left a later one, which this run need not reach
+            self.validation.begin()
+        self.validation.save_best()  # an interrupted run may have left a later one, which this run need not reach
         settings = {key: value for key, value in asdict(self.config).items() if isinstance(value, (str, int, float))}
         with Trackers(self.config.report_to, self.root, self.step, settings) as trackers:
             self._fit(trackers)
-            validation_loss, by_bin = self._validate(trackers)
-        if not math.isfinite(validation_loss):
+            self._validate(trackers)
+        if not math.isfinite(self.validation.loss):
             raise UserError(f"step {self.step}: the validation loss is not finite: {self._way_out}")
-        skipped = self.stream.skipped | self.validation.skipped
+        skipped = self.stream.skipped | self.validation.losses.skipped
         summary = {
             "steps": self.step,
             "loss": self.loss,
-            "validation_loss": validation_loss,
-            "validation_loss_unguided": self.unguided_loss,
-            "validation_loss_by": by_bin,
-            "gap_closed": self.gap_closed,
-            "best": None if self.best is None else {"folder": BEST, **self.best.figures},
+            **self.validation.figures(),
             "adapter_parameters": self.adapter_parameters,
             "adapter_share": self.adapter_share,
             "seconds": self.meter.seconds,
@@ -302,32 +278,11 @@ class Trainer:
             "samples_skipped": sorted(skipped),
             "peak_memory_bytes": peak_memory(self.device),
         }
-        self.adapter.metadata = self._metadata(self.step, validation_loss)
+        self.adapter.metadata = self.validation.metadata(self.step, self.validation.loss)
         if self.processes.is_main_process:
             with self.optimization.averaged():
                 self.adapter.save_pretrained(self.root)
         return summary
-
-    def _gain(self, validation_loss: float) -> float:
-        low, high = self.adapter.metadata.scale_range
-        # A single trained scale leaves no room for a gain.
-        return guidance_gain(validation_loss, self.unguided_loss) if low < high else 1.0
-
-    def _metadata(self, step: int, validation_loss: float) -> AdapterMetadata:
-        """The adapter's metadata after a validation."""
-        measured = {
-            "kind": self.dataset.plan.config["trajectory"],
-            "steps": step,
-            "validation_loss": validation_loss,
-            "validation_loss_unguided": self.unguided_loss,
-        }
-        training = asdict(self.dataset.plan.counts) | measured
-        return replace(self.adapter.metadata, guidance_gain=self._gain(validation_loss), training=training)
-
-    def _save_best(self) -> None:
-        if self.best is not None and self.processes.is_main_process:
-            metadata = self._metadata(self.best.step, self.best.validation_loss)
-            self.best.save(self.adapter, metadata, self.root / BEST)
 
     def _fit(self, trackers: Trackers) -> None:
         config, batches = self.config, iter(self.stream)
@@ -382,26 +337,9 @@ class Trainer:
     def _way_out(self) -> str:
         return f"lower learning_rate={self.config.learning_rate:g}; the checkpoints in {self.checkpoints} are older"
 
-    def _validate(self, trackers: Trackers) -> tuple[float, dict[str, float]]:
+    def _validate(self, trackers: Trackers) -> None:
         with self.optimization.averaged():
-            loss, by_bin = self.validation.measure(self.student)
-            scalars = {"validation_loss": loss} | {f"validation_loss_by/{k}": v for k, v in by_bin.items()}
-            if self.sampling is not None:
-                samples = self.sampling.measure(self.student, self._gain(loss))
-                self.gap_closed = samples.gap_closed
-                scalars |= {f"gap_closed/{k}": v for k, v in samples.gap_closed.items()}
-                if self.decoder is not None:
-                    self._show(trackers, self.decoder.draw(samples))
-            trackers.log(scalars, self.step)
-            if loss < (math.inf if self.best is None else self.best.validation_loss):
-                self.best = Best.of(self.adapter, self.step, loss)
-                self._save_best()
-        return loss, by_bin
-
-    def _show(self, trackers: Trackers, picture: Image.Image) -> None:
-        trackers.show("held_out", picture, self.step)
-        with whole_file(self.root / "held_out" / f"step-{self.step:08d}.png") as file:
-            picture.save(file, format="png")
+            self.validation.measure(self.step, trackers)
 
 
 def check(config: TrainConfig) -> None:

@@ -1,82 +1,144 @@
-"""Validation: the error of an adapter on held-out trajectories."""
+"""A run's validations: the loss and samples of held-out trajectories, and the adapter of the lowest loss."""
 
 from __future__ import annotations
 
-import torch
-from accelerate import PartialState
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
-from stages.errors import UserError
+from accelerate import PartialState
+from PIL import Image
+
+from stages.adapters.metadata import AdapterMetadata
 from stages.records.dataset import Dataset
-from stages.train.bins import BinnedMean, Bins
-from stages.train.objective import squared_error
+from stages.storage.files import whole_file
+from stages.train.best import BEST, Best
+from stages.train.bins import Bins
+from stages.train.decoding import Decoder
+from stages.train.defaults import RunConfig
+from stages.train.sampling import HeldOutSampling, NotSampledError, Samples
 from stages.train.selection import SelectedSample
 from stages.train.student import Student
-from stages.train.window import load
-
-SAMPLES_AT_ONCE = 32
-LEAST_EXPLAINED = 0.5  # share of the guidance; an adapter that explains less is not weaker guidance but another change
+from stages.train.telemetry import Trackers
+from stages.train.validation_loss import ValidationLoss, guidance_gain
 
 
 class Validation:
-    """The mean squared error on held-out samples, for any training loss; the processes share the samples.
+    """Measures the adapter on held-out trajectories, shows samples, and keeps the weights of the lowest loss.
 
     Attributes:
-        skipped: the number of records of each damaged sample of this process, by the sample's name.
+        unguided_loss: the base's without its adapter; nan until `begin`.
+        remarks: what the dataset does not support.
+
+    Raises:
+        UserError: the VAE cannot be loaded, or does not decode the latents.
+        DamageError: a sample is damaged.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        samples: list[SelectedSample],
-        batch_size: int,
+        held_out: list[SelectedSample],
+        config: RunConfig,
+        student: Student,
         bins: Bins,
         device: str,
-        skip_damaged: bool = False,
     ) -> None:
-        processes = PartialState()
-        self.dataset, self.batch_size, self.device = dataset, batch_size, device
-        own = samples[processes.process_index :: processes.num_processes]
-        self.samples = {size: [s for s in own if s.size == size] for size in dict.fromkeys(s.size for s in own)}
-        self.skip_damaged = skip_damaged
-        self.skipped: dict[str, int] = {}
-        self.errors = BinnedMean(bins, device)
+        self.dataset, self.student, self.adapter = dataset, student, student.adapter
+        self.root, self.is_main = Path(config.output_dir), PartialState().is_main_process
+        skipping = config.on_damage == "skip"
+        self.losses = ValidationLoss(dataset, held_out, config.train_batch_size, bins, device, skipping)
+        self.remarks: list[str] = []
+        self.sampling: HeldOutSampling | None = None
+        self.decoder: Decoder | None = None
+        self._prepare_samples(held_out, config, device)
+        self.best: Best | None = None
+        self.samples: Samples | None = None
+        self.loss = self.unguided_loss = math.nan
+        self.loss_by_bin: dict[str, float] = {}
 
-    @torch.no_grad()
-    def measure(self, student: Student, guided: bool = True) -> tuple[float, dict[str, float]]:
-        """Return the mean error over all records, and that of each bin of scale and of timestep.
+    def _prepare_samples(self, held_out: list[SelectedSample], config: RunConfig, device: str) -> None:
+        low, high = self.adapter.metadata.scale_range
+        vae = config.vae_name_or_path
+        try:
+            self.sampling = HeldOutSampling(self.dataset, held_out, (low, high), device, config.on_damage == "skip")
+        except NotSampledError as error:
+            pictures = "" if vae is None else " and no pictures"
+            self.remarks.append(f"validation: no gap closed{pictures}: {error}")
+            return
+        if vae is not None and self.is_main:
+            self.decoder = Decoder(vae, self.dataset, device)
+            self.decoder.try_out(self.sampling.two_passes[0])
 
-        Args:
-            guided: whether the adapter acts; else the base predicts alone.
+    def begin(self) -> None:
+        """Measure the base without its adapter.
 
         Raises:
             UserError: there is no intact record.
         """
-        together = [
-            s[i : i + SAMPLES_AT_ONCE] for s in self.samples.values() for i in range(0, len(s), SAMPLES_AT_ONCE)
-        ]
-        for samples in together:
-            window = load(self.dataset, samples, self.skip_damaged)
-            self.skipped |= window.damaged
-            intact = window.intact.nonzero().flatten()
-            for chosen in intact.split(self.batch_size) if len(intact) else ():
-                batch = window.take(chosen).to(self.device, student.dtype)
-                errors = squared_error(student.predict(batch, guided), batch.target)
-                self.errors.add(errors, batch)
-        mean, by_bin = self.errors.means()
-        if not by_bin:
-            raise UserError(
-                f"{self.dataset.root}: every record to validate with is damaged: "
-                f"`python -m pipeline.verify {self.dataset.root.override('data_dir')} repair=true` says how to "
-                "regenerate them; a new run with another seed holds out others"
-            )
-        return mean, by_bin
+        self.unguided_loss, _ = self.losses.measure(self.student, guided=False)
 
+    def measure(self, step: int, trackers: Trackers) -> None:
+        """Validate the adapter as it is after `step` steps.
 
-def guidance_gain(loss: float, unguided_loss: float) -> float:
-    """The factor on the requested guidance that makes an adapter's change of a prediction as large as guidance's.
+        Raises:
+            UserError: there is no intact record.
+        """
+        self.loss, self.loss_by_bin = self.losses.measure(self.student)
+        scalars = {"validation_loss": self.loss}
+        scalars |= {f"validation_loss_by/{name}": loss for name, loss in self.loss_by_bin.items()}
+        if self.sampling is not None:
+            self.samples = self.sampling.measure(self.student, self._gain(self.loss))
+            scalars |= {f"gap_closed/{name}": share for name, share in self.samples.gap_closed.items()}
+            if self.decoder is not None:
+                self._show(trackers, self.decoder.draw(self.samples), step)
+        trackers.log(scalars, step)
+        if self.loss < (math.inf if self.best is None else self.best.validation_loss):
+            self.best = Best.of(self.adapter, step, self.loss)
+            self.save_best()
 
-    A regression's prediction is smaller than its target: its mean square is the explained share of the target's,
-    `1 - loss / unguided_loss`, where the losses are the mean squared errors with the adapter and of the unguided base.
-    """
-    explained = 1 - loss / unguided_loss if unguided_loss else 0.0
-    return explained**-0.5 if explained >= LEAST_EXPLAINED else 1.0
+    def _show(self, trackers: Trackers, picture: Image.Image, step: int) -> None:
+        trackers.show("held_out", picture, step)
+        with whole_file(self.root / "held_out" / f"step-{step:08d}.png") as file:
+            picture.save(file, format="png")
+
+    def _gain(self, loss: float) -> float:
+        low, high = self.adapter.metadata.scale_range
+        # A single trained scale leaves no room for a gain.
+        return guidance_gain(loss, self.unguided_loss) if low < high else 1.0
+
+    def metadata(self, step: int, loss: float) -> AdapterMetadata:
+        """The adapter's metadata after a validation."""
+        measured = {
+            "kind": self.dataset.plan.config["trajectory"],
+            "steps": step,
+            "validation_loss": loss,
+            "validation_loss_unguided": self.unguided_loss,
+        }
+        training = asdict(self.dataset.plan.counts) | measured
+        return replace(self.adapter.metadata, guidance_gain=self._gain(loss), training=training)
+
+    def save_best(self) -> None:
+        """Write the folder of the best adapter so far, if there is one."""
+        if self.best is not None and self.is_main:
+            metadata = self.metadata(self.best.step, self.best.validation_loss)
+            self.best.save(self.adapter, metadata, self.root / BEST)
+
+    def figures(self) -> dict[str, Any]:
+        """What `training.json` holds of the last validation, and of the best."""
+        return {
+            "validation_loss": self.loss,
+            "validation_loss_unguided": self.unguided_loss,
+            "validation_loss_by": self.loss_by_bin,
+            "gap_closed": {} if self.samples is None else self.samples.gap_closed,
+            "best": None if self.best is None else {"folder": BEST, **self.best.figures},
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"unguided_loss": self.unguided_loss, "best": None if self.best is None else self.best._asdict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.unguided_loss = state["unguided_loss"]
+        self.best = None if state["best"] is None else Best(**state["best"])

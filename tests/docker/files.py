@@ -12,7 +12,8 @@ import yaml
 from stages.configuration.options import check_bounds
 from stages.configuration.parsing import files_and_overrides, parse
 from stages.generate.config import GenerateConfig
-from stages.train.config import TrainConfig, check_together
+from stages.train.compatibility import check_together
+from stages.train.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

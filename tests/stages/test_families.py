@@ -92,7 +92,7 @@ def test_untrained_the_student_is_the_unguided_teacher(dataset: Dataset) -> None
 def test_an_adapter_is_trained_and_samples_in_one_pass(dataset: Dataset, tmp_path: Path) -> None:
     config = train_config(dataset.root, tmp_path / "run", max_train_steps=3, adapter=ADAPTER)
     trainer = Trainer(config)
-    assert trainer.sampling is not None, trainer.remarks
+    assert trainer.validation.sampling is not None, trainer.remarks
     summary = trainer.run()
     assert summary["loss"] > 0
     assert summary["gap_closed"]

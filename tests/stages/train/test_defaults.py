@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from stages.errors import UsageError
-from stages.train.config import TrainConfig, check_together
+from stages.train.compatibility import check_together
+from stages.train.config import TrainConfig
 from stages.train.defaults import LEAST_STEPS, MOST_STEPS, PASSES, RunConfig, complete, describe_course
 from tests.conftest import VARIANTS, small_adapter
 

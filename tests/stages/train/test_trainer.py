@@ -23,7 +23,7 @@ from stages.records.dataset import Dataset
 from stages.records.repair import repair
 from stages.records.verification import survey
 from stages.storage.folder import open_folder
-from stages.train import trainer, validation
+from stages.train import trainer, validation_loss
 from stages.train.batch import Batch
 from stages.train.config import LOSSES
 from stages.train.quantization import LIBRARIES
@@ -37,7 +37,7 @@ from tests.support.damages import DAMAGES
 def test_training_lowers_the_error_and_leaves_the_base_bit_for_bit(
     shared_dataset: Path, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(validation, "LEAST_EXPLAINED", 0.0)
+    monkeypatch.setattr(validation_loss, "LEAST_EXPLAINED", 0.0)
     config = train_config(
         shared_dataset,
         tmp_path,

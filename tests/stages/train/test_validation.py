@@ -1,19 +1,44 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 
-from stages.train.validation import guidance_gain
+from stages.adapters import GuidanceAdapter
+from stages.train.best import BEST, weights_of
+from stages.train.trainer import Trainer
+from tests.conftest import train_config
 
 
-def test_the_gain_makes_a_regression_as_large_as_its_target() -> None:
-    torch.manual_seed(0)
-    seen, unseen = torch.randn(2, 100_000)
-    guidance = seen + 0.5 * unseen  # of which a regression on what is seen predicts the first part
-    gain = guidance_gain((guidance - seen).square().mean().item(), guidance.square().mean().item())
-    assert abs((gain * seen).square().mean() / guidance.square().mean() - 1) < 0.01
-    assert abs(gain - 1.25**0.5) < 0.01
+def test_the_adapter_of_the_best_validation_is_kept_beside_the_last(
+    shared_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, seen = Trainer(train_config(shared_dataset, tmp_path, validation_steps=4)), {}
+    losses = iter([0.9, 0.3, 0.2, float("nan"), 0.5])  # the first is without guidance
+
+    def measure(*_: object, **__: object) -> tuple[float, dict[str, float]]:
+        seen[trainer.step] = weights_of(trainer.adapter)
+        return next(losses), {}
+
+    monkeypatch.setattr(trainer.validation.losses, "measure", measure)
+    trainer.config.max_train_steps = 16
+    summary = trainer.run()
+    assert summary["best"] == {"folder": BEST, "step": 8, "validation_loss": 0.2}
+    best, last = (GuidanceAdapter.from_pretrained(folder) for folder in (tmp_path / BEST, tmp_path))
+    assert all(torch.equal(value, seen[8][name]) for name, value in best.state_dict().items())
+    assert all(torch.equal(value, seen[16][name]) for name, value in last.state_dict().items())
+    assert best.metadata.training["steps"] == 8
+    assert best.metadata.guidance_gain == (1 - 0.2 / 0.9) ** -0.5
+    assert trainer.adapter.metadata.guidance_gain == 1.0  # explains less than half
+    assert json.loads((tmp_path / BEST / "adapter_config.json").read_text())["training"]["validation_loss"] == 0.2
 
 
-def test_full_or_little_explanation_gives_no_gain() -> None:
-    assert guidance_gain(0.0, 1.0) == guidance_gain(0.6, 1.0) == guidance_gain(2.0, 1.0) == 1.0
-    assert guidance_gain(0.0, 0.0) == 1.0  # records without guidance
+def test_training_goes_on_from_its_own_weights(shared_dataset: Path, tmp_path: Path) -> None:
+    ends = []
+    for name, every in (("often", 1), ("at the end", 100)):
+        trainer = Trainer(train_config(shared_dataset, tmp_path / name, validation_steps=every))
+        trainer.run()
+        ends.append(weights_of(trainer.adapter))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
