@@ -114,8 +114,17 @@ def merge(config: DictConfig, layer: Layer, types: Mapping[str, Any]) -> None:
             message = str(error).splitlines()[0]
             within = error.full_key if str(error.full_key).startswith(f"{key}.") else None
             if "is not a ListConfig" in message:
-                message = "must be a list" if within else f"must be a list: say {key}=[{value}]"
+                message = "must be a list" if within else f"must be a list{list_hint(config, key, value)}"
             raise UsageError(f"{within or f'{key}={value}'}: {message}") from error
+
+
+def list_hint(config: DictConfig, key: str, value: Any) -> str:
+    """How to give a value as a list, if the option takes a list of such values."""
+    try:
+        OmegaConf.update(config, key, [value])
+    except OmegaConfBaseException:
+        return ", such as [1,2]"
+    return f": say {key}=[{value}]"
 
 
 def options(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:

@@ -61,6 +61,7 @@ def test_the_saved_configuration_is_read_back(tmp_path: Path) -> None:
         (["name=x", "inner.depth=deep"], "inner.depth=deep: Value 'deep'"),
         (["name=x", "scales=[a]"], r"scales=\['a'\]: Value 'a'"),
         (["name=x", "scales=3"], r"scales=3: must be a list: say scales=\[3]"),
+        (["name=x", "scales=3x4"], r"scales=3x4: must be a list, such as \[1,2]"),
         (["name=x", "inner=3"], "inner: contains other keys: say inner.NAME="),
         (["name=${foo}"], r"name=\$\{foo}: Interpolation key 'foo' not found"),
         (["name=${name}"], r"name=\$\{name}: Recursive interpolation"),
