@@ -4,8 +4,9 @@ python -m pipeline.train --config configs/train/lora.yaml data_dir=data/mnist_di
 python -m pipeline.train --multirun data_dir=data/mnist_dit output_dir=runs/sweep adapter.variant=offset,lora seed=0,1
 
 With --dry-run, the command checks the options, tells how the base's layers would be held and the predicted peak of
-memory, and stops before it loads or writes anything. `accelerate launch -m pipeline.train ...` trains on several GPUs.
-With --multirun, the command trains every combination of the comma-separated values and compares them in one table.
+memory, says whether this machine can do so, and stops before it loads or writes anything. With --multirun, it trains
+every combination of the comma-separated values and compares them in one table. `accelerate launch -m pipeline.train
+...` trains on several GPUs.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def main(config: TrainConfig) -> None:
 
 def dry_run(config: TrainConfig) -> None:
     trainer = Trainer(config, dry_run=True)
-    print(trainer.foresight, *trainer.remarks, sep="\n")
+    print(trainer.foresight, *trainer.remarks, sep="\n", flush=True)
+    trainer.check_machine()
 
 
 def train(trainer: Trainer, root: Path, resolved: str) -> None:

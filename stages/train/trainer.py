@@ -69,7 +69,7 @@ class Trainer:
     def __init__(self, given: TrainConfig, dry_run: bool = False) -> None:
         """
         Args:
-            dry_run: only check and foresee; the trainer cannot run.
+            dry_run: only check and foresee, also for another machine than this one; the trainer cannot run.
         """
         check(given)
         self.root = Path(given.output_dir)
@@ -84,9 +84,14 @@ class Trainer:
         self.config = self._complete(given, training, held_out)
         if state is not None:
             check_resumable(state, self.dataset, self.config)
+        if is_asked():
+            check_split(self.config)
         self.objective = Objective(self.config.loss, self.dataset.info.teacher, self.device)
         scales, name = trained_scales(training, self.config), choose_denoiser(self.dataset, self.config)
-        self.foresight = self._foresee(name, scales, predict=dry_run or self.device.startswith("cuda"))
+        if not dry_run:
+            self.check_machine()
+        predict = dry_run or self.device.startswith("cuda")
+        self.foresight = from_main(lambda: foresee(self.dataset, self.config, name, scales, predict))
         if not dry_run:
             from_main(lambda: check_folder(self.root))  # after the checks that need no folder
             torch.manual_seed(self.config.seed)
@@ -103,13 +108,14 @@ class Trainer:
         self.remarks += remarks(self.dataset, held_out, config)
         return config
 
-    def _foresee(self, name: str, scale_range: list[float] | None, predict: bool) -> str:
-        """Check how the base would be held, and describe it."""
-        config = self.config
-        check_quantization(config.quantization, self.device, computing_dtype(self.dataset, config.mixed_precision))
-        if is_asked():
-            check_split(config)
-        return from_main(lambda: foresee(self.dataset, config, name, scale_range, predict))
+    def check_machine(self) -> None:
+        """Check that this machine can hold the base as the options ask.
+
+        Raises:
+            UserError: a library is not installed, or this device cannot.
+        """
+        dtype = computing_dtype(self.dataset, self.config.mixed_precision)
+        check_quantization(self.config.quantization, self.device, dtype)
 
     def _prepare(
         self, training: list[SelectedSample], held_out: list[SelectedSample], state: dict[str, Any] | None

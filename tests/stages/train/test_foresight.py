@@ -32,12 +32,19 @@ def test_a_dry_run_tells_layers_and_peak_and_writes_nothing(shared_dataset: Path
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
-def test_quantised_layers_are_counted(
-    shared_dataset: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("stages.train.trainer.check_quantization", lambda *_: None)  # the library may be absent
+def test_quantised_layers_are_counted_without_the_library(shared_dataset: Path, tmp_path: Path, kind: str) -> None:
     line = foreseen(shared_dataset, tmp_path, quantization=kind, mixed_precision="bf16")
     assert re.match(rf"base: \d+ linear layers in {kind}, \d+ others in bf16; predicted peak", line)
+
+
+def test_a_dry_run_foresees_a_run_on_another_machine(shared_dataset: Path, tmp_path: Path) -> None:
+    config = train_config(
+        shared_dataset, tmp_path, quantization="int4", gradient_checkpointing=True, mixed_precision="bf16"
+    )
+    trainer = Trainer(config, dry_run=True)
+    assert re.search(r"in int4, .* predicted peak", trainer.foresight)
+    with pytest.raises(UserError, match="quantization=int4: "):  # torchao or a GPU is missing
+        trainer.check_machine()
 
 
 def test_an_offloaded_base_is_not_in_the_peak(
