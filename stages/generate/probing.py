@@ -41,6 +41,10 @@ class DoesNotRunError(UserError):
     """A pipeline's own code raised an error."""
 
 
+class ReachedError(Exception):
+    """Ends a trial run."""
+
+
 def probe(pipe: Any, request: Request, guidance_scale: float) -> list[Seen]:
     """Run a pipeline for a few steps and return them.
 
@@ -71,6 +75,30 @@ def rows_by_step(pipe: Any, request: Request, guidance_scale: float) -> list[tup
     except DoesNotRunError:
         return [tuple(rows_of(pipe, step.calls)) for step in probe(pipe, request, guidance_scale)]
     return rows
+
+
+def input_shapes(pipe: Any, request: Request, guidance_scale: float) -> dict[str, torch.Size]:
+    """The shapes of the denoiser's inputs in its first call; the denoiser does not run.
+
+    Raises:
+        DoesNotRunError: the pipeline fails before that call.
+    """
+    shapes: dict[str, torch.Size] = {}
+
+    def reached(forward: Callable[..., Any], denoiser: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = bind_inputs(denoiser, args, kwargs)
+        shapes.update((name, value.shape) for name, value in inputs.items() if isinstance(value, Tensor))
+        raise ReachedError
+
+    with ExitStack() as stack:
+        for denoiser in denoisers_of(pipe).values():
+            stack.enter_context(patched(denoiser, "forward", reached))
+        try:
+            _run(pipe, request, guidance_scale, lambda *_: None)
+        except DoesNotRunError:
+            if not shapes:
+                raise
+    return shapes
 
 
 def _repeating() -> Callable[..., Any]:

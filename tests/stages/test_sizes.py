@@ -226,12 +226,29 @@ def test_what_is_no_size_of_the_teacher_is_refused(tmp_path: Path, sizes: list[A
     assert not (tmp_path / "data" / "shards").exists()
 
 
-def test_a_size_that_the_pipeline_rounds_is_refused(tmp_path: Path) -> None:
-    config = sized_config("chroma", tmp_path)
-    config.teacher.sizes = [[32, 32], [36, 32]]
-    with pytest.raises(UserError, match="size 36x32: ChromaPipeline makes another size in its place"):
+@pytest.mark.parametrize(
+    ("family", "sizes", "message"),
+    [
+        ("chroma", [[32, 32], [36, 32]], "size 36x32: .* its VAE cannot divide width=36"),
+        ("chroma", [[32, 36]], "size 32x36: .* its VAE cannot divide height=36"),
+        ("wan", [[32, 32, 1], [32, 32, 6]], "size 32x32x6: .* its VAE cannot divide num_frames=6"),
+    ],
+)
+def test_a_size_that_the_pipeline_rounds_is_refused(
+    tmp_path: Path, family: str, sizes: list[Any], message: str
+) -> None:
+    config = sized_config(family, tmp_path)
+    config.teacher.sizes = sizes
+    with pytest.raises(UserError, match=message):
         generate(config)
     assert not (tmp_path / "data" / "shards").exists()
+
+
+def test_a_number_of_frames_that_the_vae_divides_is_made(tmp_path: Path) -> None:
+    config = sized_config("wan", tmp_path, num_trajectories=1)
+    config.teacher.sizes = [[32, 32, 5]]
+    dataset = Dataset(generate(config))
+    assert dataset.info.sizes["32x32x5"].tensors["latent"].shape[1] == 3
 
 
 def test_sizes_that_two_options_name_are_refused(tmp_path: Path) -> None:
