@@ -14,7 +14,7 @@ from typing import Any
 from stages.base.loading import first_line
 from stages.base.pictures import check_pictures
 from stages.configuration.options import to_yaml
-from stages.errors import ChangedError, DamageError, StorageError, UserError
+from stages.errors import ChangedError, DamageError, StorageError, UsageError, UserError
 from stages.generate.compatibility import (
     check_same_config,
     check_still_same,
@@ -40,6 +40,7 @@ from stages.records.teacher import PLACE_OF_TEACHER, TeacherFacts
 from stages.storage.fields import read_fields
 from stages.storage.files import to_json
 from stages.storage.folder import open_folder
+from stages.storage.hub import HUB
 
 MAX_ATTEMPTS = 3
 POLL_SECONDS = 1.0
@@ -58,6 +59,11 @@ class Driver:
     """
 
     def __init__(self, config: GenerateConfig) -> None:
+        if config.output_dir.startswith(HUB):
+            raise UsageError(
+                f"output_dir={config.output_dir}: a dataset on the hub is only read: take a folder or a bucket, and "
+                "`python -m pipeline.publish` uploads a folder"
+            )
         self.config = config
         self.root = open_folder(config.output_dir)
         self.info, self.committed = self._look()

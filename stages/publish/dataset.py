@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from stages.errors import UserError
 from stages.publish.dataset_card import card_of
-from stages.publish.repository import DATASET, LocalFile, Repository, changed
+from stages.publish.repository import DATASET, LocalFile, Repository, changed, check_access
 from stages.records.commits import commit_names
 from stages.records.dataset import how_to_finish
 from stages.records.plans import DATASET_FILE, MANIFEST_FILE, read_info
@@ -44,6 +44,8 @@ def publish_dataset(
     if not isinstance(root, DiskFolder):
         raise UserError(f"data_dir={address}: is not on this machine: name a local folder, such as a copy of it")
     before = _contents(root)
+    _check_whole(survey(root, deep=False))
+    check_access(repo_id, DATASET)  # before the shards are read, which takes long
     found = survey(root, deep=True)
     _check_whole(found)
     repo = Repository(repo_id, DATASET, private, branch)

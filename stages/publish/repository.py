@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
 
 from stages.errors import ChangedError, StorageError, UserError
 from stages.progress import progress
@@ -55,6 +55,21 @@ def changed(what: Path | Folder) -> ChangedError:
     return ChangedError(f"{what}: has changed since the upload began: {way_out}")
 
 
+def address_of(repo_id: str, kind: str) -> str:
+    return f"{HfApi().endpoint}/{'datasets/' if kind == DATASET else ''}{repo_id}"
+
+
+def check_access(repo_id: str, kind: str) -> None:
+    """Check a repository's name, and that the token is valid; whether it may write there shows later.
+
+    Raises:
+        StorageError: they are not, or the hub does not answer.
+    """
+    with hub_errors(address_of(repo_id, kind), "written"):
+        validate_repo_id(repo_id)
+        HfApi().whoami()
+
+
 class Repository:
     """A branch of a repository, made if it does not exist.
 
@@ -71,7 +86,7 @@ class Repository:
     def __init__(self, repo_id: str, kind: str, private: bool = False, branch: str | None = None) -> None:
         disable_progress_bars()  # there is one bar over all files
         self.api, self.kind, self.branch = HfApi(), kind, branch or "main"
-        self.address = f"{self.api.endpoint}/{'datasets/' if kind == DATASET else ''}{repo_id}"
+        self.address = address_of(repo_id, kind)
         with hub_errors(self.address, "written"):
             made = self.api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True)
             self.repo_id = made.repo_id

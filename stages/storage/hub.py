@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -169,7 +170,7 @@ def reason(error: Exception) -> str:
         return "the repository has no such revision: name a branch, a tag or a commit"
     if isinstance(error, HFValidationError):
         return f"not a name of a repository: write OWNER/NAME: {_in_one_line(error)}"
-    if status == UNAUTHORIZED:
+    if status == UNAUTHORIZED or isinstance(error, LocalTokenNotFoundError):
         found = "HF_TOKEN is not valid" if get_token() else "no token is given"
         return f"{found}: make one at {endpoint}/settings/tokens, and set HF_TOKEN to it"
     if status == FORBIDDEN:

@@ -163,6 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[0] == "large":
             return self.large(parts[1])
         self.user()
+        if parts[:2] == ["api", "whoami-v2"]:
+            return _json({"name": "someone"})
         if parts[:2] == ["api", "validate-yaml"]:
             return _json({"errors": [], "warnings": []})
         if parts[:3] == ["api", "repos", "create"]:

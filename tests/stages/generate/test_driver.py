@@ -475,6 +475,13 @@ def test_values_that_the_manifest_cannot_hold_are_refused_before_the_teacher_is_
         Driver(config)
 
 
+def test_a_dataset_on_the_hub_is_not_generated_into(tiny_teacher: Path) -> None:
+    config = generate_config(tiny_teacher, Path("unused"))
+    config.output_dir = "hf://datasets/someone/tiny"
+    with pytest.raises(UserError, match=r"output_dir=hf://datasets/someone/tiny: .* only read: .*pipeline.publish"):
+        generate(config)
+
+
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_teacher_is_loaded(
     tiny_teacher: Path, tmp_path: Path, s3: FaultyS3
 ) -> None:

@@ -16,8 +16,8 @@ from stages.publish.dataset import publish_dataset
 from stages.publish.repository import Repository
 from stages.records.dataset import Dataset
 from stages.records.repair import repair
-from stages.records.verification import survey, verify
-from stages.storage.folder import open_folder
+from stages.records.verification import Survey, survey, verify
+from stages.storage.folder import Folder, open_folder
 from stages.train.trainer import Trainer
 from tests.conftest import generate, generate_config, train_config
 from tests.stages.generate.test_driver import Faulty
@@ -129,7 +129,7 @@ def test_damage_is_refused_before_anything_is_uploaded(writable: Hub, damaged: P
     DAMAGES[name](damaged)
     with pytest.raises(UserError, match=rf"{damaged}: \d problem\(s\); the first: .*pipeline.verify.*nothing was uplo"):
         publish_dataset(damaged, "someone/tiny")
-    assert writable.requests == []
+    assert writable.repos == {}
 
 
 def test_a_growing_dataset_is_refused(writable: Hub, damaged: Path, tiny_teacher: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_growing_dataset_is_refused(writable: Hub, damaged: Path, tiny_teacher
         Driver(config).run(Faulty(config, {}, die_after=1))
     with pytest.raises(UserError, match=f"{damaged}: is growing: .*makes the rest; nothing was uploaded"):
         publish_dataset(damaged, "someone/tiny")
-    assert writable.requests == []
+    assert writable.repos == {}
 
 
 def changing(monkeypatch: pytest.MonkeyPatch, change: object) -> None:
@@ -220,6 +220,11 @@ def test_a_private_dataset(writable: Hub, shared_dataset: Path, monkeypatch: pyt
         publish_dataset(shared_dataset, "someone/tiny", private=True)
 
 
+def without_reading(root: Folder, deep: bool) -> Survey:
+    assert not deep, "the shards were read"
+    return survey(root, deep=False)
+
+
 @pytest.mark.parametrize(
     ("repo_id", "token", "message"),
     [
@@ -233,6 +238,8 @@ def test_a_hub_that_refuses_is_one_line(
     hub: Hub, shared_dataset: Path, monkeypatch: pytest.MonkeyPatch, repo_id: str, token: str | None, message: str
 ) -> None:
     hub.point_to(monkeypatch, token)
+    if token != READER:  # a valid token may be refused only later
+        monkeypatch.setattr(publishing, "survey", without_reading)
     with pytest.raises(StorageError, match=f"{repo_id}: cannot be written: {message}") as found:
         publish_dataset(shared_dataset, repo_id)
     assert len(str(found.value).splitlines()) == 1
