@@ -11,7 +11,7 @@ import os
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from stages.errors import UserError
 
@@ -48,3 +48,15 @@ def shard(denoiser: nn.Module, device: str) -> None:
     for block in reversed(blocks):  # a block within a block comes first
         fully_shard(block, mesh=mesh)
     fully_shard(denoiser, mesh=mesh)
+
+
+def is_split(denoiser: nn.Module) -> bool:
+    """Whether the processes gather its weights together, so that all of them must run the same number of passes."""
+    return isinstance(denoiser, FSDPModule)
+
+
+def most_passes(own: int, device: torch.device) -> int:
+    """The number of passes of the process that needs most of them, where this one needs `own`."""
+    passes = torch.tensor(own, device=device)
+    torch.distributed.all_reduce(passes, torch.distributed.ReduceOp.MAX)
+    return int(passes)

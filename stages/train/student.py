@@ -24,7 +24,7 @@ from stages.records.trajectory import CONDITION_PREFIX
 from stages.train.base import PRECISION, device_of, facts_of_teacher
 from stages.train.batch import Batch, split_by_length
 from stages.train.offloading import is_offloaded, offloaded_call
-from stages.train.sharding import shard
+from stages.train.sharding import is_split, most_passes, shard
 
 if TYPE_CHECKING:  # a student needs no pyarrow
     from stages.records.dataset import Dataset
@@ -180,26 +180,38 @@ class Student:
     def predict(self, batch: Batch, guided: bool = True) -> Tensor:
         """Predict the target's channels `[n, c, ...]`, without a learned variance.
 
+        One pass per length of the conditions, because the denoiser takes no mask for the padding.
+
         Args:
             guided: whether the adapter acts, at the batch's scales; else the base predicts alone.
         """
         if any(name.endswith(LENGTH) for name in batch.cond):
-            return self._predict_by_length(batch, guided)
+            parts = split_by_length(batch)
+        else:
+            parts = [(torch.arange(len(batch.scale)), batch)]
+        passes = most_passes(len(parts), batch.latent.device) if is_split(self.denoiser) else len(parts)
+        predictions = [self._predict(part, guided) for _, part in parts]
+        for _ in range(passes - len(parts)):
+            predictions[0] = predictions[0] + 0 * self._predict(parts[0][1], guided)
+        if len(parts) == 1:
+            return predictions[0]
+        return torch.cat(predictions)[torch.cat([chosen for chosen, _ in parts]).argsort()]
+
+    def _predict(self, batch: Batch, guided: bool) -> Tensor:
+        """Predict for records of one length, in one pass."""
         if not guided:
             return self._forward(batch)
         negative = {name: value for name, value in batch.cond.items() if name.startswith(NEGATIVE)}
         with self.adapter.guided_by(Guidance(as_scales(batch.scale)[None], negative=negative)):
             return self._forward(batch)
 
-    def _predict_by_length(self, batch: Batch, guided: bool) -> Tensor:
-        """Run one pass per length, because the denoiser takes no mask for the padding."""
-        parts = [(chosen, self.predict(part, guided)) for chosen, part in split_by_length(batch)]
-        order = torch.cat([chosen for chosen, _ in parts]).argsort()
-        return torch.cat([prediction for _, prediction in parts])[order]
-
     def _forward(self, batch: Batch) -> Tensor:
         cond = {name: value for name, value in batch.cond.items() if not name.startswith(NEGATIVE)}
-        device = batch.latent.device.type
+        latent, device = batch.latent, batch.latent.device.type
+        if torch.is_grad_enabled() and is_split(self.denoiser):
+            latent = (
+                latent.detach().requires_grad_()
+            )  # a batch at scale 1 has a backward pass too, as on other processes
         with torch.autocast(device, self.precision) if self.precision else nullcontext():
-            output = self.call(**self.callers[batch.size].nested(batch.latent, batch.timestep, cond), return_dict=False)
+            output = self.call(**self.callers[batch.size].nested(latent, batch.timestep, cond), return_dict=False)
         return as_target(predictions_of(output), self.channels)

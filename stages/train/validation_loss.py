@@ -10,6 +10,7 @@ from stages.records.dataset import Dataset
 from stages.train.bins import BinnedMean, Bins
 from stages.train.objective import squared_error
 from stages.train.selection import SelectedSample
+from stages.train.sharding import is_asked
 from stages.train.student import Student
 from stages.train.window import load
 
@@ -35,7 +36,8 @@ class ValidationLoss:
     ) -> None:
         processes = PartialState()
         self.dataset, self.batch_size, self.device = dataset, batch_size, device
-        own = samples[processes.process_index :: processes.num_processes]
+        # Processes that share a split base run the same passes; others share the samples.
+        own = samples if is_asked() else samples[processes.process_index :: processes.num_processes]
         self.samples = {size: [s for s in own if s.size == size] for size in dict.fromkeys(s.size for s in own)}
         self.skip_damaged = skip_damaged
         self.skipped: dict[str, int] = {}
