@@ -6,7 +6,7 @@ import math
 import resource
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ class Trainer:
             dry_run: only check and foresee, also for another machine than this one; the trainer cannot run.
         """
         check(given)
+        if dry_run:
+            given = replace(given, cache_dir=None)  # it would be written
         self.root = Path(given.output_dir)
         self.checkpoints = self.root / "checkpoints"
         device = choose_device(given.device)
@@ -269,6 +271,8 @@ class Trainer:
         with Trackers(self.config.report_to, self.root, self.step, settings) as trackers:
             self._fit(trackers)
             self._validate(trackers)
+            if self.validation.best is not None and self.validation.best.step == self.step:
+                self._save()  # again, so that a longer run knows the best adapter
         if not math.isfinite(self.validation.loss):
             raise UserError(f"step {self.step}: the validation loss is not finite: {self._way_out}")
         skipped = self.stream.skipped | self.validation.losses.skipped
@@ -304,8 +308,12 @@ class Trainer:
                     self._report(trackers, bar)
                 if self.step % config.validation_steps == 0 and not last:
                     self._validate(trackers)
-                if saving and self.processes.is_main_process:
-                    save_checkpoint(self.checkpoints, self.step, self.state(), config.checkpoints_total_limit)
+                if saving:
+                    self._save()
+
+    def _save(self) -> None:
+        if self.processes.is_main_process:
+            save_checkpoint(self.checkpoints, self.step, self.state(), self.config.checkpoints_total_limit)
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """Run one optimizer step; measurements stay on the device, so that nothing synchronizes."""

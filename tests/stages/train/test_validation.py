@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,11 @@ def test_training_goes_on_from_its_own_weights(shared_dataset: Path, tmp_path: P
         trainer.run()
         ends.append(weights_of(trainer.adapter))
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_a_longer_run_keeps_the_best_adapter_of_the_run_before(shared_dataset: Path, tmp_path: Path) -> None:
+    before = Trainer(train_config(shared_dataset, tmp_path)).run()["best"]
+    assert before["step"] == 12
+    longer = train_config(shared_dataset, tmp_path, max_train_steps=14, resume_from_checkpoint="latest")
+    assert Trainer(replace(longer, learning_rate=1.0, lr_scheduler="constant")).run()["best"] == before
+    assert GuidanceAdapter.from_pretrained(tmp_path / BEST).metadata.training["steps"] == 12
