@@ -69,9 +69,14 @@ class HeldOutSampling:
         scale_range: Range,
         device: str,
         skip_damaged: bool = False,
+        batch_size: int = 2 * EACH,
     ) -> None:
+        """
+        Args:
+            batch_size: how many trajectories the denoiser is given at a time; a GPU has room for a training batch.
+        """
         check_supported(dataset)
-        self.device, self.teacher = device, dataset.info.teacher
+        self.device, self.teacher, self.batch_size = device, dataset.info.teacher, batch_size
         self.steps = dataset.plan.config["num_inference_steps"]
         self.held_out: list[HeldOut] = []
         self.two_passes: list[Tensor] = []
@@ -142,7 +147,7 @@ class HeldOutSampling:
         for shape in sorted(set(shapes)):
             places = [i for i, found in enumerate(shapes) if found == shape]
             runs = [self._begin(self.held_out[i]) for i in places]
-            final |= zip(places, sample(runs, predict), strict=True)
+            final |= zip(places, sample(runs, predict, self.batch_size), strict=True)
         return [final[i] for i in range(len(shapes))]
 
     def _begin(self, held_out: HeldOut) -> Run:
@@ -197,12 +202,17 @@ class Run:
             self.latents = self.scheduler.step(*given, return_dict=False)[0]
 
 
-def sample(runs: list[Run], predict: Predict) -> list[Tensor]:
-    """Step trajectories of one size together, from their noise to the final latents `[...]` of each."""
+def sample(runs: list[Run], predict: Predict, most: int) -> list[Tensor]:
+    """Step trajectories of one size, from their noise to the final latents `[...]` of each.
+
+    Args:
+        most: how many the denoiser is given at a time.
+    """
     for step in range(len(runs[0].window)):
-        predictions = predict(concatenate([run.batch(step) for run in runs])).float().cpu()
-        for run, prediction in zip(runs, predictions, strict=True):
-            run.step(step, prediction[None])
+        for together in (runs[i : i + most] for i in range(0, len(runs), most)):
+            predictions = predict(concatenate([run.batch(step) for run in together])).float().cpu()
+            for run, prediction in zip(together, predictions, strict=True):
+                run.step(step, prediction[None])
     return [run.latents[0] for run in runs]
 
 

@@ -60,9 +60,11 @@ class Validation:
 
     def _prepare_samples(self, held_out: list[SelectedSample], config: RunConfig, device: str) -> None:
         low, high = self.adapter.metadata.scale_range
-        vae = config.vae_name_or_path
+        vae, skipping = config.vae_name_or_path, config.on_damage == "skip"
         try:
-            self.sampling = HeldOutSampling(self.dataset, held_out, (low, high), device, config.on_damage == "skip")
+            self.sampling = HeldOutSampling(
+                self.dataset, held_out, (low, high), device, skipping, config.train_batch_size
+            )
         except NotSampledError as error:
             pictures = "" if vae is None else " and no pictures"
             self.remarks.append(f"validation: no gap closed{pictures}: {error}")

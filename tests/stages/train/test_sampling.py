@@ -87,6 +87,17 @@ def test_an_untrained_adapter_closes_nothing(dataset: Dataset) -> None:
     assert sampling.measure(student).unguided is samples.unguided
 
 
+def test_the_denoiser_is_given_a_training_batch_at_a_time(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, sizes = student_of(dataset), set()
+    together = sampling_of(dataset).measure(student).one_pass
+    predict = student.predict
+    monkeypatch.setattr(student, "predict", lambda batch, **kw: sizes.add(len(batch)) or predict(batch, **kw))
+    apart = sampling_of(dataset, batch_size=1).measure(student).one_pass
+    assert sizes == {1}
+    for one, other in zip(apart, together, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
 def test_the_gain_is_on_the_scale(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     sampling, student, scales = sampling_of(dataset), student_of(dataset), []
     predict = student.predict
