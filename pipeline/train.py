@@ -47,7 +47,8 @@ def main(config: TrainConfig) -> None:
 
 def dry_run(config: TrainConfig) -> None:
     trainer = Trainer(config, dry_run=True)
-    print(trainer.foresight, *trainer.remarks, sep="\n", flush=True)
+    if trainer.processes.is_main_process:
+        print(trainer.foresight, *trainer.remarks, sep="\n", flush=True)
     trainer.check_machine()
 
 

@@ -6,12 +6,14 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from stages.adapters import GuidanceAdapter
 from stages.base.arguments import LENGTH
 from stages.base.loading import diffusers_class, first_line
 from stages.base.single_file import is_gguf
+from stages.errors import UserError
 from stages.records.trajectory import CONDITION_PREFIX
 from stages.train.base import base_config, computing_dtype, facts_of_teacher, is_incomparable, place_of_base
 from stages.train.batch import Batch
@@ -19,12 +21,13 @@ from stages.train.defaults import RunConfig
 from stages.train.memory import default_dtype, fake_tensors, hold, modellable, step_bytes
 from stages.train.objective import squared_error
 from stages.train.quantization import INT4_GROUP
+from stages.train.sharding import is_asked
 from stages.train.student import Student, arguments_of, describe_base, example_inputs
 
 if TYPE_CHECKING:
     from stages.records.dataset import Dataset
 
-GB = 10**9
+GB, MB = 10**9, 10**6
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -32,36 +35,46 @@ def foresee(dataset: Dataset, config: RunConfig, name: str, scale_range: list[fl
     """A line: how many layers are held in which precision and where; with `predict` also the peak of memory.
 
     Raises:
-        UserError: the base's configuration cannot be found, or is not the teacher's.
+        UserError: the base's configuration cannot be found, or is not the teacher's; with `predict` also what the
+            adapter's options or gradient_checkpointing do not fit.
     """
     kind = diffusers_class(facts_of_teacher(dataset, name).denoiser_class, "denoiser_class")
     settings = base_config(dataset, config.pretrained_model_name_or_path, name)
+    dtype = computing_dtype(dataset, config.mixed_precision)
+    in_gguf = is_gguf(place_of_base(facts_of_teacher(dataset, name), config.pretrained_model_name_or_path)[0])
     with torch.device("meta"):
-        layers = describe_layers(kind.from_config(settings), config, computing_dtype(dataset, config.mixed_precision))
+        layers = describe_layers(
+            kind.from_config(settings), config, "GGUF" if in_gguf else NAMES.get(dtype, str(dtype))
+        )
     if is_incomparable(facts_of_teacher(dataset, name), config.pretrained_model_name_or_path):
         layers += f", from {config.pretrained_model_name_or_path}, which cannot be compared with the teacher's weights"
     if not predict:
         return layers
-    if is_gguf(place_of_base(facts_of_teacher(dataset, name), config.pretrained_model_name_or_path)[0]):
+    if in_gguf:
         return f"{layers}; the peak of memory of a base in GGUF cannot be predicted"
     try:
         peak = predict_peak(dataset, config, kind, settings, name, scale_range)
+    except UserError:
+        raise
     except Exception as error:  # the code of a denoiser may read values, which fake tensors do not have
         return f"{layers}; the peak of memory cannot be predicted: {first_line(error)[:200]}"
-    return f"{layers}; predicted peak {peak / GB:.1f} GB"
+    size = f"{peak / GB:.1f} GB" if peak >= GB / 10 else f"{peak / MB:.1f} MB"
+    return f"{layers}; predicted peak {'of a whole base ' if is_asked() else ''}{size}"
 
 
-def describe_layers(denoiser: nn.Module, config: RunConfig, dtype: torch.dtype) -> str:
+def describe_layers(denoiser: nn.Module, config: RunConfig, precision: str) -> str:
     """Such as `base: 780 linear layers in nf4, 95 others in bf16`."""
     layers = [module for module in denoiser.modules() if module._parameters]
     quantised = [layer for layer in layers if is_quantised(layer, config.quantization)]
-    others = f"{len(layers) - len(quantised)} %s in {NAMES.get(dtype, dtype)}"
+    others = f"{len(layers) - len(quantised)} %s in {precision}"
     held = (
         f"{len(quantised)} linear layers in {config.quantization}, {others % 'others'}"
         if quantised
         else others % "layers"
     )
     place = ", offloaded layer by layer" if config.enable_group_offload else ""
+    if is_asked():
+        place = f", split over {PartialState().num_processes} processes"
     return f"base: {held}{place}"
 
 

@@ -113,6 +113,7 @@ def step_bytes(student: Student, config: RunConfig, loss: Callable[[], Tensor]) 
     parts: dict[str, Any] = {
         "base": memory.count(weights),
         "adapter": memory.count(chain(adapter.parameters(), adapter.buffers())),
+        "average": memory.count(optimization.average.shadow_params) if optimization.average is not None else 0,
     }
     with memory:
         parts["optimizer"] = optimizer_state(optimization, memory)

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stages.adapters import AdapterConfig
 from stages.errors import UserError
 from stages.train import base, foresight
+from stages.train.defaults import RunConfig
 from stages.train.trainer import Trainer
 from tests.conftest import train_config
 
@@ -26,9 +28,9 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_dry_run_tells_layers_and_peak_and_writes_nothing(shared_dataset: Path, tmp_path: Path) -> None:
-    line = foreseen(shared_dataset, tmp_path / "run")
-    assert re.fullmatch(r"base: \d+ layers in fp32; predicted peak 0\.0 GB", line)
-    assert not (tmp_path / "run").exists()
+    line = foreseen(shared_dataset, tmp_path / "run", cache_dir=str(tmp_path / "cache"))
+    assert re.fullmatch(r"base: \d+ layers in fp32; predicted peak \d+\.\d MB", line)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
@@ -74,3 +76,22 @@ def test_what_cannot_be_predicted_ends_no_run(
 def test_a_dry_run_refuses_what_a_run_would(shared_dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="missing: no DiTTransformer2DModel could be loaded"):
         foreseen(shared_dataset, tmp_path, pretrained_model_name_or_path=str(tmp_path / "missing"))
+    with pytest.raises(UserError, match=r"adapter.sites: nothing: no layer"):
+        foreseen(shared_dataset, tmp_path, adapter=AdapterConfig(sites=["nothing"]))
+
+
+def test_an_average_takes_memory_as_the_adapter_does(
+    shared_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: list[dict[str, int]] = []
+    step_bytes = foresight.step_bytes
+    monkeypatch.setattr(foresight, "step_bytes", lambda *args: parts.append(step_bytes(*args)) or parts[-1])
+    for use_ema in (False, True):
+        foreseen(shared_dataset, tmp_path, use_ema=use_ema)
+    assert parts[1]["peak"] - parts[0]["peak"] == parts[1]["average"] == parts[1]["adapter"]
+
+
+def test_a_base_in_gguf_is_in_no_precision_of_torch() -> None:
+    with torch.device("meta"):
+        base = torch.nn.Linear(2, 2)
+    assert foresight.describe_layers(base, RunConfig("", ""), "GGUF") == "base: 1 layers in GGUF"
