@@ -62,7 +62,9 @@ def describe_course(config: RunConfig, records: int, processes: int) -> str:
     """The chosen values in a line."""
     size = records_per_step(config) * processes
     passes = config.max_train_steps * size / records
+    # diffusers' schedule of this name has none.
+    warmup = "" if config.lr_scheduler == "constant" else f" after {config.lr_warmup_steps} steps of warm-up"
     return (
         f"{config.max_train_steps} steps of {size} records, {passes:.1f} passes over {records:,}; learning rate "
-        f"{config.learning_rate:g} after {config.lr_warmup_steps} steps of warm-up"
+        f"{config.learning_rate:g}{warmup}"
     )

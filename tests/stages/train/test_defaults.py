@@ -31,6 +31,8 @@ def test_what_the_user_gives_stays() -> None:
     assert completed(10**9).validation_steps == 1000
     expected = "50 steps of 64 records, 0.5 passes over 6,400; learning rate 0.0001 after 7 steps of warm-up"
     assert describe_course(config, 6400, 1) == expected
+    constant = completed(max_train_steps=50, lr_scheduler="constant", learning_rate=1e-4)
+    assert describe_course(constant, 6400, 1).endswith("learning rate 0.0001")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
