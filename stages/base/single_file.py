@@ -55,11 +55,15 @@ def denoiser_of_file(path: str, config: str, subfolder: str, kind: Any, torch_dt
         UserError: as `check_file_of_weights`, or diffusers loads no such class from a file.
     """
     check_file_of_weights(path, config)
+    quantized = {"quantization_config": GGUFQuantizationConfig(compute_dtype=torch_dtype)} if is_gguf(path) else {}
+    return _from_single_file(path, config, kind, subfolder=subfolder, torch_dtype=torch_dtype, **quantized)
+
+
+def _from_single_file(path: str, config: str, kind: Any, **options: Any) -> Any:
     if not hasattr(kind, "from_single_file"):
         raise UserError(f"{path}: diffusers loads no {kind.__name__} from one file: name a folder")
-    quantized = {"quantization_config": GGUFQuantizationConfig(compute_dtype=torch_dtype)} if is_gguf(path) else {}
     try:
-        return kind.from_single_file(path, config=config, subfolder=subfolder, torch_dtype=torch_dtype, **quantized)
+        return kind.from_single_file(path, config=config, **options)
     except Exception as error:  # diffusers' conversions of other weights may raise anything
         raise ValueError(f"its weights do not fit {config}: {error}") from error
 
@@ -74,7 +78,7 @@ def pipeline_of_file(path: str, config: str, class_name: str | None, torch_dtype
     index = DiffusionPipeline.load_config(config)
     kind = getattr(diffusers, class_name or index["_class_name"])
     if holds_a_pipeline(path):
-        return kind.from_single_file(path, config=config, torch_dtype=torch_dtype)
+        return _from_single_file(path, config, kind, torch_dtype=torch_dtype)
     name = next(name for name in ("transformer", "unet") if name in index)
     denoiser = denoiser_of_file(path, config, name, getattr(diffusers, index[name][1]), torch_dtype)
     absent = {part: None for part, entry in index.items() if entry == [None, None]}

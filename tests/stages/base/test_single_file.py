@@ -124,6 +124,11 @@ def test_what_a_file_lacks_is_named(folder: Path, file: Path, tmp_path: Path, mo
     save_file({"nothing": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=f"other.safetensors: no {CLASS} could be loaded from it"):
         load_denoiser(str(tmp_path / "other.safetensors"), *place, torch.float32, config=str(folder))
+    save_file({"vae.nothing": torch.ones(1)}, tmp_path / "whole.safetensors")
+    with pytest.raises(UserError, match=f"whole.safetensors: no .* loaded from it: its weights do not fit {folder}: "):
+        load_pipeline(str(tmp_path / "whole.safetensors"), config=str(folder))
+    with pytest.raises(UserError, match="diffusers loads no DiTPipeline from one file: name a folder"):
+        load_pipeline(str(tmp_path / "whole.safetensors"), config=str(folder), pipeline_class="DiTPipeline")
     (tmp_path / "broken.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match="broken.safetensors: no .* could be loaded from it"):
         load_pipeline(str(tmp_path / "broken.safetensors"), config=str(folder))
