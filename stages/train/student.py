@@ -209,9 +209,8 @@ class Student:
         cond = {name: value for name, value in batch.cond.items() if not name.startswith(NEGATIVE)}
         latent, device = batch.latent, batch.latent.device.type
         if torch.is_grad_enabled() and is_split(self.denoiser):
-            latent = (
-                latent.detach().requires_grad_()
-            )  # a batch at scale 1 has a backward pass too, as on other processes
+            # A batch at scale 1 needs a backward pass, too, because the other processes have one.
+            latent = latent.detach().requires_grad_()
         with torch.autocast(device, self.precision) if self.precision else nullcontext():
             output = self.call(**self.callers[batch.size].nested(latent, batch.timestep, cond), return_dict=False)
         return as_target(predictions_of(output), self.channels)

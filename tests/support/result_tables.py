@@ -1,6 +1,6 @@
 """The tables of the pages, from the results of `tests/benchmarks/results`.
 
-python -m tests.support.result_tables demo|emoji|default|variants|claims|outside|scale|teachers|guidance|memory
+python -m tests.support.result_tables demo|emoji|default|variants|claims|outside|scale|teachers|guidance|memory|sizes
 """
 
 from __future__ import annotations
@@ -157,6 +157,24 @@ def memory() -> str:
     return markdown_table(cells)
 
 
+def sizes() -> str:
+    """Return the gap closed at each size by the adapters of one and of two sizes: mean, lowest and highest."""
+    rows = read("several_sizes/emoji.json")["rows"]
+    cells = [["evaluated at", *(f"trained at {' and '.join(trained)}" for trained in trained_sizes(rows))]]
+    for size in dict.fromkeys(named(row["size"]) for row in rows):
+        own = [row["gap_closed"] for row in rows if named(row["size"]) == size]
+        cells.append([size, *(f"{statistics.fmean(gaps):.3f} ({min(gaps):.3f} to {max(gaps):.3f})" for gaps in own)])
+    return markdown_table(cells)
+
+
+def trained_sizes(rows: list[Row]) -> list[tuple[str, ...]]:
+    return list(dict.fromkeys(tuple(map(named, row["trained"])) for row in rows))
+
+
+def named(size: list[int]) -> str:
+    return "x".join(map(str, size))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": lambda: comparison(read("mnist_dit/evaluation.json")["rows"]),
     "emoji": lambda: comparison(read("emoji/evaluation.json")["rows"]),
@@ -168,6 +186,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "teachers": teachers,
     "guidance": guidance,
     "memory": memory,
+    "sizes": sizes,
 }
 
 
