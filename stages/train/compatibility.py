@@ -91,6 +91,11 @@ def check_split(config: TrainConfig) -> None:
         raise UsageError(
             f"quantization={config.quantization}: --use_fsdp splits plain weights alone: leave one of the two out"
         )
+    base = config.pretrained_model_name_or_path
+    if base is not None and is_gguf(base):
+        raise UsageError(
+            f"pretrained_model_name_or_path={base}: --use_fsdp splits plain weights alone, and a base in GGUF is quantised"
+        )
 
 
 def check_warmup(warmup: int, steps: int) -> None:
