@@ -12,7 +12,7 @@ import pipeline.train
 import pipeline.verify
 from pipeline.train import TrainConfig
 from pipeline.verify import VerifyConfig
-from stages.errors import DamageError, StorageError, UserError
+from stages.errors import DamageError, StorageError, UsageError, UserError
 from stages.records.dataset import Dataset
 from stages.records.verification import verify
 from stages.storage.folder import open_folder
@@ -194,6 +194,6 @@ def test_nothing_writes_on_the_hub(published: Hub, tiny_teacher: Path) -> None:
             write()
     with pytest.raises(StorageError, match="only read: leave repair=true out"):
         pipeline.verify.main(VerifyConfig(ADDRESS, repair=True))
-    with pytest.raises(StorageError, match="a dataset on the hub is only read"):
+    with pytest.raises(UsageError, match="a dataset on the hub is only read"):
         generate(generate_config(tiny_teacher, ADDRESS, num_trajectories=20))
     assert [method for method, _ in published.requests if method not in ("GET", "HEAD")] == []
