@@ -137,6 +137,9 @@ def _check_columns(names: list[str]) -> None:
 def _check_once(names: list[str], place: str) -> None:
     if twice := [name for name in COLUMNS if names.count(name) > 1]:
         raise ValueError(f"{place}{twice[0]} is there twice: leave one of them")
+    for name in names:
+        if name not in COLUMNS and (meant := name.strip().lower()) in COLUMNS:
+            raise ValueError(f"{place}{name!r} would be ignored: write {meant}")
 
 
 READERS: dict[str, Callable[[str], Iterator[Row]]] = {

@@ -14,10 +14,20 @@ import torch
 from stages.base.patching import replaced
 from stages.base.pictures import PICTURES, open_picture
 from stages.base.size import Size
-from stages.base.undecoded import Kept, decode, synchronize, undecoded, up_to_images
+from stages.base.undecoded import Kept, decode, shape_of_images, synchronize, undecoded, up_to_images
 from stages.errors import UserError
 
-__all__ = ["Condition", "Kept", "Request", "decode", "noise_seeds", "sample", "synchronize", "undecoded"]
+__all__ = [
+    "Condition",
+    "Kept",
+    "Request",
+    "decode",
+    "noise_seeds",
+    "sample",
+    "shape_of_images",
+    "synchronize",
+    "undecoded",
+]
 
 Condition = dict[str, Any]  # of one image: `class_label`, or `prompt`, pictures and `negative_prompt`; its size
 ONE_FOR_EACH = ("prompt", "negative_prompt", "generator", *PICTURES)

@@ -9,6 +9,7 @@ from typing import Any
 SIZE_KEYS = ("width", "height", "num_frames")
 DEFAULT_SIZE = "default"  # names the pipeline's own size, where nothing asks for another
 LEAST = 8
+VIDEO_DIMS = 5
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,18 @@ class Size:
         Raises:
             ValueError: it is too small.
         """
-        if min(self.width, self.height) < LEAST or (self.num_frames or 1) < 1:
+        if min(self.width, self.height) < LEAST or (self.num_frames is not None and self.num_frames < 1):
             raise ValueError(f"{self.name} is too small: at least {LEAST}x{LEAST} pixels, and one frame of a video")
         return self
+
+    def made(self, shape: Sequence[int]) -> Size:
+        """The size of what was made when this one was asked for.
+
+        Args:
+            shape: of the images or videos, `[n, c, height, width]` or `[n, c, frames, height, width]`.
+        """
+        frames = self.num_frames if self.num_frames is None or len(shape) != VIDEO_DIMS else shape[2]
+        return Size(shape[-1], shape[-2], frames)
 
     @property
     def name(self) -> str:

@@ -14,6 +14,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
 from stages.base.patching import patched, replaced
+from stages.base.size import VIDEO_DIMS
 from stages.errors import UserError
 
 RECORDED_ONLY = "it can be recorded, with preview=0, and trained on, but not shown"
@@ -28,11 +29,13 @@ class Kept(list[Tensor]):
 
     Attributes:
         ended: the clock (`time.perf_counter`) after the last step of the last run; None during a run.
+        decoded: the shapes of what the decoder would have returned, call by call; None where one is unknown.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.ended: float | None = None
+        self.decoded: list[torch.Size | None] = []
         self.steps = self.rows = 0
         self._handed: list[Tensor] = []
         self._stepped: set[int] = set()  # the schedulers of this run
@@ -67,7 +70,7 @@ class Kept(list[Tensor]):
 
 
 _WATCHED: WeakKeyDictionary[Any, Kept] = WeakKeyDictionary()
-_SHAPES: WeakKeyDictionary[nn.Module, dict[Any, torch.Size]] = WeakKeyDictionary()
+_SHAPES: WeakKeyDictionary[nn.Module, dict[Any, torch.Size | None]] = WeakKeyDictionary()
 _OPTIONS: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
 
@@ -151,28 +154,29 @@ def _blank_decode(pipe: Any, kept: Kept, is_main: bool) -> Callable[..., Any]:
 
     def decode(own: Any, decoder: Any, z: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         kept.end(pipe)
-        if is_main:
-            kept.hand(z)
         _OPTIONS[decoder] = {name: value for name, value in kwargs.items() if isinstance(value, (bool, int, float))}
         shapes = _SHAPES.setdefault(decoder, {})
         key = (z.shape, tuple(sorted(_OPTIONS[decoder].items())))
         if key not in shapes:
             shapes[key] = _shape_of_decoded(decoder, z, args, kwargs)
-        blank = torch.zeros((), dtype=z.dtype, device=z.device).expand(shapes[key])
+        if is_main:
+            kept.hand(z)
+            kept.decoded.append(shapes[key])
+        blank = torch.zeros((), dtype=z.dtype, device=z.device).expand(shapes[key] or z.shape)
         return DecoderOutput(sample=blank) if return_dict else (blank,)
 
     return decode
 
 
-def _shape_of_decoded(decoder: Any, z: Tensor, args: Any, kwargs: dict[str, Any]) -> torch.Size:
-    """The shape that the decoder would return, found on the meta device; the latents' own shape where that fails."""
+def _shape_of_decoded(decoder: Any, z: Tensor, args: Any, kwargs: dict[str, Any]) -> torch.Size | None:
+    """The shape that the decoder would return, found on the meta device; None where that fails."""
     named = {name: _on_meta(value) for name, value in kwargs.items() if name != "generator"}
     try:
         with torch.device("meta"), torch.no_grad():
             twin = type(decoder).from_config(decoder.config).to(z.dtype)
             return twin.decode(_on_meta(z), *map(_on_meta, args), **named)[0].shape
     except Exception:
-        return z.shape
+        return None
 
 
 def _on_meta(value: Any) -> Any:
@@ -196,6 +200,17 @@ def _unchecked(pipe: Any) -> Iterator[None]:
             else:
                 stack.enter_context(replaced(pipe, name, None))
         yield
+
+
+def shape_of_images(kept: Kept) -> torch.Size | None:
+    """The shape of the images or videos of a run, `[n, c, height, width]` or `[n, c, frames, height, width]`.
+
+    The frames are left out where they are decoded in several calls. None where the shape is unknown.
+    """
+    shape = kept.decoded[-1] if kept.decoded else None
+    if shape is not None and len(kept.decoded) > 1 and len(shape) == VIDEO_DIMS:
+        return torch.Size([*shape[:2], *shape[3:]])
+    return shape
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stages.base.loading import first_line
-from stages.base.sampling import Condition, Request, decode, sample, undecoded
+from stages.base.sampling import Condition, Request, decode, sample, shape_of_images, undecoded
 from stages.base.size import SIZE_KEYS, Size, size_name
 from stages.errors import UsageError, UserError
 
@@ -44,10 +44,10 @@ def check_size(pipe: Any, condition: Condition, arguments: dict[str, Any]) -> No
     try:
         with undecoded(pipe) as latents:
             sample(pipe, Request([condition], [0], 2, arguments), 1.0)
-        height, width = decode(pipe, latents[0]).shape[-2:]
+        made = size.made(shape_of_images(latents) or decode(pipe, latents[0]).shape)
     except Exception as error:  # a pipeline's own code may raise anything
         raise UserError(f"{named}: {type(pipe).__name__} does not make it: {first_line(error)}") from error
-    if (width, height) != (size.width, size.height):
+    if made != size:
         raise UserError(
-            f"{named}: {type(pipe).__name__} makes {width}x{height} in its place: say size=[{width},{height}]"
+            f"{named}: {type(pipe).__name__} makes {made.name} in its place: say size={list(made.columns.values())}"
         )

@@ -65,6 +65,10 @@ def check_arguments(pipeline_class: type | None, arguments: Mapping[str, Any], t
             raise UsageError(f"{option}: {NOTHING}: leave it out: say prompts=FILE")
         if is_number_or_bool(value) and (name == "negative_prompt" or (known is not None and takes_text(known[name]))):
             raise UsageError(f"""{option}={value}: not a text: put it into quotes: {option}='"{value}"'""")
+    for name in ("height", "width"):
+        if known is not None and name not in known and (size := getattr(teacher, name)) is not None:
+            assert pipeline_class is not None
+            raise UsageError(f"teacher.{name}={size}: {pipeline_class.__name__} takes no {name}: leave it out")
 
 
 def is_number_or_bool(value: Any) -> bool:

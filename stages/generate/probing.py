@@ -16,7 +16,8 @@ from stages.base.denoiser import bind_inputs, denoiser_of, denoisers_of, latent_
 from stages.base.hooks import Call, watch_steps
 from stages.base.loading import first_line
 from stages.base.patching import patched
-from stages.base.sampling import Request, guider_of, no_guidance_of, sample, scale_keyword, undecoded
+from stages.base.sampling import Kept, Request, guider_of, no_guidance_of, sample, scale_keyword, undecoded
+from stages.base.size import DEFAULT_SIZE, size_name
 from stages.errors import UserError
 
 PROBED_STEPS = 3  # the last one counts: some guidance rules skip the first
@@ -41,19 +42,23 @@ class DoesNotRunError(UserError):
     """A pipeline's own code raised an error."""
 
 
-class ReachedError(Exception):
-    """Ends a trial run."""
-
-
 def probe(pipe: Any, request: Request, guidance_scale: float) -> list[Seen]:
     """Run a pipeline for a few steps and return them.
 
     Raises:
         DoesNotRunError: the pipeline fails.
     """
+    return probe_to_images(pipe, request, guidance_scale)[0]
+
+
+def probe_to_images(pipe: Any, request: Request, guidance_scale: float) -> tuple[list[Seen], Kept]:
+    """Run a pipeline for a few steps; return them, and the final latents.
+
+    Raises:
+        DoesNotRunError: the pipeline fails.
+    """
     steps: list[Seen] = []
-    _run(pipe, request, guidance_scale, lambda c, r, t: steps.append(Seen(c, r, float(t))))
-    return steps
+    return steps, _run(pipe, request, guidance_scale, lambda c, r, t: steps.append(Seen(c, r, float(t))))
 
 
 def rows_by_step(pipe: Any, request: Request, guidance_scale: float) -> list[tuple[int, ...]]:
@@ -77,30 +82,6 @@ def rows_by_step(pipe: Any, request: Request, guidance_scale: float) -> list[tup
     return rows
 
 
-def input_shapes(pipe: Any, request: Request, guidance_scale: float) -> dict[str, torch.Size]:
-    """The shapes of the denoiser's inputs in its first call; the denoiser does not run.
-
-    Raises:
-        DoesNotRunError: the pipeline fails before that call.
-    """
-    shapes: dict[str, torch.Size] = {}
-
-    def reached(forward: Callable[..., Any], denoiser: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = bind_inputs(denoiser, args, kwargs)
-        shapes.update((name, value.shape) for name, value in inputs.items() if isinstance(value, Tensor))
-        raise ReachedError
-
-    with ExitStack() as stack:
-        for denoiser in denoisers_of(pipe).values():
-            stack.enter_context(patched(denoiser, "forward", reached))
-        try:
-            _run(pipe, request, guidance_scale, lambda *_: None)
-        except DoesNotRunError:
-            if not shapes:
-                raise
-    return shapes
-
-
 def _repeating() -> Callable[..., Any]:
     kept: dict[tuple[Any, ...], Any] = {}
 
@@ -114,20 +95,23 @@ def _repeating() -> Callable[..., Any]:
     return run
 
 
-def _run(pipe: Any, request: Request, guidance_scale: float, see_step: Callable[[list[Call], Any, Any], None]) -> None:
+def _run(pipe: Any, request: Request, guidance_scale: float, see_step: Callable[[list[Call], Any, Any], None]) -> Kept:
     parts: list[Any] = [part for part in denoisers_of(pipe).values() if hasattr(part, "attn_processors")]
     processors = [(part, dict(part.attn_processors)) for part in parts]
     try:
-        with undecoded(pipe), watch_steps(pipe, see_step, streams=None):
+        with undecoded(pipe) as kept, watch_steps(pipe, see_step, streams=None):
             sample(pipe, request, guidance_scale)
+        return kept
     except UserError:
         raise
     except Exception as error:  # a pipeline's own code may raise anything
         for part, before in processors:
             part.set_attn_processor(before)  # a failing pipeline leaves those that its guidance has set
+        size = size_name(request.conditions[0])
+        at, way_out = ("", "") if size == DEFAULT_SIZE else (f"size {size}, ", "name another size, or ")
         raise DoesNotRunError(
-            f"{type(pipe).__name__} does not run at scale {guidance_scale:g}: {type(error).__name__}: {first_line(error)}: give "
-            "its call what it needs (teacher.call.NAME=..., a column of the prompts)"
+            f"{type(pipe).__name__} does not run at {at}scale {guidance_scale:g}: {type(error).__name__}: "
+            f"{first_line(error)}: {way_out}give its call what it needs (teacher.call.NAME=..., a column of the prompts)"
         ) from error
 
 

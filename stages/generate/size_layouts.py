@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from stages.base.sampling import Condition, Request
+from stages.base.sampling import Condition, Request, shape_of_images
 from stages.base.size import Size, size_name
 from stages.errors import UserError
 from stages.generate.finding import recorded_constants
 from stages.generate.layout import Layout
-from stages.generate.probing import PROBED_SCALES, DoesNotRunError, input_shapes, probe
+from stages.generate.probing import PROBED_SCALES, probe_to_images
 
 
 def layouts_by_size(pipe: Any, layout: Layout, request: Request, examples: Sequence[Condition]) -> dict[str, Layout]:
@@ -27,58 +25,23 @@ def layouts_by_size(pipe: Any, layout: Layout, request: Request, examples: Seque
     """
     layouts = {size_name(examples[0]): layout}
     for example in examples:
-        own = replace(request, conditions=[example], seeds=[0])
-        if (size := Size.from_columns(example)) is not None:
-            check_size(pipe, own, size)
-        if example is not examples[0]:
-            layouts[size_name(example)] = layout_at(pipe, layout, own, size_name(example))
+        if (size := Size.from_columns(example)) is not None or example is not examples[0]:
+            at_size = replace(request, conditions=[example], seeds=[0])
+            layouts[size_name(example)] = layout_at(pipe, layout, at_size, size)
     return layouts
 
 
-def check_size(pipe: Any, request: Request, size: Size) -> None:
-    """Check that a pipeline makes this size, and does not round it to one that its VAE can divide.
-
-    Raises:
-        UserError: it makes another, or fails.
-    """
-    shapes = input_shapes(pipe, request, PROBED_SCALES[0])
-    for key, value in size.columns.items():
-        if key == "num_frames":
-            rounded = (value - 1) % frames_in_a_latent(pipe) != 0
-        else:
-            less = [condition | {key: value - 1} for condition in request.conditions]
-            rounded = shapes == shapes_or_none(pipe, replace(request, conditions=less))
-        if rounded:
-            raise UserError(
-                f"size {size.name}: {type(pipe).__name__} makes another size in its place, because its VAE cannot divide "
-                f"{key}={value}: give a multiple of 8, 16 or 32 (of frames, one more than a multiple of 4 or 8), as its "
-                "documentation says"
-            )
-
-
-def shapes_or_none(pipe: Any, request: Request) -> dict[str, torch.Size] | None:
-    """The shapes of the denoiser's inputs; None if the pipeline refuses the request."""
-    try:
-        return input_shapes(pipe, request, PROBED_SCALES[0])
-    except DoesNotRunError:
-        return None
-
-
-def frames_in_a_latent(pipe: Any) -> int:
-    """How many frames the VAE of a video pipeline makes of each latent after the first; 1 if the pipeline says nothing."""
-    names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
-    return next((factor for name in names if (factor := getattr(pipe, name, None))), 1)
-
-
-def layout_at(pipe: Any, layout: Layout, request: Request, size: str) -> Layout:
-    """The layout at the size of a request."""
-    step = probe(pipe, request, PROBED_SCALES[0])[-1]
-    constants = recorded_constants(pipe, layout.conditional_call(step.calls), layout.arguments)
+def layout_at(pipe: Any, layout: Layout, request: Request, size: Size | None) -> Layout:
+    """The layout at the size of a request; None is the pipeline's own."""
+    steps, kept = probe_to_images(pipe, request, PROBED_SCALES[0])
+    named = f"size {size_name(request.conditions[0])}: {type(pipe).__name__}"
+    if size is not None and (shape := shape_of_images(kept)) and (made := size.made(shape)) != size:
+        raise UserError(f"{named} makes {made.name} in its place: name that, or another that it makes")
+    calls = steps[-1].calls
+    constants = recorded_constants(pipe, layout.conditional_call(calls), layout.arguments)
     found = replace(layout, arguments=replace(layout.arguments, constants=constants))
     try:
-        found.target(step.received, found.conditional(step.calls, 1))
+        found.target(steps[-1].received, found.conditional(calls, 1))
     except RuntimeError as error:
-        raise UserError(
-            f"size {size}: {type(pipe).__name__} cannot be recorded at it as at the first size: leave it out"
-        ) from error
+        raise UserError(f"{named} cannot be recorded at it as at the first size: leave it out") from error
     return found

@@ -215,7 +215,7 @@ def test_a_grown_dataset_keeps_its_sizes(tmp_path: Path) -> None:
         ([[32, 4]], "32x4 is too small: at least 8x8 pixels"),
         ([[32, 32], [32, 32]], "32x32 stands there twice"),
         ([[32, 32, 5]], "size 32x32x5: StableDiffusionPipeline takes no num_frames: leave the size out"),
-        ([[32, 32], [32, 33]], "have to be divisible by 8"),
+        ([[32, 32], [32, 33]], "does not run at size 32x33, .* have to be divisible by 8 .* name another size"),
     ],
 )
 def test_what_is_no_size_of_the_teacher_is_refused(tmp_path: Path, sizes: list[Any], message: str) -> None:
@@ -229,9 +229,11 @@ def test_what_is_no_size_of_the_teacher_is_refused(tmp_path: Path, sizes: list[A
 @pytest.mark.parametrize(
     ("family", "sizes", "message"),
     [
-        ("chroma", [[32, 32], [36, 32]], "size 36x32: .* its VAE cannot divide width=36"),
-        ("chroma", [[32, 36]], "size 32x36: .* its VAE cannot divide height=36"),
-        ("wan", [[32, 32, 1], [32, 32, 6]], "size 32x32x6: .* its VAE cannot divide num_frames=6"),
+        ("chroma", [[32, 32], [36, 32]], "size 36x32: ChromaPipeline makes 32x32 in its place"),
+        ("chroma", [[36, 32]], "size 36x32: ChromaPipeline makes 32x32 in its place"),
+        ("chroma", [[40, 36], [36, 40]], "size 40x36: ChromaPipeline makes 40x32 in its place"),
+        ("wan", [[32, 32, 5], [32, 32, 6]], "size 32x32x6: WanPipeline makes 32x32x7 in its place"),
+        ("wan", [[32, 32, 0]], "32x32x0 is too small: .* one frame of a video"),
     ],
 )
 def test_a_size_that_the_pipeline_rounds_is_refused(
@@ -263,6 +265,7 @@ def test_sizes_that_two_options_name_are_refused(tmp_path: Path) -> None:
         ("prompt,width\none,32\n", "row 1: width without height: give width and height"),
         ("prompt,height,width\none,32,4\n", "row 1: 4x32 is too small"),
         ("prompt,width,height\none,32,32.5\n", "row 1: height='32.5': not a whole number"),
+        ("prompt,Width,Height\none,32,32\n", "'Width' would be ignored: write width"),
     ):
         config.teacher.call = {}
         (tmp_path / "prompts.csv").write_text(content)
@@ -272,6 +275,10 @@ def test_sizes_that_two_options_name_are_refused(tmp_path: Path) -> None:
 
 def test_a_teacher_of_one_size_takes_no_other(tiny_teacher: Path, tmp_path: Path) -> None:
     config = generate_config(tiny_teacher, tmp_path)
+    config.teacher.height = 32
+    with pytest.raises(UserError, match="teacher.height=32: DiTPipeline takes no height: leave it out"):
+        generate(config)
+    config.teacher.height = None
     config.teacher.sizes = [[32, 32]]
     with pytest.raises(UserError, match="size 32x32: DiTPipeline takes no width: leave the size out"):
         generate(config)
