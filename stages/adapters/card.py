@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import diffusers
 from huggingface_hub import EvalResult, ModelCardData
 
 from stages.adapters.metadata import AdapterMetadata
+from stages.base.loading import resolve
+
+ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 CARD = """---
 {header}
@@ -124,7 +129,12 @@ def loading(metadata: AdapterMetadata) -> str:
 
 
 def header(variant: str, metadata: AdapterMetadata, rows: list[dict[str, Any]]) -> str:
-    """Return the YAML header: the base, the relation to it, and measured results."""
+    """Return the YAML header: the base, the relation to it, and measured results.
+
+    A hub refuses a card whose base is a folder, so such a base is not in the header.
+    """
+    base = metadata.base.pretrained_model_name_or_path
+    on_hub = ON_HUB.fullmatch(base) is not None and not Path(resolve(base)).exists()
     results = [
         EvalResult(
             task_type="image-generation",
@@ -140,8 +150,8 @@ def header(variant: str, metadata: AdapterMetadata, rows: list[dict[str, Any]]) 
         if row[metric] is not None
     ]
     data = ModelCardData(
-        base_model=metadata.base.pretrained_model_name_or_path,
-        base_model_relation="adapter",
+        base_model=base if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
         library_name="diffusers",
         tags=["guidance-distillation", "classifier-free-guidance", variant],
         model_name=f"one-pass guidance, {variant}",

@@ -166,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[:2] == ["api", "whoami-v2"]:
             return _json({"name": "someone"})
         if parts[:2] == ["api", "validate-yaml"]:
-            return _json({"errors": [], "warnings": []})
+            return self.validate(json.loads(self.body)["content"])
         if parts[:3] == ["api", "repos", "create"]:
             return self.create()
         if parts[0] == "api":
@@ -200,6 +200,13 @@ class _Handler(BaseHTTPRequestHandler):
         if write and self.user() != WRITER:
             raise RefusalError(403, "", "you have no right to write")
         return found
+
+    def validate(self, card: str) -> tuple[bytes, dict[str, str], int]:
+        header = card.split("---\n")[1:2]
+        base = yaml.safe_load(header[0]).get("base_model") if header else None
+        if base is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+            return _json({"errors": [{"message": f'"base_model" with value "{base}" is not valid'}]}, status=400)
+        return _json({"errors": [], "warnings": []})
 
     def create(self) -> tuple[bytes, dict[str, str], int]:
         given = json.loads(self.body)

@@ -67,7 +67,7 @@ def test_the_folder_is_that_of_an_adapter(tiny_adapter: Path) -> None:
     adapter = GuidanceAdapter.from_pretrained(tiny_adapter)
     assert adapter.variant == "lora"
     assert adapter.metadata.scale_range == [1.0, 6.0]
-    assert "base_model_relation: adapter" in (tiny_adapter / "README.md").read_text()
+    assert "library_name: diffusers" in (tiny_adapter / "README.md").read_text()
 
 
 def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(
