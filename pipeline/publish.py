@@ -9,6 +9,7 @@ the report in its folder `evaluation`, and what `pipeline.export` wrote into its
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from omegaconf import MISSING
@@ -18,6 +19,9 @@ from stages.configuration.options import check_bounds, option
 from stages.errors import UsageError
 from stages.publish.adapter import publish_adapter
 from stages.publish.dataset import publish_dataset
+
+LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+BRANCH = re.compile(r"[\w][\w./-]*", re.ASCII)
 
 
 @dataclass
@@ -36,6 +40,10 @@ def main(config: PublishConfig) -> None:
     check_bounds(config)
     if (config.data_dir is None) == (config.adapter_dir is None):
         raise UsageError("name either data_dir or adapter_dir")
+    if config.revision is not None and not BRANCH.fullmatch(config.revision):
+        raise UsageError(f"revision={config.revision}: not a name of a branch")
+    if config.license is not None and not LICENCE.fullmatch(config.license):
+        raise UsageError(f"license={config.license}: not as a hub spells it: such as mit or cc-by-4.0")
     if config.data_dir is not None:
         done = publish_dataset(config.data_dir, config.repo_id, config.private, config.revision, config.license)
         print(f"{done.address}: {done.shards} shards, of which {done.sent} were uploaded now")

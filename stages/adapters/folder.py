@@ -29,7 +29,7 @@ from stages.storage.files import whole_file, write_json
 from stages.storage.hub import reason
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
-FORMAT_VERSION = 3
+FORMAT_KEY, FORMAT_VERSION = "format_version", 3
 MAX_MESSAGE_LENGTH = 300
 
 
@@ -43,7 +43,7 @@ def save(adapter: AdapterBase, path: Path) -> None:
 
 def write_card(adapter: AdapterBase, path: Path) -> None:
     """Write model card and configuration."""
-    config = {"format_version": FORMAT_VERSION, "adapter": asdict(adapter.config), "sites": adapter.shapes}
+    config = {FORMAT_KEY: FORMAT_VERSION, "adapter": asdict(adapter.config), "sites": adapter.shapes}
     parameters = sum(parameter.numel() for parameter in adapter.parameters())
     card = model_card(adapter.variant, parameters, adapter.metadata)
     with whole_file(path / CARD_FILE) as file:
@@ -80,7 +80,7 @@ def load(
     """
     with loading_errors(name_or_path), _local_folder(str(name_or_path), **source) as path:
         values = json.loads((path / CONFIG_FILE).read_bytes())
-        version = values.pop("format_version")
+        version = values.pop(FORMAT_KEY)
         if version != FORMAT_VERSION:
             way_out = "upgrade this project" if version > FORMAT_VERSION else "train it again"
             raise UserError(f"{name_or_path}: has format version {version}, not {FORMAT_VERSION}: {way_out}")

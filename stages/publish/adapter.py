@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from stages.adapters import GuidanceAdapter
-from stages.adapters.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from stages.adapters.folder import CARD_FILE, CONFIG_FILE, FORMAT_KEY, WEIGHTS_FILE
 from stages.errors import UserError
-from stages.publish.repository import MODEL, LocalFile, Repository
+from stages.publish.repository import MODEL, LocalFile, Repository, check_access
 
 EXPORTS, EVALUATION = "exports", "evaluation"
 OF_EVALUATION = (".html", ".json", ".png", ".yaml")  # not the parts that it was made from
@@ -19,19 +20,33 @@ def publish_adapter(
     """Upload an adapter; return the repository, and the names of what is there now.
 
     Raises:
-        UserError: the folder holds no adapter; nothing was uploaded.
+        UserError: the folder holds no adapter, or the repository something else; nothing was uploaded.
         ChangedError: it changes meanwhile; nothing is committed.
         StorageError: the hub refused, or does not answer.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         raise UserError(f"adapter_dir={folder}: no such folder on this machine: name the folder of an adapter")
+    folder = Path(folder)
     files = {path.relative_to(folder).as_posix(): LocalFile.of(path) for path in _paths(folder)}
     GuidanceAdapter.from_pretrained(folder)  # refuses what is none
+    check_access(repo_id, MODEL)
     repo = Repository(repo_id, MODEL, private, branch)
+    if not _is_adapter(repo):
+        repo.check_own("such an adapter")
     stale = {name for name in repo.names if name.startswith((f"{EXPORTS}/", f"{EVALUATION}/"))} - files.keys()
     repo.commit(files, {}, f"adapter, {len(files)} files", leave_out=stale)
     return repo, list(files)
+
+
+def _is_adapter(repo: Repository) -> bool:
+    """Whether a repository holds an adapter, of any version; other libraries name their files alike."""
+    if CONFIG_FILE not in repo.names:
+        return False
+    try:
+        config = json.loads(repo.read(CONFIG_FILE))
+    except ValueError:
+        return False
+    return isinstance(config, dict) and FORMAT_KEY in config
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from stages.errors import UserError
@@ -16,6 +17,7 @@ from stages.storage.folder import Folder, open_folder
 from stages.storage.hub import HUB, HubFolder
 
 OF_COMMANDS = ("config.yaml", "generation.json", "preview.png")
+SHARD = re.compile(r"shards/\d{5,}-[0-9a-f]{8}\.tar")
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,10 @@ def _check_same(repo: Repository, found: Survey) -> None:
     """Refuse to replace another dataset, or more of this one.
 
     Raises:
-        UserError: the repository holds one.
+        UserError: the repository holds one, or something else.
     """
+    if DATASET_FILE not in repo.names:
+        repo.check_own("such a dataset", left=SHARD)
     there = read_info(HubFolder(repo.repo_id, repo.head)) if DATASET_FILE in repo.names else None
     known = [plan.fingerprint for plan in found.info.published]
     if there is not None and there.published and there.published[-1].fingerprint not in known:

@@ -37,7 +37,7 @@ arXiv 2503.07274).
 
 A sample is one trajectory, or a part of one: `KEY.safetensors` and `KEY.json`, which holds `scale`, `condition` and
 `seed`. For k steps, these tensors have the shape `[k, ...]`, but those named `cond.NAME`, which are the same at each
-step.
+step. Token embeddings may have another length from sample to sample.
 
 | tensor | dtype | shape of one record |
 | --- | --- | --- |
@@ -129,10 +129,10 @@ def _size_category(count: int) -> str:
 def _facts(found: Survey) -> dict[str, Any]:
     teacher, plan = found.info.teacher, found.info.published[-1]
     licence = licence_of(teacher.pretrained_model_name_or_path, teacher.revision)
+    # The plan's own numbers are of the whole list of prompts or classes, of which the first may have sufficed.
     conditions = {
-        "classes": len(plan.conditions.class_labels),
-        "prompts": plan.conditions.prompts,
-        "negative prompts": plan.conditions.negative_prompts,
+        "classes": _different(found, "class_label"),
+        "prompts": _different(found, "prompt"),
     }
     low, high = plan.guidance.scale_range
     counts = plan.counts
@@ -142,11 +142,18 @@ def _facts(found: Survey) -> dict[str, Any]:
         "scheduler": teacher.scheduler_class,
         "guidance scales": f"{low:g} to {high:g}",
         **{name: f"{number:,}" for name, number in conditions.items() if number},
+        **({"negative prompts": "recorded"} if plan.conditions.negative_prompts else {}),
         "trajectories": f"{counts.trajectories:,}",
         "records": f"{counts.records:,}",
         "shards": f"{counts.units:,}, {counts.bytes:,} bytes",
         "fingerprint": f"`{plan.fingerprint}`",
     }
+
+
+def _different(found: Survey, column: str) -> int:
+    """The number of different values in a column of the manifest."""
+    rows = (row for unit in found.units for row in found.commits[unit].samples)
+    return len({row[column] for row in rows} - {None})
 
 
 def _name_of(teacher: str) -> str:

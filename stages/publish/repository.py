@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from re import Pattern
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.hf_api import RepoFile
@@ -18,6 +19,7 @@ from stages.storage.folder import Folder
 from stages.storage.hub import hub_errors
 
 DATASET, MODEL = "dataset", "model"
+OF_EVERY_REPOSITORY = {".gitattributes", "README.md", "LICENSE"}  # what a hub makes, or its form for a new one
 FILES_PER_COMMIT = 100  # a hub limits commits per hour; what it has of a killed batch, it knows by the hash
 
 
@@ -100,6 +102,26 @@ class Repository:
         files = [entry for entry in tree if isinstance(entry, RepoFile)]
         self.names = {entry.path for entry in files}
         self.sha256 = {entry.path: entry.lfs.sha256 for entry in files if entry.lfs}
+
+    def check_own(self, what: str, left: Pattern[str] | None = None) -> None:
+        """Refuse to write into a repository of something else.
+
+        Args:
+            what: is to be uploaded.
+            left: the names of files that an upload which broke off may have left.
+
+        Raises:
+            UserError: it holds other files.
+        """
+        others = sorted(name for name in self.names - OF_EVERY_REPOSITORY if not (left and left.fullmatch(name)))
+        if others:
+            raise UserError(f"{self.address}: holds {others[0]}, and is no repository of {what}: take another repo_id")
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a small file."""
+        with hub_errors(f"{self.address}/{name}", "read"):
+            path = self.api.hf_hub_download(self.repo_id, name, repo_type=self.kind, revision=self.head)
+            return Path(path).read_bytes()
 
     def missing(self, files: dict[str, LocalFile]) -> dict[str, LocalFile]:
         """Return the files that are not there as they are here."""

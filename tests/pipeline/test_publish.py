@@ -42,6 +42,9 @@ def test_a_dataset_and_an_adapter(
         (["data_dir=a", "adapter_dir=b"], "name either data_dir or adapter_dir"),
         (["adapter_dir=b", "license=mit"], "license: only for a dataset"),
         (["data_dir=a", "private=perhaps"], "private=perhaps"),
+        (["data_dir=a", "license=CC BY 4.0"], "license=CC BY 4.0: not as a hub spells it: such as mit or cc-by-4.0"),
+        (["data_dir=a", "license=[mit]"], "not as a hub spells it"),
+        (["data_dir=a", "revision=a b"], "revision=a b: not a name of a branch"),
     ],
 )
 def test_invalid_options_are_wrong_usage(overrides: list[str], message: str) -> None:

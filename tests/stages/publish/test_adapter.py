@@ -95,3 +95,13 @@ def test_a_folder_without_an_adapter_is_refused(writable: Hub, folder: Path) -> 
     with pytest.raises(UserError, match=f"{folder}: not an adapter"):
         publish_adapter(folder, REPO)
     assert writable.requests == []
+
+
+@pytest.mark.parametrize(
+    "files", [{"model.safetensors": b"x"}, {CONFIG_FILE: b'{"peft_type": "LORA"}', WEIGHTS_FILE: b"x"}]
+)
+def test_a_repository_of_something_else_is_not_replaced(writable: Hub, folder: Path, files: dict[str, bytes]) -> None:
+    writable.add(REPO, files)
+    with pytest.raises(UserError, match=f"{REPO}: holds .*, and is no repository of such an adapter: take another"):
+        publish_adapter(folder, REPO)
+    assert writable.repos[REPO].files == files

@@ -146,7 +146,7 @@ def changing(monkeypatch: pytest.MonkeyPatch, change: object) -> None:
 
     def opened(*given: object) -> Repository:
         change()  # type: ignore[operator]
-        return Repository(*given)  # type: ignore[arg-type]
+        return Repository(*given)
 
     monkeypatch.setattr(publishing, "Repository", opened)
 
@@ -187,7 +187,7 @@ def test_another_writer_is_noticed(writable: Hub, shared_dataset: Path, monkeypa
     upload = Repository.upload
 
     def upload_and_push(repo: Repository, *given: object) -> int:
-        sent = upload(repo, *given)  # type: ignore[arg-type]
+        sent = upload(repo, *given)
         pushed = writable.repos[REPO]
         pushed.commit({**pushed.files, "x": b""}, "of someone else")
         return sent
@@ -203,6 +203,16 @@ def test_another_dataset_is_not_replaced(
     publish_dataset(generate(generate_config(tiny_teacher, tmp_path / "other", seed=1)), "someone/tiny")
     with pytest.raises(UserError, match=f"{REPO}: holds another dataset, or more of this one: take another repo_id"):
         publish_dataset(shared_dataset, "someone/tiny")
+
+
+def test_a_repository_of_something_else_is_not_replaced(writable: Hub, shared_dataset: Path) -> None:
+    files = {"README.md": b"# Mine", "data/train.parquet": b"x", "shards/a.tar": b"x"}
+    writable.add(REPO, files)
+    with pytest.raises(
+        UserError, match=f"{REPO}: holds data/train.parquet, and is no repository of such a dataset: take"
+    ):
+        publish_dataset(shared_dataset, "someone/tiny")
+    assert writable.repos[REPO].files == files
 
 
 def test_a_branch_of_its_own(writable: Hub, shared_dataset: Path) -> None:
@@ -246,7 +256,7 @@ def test_a_hub_that_refuses_is_one_line(
     assert hub.repos == {}
 
 
-def test_a_dataset_elsewhere_is_refused(hub: Hub, shared_dataset: Path) -> None:
+def test_a_dataset_elsewhere_is_refused(writable: Hub, shared_dataset: Path) -> None:
     with pytest.raises(UserError, match="data_dir=s3://bucket/data: is not on this machine: name a local folder"):
         publish_dataset("s3://bucket/data", "someone/tiny")
     with pytest.raises(UserError, match="nothing: holds no dataset"):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,16 +55,20 @@ def test_its_histograms_are_pictures(published: Hub, tmp_path: Path) -> None:
 
 
 def test_it_shows_prompts_and_several_sizes(tmp_path: Path) -> None:
-    root = generate(sized_config("stable_diffusion", tmp_path))
+    config = sized_config("stable_diffusion", tmp_path)
+    with Path(str(config.prompts)).open("a") as file:
+        file.write("\na prompt whose turn never comes")
+    root = generate(replace(config, num_trajectories=2, num_trajectories_per_condition=1))
     (tmp_path / "teacher" / "README.md").write_text("---\nlicense: openrail++\n---\n")
     card = card_of(survey(open_folder(root), deep=True), "someone/sized", None)
     text = card["README.md"].decode()
     assert "text-to-image" in text
     assert "license:" not in text
+    assert "| prompts | 2 |\n| trajectories | 2 |" in text
     assert "| licence of the teacher's weights | openrail++ |" in text
     assert f"![histogram of size]({PICTURES}/size.png)" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| `latent` |")]
-    assert row.count("`[") == 3
+    assert row.count("`[") == 2
 
 
 def test_its_code_reads_each_sample(published: Hub, tmp_path: Path) -> None:
