@@ -5,14 +5,16 @@ python -m pipeline.sample adapter_dir=runs/mnist_dit 'class_labels=[0,1,2]' guid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.command import run
 from stages.base.loading import choose_device
 from stages.base.pictures import PICTURES, grid, to_picture
+from stages.base.prompts import READERS
 from stages.base.sampling import Request, decode, noise_seeds
 from stages.configuration.options import check_bounds
-from stages.errors import UserError
+from stages.errors import UsageError, UserError
 from stages.evaluate.comparisons import arguments_of, conditions_of, load_pair, sample_setting, settings
 from stages.evaluate.config import SampleConfig
 from stages.evaluate.methods import title_of
@@ -27,6 +29,7 @@ def main(config: SampleConfig) -> None:
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"output={output}: name an image file, e.g. grid.png")
     check_file(output)
+    check_texts(config.prompts)
     pipe, adapter = load_pair(config.adapter_dir, config.pretrained_model_name_or_path, choose_device(config.device))
     pictures = {name: getattr(config, name) for name in PICTURES if getattr(config, name)}
     conditions = conditions_of(pipe, adapter, config.class_labels, list(config.prompts), pictures)
@@ -47,6 +50,18 @@ def main(config: SampleConfig) -> None:
             file, format="jpeg" if output.suffix.lower() == ".jpg" else output.suffix[1:]
         )
     print(f"{output}: {len(conditions)} images in each of {len(rows)} rows")
+
+
+def check_texts(prompts: Sequence[str]) -> None:
+    """
+    Raises:
+        UsageError: one of the prompts is a file of prompts.
+    """
+    for prompt in prompts:
+        if Path(prompt).suffix in READERS and Path(prompt).is_file():
+            raise UsageError(
+                f"prompts=[{prompt}]: is a file: give texts, such as prompts=[panda,rose]; pipeline.evaluate takes a file"
+            )
 
 
 if __name__ == "__main__":

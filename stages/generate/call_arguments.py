@@ -66,8 +66,8 @@ def check_arguments(pipeline_class: type | None, arguments: Mapping[str, Any], t
         if is_number_or_bool(value) and (name == "negative_prompt" or (known is not None and takes_text(known[name]))):
             raise UsageError(f"""{option}={value}: not a text: put it into quotes: {option}='"{value}"'""")
     for name in ("height", "width"):
-        if known is not None and name not in known and (size := getattr(teacher, name)) is not None:
-            assert pipeline_class is not None
+        size = getattr(teacher, name)
+        if size is not None and pipeline_class is not None and known is not None and name not in known:
             raise UsageError(f"teacher.{name}={size}: {pipeline_class.__name__} takes no {name}: leave it out")
 
 

@@ -66,5 +66,5 @@ def describe_course(config: RunConfig, records: int, processes: int) -> str:
     warmup = "" if config.lr_scheduler == "constant" else f" after {config.lr_warmup_steps} steps of warm-up"
     return (
         f"{config.max_train_steps} steps of {size} records, {passes:.1f} passes over {records:,}; learning rate "
-        f"{config.learning_rate:g}{warmup}"
+        f"{config.learning_rate:g}{warmup}; validation every {config.validation_steps} steps"
     )

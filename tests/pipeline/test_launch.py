@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import generate, generate_config
-from tests.support.families import ARGUMENTS, PROMPTS, save
+from tests.support.prompted import prompted_dataset
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = [
@@ -109,12 +108,7 @@ def test_two_machines_train_like_one_process_with_twice_the_batch(shared_dataset
 
 @pytest.fixture(scope="module")
 def prompted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prompted")
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    teacher = save("stable_diffusion_3", folder / "teacher")
-    config = generate_config(teacher, folder / "data", prompts=str(folder / "prompts.txt"))
-    config.teacher.call = dict(ARGUMENTS["stable_diffusion_3"])
-    return generate(config)
+    return prompted_dataset(tmp_path_factory.mktemp("prompted"))
 
 
 SPLIT = [*LAUNCH[:1], "--use_fsdp", "--fsdp_version", "2", *LAUNCH[2:]]  # in place of --multi_gpu

@@ -19,20 +19,15 @@ from stages.train.batch import Batch
 from stages.train.selection import SelectedSample
 from stages.train.student import Student
 from stages.train.window import load
-from tests.conftest import generate, generate_config, small_adapter
-from tests.support.families import ARGUMENTS, PROMPTS, save
+from tests.conftest import small_adapter
+from tests.support.prompted import prompted_dataset
 
 TEXT = "encoder_hidden_states"
 
 
 @pytest.fixture(scope="module")
 def prompted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prompted")
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    teacher = save("stable_diffusion_3", folder / "teacher")
-    config = generate_config(teacher, folder / "data", prompts=str(folder / "prompts.txt"))
-    config.teacher.call = dict(ARGUMENTS["stable_diffusion_3"])
-    return generate(config)
+    return prompted_dataset(tmp_path_factory.mktemp("prompted"))
 
 
 def student_of(dataset: Dataset) -> Student:

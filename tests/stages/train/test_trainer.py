@@ -485,7 +485,7 @@ def test_without_options_a_run_chooses_rate_and_length(
     monkeypatch.setattr("stages.train.defaults.LEAST_STEPS", 10)
     options = {"max_train_steps": None, "validation_steps": None, "train_batch_size": 4}
     pipeline.train.main(train_config(shared_dataset, tmp_path, **options))
-    chosen = "40 steps of 4 records, 4.0 passes over 40; learning rate 0.005 after 4 steps of warm-up"
+    chosen = "40 steps of 4 records, 4.0 passes over 40; learning rate 0.005 after 4 steps of warm-up; validation every 10 steps"
     assert chosen in capsys.readouterr().out.splitlines()
     assert json.loads((tmp_path / "training.json").read_text())["steps"] == 40
     pipeline.train.main(train_config(shared_dataset, tmp_path, **options))
