@@ -180,25 +180,26 @@ class Student:
     def predict(self, batch: Batch, guided: bool = True) -> Tensor:
         """Predict the target's channels `[n, c, ...]`, without a learned variance.
 
+        One pass per length of the conditions, because the denoiser takes no mask for the padding.
+
         Args:
             guided: whether the adapter acts, at the batch's scales; else the base predicts alone.
         """
         if any(name.endswith(LENGTH) for name in batch.cond):
-            return self._predict_by_length(batch, guided)
-        return self._predict(batch, guided)
-
-    def _predict_by_length(self, batch: Batch, guided: bool) -> Tensor:
-        """Run one pass per length of the conditions, because the denoiser takes no mask for the padding."""
-        parts = split_by_length(batch)
+            parts = split_by_length(batch)
+        else:
+            parts = [(torch.arange(len(batch.scale)), batch)]
+        # Each process has lengths of its own, or none in this batch, so they agree at each step.
         passes = most_passes(len(parts), batch.latent.device) if is_split(self.denoiser) else len(parts)
         predictions = [self._predict(part, guided) for _, part in parts]
         for _ in range(passes - len(parts)):
             predictions[0] = predictions[0] + 0 * self._predict(parts[0][1], guided)
-        order = torch.cat([chosen for chosen, _ in parts]).argsort()
-        return torch.cat(predictions)[order]
+        if len(parts) == 1:
+            return predictions[0]
+        return torch.cat(predictions)[torch.cat([chosen for chosen, _ in parts]).argsort()]
 
     def _predict(self, batch: Batch, guided: bool) -> Tensor:
-        """Predict in one pass."""
+        """Predict for records of one length, in one pass."""
         if not guided:
             return self._forward(batch)
         negative = {name: value for name, value in batch.cond.items() if name.startswith(NEGATIVE)}
