@@ -61,6 +61,7 @@ def train(trainer: Trainer, root: Path, resolved: str) -> None:
         print(
             f"{root}: {summary['steps']} steps, validation loss {summary['validation_loss']:.5f} (without guidance "
             f"{summary['validation_loss_unguided']:.5f}), {summary['records_per_second']:.0f} records/s{skipped(summary)}"
+            f"{better(root, summary)}"
         )
 
 
@@ -92,12 +93,21 @@ def begin(root: Path, resolved: str, trainer: Trainer) -> None:
     if not dataset.newest:
         trajectories = dataset.plan.counts.trajectories
         print(f"{dataset.root}: has grown; the run continues with the {trajectories} trajectories that it started with")
+    if trainer.step:
+        print(f"{root}: continues after step {trainer.step} of {trainer.config.max_train_steps}")
     print(trainer.foresight)
     print(
         f"{trainer.adapter.variant}: {trainer.adapter_parameters:,} parameters at {len(trainer.adapter.shapes)} sites, "
         f"{trainer.adapter_share:.1%} of the base"
     )
     print(*trainer.remarks, sep="\n")
+
+
+def better(root: Path, summary: dict[str, Any]) -> str:
+    best = summary["best"]
+    if best is None or best["step"] == summary["steps"]:
+        return ""
+    return f"; {root / best['folder']} has a lower one, {best['validation_loss']:.5f} after {best['step']} steps"
 
 
 def skipped(summary: dict[str, Any]) -> str:

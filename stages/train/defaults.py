@@ -12,6 +12,7 @@ from stages.train.config import TrainConfig
 PASSES = 4  # over the records
 LEAST_STEPS, MOST_STEPS = 1_000, 10_000
 WARMUP_SHARE = 0.1
+MANY_PASSES = 10 * PASSES
 VALIDATIONS = 4
 MOST_BETWEEN = 1_000  # steps from one validation to the next
 
@@ -58,13 +59,15 @@ def records_per_step(config: TrainConfig) -> int:
     return config.train_batch_size * config.gradient_accumulation_steps
 
 
-def describe_course(config: RunConfig, records: int, processes: int) -> str:
-    """The chosen values in a line."""
+def describe_course(config: RunConfig, records: int, processes: int) -> list[str]:
+    """The chosen values in a line, and another one where the records are few."""
     size = records_per_step(config) * processes
     passes = config.max_train_steps * size / records
     # diffusers' schedule of this name has none.
     warmup = "" if config.lr_scheduler == "constant" else f" after {config.lr_warmup_steps} steps of warm-up"
-    return (
+    course = (
         f"{config.max_train_steps} steps of {size} records, {passes:.1f} passes over {records:,}; learning rate "
         f"{config.learning_rate:g}{warmup}; validation every {config.validation_steps} steps"
     )
+    few = f"{records:,} records are few for so many passes: generate more, or lower max_train_steps"
+    return [course, few] if passes > MANY_PASSES else [course]

@@ -106,7 +106,7 @@ class Trainer:
         """The configuration with all choices made; `remarks` tell them."""
         records = sum(sample.records for sample in training)
         config = complete(given, records, self.processes.num_processes)
-        self.remarks = [describe_course(config, records, self.processes.num_processes)]
+        self.remarks = describe_course(config, records, self.processes.num_processes)
         self.remarks += remarks(self.dataset, held_out, config)
         return config
 

@@ -69,7 +69,9 @@ class Validation:
             pictures = "" if vae is None else " and no pictures"
             self.remarks.append(f"validation: no gap closed{pictures}: {error}")
             return
-        if vae is not None and self.is_main:
+        if vae is None:
+            self.remarks.append("validation: no pictures, because vae_name_or_path names no VAE")
+        elif self.is_main:
             self.decoder = Decoder(vae, self.dataset, device)
             self.decoder.try_out(self.sampling.two_passes[0])
 

@@ -29,12 +29,17 @@ def test_what_the_user_gives_stays() -> None:
     assert (config.max_train_steps, config.learning_rate, config.lr_warmup_steps) == (50, 1e-4, 7)
     assert (completed(max_train_steps=50).lr_warmup_steps, completed(max_train_steps=50).validation_steps) == (5, 13)
     assert completed(10**9).validation_steps == 1000
-    assert describe_course(config, 6400, 1) == (
+    assert describe_course(config, 6400, 1) == [
         "50 steps of 64 records, 0.5 passes over 6,400; learning rate 0.0001 after 7 steps of warm-up; "
         f"validation every {config.validation_steps} steps"
-    )
+    ]
     constant = completed(max_train_steps=50, lr_scheduler="constant", learning_rate=1e-4)
-    assert describe_course(constant, 6400, 1).endswith("learning rate 0.0001; validation every 13 steps")
+    assert describe_course(constant, 6400, 1)[0].endswith("learning rate 0.0001; validation every 13 steps")
+
+
+def test_few_records_are_told() -> None:
+    course = describe_course(completed(100), 100, 1)
+    assert course[1:] == ["100 records are few for so many passes: generate more, or lower max_train_steps"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -41,7 +41,10 @@ def test_a_single_held_out_trajectory_becomes_a_few(dataset: Dataset) -> None:
     ("changes", "lines"),
     [
         ({}, []),
-        ({"validation_share": 0.05}, ["validation: 4 trajectories; validation_share gives 1, which says little"]),
+        (
+            {"validation_share": 0.05},
+            ["validation: 4 trajectories are held out, because 1 as of validation_share=0.05 would say little"],
+        ),
         (
             {"filters": [["trajectory", "not in", [0, 7]]]},
             ["validation: a single trajectory, whose loss says little: raise"],

@@ -606,7 +606,9 @@ def test_a_resumed_run_keeps_the_snapshot_that_it_started_with(
     grow(damaged, tiny_teacher, num_trajectories=20)
     pipeline.train.main(train_config(damaged, tmp_path / "run", resume_from_checkpoint="latest"))
     message = f"{damaged}: has grown; the run continues with the 12 trajectories that it started with"
-    assert capsys.readouterr().out.count(message) == 1
+    told = capsys.readouterr().out
+    assert told.count(message) == 1
+    assert f"{tmp_path / 'run'}: continues after step 8 of 12" in told.splitlines()
     one, other = (load_file(root / "adapter_model.safetensors") for root in (tiny_adapter, tmp_path / "run"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert GuidanceAdapter.from_pretrained(tmp_path / "run").metadata.dataset_fingerprint == begun

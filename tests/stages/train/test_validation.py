@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import pipeline.train
 from stages.adapters import GuidanceAdapter
 from stages.train.best import BEST, weights_of
 from stages.train.trainer import Trainer
@@ -45,9 +46,14 @@ def test_training_goes_on_from_its_own_weights(shared_dataset: Path, tmp_path: P
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
-def test_a_longer_run_keeps_the_best_adapter_of_the_run_before(shared_dataset: Path, tmp_path: Path) -> None:
+def test_a_longer_run_keeps_the_best_adapter_of_the_run_before(
+    shared_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = Trainer(train_config(shared_dataset, tmp_path)).run()["best"]
     assert before["step"] == 12
     longer = train_config(shared_dataset, tmp_path, max_train_steps=14, resume_from_checkpoint="latest")
-    assert Trainer(replace(longer, learning_rate=1.0, lr_scheduler="constant")).run()["best"] == before
+    pipeline.train.main(replace(longer, learning_rate=1.0, lr_scheduler="constant"))
+    assert json.loads((tmp_path / "training.json").read_text())["best"] == before
+    told = f"; {tmp_path / BEST} has a lower one, {before['validation_loss']:.5f} after 12 steps"
+    assert capsys.readouterr().out.splitlines()[-1].endswith(told)
     assert GuidanceAdapter.from_pretrained(tmp_path / BEST).metadata.training["steps"] == 12
