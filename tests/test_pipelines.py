@@ -171,6 +171,13 @@ def check_records(dataset: Dataset, specimen: Specimen) -> None:
         assert close(one_pass.end, guided.end), "a perfect student does not reproduce two passes"
 
 
+def decodable(dataset: Dataset) -> str | None:
+    """The folder of the teacher, if a VAE in it decodes the latents by diffusers' convention."""
+    teacher = dataset.info.teacher.pretrained_model_name_or_path
+    by_convention = all(size.decoder_input for size in dataset.info.sizes.values())
+    return teacher if by_convention and Path(teacher, "vae").exists() else None
+
+
 def check_training(dataset: Dataset, specimen: Specimen, denoiser: str, folder: Path) -> None:
     """Check that an adapter trains: untrained, one pass is no guidance; trained, it is exported.
 
@@ -178,7 +185,10 @@ def check_training(dataset: Dataset, specimen: Specimen, denoiser: str, folder: 
     """
     layout, pipe = layout_of(dataset), load_whole(dataset, specimen)
     data = Path(dataset.root.where("manifest.parquet")).parent
-    config = train_config(data, folder, max_train_steps=2, validation_share=0.5, denoiser=denoiser)
+    vae = decodable(dataset)
+    config = train_config(
+        data, folder, max_train_steps=2, validation_share=0.5, denoiser=denoiser, vae_name_or_path=vae
+    )
     request = Request([specimen.conditions[0]], [3], STEPS, dict(specimen.arguments))
     unguided = Run(pipe, layout, request, None, specimen.shifted)
     untrained = Student.create(dataset, config.adapter, load_base(dataset, denoiser=denoiser), name=denoiser).adapter
@@ -188,7 +198,9 @@ def check_training(dataset: Dataset, specimen: Specimen, denoiser: str, folder: 
     untrained.detach()
     assert [len(calls) for calls in one_pass.calls] == [1] * len(one_pass.calls)
     assert close(one_pass.end, unguided.end), "untrained, one pass differs from no guidance"
-    Trainer(config).run()
+    trainer = Trainer(config)
+    trainer.run()
+    assert (folder / "held_out").exists() == (vae is not None and trainer.validation.sampling is not None)
     adapter = GuidanceAdapter.from_pretrained(folder)
     adapter.attach(pipe)
     fused = Run(pipe, layout, request, SCALE, specimen.shifted)

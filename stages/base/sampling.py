@@ -14,7 +14,15 @@ import torch
 from stages.base.patching import replaced
 from stages.base.pictures import PICTURES, open_picture
 from stages.base.size import Size
-from stages.base.undecoded import Kept, decode, shape_of_images, synchronize, undecoded, up_to_images
+from stages.base.undecoded import (
+    Kept,
+    decode,
+    decoder_input_of,
+    shape_of_images,
+    synchronize,
+    undecoded,
+    up_to_images,
+)
 from stages.errors import UserError
 
 __all__ = [
@@ -22,6 +30,7 @@ __all__ = [
     "Kept",
     "Request",
     "decode",
+    "decoder_input_of",
     "noise_seeds",
     "sample",
     "shape_of_images",

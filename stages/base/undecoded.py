@@ -13,6 +13,7 @@ from diffusers import SchedulerMixin
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 
+from stages.base.decoder_input import follows_convention
 from stages.base.patching import patched, replaced
 from stages.base.size import VIDEO_DIMS
 from stages.errors import UserError
@@ -29,12 +30,14 @@ class Kept(list[Tensor]):
 
     Attributes:
         ended: the clock (`time.perf_counter`) after the last step of the last run; None during a run.
+        stepped: the latents of the scheduler's last step; empty before it.
         decoded: the shapes of what the decoder would have returned, call by call; None where one is unknown.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.ended: float | None = None
+        self.stepped = torch.empty(0)
         self.decoded: list[torch.Size | None] = []
         self.steps = self.rows = 0
         self._handed: list[Tensor] = []
@@ -50,7 +53,8 @@ class Kept(list[Tensor]):
         if not self._stepped:
             self.append(latents)
         self._stepped.add(id(scheduler))
-        self[-1], self.rows, self._handed = latents, len(latents), []
+        self[-1] = self.stepped = latents
+        self.rows, self._handed = len(latents), []
         self.steps += 1
         self.ended = None
 
@@ -211,6 +215,18 @@ def shape_of_images(kept: Kept) -> torch.Size | None:
     if shape is not None and len(kept.decoded) > 1 and len(shape) == VIDEO_DIMS:
         return torch.Size([*shape[:2], *shape[3:]])
     return shape
+
+
+def decoder_input_of(pipe: Any, kept: Kept) -> list[int] | None:
+    """The shape of what the decoder receives of one sample, such as `[c, height, width]`.
+
+    None where more happens to the latents of the scheduler's last step than `to_decoder_input` does.
+    """
+    decoders, received = decoders_of(pipe), kept[-1]
+    config: Any = decoders[0].config if decoders else {}
+    if decoders and follows_convention(config, kept.stepped[: len(received)], received):
+        return list(received.shape[1:])
+    return None
 
 
 @torch.no_grad()

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from stages.base.denoiser import denoiser_of, denoisers_of, fingerprint
 from stages.base.loading import choose_device, load_pipeline, new_guider, use_scheduler
-from stages.base.sampling import Condition, Request, decode, guider_of, sample, synchronize, undecoded
+from stages.base.sampling import (
+    Condition,
+    Kept,
+    Request,
+    decode,
+    decoder_input_of,
+    guider_of,
+    sample,
+    synchronize,
+    undecoded,
+)
 from stages.base.size import size_name
 from stages.errors import UsageError, UserError
 from stages.generate.call_arguments import check_arguments
@@ -41,19 +51,20 @@ class TeacherOutput:
     Attributes:
         trajectories: recorded, on the CPU in the storage dtype.
         previews: decoded images `[c, h, w]` in [-1, 1] by trajectory index, for indices below `preview`.
-        constants: the denoiser's constant arguments that depend on the size, see `Commit`.
+        constants, decoder_input: see `Commit`.
         clock: seconds spent in the pipeline, and on converting its recordings.
     """
 
     trajectories: list[Trajectory] = field(default_factory=list)
     previews: dict[int, Tensor] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
+    decoder_input: list[int] | None = None
     clock: Clock = field(default_factory=Clock)
 
     def extend(self, other: TeacherOutput) -> None:
         self.trajectories += other.trajectories
         self.previews |= other.previews
-        self.constants = other.constants
+        self.constants, self.decoder_input = other.constants, other.decoder_input
         self.clock.update(other.clock)
 
 
@@ -151,16 +162,17 @@ class Teacher:
     def _run_batch(self, batch: Sequence[PlannedTrajectory], shift: float) -> TeacherOutput:
         clock = Clock()
         with clock.spent_on(TEACHER):
-            recording, latents = self._record(batch, shift)
-            previews = self._previews(batch, latents)
+            recording, kept = self._record(batch, shift)
+            previews = self._previews(batch, kept[0])
+            decoder_input = decoder_input_of(self.pipe, kept)
             synchronize(self.pipe)
         with clock.spent_on(RECORDING):
             trajectories = list(self.splitter.split(batch, recording))
         layout = self.layouts[size_name(batch[0].condition)]
-        return TeacherOutput(trajectories, previews, layout.changed_constants(self.layout), clock)
+        return TeacherOutput(trajectories, previews, layout.changed_constants(self.layout), decoder_input, clock)
 
-    def _record(self, batch: Sequence[PlannedTrajectory], shift: float) -> tuple[Recording, Tensor]:
-        """The recording of a batch of n trajectories, and their final latents `[n, ...]`."""
+    def _record(self, batch: Sequence[PlannedTrajectory], shift: float) -> tuple[Recording, Kept]:
+        """The recording of a batch of n trajectories, and their final latents."""
         scales = torch.tensor([planned.guidance_scale - self.layout.scale_offset for planned in batch])
         scale = PerSampleScale(scales) if self.layout.scale_per_sample else float(scales[0])
         layout = self.layouts[size_name(batch[0].condition)]
@@ -172,7 +184,7 @@ class Teacher:
             self.arguments,
         )
         with ExitStack() as stack:
-            latents = stack.enter_context(undecoded(self.pipe))
+            kept = stack.enter_context(undecoded(self.pipe))
             stack.enter_context(self._shifted(shift))
             if self.config.trajectory == "diffusion":
                 with sampled(self.pipe, layout, len(batch)) as clean:
@@ -182,7 +194,7 @@ class Teacher:
                 stack.enter_context(noised(self.pipe, clean[0], request.seeds, recorder))
             sample(self.pipe, request, scale)
         self._check_steps(recorder.step)
-        return recorder.recording(), latents[0]
+        return recorder.recording(), kept
 
     def _check_steps(self, taken: int) -> None:
         if taken != self.steps_per_trajectory:

@@ -72,7 +72,7 @@ class UnitWorker:
             plan = self._described(index, sampled.plan)
             for number, image in output.previews.items():
                 write_preview(self.root, number, image)
-            commit = commit_unit(self.root, index, samples, plan, output.constants)
+            commit = commit_unit(self.root, index, samples, plan, output.constants, output.decoder_input)
         return sum(row["records"] for row in commit.samples), dict(clock)
 
     def _described(self, index: int, plan: str | None) -> str:

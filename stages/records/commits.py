@@ -25,13 +25,18 @@ COMMITS_PER_READER = COMMITS_AT_ONCE // READERS  # handing over single commits t
 
 
 def commit_unit(
-    root: Folder, unit: int, samples: Iterable[Sample], plan: str, constants: dict[str, Any] | None = None
+    root: Folder,
+    unit: int,
+    samples: Iterable[Sample],
+    plan: str,
+    constants: dict[str, Any] | None = None,
+    decoder_input: list[int] | None = None,
 ) -> Commit:
     """Write a unit's shard and commit it; return the commit record that won, of this attempt or an earlier one.
 
     Args:
         plan: digest of the unit's plan, from `plan_digests`.
-        constants: see `Commit`.
+        constants, decoder_input: see `Commit`.
     """
     shard = f"shards/{unit:05d}-{uuid.uuid4().hex[:8]}.tar"
     record = commit_name(unit)
@@ -41,7 +46,7 @@ def commit_unit(
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         digest = hash_file(file)
-    commit = Commit(unit, plan, shard, size, digest, samples[0].tensors, rows, constants or {})
+    commit = Commit(unit, plan, shard, size, digest, samples[0].tensors, rows, constants or {}, decoder_input)
     if not root.create(record, seal(asdict(commit))):
         root.delete(shard)
     return read_commit(root, record)

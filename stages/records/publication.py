@@ -77,7 +77,7 @@ def publish(root: Folder, info: DatasetInfo, commits: Iterable[Commit], again: b
                 raise damage_error(root, problem)
             rows.append(rows[-1] + len(commit.samples))
             size.append(size[-1] + commit.size)
-            sizes.setdefault(commit.size_name, SizeFacts(commit.tensors, commit.constants))
+            sizes.setdefault(commit.size_name, SizeFacts(commit.tensors, commit.constants, commit.decoder_input))
             yield commit
 
     whole = table_of(counted())

@@ -28,11 +28,12 @@ class SizeFacts:
 
     Attributes:
         tensors: dtype and shape of one record's tensors by name.
-        constants: see `Commit`.
+        constants, decoder_input: see `Commit`.
     """
 
     tensors: dict[str, TensorSpec]
     constants: dict[str, Any] = field(default_factory=dict)
+    decoder_input: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Commit:
         tensors: by name.
         samples: the rows of the manifest, without the columns of the shard.
         constants: the denoiser's constant arguments that depend on the size, as `Arguments.constants`.
+        decoder_input: the shape of what the VAE receives of one sample, if `to_decoder_input` makes it from the
+            scheduler's last latents; None if not.
     """
 
     unit: int
@@ -57,6 +60,7 @@ class Commit:
     tensors: dict[str, TensorSpec]
     samples: list[dict[str, Any]]
     constants: dict[str, Any] = field(default_factory=dict)
+    decoder_input: list[int] | None = None
 
     @property
     def size_name(self) -> str:

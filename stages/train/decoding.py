@@ -9,35 +9,41 @@ from diffusers import AutoModel
 from PIL import Image
 from torch import Tensor
 
+from stages.base.decoder_input import to_decoder_input
 from stages.base.loading import first_line, resolve
 from stages.base.pictures import grid, to_picture
+from stages.base.size import VIDEO_DIMS
 from stages.errors import UserError
 from stages.records.dataset import Dataset
 from stages.train.sampling import Samples
 
 
 class Decoder:
-    """Decodes the latents of images.
+    """Decodes the latents of images, and of the first frames of videos.
 
     Raises:
-        UserError: there is no VAE at that path, or the latents are not those of images.
+        UserError: there is no VAE at that path, or the dataset does not tell how to give it the latents.
     """
 
     def __init__(self, name_or_path: str, dataset: Dataset, device: str) -> None:
-        shape = dataset.info.tensors["latent"].shape
-        if len(shape) != 3:
-            raise UserError(f"vae_name_or_path={name_or_path}: latents {shape} are not those of images: leave it out")
+        sizes = dataset.info.sizes
+        self.shapes = {size: shape for size in sizes if (shape := sizes[size].decoder_input) is not None}
+        if len(self.shapes) < len(sizes):
+            raise UserError(
+                f"vae_name_or_path={name_or_path}: the dataset does not tell how to decode its latents, because the "
+                "teacher's pipeline does so in its own way, or the dataset is older than this: leave it out"
+            )
         self.name_or_path = name_or_path
-        self.vae = load_vae(name_or_path, shape[0]).to(device)
+        self.vae = load_vae(name_or_path).to(device)
 
-    def try_out(self, latents: Tensor) -> None:
-        """Decode latents `[c, h, w]` of two passes, before the first step.
+    def try_out(self, size: str, latents: Tensor) -> None:
+        """Decode latents `[...]` of two passes, before the first step.
 
         Raises:
             UserError: they do not decode; the first validation would fail.
         """
         try:
-            self.picture(latents)
+            self.picture(size, latents)
         except Exception as error:  # a foreign VAE may raise anything on latents it was not made for
             message = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(
@@ -47,19 +53,19 @@ class Decoder:
     def draw(self, samples: Samples) -> Image.Image:
         """A column per trajectory; rows: no guidance, two passes as recorded, one pass."""
         rows = (samples.unguided, samples.two_passes, samples.one_pass)
-        return grid([[self.picture(latents) for latents in row] for row in rows])
+        return grid([list(map(self.picture, samples.sizes, row)) for row in rows])
 
     @torch.no_grad()
-    def picture(self, latents: Tensor) -> Image.Image:
-        """Decode latents `[c, h, w]`."""
-        config: Any = self.vae.config
-        like = next(self.vae.parameters())
-        scaled = latents[None] / config.scaling_factor + (config.get("shift_factor") or 0)
-        return to_picture(self.vae.decode(scaled.to(like)).sample[0])
+    def picture(self, size: str, latents: Tensor) -> Image.Image:
+        """Decode the final latents `[...]` of a trajectory of that size."""
+        received = to_decoder_input(self.vae.config, latents[None], self.shapes[size])
+        decoded = self.vae.decode(received.to(next(self.vae.parameters()))).sample
+        image = decoded[0, :, 0] if decoded.ndim == VIDEO_DIMS else decoded[0]
+        return to_picture(image[: 3 if len(image) > 3 else None])  # further channels are no colours
 
 
-def load_vae(name_or_path: str, channels: int) -> Any:
-    """Load a VAE for latents of that many channels, from a pipeline or by itself, in a folder or on a hub.
+def load_vae(name_or_path: str) -> Any:
+    """Load a VAE, from a pipeline or by itself, in a folder or on a hub.
 
     Raises:
         UserError: there is none.
@@ -71,13 +77,10 @@ def load_vae(name_or_path: str, channels: int) -> Any:
         except (OSError, ValueError, KeyError) as error:
             message = message or first_line(error)
             continue
-        config = getattr(vae, "config", {})
-        if (
-            not hasattr(vae, "decode")
-            or config.get("scaling_factor") is None
-            or config.get("latent_channels") != channels
-        ):
-            message = f"{type(vae).__name__} is not a VAE for latents of {channels} channels"
-            break
-        return vae.eval().requires_grad_(False)
+        if callable(getattr(vae, "decode", None)):
+            if hasattr(vae, "enable_tiling"):
+                vae.enable_tiling()  # a large image would take more memory than the step
+            return vae.eval().requires_grad_(False)
+        message = f"{type(vae).__name__} is no VAE"
+        break
     raise UserError(f"vae_name_or_path={name_or_path}: no VAE could be loaded from it: {message}")

@@ -41,10 +41,12 @@ class Samples:
     """The final latents of each trajectory, those at lower scales first, and the share of the gap that is closed.
 
     Attributes:
+        sizes: their names.
         unguided, two_passes, one_pass: without guidance, as recorded, and with the adapter.
         gap_closed: by the trajectories' mean scale, as `scale_2.5`.
     """
 
+    sizes: list[str]
     unguided: list[Tensor]
     two_passes: list[Tensor]
     one_pass: list[Tensor]
@@ -107,6 +109,11 @@ class HeldOutSampling:
         self.held_out.append(HeldOut(noise, replace(window, records=records)))
 
     @property
+    def sizes(self) -> list[str]:
+        """The name of each trajectory's size."""
+        return [held_out.window.size for held_out in self.held_out]
+
+    @property
     def evaluations(self) -> int:
         """The denoiser evaluations of one measurement."""
         return sum(len(held_out.window) for held_out in self.held_out)
@@ -129,7 +136,7 @@ class HeldOutSampling:
         with replaced(student, "call", student.denoiser):  # compiling for these few passes would take longer
             self.unguided = self.unguided or self._sample(unguided)
             one_pass = self._sample(guided)
-        return Samples(self.unguided, self.two_passes, one_pass, self._gap_closed(one_pass))
+        return Samples(self.sizes, self.unguided, self.two_passes, one_pass, self._gap_closed(one_pass))
 
     def _gap_closed(self, one_pass: list[Tensor]) -> dict[str, float]:
         left, gap = (

@@ -73,7 +73,7 @@ class Validation:
             self.remarks.append("validation: no pictures, because vae_name_or_path names no VAE")
         elif self.is_main:
             self.decoder = Decoder(vae, self.dataset, device)
-            self.decoder.try_out(self.sampling.two_passes[0])
+            self.decoder.try_out(self.sampling.sizes[0], self.sampling.two_passes[0])
 
     def begin(self) -> None:
         """Measure the base without its adapter.

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from stages.base.denoiser import denoiser_of, unflatten
 from stages.base.hooks import Call, watch_steps
@@ -21,6 +23,8 @@ from stages.generate.timesteps import shifted_timesteps
 from stages.records.dataset import Dataset
 from stages.records.verification import verify
 from stages.train.base import load_base
+from stages.train.decoding import Decoder
+from stages.train.sampling import Run, follow, whole_trajectory
 from stages.train.selection import SelectedSample
 from stages.train.student import Student
 from stages.train.trainer import Trainer
@@ -106,6 +110,18 @@ def test_an_adapter_is_trained_and_samples_in_one_pass(dataset: Dataset, tmp_pat
         arguments = CALL_DEFAULTS.get(type(pipe).__name__, {}) | adapter.metadata.arguments
         pipe(PROMPTS[0], guidance_scale=3.0, num_inference_steps=2, output_type="pt", **arguments)
     assert len(latents) == 1
+
+
+def test_the_recorded_result_decodes_to_the_preview(dataset: Dataset) -> None:
+    """The teacher's pipeline decoded the preview."""
+    teacher = dataset.info.teacher
+    decoder = Decoder(teacher.pretrained_model_name_or_path, dataset, "cpu")
+    window = whole_trajectory(dataset, 0, skip_damaged=False)
+    decoded = decoder.picture(window.size, follow(Run(teacher, 4, window)))
+    preview = Image.open(dataset.root.where("preview/00000.png"))
+    pixels, expected = (np.asarray(picture.convert("RGB"), dtype=float) for picture in (decoded, preview))
+    assert expected.std() > 1
+    assert abs(pixels - expected).max() <= 2
 
 
 def test_the_adapter_found_its_conditions_in_the_records(dataset: Dataset) -> None:

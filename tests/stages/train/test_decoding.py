@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from stages.base.size import DEFAULT_SIZE
 from stages.errors import UserError
 from stages.records.dataset import Dataset
-from stages.records.schema import TensorSpec
 from stages.train.decoding import Decoder, load_vae
 from stages.train.sampling import Samples
 
@@ -24,7 +25,7 @@ def decoder(dataset: Dataset, tiny_teacher: Path) -> Decoder:
 def test_each_trajectory_has_a_column_and_each_way_to_sample_a_row(decoder: Decoder) -> None:
     torch.manual_seed(0)
     latents = [torch.randn(4, 8, 8) for _ in range(4)]
-    picture = decoder.draw(Samples(latents[:2], latents[2:], latents[:2], {}))
+    picture = decoder.draw(Samples([DEFAULT_SIZE] * 2, latents[:2], latents[2:], latents[:2], {}))
     side = SIDE * ENLARGED
     assert picture.size == (2 * side, 3 * side)
     rows = [picture.crop((0, i * side, picture.width, (i + 1) * side)).tobytes() for i in range(3)]
@@ -32,27 +33,24 @@ def test_each_trajectory_has_a_column_and_each_way_to_sample_a_row(decoder: Deco
 
 
 def test_latents_of_several_sizes_share_a_picture(decoder: Decoder) -> None:
+    decoder.shapes = {"64x64": [4, 8, 8], "32x128": [4, 4, 16]}
     latents = [torch.randn(4, 8, 8), torch.randn(4, 4, 16)]
-    picture = decoder.draw(Samples(latents, latents, latents, {}))
+    picture = decoder.draw(Samples(list(decoder.shapes), latents, latents, latents, {}))
     assert picture.size == (2 * 64, 3 * 32)
 
 
 def test_a_vae_loads_from_its_own_folder(decoder: Decoder, tmp_path: Path) -> None:
     decoder.vae.save_pretrained(tmp_path)
-    assert type(load_vae(str(tmp_path), 4)) is AutoencoderKL
+    assert type(load_vae(str(tmp_path))) is AutoencoderKL
 
 
 def test_a_path_without_a_vae_is_named(dataset: Dataset, tiny_teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="vae_name_or_path=.*missing: no VAE could be loaded from it"):
-        load_vae(str(tmp_path / "missing"), 4)
-    for path, channels, message in (
-        (tiny_teacher, 16, "AutoencoderKL"),
-        (tiny_teacher / "transformer", 4, "DiTTransformer2DModel"),
-    ):
-        with pytest.raises(UserError, match=f"{message} is not a VAE for latents of {channels} channels"):
-            load_vae(str(path), channels)
-    dataset.info.tensors["latent"] = TensorSpec("float16", [64, 16])
-    with pytest.raises(UserError, match=r"latents \[64, 16\] are not those of images"):
+        load_vae(str(tmp_path / "missing"))
+    with pytest.raises(UserError, match="DiTTransformer2DModel is no VAE"):
+        load_vae(str(tiny_teacher / "transformer"))
+    dataset.info.sizes[DEFAULT_SIZE] = replace(dataset.info.sizes[DEFAULT_SIZE], decoder_input=None)
+    with pytest.raises(UserError, match="does not tell how to decode its latents"):
         Decoder(str(tmp_path), dataset, "cpu")
 
 
@@ -63,4 +61,4 @@ def test_a_vae_that_does_not_decode_is_refused(decoder: Decoder, monkeypatch: py
     monkeypatch.setattr(AutoencoderKL, "decode", decode)
     message = f"vae_name_or_path={decoder.name_or_path}: cannot decode the recorded latents: RuntimeError: of other sizes: leave"
     with pytest.raises(UserError, match=message):
-        decoder.try_out(torch.zeros(4, 8, 8))
+        decoder.try_out(DEFAULT_SIZE, torch.zeros(4, 8, 8))
