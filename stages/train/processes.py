@@ -8,6 +8,7 @@ from typing import TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from stages.base.loading import first_line
 from stages.errors import UserError
 
 Result = TypeVar("Result")
@@ -22,15 +23,20 @@ def from_main(compute: Callable[[], Result]) -> Result:
     """Return to every process what the main process computes: only its machine needs to have the output folder.
 
     Raises:
-        UserError: in every process, what the main process raised.
+        UserError: in every process, what the main process raised; of another exception of its, the others tell a line.
     """
     outcome: list[tuple[Result | None, UserError | None]] = [(None, None)]
+    failure: Exception | None = None
     if PartialState().is_main_process:
         try:
             outcome = [(compute(), None)]
-        except UserError as error:
-            outcome = [(None, error)]
+        except Exception as error:  # the other processes would wait for it
+            failure = error
+            told = UserError(f"the main process failed: {type(error).__name__}: {first_line(error)}")
+            outcome = [(None, error if isinstance(error, UserError) else told)]
     ((result, refusal),) = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
     if refusal is not None:
         raise refusal
     return result

@@ -116,10 +116,12 @@ SPLIT = [*LAUNCH[:1], "--use_fsdp", "--fsdp_version", "2", *LAUNCH[2:]]  # in pl
 
 @pytest.mark.long
 def test_a_base_split_over_two_processes_trains_the_same_adapter(prompted: Path, tmp_path: Path) -> None:
-    """With 3 held-out trajectories, which two processes cannot share evenly."""
-    words = f"data_dir={prompted}", "train_batch_size=4", "validation_share=0.25"
+    """With 3 held-out trajectories, which two processes cannot share evenly; it is resumed half way."""
+    words = f"data_dir={prompted}", "train_batch_size=4", "validation_share=0.25", "lr_scheduler=constant"
     train(LAUNCH, *words, f"output_dir={tmp_path / 'whole'}")
-    train(SPLIT, *words, f"output_dir={tmp_path / 'split'}")
+    train(SPLIT, *words, f"output_dir={tmp_path / 'split'}", "max_train_steps=8")
+    resumed, _ = train(SPLIT, *words, f"output_dir={tmp_path / 'split'}", "resume_from_checkpoint=latest")
+    assert "continues after step 8 of 12" in resumed
     train(SPLIT, *words, f"output_dir={tmp_path / 'less'}", "gradient_checkpointing=true")
     losses = [
         json.loads((tmp_path / name / "training.json").read_text())["validation_loss"] for name in ("whole", "split")
