@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 from typing import Any
 
 import diffusers
 from huggingface_hub import EvalResult, ModelCardData
 
-from stages.adapters.metadata import AdapterMetadata
-from stages.base.loading import resolve
-
-ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+from stages.adapters.metadata import AdapterMetadata, Base
+from stages.base.places import PACKAGE, is_on_hub, is_shipped, public, public_values, short_name, whereabouts
 
 CARD = """---
 {header}
@@ -22,7 +18,7 @@ CARD = """---
 # One-pass guidance for {base}
 
 An adapter that folds classifier-free guidance into one forward pass (adapter guidance distillation, arXiv 2503.07274).
-The base stays frozen; the guidance scale is an input.
+The base stays frozen; the guidance scale is an input. `stages` is of the Python package `{package}`.
 
 ```python
 {loading}
@@ -82,7 +78,8 @@ def model_card(variant: str, parameters: int, metadata: AdapterMetadata) -> str:
     rows = metadata.evaluation
     card = CARD.format(
         header=header(variant, metadata, rows),
-        base=metadata.base.pretrained_model_name_or_path,
+        base=short_name(metadata.base.pretrained_model_name_or_path),
+        package=PACKAGE,
         loading=loading(metadata),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
     )
@@ -94,6 +91,7 @@ def teacher_of(metadata: AdapterMetadata) -> dict[str, str]:
     """Return rows on the recorded pipeline: its class, guidance, scheduler and call arguments."""
     teacher = metadata.teacher
     facts = {
+        "base": whereabouts(metadata.base.pretrained_model_name_or_path) if metadata.base != Base() else "",
         "teacher": metadata.base.pipeline_class,
         "guidance rule": as_code(metadata.guidance_rule),
         "guider": as_code(teacher.guider),
@@ -106,7 +104,7 @@ def teacher_of(metadata: AdapterMetadata) -> dict[str, str]:
 
 def as_code(values: dict[str, Any] | None) -> str:
     """Return JSON for a table cell; nothing for an empty value."""
-    return f"`{json.dumps(values, default=str)}`".replace("|", "\\|") if values else ""
+    return f"`{json.dumps(public_values(values), default=str)}`".replace("|", "\\|") if values else ""
 
 
 def loading(metadata: AdapterMetadata) -> str:
@@ -117,11 +115,15 @@ def loading(metadata: AdapterMetadata) -> str:
         kind = "DiffusionPipeline"
     scheduler = teacher.scheduler_class
     source = "".join(f", {key}={value!r}" for key in ("revision", "variant") if (value := getattr(base, key)))
+    name = base.pretrained_model_name_or_path
+    shipped = is_shipped(name)
+    place = f'resolve("{public(name)}")' if shipped else f'"{short_name(name)}"'
     lines = [
         f"from diffusers import {', '.join(filter(None, (scheduler, kind)))}",
         "from stages.adapters import GuidanceAdapter",
+        *(["from stages.base.loading import resolve"] if shipped else []),
         "",
-        f'pipe = {kind}.from_pretrained("{base.pretrained_model_name_or_path}"{source})',
+        f"pipe = {kind}.from_pretrained({place}{source})",
     ]
     if scheduler:
         lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)")
@@ -134,7 +136,7 @@ def header(variant: str, metadata: AdapterMetadata, rows: list[dict[str, Any]]) 
     A hub refuses a card whose base is a folder, so such a base is not in the header.
     """
     base = metadata.base.pretrained_model_name_or_path
-    on_hub = ON_HUB.fullmatch(base) is not None and not Path(resolve(base)).exists()
+    on_hub = is_on_hub(base)
     results = [
         EvalResult(
             task_type="image-generation",

@@ -23,6 +23,7 @@ from stages.adapters.config import AdapterConfig
 from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.sites import Shape
 from stages.base.loading import first_line
+from stages.base.places import public_values
 from stages.errors import UserError
 from stages.storage.bucket import SCHEMES, read_object
 from stages.storage.files import whole_file, write_json
@@ -122,4 +123,6 @@ def push(adapter: AdapterBase, repo_id: str, private: bool | None, token: str | 
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as temporary:
         save(adapter, Path(temporary))
+        config = Path(temporary) / CONFIG_FILE
+        write_json(config, public_values(json.loads(config.read_bytes())))
         return str(api.upload_folder(repo_id=repo_id, folder_path=temporary, commit_message=commit_message))

@@ -15,6 +15,7 @@ import safetensors.torch
 from torch import Tensor
 
 from stages.adapters.metadata import AdapterMetadata
+from stages.base.places import short_name
 
 # As sd-scripts and musubi-tuner write them; for other bases, the denoiser's class.
 ARCHITECTURES = {
@@ -46,7 +47,7 @@ def header(metadata: AdapterMetadata, guidance_scale: float, implementation: str
     Args:
         implementation: the code whose layer names the file uses; fingerprint: of the adapter's weights.
     """
-    name, (low, high) = metadata.base.pretrained_model_name_or_path, metadata.scale_range
+    name, (low, high) = short_name(metadata.base.pretrained_model_name_or_path), metadata.scale_range
     fields = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",

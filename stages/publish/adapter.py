@@ -8,6 +8,7 @@ from pathlib import Path
 from stages.adapters import GuidanceAdapter
 from stages.adapters.folder import CARD_FILE, CONFIG_FILE, FORMAT_KEY, WEIGHTS_FILE
 from stages.errors import UserError
+from stages.publish.places import TEXT, public_texts
 from stages.publish.repository import MODEL, LocalFile, Repository, check_access
 
 EXPORTS, EVALUATION = "exports", "evaluation"
@@ -27,15 +28,17 @@ def publish_adapter(
     if not Path(folder).is_dir():
         raise UserError(f"adapter_dir={folder}: no such folder on this machine: name the folder of an adapter")
     folder = Path(folder)
-    files = {path.relative_to(folder).as_posix(): LocalFile.of(path) for path in _paths(folder)}
+    paths = {path.relative_to(folder).as_posix(): path for path in _paths(folder)}
+    files = {name: LocalFile.of(path) for name, path in paths.items() if path.suffix not in TEXT}
     GuidanceAdapter.from_pretrained(folder)  # refuses what is none
+    texts = public_texts({name: path.read_bytes() for name, path in paths.items() if path.suffix in TEXT})
     check_access(repo_id, MODEL)
     repo = Repository(repo_id, MODEL, private, branch)
     if not _is_adapter(repo):
         repo.check_own("such an adapter")
-    stale = {name for name in repo.names if name.startswith((f"{EXPORTS}/", f"{EVALUATION}/"))} - files.keys()
-    repo.commit(files, {}, f"adapter, {len(files)} files", leave_out=stale)
-    return repo, list(files)
+    stale = {name for name in repo.names if name.startswith((f"{EXPORTS}/", f"{EVALUATION}/"))} - paths.keys()
+    repo.commit(files, texts, f"adapter, {len(paths)} files", leave_out=stale)
+    return repo, list(paths)
 
 
 def _is_adapter(repo: Repository) -> bool:

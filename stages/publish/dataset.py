@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from stages.errors import UserError
 from stages.publish.dataset_card import card_of
+from stages.publish.places import CONFIG_FILE, GENERATION_FILE, public_contents
 from stages.publish.repository import DATASET, LocalFile, Repository, changed, check_access
 from stages.records.commits import commit_names
 from stages.records.dataset import how_to_finish
@@ -16,7 +17,7 @@ from stages.storage.disk import DiskFolder
 from stages.storage.folder import Folder, open_folder
 from stages.storage.hub import HUB, HubFolder
 
-OF_COMMANDS = ("config.yaml", "generation.json", "preview.png")
+OF_COMMANDS = (CONFIG_FILE, GENERATION_FILE, "preview.png")
 SHARD = re.compile(r"shards/\d{5,}-[0-9a-f]{8}\.tar")
 
 
@@ -54,7 +55,7 @@ def publish_dataset(
     _check_same(repo, found)
     commits = found.commits.values()
     shards = {commit.shard: LocalFile(root.path / commit.shard, commit.sha256) for commit in commits}
-    contents = before | card_of(found, repo.repo_id, license)
+    contents = public_contents(before, found.info) | card_of(found, repo.repo_id, license)
     sent = repo.upload(shards, "shards")
     if _contents(root) != before:
         raise changed(root)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DatasetCardData
 
 from stages.adapters.folder import CARD_FILE
-from stages.base.loading import resolve
+from stages.base.places import PACKAGE, is_on_hub, is_shipped, short_name, whereabouts
 from stages.publish.histograms import plot
 from stages.publish.licence import licence_of
 from stages.records.schema import DatasetInfo
@@ -76,10 +75,10 @@ for row in load_dataset("webdataset", data_files=shards, split="train", streamin
     print(scale, tensors["timestep"].tolist(), tensors["latent"].shape, tensors["target"].shape)
 ```
 
-To train an adapter, with the project that made it:
+To train an adapter, with the Python package `{package}`, which made the dataset{needed}:
 
 ```bash
-python -m pipeline.train data_dir=hf://datasets/{repo_id} output_dir=runs/adapter
+python -m pipeline.train data_dir=hf://datasets/{repo_id} output_dir=runs/adapter{base}
 ```
 """
 
@@ -88,9 +87,14 @@ def card_of(found: Survey, repo_id: str, license: str | None) -> dict[str, bytes
     """Return the card and its pictures by their names in the repository."""
     shown = {name: histogram for name, histogram in found.summary()["histograms"].items() if histogram}
     pictures = {f"{PICTURES}/{name}.png": plot(name, histogram) for name, histogram in shown.items()}
+    teacher = found.info.teacher.pretrained_model_name_or_path
+    known = is_on_hub(teacher) or is_shipped(teacher)
     text = CARD.format(
         header=_header(found, license),
-        teacher=_name_of(found.info.teacher.pretrained_model_name_or_path),
+        teacher=short_name(teacher),
+        package=PACKAGE,
+        needed="" if known else ", and the teacher's weights",
+        base="" if known else f" pretrained_model_name_or_path={short_name(teacher)}",
         facts="\n".join(f"| {name} | {value} |" for name, value in _facts(found).items()),
         pictures="\n".join(f"![histogram of {name}]({PICTURES}/{name}.png)" for name in shown),
         tensors="\n".join(_tensors(found.info)),
@@ -137,7 +141,8 @@ def _facts(found: Survey) -> dict[str, Any]:
     low, high = plan.guidance.scale_range
     counts = plan.counts
     return {
-        "teacher": f"{_name_of(teacher.pretrained_model_name_or_path)} ({teacher.pipeline_class})",
+        "teacher": whereabouts(teacher.pretrained_model_name_or_path),
+        "pipeline": teacher.pipeline_class,
         "licence of the teacher's weights": licence or "unknown: the model's card states none",
         "scheduler": teacher.scheduler_class,
         "guidance scales": f"{low:g} to {high:g}",
@@ -154,8 +159,3 @@ def _different(found: Survey, column: str) -> int:
     """The number of different values in a column of the manifest."""
     rows = (row for unit in found.units for row in found.commits[unit].samples)
     return len({row[column] for row in rows} - {None})
-
-
-def _name_of(teacher: str) -> str:
-    """The name on the hub, or of the folder: its place on this machine is nobody's business."""
-    return Path(teacher).name if Path(resolve(teacher)).exists() or Path(teacher).is_absolute() else teacher

@@ -48,6 +48,24 @@ def test_the_card_has_the_header_for_hubs(tiny_adapter: Path) -> None:
     assert "Measured" not in text
 
 
+def test_the_card_names_no_place_on_this_machine(tiny_adapter: Path, tiny_teacher: Path) -> None:
+    text = (tiny_adapter / CARD_FILE).read_text()
+    assert str(tiny_teacher.parent) not in text
+    assert 'DiTPipeline.from_pretrained("tiny_dit")' in text
+    assert "| base | tiny_dit, a local folder of its author: its weights are not on the hub |" in text
+    assert "the Python package `adapter-guidance-distillation`" in text
+
+
+def test_the_card_of_a_shipped_base_finds_it(adapter: GuidanceAdapter, tmp_path: Path) -> None:
+    base = replace(adapter.metadata.base, pretrained_model_name_or_path="stages/embedded/mnist_dit")
+    adapter.metadata = replace(adapter.metadata, base=base)
+    adapter.save_pretrained(tmp_path)
+    code = (tmp_path / CARD_FILE).read_text().split("```python\n")[1].split("GuidanceAdapter.from_pretrained")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert type(names["pipe"]).__name__ == "DiTPipeline"
+
+
 def test_the_card_names_a_base_on_the_hub(adapter: GuidanceAdapter, tmp_path: Path) -> None:
     base = replace(adapter.metadata.base, pretrained_model_name_or_path="someone/base")
     adapter.metadata = replace(adapter.metadata, base=base)
@@ -161,6 +179,11 @@ def test_to_a_hub_and_back(adapter: GuidanceAdapter, tmp_path: Path, hub: Hub) -
     assert again.metadata == adapter.metadata
     for one, other in zip(adapter.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other)
+    base = replace(adapter.metadata.base, pretrained_model_name_or_path=str(tmp_path / "base"))
+    adapter.metadata = replace(adapter.metadata, base=base)
+    adapter.push_to_hub("mine", token=WRITER)
+    assert json.loads(repo.files[CONFIG_FILE])["base"]["pretrained_model_name_or_path"] == "base"
+    assert not [name for name, content in repo.files.items() if str(tmp_path).encode() in content]
 
 
 def test_it_is_read_from_a_bucket(adapter: GuidanceAdapter, tmp_path: Path, s3: FaultyS3) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from stages.adapters import GuidanceAdapter
 from stages.adapters.export import export
@@ -105,3 +107,34 @@ def test_a_repository_of_something_else_is_not_replaced(writable: Hub, folder: P
     with pytest.raises(UserError, match=f"{REPO}: holds .*, and is no repository of such an adapter: take another"):
         publish_adapter(folder, REPO)
     assert writable.repos[REPO].files == files
+
+
+def test_no_place_on_this_machine_is_published(writable: Hub, folder: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    used = {"output_dir": str(tmp_path / "out é"), "reference": ["/x"], "data_dir": str(tmp_path)}
+    (folder / "evaluation" / "config.yaml").write_text(yaml.safe_dump(used, allow_unicode=True))
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(used))
+    text = f"<p>{tiny_teacher} {tmp_path}/out é/part {{0}}</p><x></x> data:image/png;base64,ab/x+/x=="
+    (folder / "evaluation" / "report.html").write_text(text.format(0))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    publish_adapter(folder, REPO)
+    files = writable.repos[REPO].files
+    for name, content in files.items():
+        for place in (tmp_path, tiny_teacher.parent):
+            assert str(place).encode() not in content, name
+    assert files["evaluation/report.html"].decode() == (
+        "<p>tiny_dit out é/part 0</p><x></x> data:image/png;base64,ab/x+/x=="
+    )
+    assert json.loads(files["evaluation/evaluation.json"])["output_dir"] == "out é"
+    assert json.loads(files[CONFIG_FILE])["base"]["pretrained_model_name_or_path"] == "tiny_dit"
+    assert json.loads(files["exports/2/adapter_config.json"])["base_model_name_or_path"] == "tiny_dit"
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    head = writable.repos[REPO].branches["main"]
+    publish_adapter(folder, REPO)
+    assert writable.repos[REPO].branches["main"] == head
+
+
+def test_a_damaged_evaluation_is_refused(writable: Hub, folder: Path) -> None:
+    (folder / "evaluation" / "evaluation.json").write_text("{")
+    with pytest.raises(UserError, match=r"evaluation/evaluation.json: is damaged: .*nothing was uploaded"):
+        publish_adapter(folder, REPO)
+    assert writable.repos == {}

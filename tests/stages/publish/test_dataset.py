@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import snapshot_download
 
+from stages.configuration.parsing import parse
 from stages.errors import ChangedError, StorageError, UserError
+from stages.generate.config import GenerateConfig
 from stages.generate.driver import Driver
 from stages.publish import dataset as publishing
 from stages.publish import repository
@@ -42,16 +44,16 @@ def shards_of(root: Path) -> list[Path]:
 
 
 def test_a_published_dataset_trains_to_the_same_weights(
-    writable: Hub, shared_dataset: Path, tiny_adapter: Path, tmp_path: Path
+    writable: Hub, shared_dataset: Path, tiny_teacher: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     done = publish_dataset(shared_dataset, "someone/tiny")
     repo = writable.repos[REPO]
     assert done.address == f"{ADDRESS}@{repo.branches['main']}"
     assert (done.shards, done.sent, repo.messages[1:]) == (4, 4, ["4 shards", "12 trajectories"])
-    for name in ("dataset.json", "manifest.parquet", "manifests/1.parquet", "commits/00003.json", "config.yaml"):
+    for name in ("manifest.parquet", "manifests/1.parquet", "commits/00003.json"):
         assert repo.files[name] == (shared_dataset / name).read_bytes()
     assert verify(ADDRESS)["ok"]
-    Trainer(train_config(ADDRESS, tmp_path / "run")).run()
+    Trainer(train_config(ADDRESS, tmp_path / "run", pretrained_model_name_or_path=str(tiny_teacher))).run()
     assert_same_weights(tmp_path / "run", tiny_adapter)
 
 
@@ -277,3 +279,34 @@ def test_a_download_that_breaks_goes_on(writable: Hub, shared_dataset: Path, tmp
     snapshot_download("someone/tiny", **download)
     assert 0 < writable.count("GET", "/large/") < 4 + 2 + 3
     assert verify(tmp_path / "copy")["ok"]
+
+
+def test_no_place_on_this_machine_is_published(
+    writable: Hub, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a place is part of the plan, whose digest each commit record carries."""
+    classes = tmp_path / "classes.txt"
+    classes.write_text("1\n2\n")
+    config = generate_config(tiny_teacher, tmp_path / "data", class_labels=str(classes), num_trajectories=4)
+    config.runtime_env = {"env_vars": {"SECRET": "s"}}
+    root = generate(config)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    done = publish_dataset(str(root), "someone/tiny")
+    files = writable.repos[REPO].files
+    for name, content in files.items():
+        assert str(tmp_path).encode() not in content, name
+        assert str(tiny_teacher.parent).encode() not in content, name
+    assert b"SECRET" not in files["config.yaml"]
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    assert verify(ADDRESS)["ok"]
+    again = publish_dataset(str(root), "someone/tiny")
+    assert (again.sent, again.address) == (0, done.address)
+
+    snapshot_download("someone/tiny", repo_type="dataset", local_dir=tmp_path / "copy")
+    monkeypatch.chdir(tiny_teacher.parent)  # there, the teacher is found by its name
+    copied = ["--config", str(tmp_path / "copy" / "config.yaml"), f"output_dir={tmp_path / 'copy'}"]
+    grown = parse(GenerateConfig, [*copied, f"class_labels={classes}", "num_trajectories=8"])
+    generate(grown)
+    assert verify(tmp_path / "copy")["ok"]
+    assert publish_dataset(str(tmp_path / "copy"), "someone/tiny").sent == 2
+    assert verify(ADDRESS)["ok"]

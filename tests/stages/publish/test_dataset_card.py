@@ -39,7 +39,12 @@ def test_it_tells_the_teacher_the_licence_and_the_counts(published: Hub) -> None
     assert info["task_categories"] == ["unconditional-image-generation"]
     assert info["configs"] == [{"config_name": "default", "data_files": "shards/*.tar"}]
     assert {"webdataset", "guidance-distillation"} <= set(info["tags"])
-    assert "| teacher | tiny_dit (DiTPipeline) |" in text
+    assert "| teacher | tiny_dit, a local folder of its author: its weights are not on the hub |" in text
+    assert "| pipeline | DiTPipeline |" in text
+    assert (
+        "the Python package `adapter-guidance-distillation`, which made the dataset, and the teacher's weights:" in text
+    )
+    assert "output_dir=runs/adapter pretrained_model_name_or_path=tiny_dit\n" in text
     assert "| licence of the teacher's weights | unknown: the model's card states none |" in text
     assert "| guidance scales | 1 to 6 |\n| classes | 10 |\n| trajectories | 12 |\n| records | 48 |" in text
     assert "| `latent` | float16 | `[4, 8, 8]` |" in text

@@ -1,0 +1,88 @@
+"""Files that name places on this machine, as they are uploaded. The files here stay as they are."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from stages.base.places import public, public_values
+from stages.errors import UserError
+from stages.records.plans import DATASET_FILE, plan_digests
+from stages.records.schema import DatasetInfo
+from stages.storage.fields import read_fields
+from stages.storage.files import to_json
+from stages.storage.sealing import seal, unseal
+
+CONFIG_FILE, GENERATION_FILE = "config.yaml", "generation.json"
+DATA = (".json", ".yaml")
+TEXT = (*DATA, ".html", ".md")
+
+
+def public_contents(contents: dict[str, bytes], info: DatasetInfo) -> dict[str, bytes]:
+    """The files of a dataset without the places on this machine, and without the options of the run that made it.
+
+    A commit record carries the digest of its unit's plan. Where a place was part of that plan, as that of the prompts
+    is, the record gets the digest of the plan as it is published. Everything else stays as it is, byte for byte.
+    """
+    described = unseal(contents[DATASET_FILE])
+    published = public_values(described)
+    digests = zip(plan_digests(info), plan_digests(read_fields(DatasetInfo, published)), strict=True)
+    renamed = {old: new for (_, old), (_, new) in digests if old != new}
+    changed = {DATASET_FILE: seal(published)} if published != described else {}
+    for name in [name for name in contents if renamed and name.startswith("commits/")]:
+        commit = unseal(contents[name])
+        if commit["plan"] in renamed:
+            changed[name] = seal(commit | {"plan": renamed[commit["plan"]]})
+    if CONFIG_FILE in contents:
+        changed[CONFIG_FILE] = yaml.safe_dump(published["config"], sort_keys=False, allow_unicode=True).encode()
+    if GENERATION_FILE in contents:
+        changed[GENERATION_FILE] = to_json(_counts(json.loads(contents[GENERATION_FILE])))
+    return contents | changed
+
+
+def _counts(generation: dict[str, Any]) -> dict[str, Any]:
+    """The content of `generation.json` without the words of errors, which name places."""
+    return {key: value for key, value in generation.items() if key != "quarantined"}
+
+
+def public_texts(texts: dict[str, bytes]) -> dict[str, bytes]:
+    """Texts without the places on this machine that one of them holds as a value.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
+    values = {value for name, text in texts.items() if name.endswith(DATA) for value in _strings(name, text)}
+    for place in sorted(values, key=len, reverse=True):  # the longest first: it may begin with another one
+        if (new := public(place)) != place:
+            texts = {name: _replaced(text, place, new) for name, text in texts.items()}
+    return texts
+
+
+def _replaced(text: bytes, place: str, new: str) -> bytes:
+    """Replace a place where it begins, as plain text, in JSON and in HTML; not within a word or a picture in base64."""
+    for written in (str, lambda value: json.dumps(value)[1:-1], html.escape):
+        found = rf"(?<![\w<+/.:-]){re.escape(written(place))}(?![\w+=-])".encode()
+        text = re.sub(found, lambda _: written(new).encode(), text)  # noqa: B023  called at once
+    return text
+
+
+def _strings(name: str, text: bytes) -> Iterator[str]:
+    """
+    Raises:
+        UserError: the text is damaged.
+    """
+    try:
+        inner = [(json.loads if name.endswith(".json") else yaml.safe_load)(text)]
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{name}: is damaged: write it again, or remove it; nothing was uploaded") from error
+    while inner:
+        value: Any = inner.pop()
+        if isinstance(value, str):
+            yield value
+        else:
+            inner += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
