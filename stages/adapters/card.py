@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from stages.adapters.metadata import AdapterMetadata, Base
 from stages.base.places import PACKAGE, is_on_hub, is_shipped, public, public_values, short_name, whereabouts
+from stages.base.size import DEFAULT_SIZE, size_name
 
 CARD = """---
 {header}
@@ -68,9 +69,7 @@ def model_card(variant: str, parameters: int, metadata: AdapterMetadata) -> str:
             f"the adapter gets {metadata.guidance_gain:.3f} times the requested guidance, up to scale {high:g}"
         )
     if training := metadata.training:
-        facts |= {
-            "trained on": f"{training['records']:,} records of {training['trajectories']:,} {training['kind']} "
-            "trajectories",
+        facts |= selected(metadata) | {
             "steps": f"{training['steps']:,}",
             "validation loss": f"{training['validation_loss']:.5f} (the base without guidance: "
             f"{training['validation_loss_unguided']:.5f})",
@@ -85,6 +84,24 @@ def model_card(variant: str, parameters: int, metadata: AdapterMetadata) -> str:
     )
     card += MEASURED.format(size=size_of(rows[0]), rows="\n".join(map(measured, rows))) if rows else ""
     return card + "".join(DIAL.format(scale=scale, rows=dial(rows)) for scale, rows in metadata.dial.items())
+
+
+def selected(metadata: AdapterMetadata) -> dict[str, str]:
+    """Return rows on the records: those trained on and held out, and their sizes; of an older folder, the dataset's."""
+    training, arguments = metadata.training, metadata.arguments
+
+    def told(counts: dict[str, int]) -> str:
+        return f"{counts['records']:,} records of {counts['trajectories']:,} {training['kind']} trajectories"
+
+    if "trained" not in training:
+        return {"dataset": told(training)}
+    own = size_name(arguments) if {"width", "height"} <= arguments.keys() else "the pipeline's own"
+    sizes = [f"{own if name == DEFAULT_SIZE else name}, latents {shape}" for name, shape in training["sizes"].items()]
+    return {
+        "trained on": told(training["trained"]),
+        "held out": told(training["held_out"]),
+        "width x height x frames": "; ".join(sizes),
+    }
 
 
 def teacher_of(metadata: AdapterMetadata) -> dict[str, str]:

@@ -84,6 +84,23 @@ def select(dataset: Dataset, config: TrainConfig) -> tuple[list[SelectedSample],
     return parts[0], parts[1]
 
 
+def describe_selection(
+    dataset: Dataset, training: list[SelectedSample], held_out: list[SelectedSample]
+) -> dict[str, Any]:
+    """What was selected, for an adapter's metadata: counts, and the latents' shape at each size."""
+    sizes = sorted({sample.size for sample in training})
+    return {
+        "trained": _counts(training),
+        "held_out": _counts(held_out),
+        "sizes": {size: dataset.info.sizes[size].tensors["latent"].shape for size in sizes},
+    }
+
+
+def _counts(samples: list[SelectedSample]) -> dict[str, int]:
+    trajectories = {sample.row["trajectory"] for sample in samples}
+    return {"trajectories": len(trajectories), "records": sum(sample.records for sample in samples)}
+
+
 def check_scales(dataset: Dataset, manifest: pa.Table, config: TrainConfig) -> None:
     """
     Raises:

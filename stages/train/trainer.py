@@ -133,7 +133,7 @@ class Trainer:
         )  # fmt: skip
         bins = bins_of(self.dataset, self.adapter.metadata.scale_range)
         self.meter = Meter(bins, self.device)
-        self.validation = Validation(self.dataset, held_out, config, self.student, bins, self.device)
+        self.validation = Validation(self.dataset, training, held_out, config, self.student, bins, self.device)
         self.remarks += self.validation.remarks
         self.step = 0
         self.loss = math.nan

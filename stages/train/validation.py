@@ -18,7 +18,7 @@ from stages.train.bins import Bins
 from stages.train.decoding import Decoder
 from stages.train.defaults import RunConfig
 from stages.train.sampling import HeldOutSampling, NotSampledError, Samples
-from stages.train.selection import SelectedSample
+from stages.train.selection import SelectedSample, describe_selection
 from stages.train.student import Student
 from stages.train.telemetry import Trackers
 from stages.train.validation_loss import ValidationLoss, guidance_gain
@@ -39,6 +39,7 @@ class Validation:
     def __init__(
         self,
         dataset: Dataset,
+        training: list[SelectedSample],
         held_out: list[SelectedSample],
         config: RunConfig,
         student: Student,
@@ -46,6 +47,7 @@ class Validation:
         device: str,
     ) -> None:
         self.dataset, self.student, self.adapter = dataset, student, student.adapter
+        self.selected = describe_selection(dataset, training, held_out)
         self.root, self.is_main = Path(config.output_dir), PartialState().is_main_process
         skipping = config.on_damage == "skip"
         self.losses = ValidationLoss(dataset, held_out, config.train_batch_size, bins, device, skipping)
@@ -120,7 +122,7 @@ class Validation:
             "validation_loss": loss,
             "validation_loss_unguided": self.unguided_loss,
         }
-        training = asdict(self.dataset.plan.counts) | measured
+        training = asdict(self.dataset.plan.counts) | self.selected | measured
         return replace(self.adapter.metadata, guidance_gain=self._gain(loss), training=training)
 
     def save_best(self) -> None:

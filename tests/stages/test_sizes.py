@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from stages.adapters import GuidanceAdapter
 from stages.adapters.folder import WEIGHTS_FILE
 from stages.base.denoiser import denoiser_of, unflatten
 from stages.base.hooks import Call, watch_steps
@@ -113,6 +114,9 @@ def test_training_mixes_the_sizes_batch_by_batch(dataset: Dataset, tmp_path: Pat
     assert {batch.size for batch in islice(trainer.stream, 6)} == set(dataset.info.sizes)
     trainer.stream.go_to(0)
     summary = trainer.run()
+    adapter = GuidanceAdapter.from_pretrained(tmp_path / "run")
+    assert adapter.metadata.training["sizes"].keys() == dataset.info.sizes.keys()
+    assert all(f"{size}, latents [" in (tmp_path / "run" / "README.md").read_text() for size in dataset.info.sizes)
     assert {name for name in summary["validation_loss_by"] if name.startswith("size_")} <= {
         f"size_{size}" for size in dataset.info.sizes
     }

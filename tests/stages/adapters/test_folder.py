@@ -35,6 +35,7 @@ def test_the_folder_holds_what_a_user_needs_to_know(tiny_adapter: Path) -> None:
     assert info["format_version"] == 3
     assert {"pretrained_model_name_or_path", "revision", "denoiser_fingerprint"} <= set(info["base"])
     assert info["training"]["steps"] == 12
+    assert info["training"]["trajectories"] == 12  # of the dataset
 
 
 def test_the_card_has_the_header_for_hubs(tiny_adapter: Path) -> None:
@@ -44,7 +45,8 @@ def test_the_card_has_the_header_for_hubs(tiny_adapter: Path) -> None:
     assert {"guidance-distillation", "lora"} <= set(info["tags"])
     assert "model-index" not in info
     assert "| trained scales | 1 to 6 |" in text
-    assert "48 records of 12 guided trajectories" in text
+    assert "| trained on | 40 records of 10 guided trajectories |\n| held out | 8 records of 2 guided" in text
+    assert "| width x height x frames | the pipeline's own, latents [4, 8, 8] |" in text
     assert "Measured" not in text
 
 
@@ -54,6 +56,18 @@ def test_the_card_names_no_place_on_this_machine(tiny_adapter: Path, tiny_teache
     assert 'DiTPipeline.from_pretrained("tiny_dit")' in text
     assert "| base | tiny_dit, a local folder of its author: its weights are not on the hub |" in text
     assert "the Python package `adapter-guidance-distillation`" in text
+
+
+def test_the_card_tells_the_size_that_the_teacher_was_called_with(adapter: GuidanceAdapter, tmp_path: Path) -> None:
+    counts = {"trajectories": 2, "records": 8}
+    training = counts | {"kind": "guided", "steps": 1, "validation_loss": 1.0, "validation_loss_unguided": 1.0}
+    adapter.metadata = replace(adapter.metadata, arguments={"height": 64, "width": 32}, training=training)
+    adapter.save_pretrained(tmp_path)
+    assert "| dataset | 8 records of 2 guided trajectories |" in (tmp_path / CARD_FILE).read_text()
+    selected = {"trained": counts, "held_out": counts, "sizes": {"default": [4, 8, 4]}}
+    adapter.metadata = replace(adapter.metadata, training=training | selected)
+    adapter.save_pretrained(tmp_path)
+    assert "| width x height x frames | 32x64, latents [4, 8, 4] |" in (tmp_path / CARD_FILE).read_text()
 
 
 def test_the_card_of_a_shipped_base_finds_it(adapter: GuidanceAdapter, tmp_path: Path) -> None:
