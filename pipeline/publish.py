@@ -29,7 +29,7 @@ class PublishConfig:
     repo_id: str = option(MISSING, "name of the repository on the hub, `OWNER/NAME`; made if it does not exist")
     data_dir: str | None = option(None, "folder of the dataset to upload")
     adapter_dir: str | None = option(None, "folder of the adapter to upload")
-    private: bool = option(False, "make the repository private")
+    private: bool = option(False, "make the repository private; by default everyone can read a new one")
     revision: str | None = option(None, "branch to upload to, made if it does not exist; by default `main`")
     license: str | None = option(
         None, "of a dataset, for the header of its card, such as `cc-by-4.0`; by default the header names none"
@@ -40,6 +40,8 @@ def main(config: PublishConfig) -> None:
     check_bounds(config)
     if (config.data_dir is None) == (config.adapter_dir is None):
         raise UsageError("name either data_dir or adapter_dir")
+    if "/" not in config.repo_id:
+        raise UsageError(f"repo_id={config.repo_id}: has no owner: give OWNER/NAME")
     if config.revision is not None and not BRANCH.fullmatch(config.revision):
         raise UsageError(f"revision={config.revision}: not a name of a branch")
     if config.license is not None and not LICENCE.fullmatch(config.license):

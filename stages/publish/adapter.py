@@ -9,7 +9,7 @@ from stages.adapters import GuidanceAdapter
 from stages.adapters.folder import CARD_FILE, CONFIG_FILE, FORMAT_KEY, WEIGHTS_FILE
 from stages.errors import UserError
 from stages.publish.places import TEXT, public_texts
-from stages.publish.repository import MODEL, LocalFile, Repository, check_access
+from stages.publish.repository import MODEL, LocalFile, Repository, check_access, check_card
 
 EXPORTS, EVALUATION = "exports", "evaluation"
 OF_EVALUATION = (".html", ".json", ".png", ".yaml")  # not the parts that it was made from
@@ -33,9 +33,11 @@ def publish_adapter(
     GuidanceAdapter.from_pretrained(folder)  # refuses what is none
     texts = public_texts({name: path.read_bytes() for name, path in paths.items() if path.suffix in TEXT})
     check_access(repo_id, MODEL)
+    check_card(texts.get(CARD_FILE, b"").decode(), repo_id, MODEL)
     repo = Repository(repo_id, MODEL, private, branch)
     if not _is_adapter(repo):
         repo.check_own("such an adapter")
+    repo.announce()
     stale = {name for name in repo.names if name.startswith((f"{EXPORTS}/", f"{EVALUATION}/"))} - paths.keys()
     repo.commit(files, texts, f"adapter, {len(paths)} files", leave_out=stale)
     return repo, list(paths)

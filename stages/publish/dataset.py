@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 
 from stages.errors import UserError
-from stages.publish.dataset_card import card_of
+from stages.publish.dataset_card import card_of, header_of
 from stages.publish.places import CONFIG_FILE, GENERATION_FILE, public_contents
-from stages.publish.repository import DATASET, LocalFile, Repository, changed, check_access
+from stages.publish.repository import DATASET, LocalFile, Repository, changed, check_access, check_card
 from stages.records.commits import commit_names
 from stages.records.dataset import how_to_finish
 from stages.records.plans import DATASET_FILE, MANIFEST_FILE, read_info
@@ -47,12 +47,15 @@ def publish_dataset(
     if not isinstance(root, DiskFolder):
         raise UserError(f"data_dir={address}: is not on this machine: name a local folder, such as a copy of it")
     before = _contents(root)
-    _check_whole(survey(root, deep=False))
+    found = survey(root, deep=False)
+    _check_whole(found)
     check_access(repo_id, DATASET)  # before the shards are read, which takes long
+    check_card(header_of(found, license), repo_id, DATASET)
     found = survey(root, deep=True)
     _check_whole(found)
     repo = Repository(repo_id, DATASET, private, branch)
     _check_same(repo, found)
+    repo.announce()
     commits = found.commits.values()
     shards = {commit.shard: LocalFile(root.path / commit.shard, commit.sha256) for commit in commits}
     contents = public_contents(before, found.info) | card_of(found, repo.repo_id, license)

@@ -16,10 +16,7 @@ from stages.records.verification import Survey
 
 PICTURES = "card"
 TAGS = ["webdataset", "guidance-distillation", "classifier-free-guidance", "diffusers"]
-CARD = """---
-{header}
----
-
+CARD = """{header}
 # Guided trajectories of {teacher}
 
 Records of a diffusion model that was sampled with classifier-free guidance: latents, timesteps, conditions, scales and
@@ -90,7 +87,7 @@ def card_of(found: Survey, repo_id: str, license: str | None) -> dict[str, bytes
     teacher = found.info.teacher.pretrained_model_name_or_path
     known = is_on_hub(teacher) or is_shipped(teacher)
     text = CARD.format(
-        header=_header(found, license),
+        header=header_of(found, license),
         teacher=short_name(teacher),
         package=PACKAGE,
         needed="" if known else ", and the teacher's weights",
@@ -103,7 +100,8 @@ def card_of(found: Survey, repo_id: str, license: str | None) -> dict[str, bytes
     return {CARD_FILE: text.encode()} | pictures
 
 
-def _header(found: Survey, license: str | None) -> str:
+def header_of(found: Survey, license: str | None) -> str:
+    """Return the card's header in YAML, between its marks."""
     plan, frames = found.info.published[-1], len(found.info.tensors["latent"].shape) > 3
     prompted = "text-to-video" if frames else "text-to-image"
     data = DatasetCardData(
@@ -113,7 +111,7 @@ def _header(found: Survey, license: str | None) -> str:
         size_categories=_size_category(plan.counts.samples),
         configs=[{"config_name": "default", "data_files": "shards/*.tar"}],
     )
-    return data.to_yaml()
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def _tensors(info: DatasetInfo) -> Iterator[str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from re import Pattern
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
 
@@ -17,9 +20,13 @@ from stages.progress import progress
 from stages.records.shard import hash_file
 from stages.storage.folder import Folder
 from stages.storage.hub import hub_errors
+from stages.streams import standard_error
 
 DATASET, MODEL = "dataset", "model"
-OF_EVERY_REPOSITORY = {".gitattributes", "README.md", "LICENSE"}  # what a hub makes, or its form for a new one
+README = "README.md"
+OF_EVERY_REPOSITORY = {".gitattributes", README, "LICENSE"}  # what a hub makes, or its form for a new one
+HEADER = re.compile(rb"\A\s*---\r?\n.*?\n---\s*", re.DOTALL)
+LONGEST = 300  # characters of a hub's own words
 FILES_PER_COMMIT = 100  # a hub limits commits per hour; what it has of a killed batch, it knows by the hash
 
 
@@ -72,10 +79,33 @@ def check_access(repo_id: str, kind: str) -> None:
         HfApi().whoami()
 
 
+def check_card(card: str, repo_id: str, kind: str) -> None:
+    """Have the hub check the header of a card.
+
+    Raises:
+        UserError: it refuses the header, for one because it does not know the licence; nothing was uploaded.
+        StorageError: the hub does not answer.
+    """
+    address = address_of(repo_id, kind)
+    with hub_errors(address, "written"):
+        try:
+            RepoCard(card).validate(repo_type=kind)
+        except ValueError as error:
+            refused = f"{address}: the hub refuses the header of the card: {_found_wrong(str(error))}"
+            raise UserError(f"{refused}; nothing was uploaded") from error
+
+
+def _found_wrong(answer: str) -> str:
+    with suppress(ValueError, KeyError, TypeError):  # what is not as hubs answer stays as it is
+        answer = "; ".join(error["message"] for error in json.loads(answer)["errors"])
+    return " ".join(answer.split())[:LONGEST]
+
+
 class Repository:
     """A branch of a repository, made if it does not exist.
 
     Attributes:
+        private: whether only those with a right to it can read it.
         head: its last commit.
         sha256: of each large file there, by name.
         names: of all files there.
@@ -98,7 +128,7 @@ class Repository:
             tree = list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=info.sha, repo_type=kind))
         if private and not info.private:
             raise UserError(f"{self.address}: is public already: make it private on its page, or take another repo_id")
-        self.head = str(info.sha)
+        self.private, self.head = bool(info.private), str(info.sha)
         files = [entry for entry in tree if isinstance(entry, RepoFile)]
         self.names = {entry.path for entry in files}
         self.sha256 = {entry.path: entry.lfs.sha256 for entry in files if entry.lfs}
@@ -116,6 +146,16 @@ class Repository:
         others = sorted(name for name in self.names - OF_EVERY_REPOSITORY if not (left and left.fullmatch(name)))
         if others:
             raise UserError(f"{self.address}: holds {others[0]}, and is no repository of {what}: take another repo_id")
+        if README in self.names and HEADER.sub(b"", self.read(README)).strip():
+            raise UserError(
+                f"{self.address}: holds somebody's README.md, and is no repository of {what}: take another repo_id, or "
+                "remove that page"
+            )
+
+    def announce(self) -> None:
+        """Say where an upload goes, and who can read it there."""
+        readers = "private" if self.private else "public: everyone can read it"
+        standard_error().write(f"upload to {self.address}, branch {self.branch}, {readers}\n")
 
     def read(self, name: str) -> bytes:
         """Return the content of a small file."""

@@ -35,6 +35,11 @@ def test_a_dataset_and_an_adapter(
     ]
 
 
+def test_a_repository_needs_an_owner() -> None:
+    with pytest.raises(UsageError, match="repo_id=tiny: has no owner: give OWNER/NAME"):
+        main(parse(PublishConfig, ["repo_id=tiny", "data_dir=a"]))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -26,6 +26,7 @@ from tests.support.faulty_s3 import Fault
 
 WRITER, READER, STRANGER = "hf_writer", "hf_reader", "hf_stranger"
 LARGE = (".tar", ".parquet", ".png", ".safetensors")  # kept apart from the commits, by their SHA-256
+LICENCES = ("apache-2.0", "mit", "cc-by-4.0", "other")  # some of those that a hub knows
 PAGE = 7  # entries in a listing
 Files = dict[str, bytes]
 
@@ -41,7 +42,8 @@ class Repository:
     messages: list[str] = field(default_factory=list)
 
     def commit(self, files: Files, message: str, branch: str = "main") -> str:
-        oid = hashlib.sha1(f"{len(self.commits)} {message}".encode()).hexdigest()
+        content = "".join(f"{name}{_git_hash(files[name])}" for name in sorted(files))  # the client caches by commit
+        oid = hashlib.sha1(f"{len(self.commits)} {message} {content}".encode()).hexdigest()
         self.commits[oid] = files
         self.branches[branch] = oid
         self.messages.append(message)
@@ -203,7 +205,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def validate(self, card: str) -> tuple[bytes, dict[str, str], int]:
         header = card.split("---\n")[1:2]
-        base = yaml.safe_load(header[0]).get("base_model") if header else None
+        data = (yaml.safe_load(header[0]) if header else None) or {}
+        base, licence = data.get("base_model"), data.get("license", "mit")
+        if licence not in LICENCES:
+            known = ", ".join(LICENCES)
+            return _json({"errors": [{"message": f'"license" must be one of [{known}]'}]}, status=400)
         if base is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
             return _json({"errors": [{"message": f'"base_model" with value "{base}" is not valid'}]}, status=400)
         return _json({"errors": [], "warnings": []})

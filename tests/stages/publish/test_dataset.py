@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -58,8 +59,9 @@ def test_a_published_dataset_trains_to_the_same_weights(
 
 
 def test_nobody_sees_a_dataset_before_its_last_commit(writable: Hub, shared_dataset: Path, tmp_path: Path) -> None:
-    writable.faults = [Fault("POST", "validate-yaml", None)]  # the first request of a commit with a card
-    with pytest.raises(StorageError, match="does not answer"):
+    manifest = hashlib.sha256((shared_dataset / "manifest.parquet").read_bytes()).hexdigest()
+    writable.faults = [Fault("PUT", f"/large/{manifest}", 403)]  # of the last commit
+    with pytest.raises(StorageError, match="the token has no right to it"):
         publish_dataset(shared_dataset, "someone/tiny")
     assert sum(name.endswith(".tar") for name in writable.repos[REPO].files) == 4
     with pytest.raises(UserError, match="holds no dataset"):
@@ -256,6 +258,16 @@ def test_a_hub_that_refuses_is_one_line(
         publish_dataset(shared_dataset, repo_id)
     assert len(str(found.value).splitlines()) == 1
     assert hub.repos == {}
+
+
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_the_shards_are_read(
+    writable: Hub, shared_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "survey", without_reading)
+    message = r'REPO: the hub refuses the header of the card: "license" must be one of \[.*mit.*\]; nothing was upl'
+    with pytest.raises(UserError, match=message.replace("REPO", REPO)):
+        publish_dataset(shared_dataset, "someone/tiny", license="gpl-9.0")
+    assert writable.repos == {}
 
 
 def test_a_dataset_elsewhere_is_refused(writable: Hub, shared_dataset: Path) -> None:
