@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
+from safetensors import safe_open
+
 from stages.adapters import GuidanceAdapter
+from stages.adapters.export import SUFFIX
 from stages.adapters.folder import CARD_FILE, CONFIG_FILE, FORMAT_KEY, WEIGHTS_FILE
+from stages.base.places import public
 from stages.errors import UserError
 from stages.publish.places import TEXT, public_texts
 from stages.publish.repository import MODEL, LocalFile, Repository, check_access, check_card
@@ -30,10 +35,11 @@ def publish_adapter(
     folder = Path(folder)
     paths = {path.relative_to(folder).as_posix(): path for path in _paths(folder)}
     files = {name: LocalFile.of(path) for name, path in paths.items() if path.suffix not in TEXT}
-    GuidanceAdapter.from_pretrained(folder)  # refuses what is none
+    adapter = GuidanceAdapter.from_pretrained(folder)  # refuses what is none
+    _check_headers(paths.values(), adapter.metadata.base.pretrained_model_name_or_path)
     texts = public_texts({name: path.read_bytes() for name, path in paths.items() if path.suffix in TEXT})
     check_access(repo_id, MODEL)
-    check_card(texts.get(CARD_FILE, b"").decode(), repo_id, MODEL)
+    check_card(texts.get(CARD_FILE, b""), repo_id, MODEL)
     repo = Repository(repo_id, MODEL, private, branch)
     if not _is_adapter(repo):
         repo.check_own("such an adapter")
@@ -41,6 +47,21 @@ def publish_adapter(
     stale = {name for name in repo.names if name.startswith((f"{EXPORTS}/", f"{EVALUATION}/"))} - paths.keys()
     repo.commit(files, texts, f"adapter, {len(paths)} files", leave_out=stale)
     return repo, list(paths)
+
+
+def _check_headers(paths: Iterable[Path], base: str) -> None:
+    """Check that no exported file names the place of the base, as those of earlier versions do.
+
+    Raises:
+        UserError: names the file.
+    """
+    for path in paths:
+        if public(base) == base or path.suffix != SUFFIX:
+            continue
+        with safe_open(path, framework="pt") as file:
+            named = [text for text in (file.metadata() or {}).values() if base in text]
+        if named:
+            raise UserError(f"{path}: names {base}, a place on this machine: export it again; nothing was uploaded")
 
 
 def _is_adapter(repo: Repository) -> bool:

@@ -50,7 +50,7 @@ def publish_dataset(
     found = survey(root, deep=False)
     _check_whole(found)
     check_access(repo_id, DATASET)  # before the shards are read, which takes long
-    check_card(header_of(found, license), repo_id, DATASET)
+    check_card(header_of(found, license).encode(), repo_id, DATASET)
     found = survey(root, deep=True)
     _check_whole(found)
     repo = Repository(repo_id, DATASET, private, branch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from shlex import quote
 from typing import Any
 
 from huggingface_hub import DatasetCardData
@@ -91,7 +92,7 @@ def card_of(found: Survey, repo_id: str, license: str | None) -> dict[str, bytes
         teacher=short_name(teacher),
         package=PACKAGE,
         needed="" if known else ", and the teacher's weights",
-        base="" if known else f" pretrained_model_name_or_path={short_name(teacher)}",
+        base="" if known else f" pretrained_model_name_or_path={quote(short_name(teacher))}",
         facts="\n".join(f"| {name} | {value} |" for name, value in _facts(found).items()),
         pictures="\n".join(f"![histogram of {name}]({PICTURES}/{name}.png)" for name in shown),
         tensors="\n".join(_tensors(found.info)),

@@ -46,8 +46,8 @@ def public_contents(contents: dict[str, bytes], info: DatasetInfo) -> dict[str, 
 
 
 def _counts(generation: dict[str, Any]) -> dict[str, Any]:
-    """The content of `generation.json` without the words of errors, which name places."""
-    return {key: value for key, value in generation.items() if key != "quarantined"}
+    """The content of `generation.json` without its workers' addresses, and the words of errors, which name places."""
+    return {key: value for key, value in generation.items() if key not in ("workers", "quarantined")}
 
 
 def public_texts(texts: dict[str, bytes]) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from re import Pattern
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
+from yaml import YAMLError
 
 from stages.errors import ChangedError, StorageError, UserError
 from stages.progress import progress
@@ -79,7 +80,7 @@ def check_access(repo_id: str, kind: str) -> None:
         HfApi().whoami()
 
 
-def check_card(card: str, repo_id: str, kind: str) -> None:
+def check_card(card: bytes, repo_id: str, kind: str) -> None:
     """Have the hub check the header of a card.
 
     Raises:
@@ -89,8 +90,8 @@ def check_card(card: str, repo_id: str, kind: str) -> None:
     address = address_of(repo_id, kind)
     with hub_errors(address, "written"):
         try:
-            RepoCard(card).validate(repo_type=kind)
-        except ValueError as error:
+            RepoCard(card.decode()).validate(repo_type=kind)
+        except (ValueError, YAMLError) as error:
             refused = f"{address}: the hub refuses the header of the card: {_found_wrong(str(error))}"
             raise UserError(f"{refused}; nothing was uploaded") from error
 

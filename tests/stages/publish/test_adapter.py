@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from stages.adapters import GuidanceAdapter
 from stages.adapters.export import export
@@ -131,6 +132,22 @@ def test_no_place_on_this_machine_is_published(writable: Hub, folder: Path, tiny
     head = writable.repos[REPO].branches["main"]
     publish_adapter(folder, REPO)
     assert writable.repos[REPO].branches["main"] == head
+
+
+def test_an_export_that_names_the_place_of_the_base_is_refused(writable: Hub, folder: Path, tiny_teacher: Path) -> None:
+    file = folder / "exports" / "2" / "adapter_model.safetensors"
+    save_file({"a": torch.zeros(1)}, file, metadata={"modelspec.title": f"One pass for {tiny_teacher}"})
+    with pytest.raises(UserError, match=f"{file}: names {tiny_teacher}, a place on this machine: export it again"):
+        publish_adapter(folder, REPO)
+    assert writable.requests == []
+
+
+@pytest.mark.parametrize("card", [b"---\nlicense: [\n---\n", b"---\nlicense: nope\n---\n", b"\xff"])
+def test_a_card_that_the_hub_refuses_is_one_line(writable: Hub, folder: Path, card: bytes) -> None:
+    (folder / CARD_FILE).write_bytes(card)
+    with pytest.raises(UserError, match=f"{REPO}: the hub refuses the header of the card: .*; nothing was uploaded$"):
+        publish_adapter(folder, REPO)
+    assert writable.repos == {}
 
 
 def test_a_damaged_evaluation_is_refused(writable: Hub, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -309,6 +310,10 @@ def test_no_place_on_this_machine_is_published(
         assert str(tmp_path).encode() not in content, name
         assert str(tiny_teacher.parent).encode() not in content, name
     assert b"SECRET" not in files["config.yaml"]
+    assert json.loads(files["generation.json"]).keys() == json.loads((root / "generation.json").read_text()).keys() - {
+        "workers",
+        "quarantined",
+    }
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
     assert verify(ADDRESS)["ok"]
     again = publish_dataset(str(root), "someone/tiny")

@@ -79,7 +79,7 @@ def test_a_refused_header_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch,
     hub.point_to(monkeypatch, WRITER)
     monkeypatch.setattr(RepoCard, "validate", raises(ValueError(answer.decode())))
     with pytest.raises(UserError) as found:
-        check_card("text", "someone/some", MODEL)
+        check_card(b"text", "someone/some", MODEL)
     refused = f"{hub.url}/someone/some: the hub refuses the header of the card: {told}; nothing was uploaded"
     assert str(found.value) == refused
 
