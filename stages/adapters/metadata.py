@@ -49,7 +49,8 @@ class AdapterMetadata:
         blocks: the number of blocks in each list with sites; spots: for each site, what differs from `Spot()`.
         weights: shapes of the trained weights, for the variant `full`.
         guidance_gain: factor on the requested guidance, `w - 1`.
-        training: counts of the dataset and of what was trained on and held out, sizes, steps and losses; evaluation: rows of the last evaluation.
+        training: counts of the dataset and of what was trained on and held out, sizes, steps and losses.
+        evaluation: rows of the last evaluation.
         dial: by exported scale, the effective scale of each strength.
     """
 
