@@ -43,7 +43,8 @@ def run(
     end_on_sigterm()
     overrides = sys.argv[1:]
     if {"-h", "--help"} & set(overrides):
-        print(help_text(config_class, description))
+        flags = [name for name, has in ((DRY_RUN, dry_run), (MULTIRUN, multirun)) if has]
+        print(help_text(config_class, description, flags))
         sys.exit(0)
     print_warnings_in_one_line()
     try:

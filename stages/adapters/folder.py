@@ -22,12 +22,12 @@ from stages.adapters.card import model_card
 from stages.adapters.config import AdapterConfig
 from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.sites import Shape
-from stages.base.loading import first_line
+from stages.base.loading import check_name, first_line
 from stages.base.places import public_values
 from stages.errors import UserError
 from stages.storage.bucket import SCHEMES, read_object
 from stages.storage.files import whole_file, write_json
-from stages.storage.hub import reason
+from stages.storage.hub import REPOSITORY, reason
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT_KEY, FORMAT_VERSION = "format_version", 3
@@ -111,10 +111,13 @@ def _from_bucket(address: str) -> bytes:
 
 
 def _from_hub(repo_id: str, **source: Any) -> Path:
+    check_name(repo_id)
+    if not REPOSITORY.fullmatch(repo_id):
+        raise UserError(f"{repo_id}: no such folder, and not the name of a repository on the hub, OWNER/NAME")
     try:
         return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **source))
     except (OSError, ValueError) as error:
-        raise UserError(f"{repo_id}: neither a local folder nor an adapter on the hub: {reason(error)}") from error
+        raise UserError(f"{repo_id}: no such folder, and no adapter on the hub: {reason(error)}") from error
 
 
 def push(adapter: AdapterBase, repo_id: str, private: bool | None, token: str | None, commit_message: str) -> str:

@@ -16,16 +16,27 @@ from torch import nn
 
 from stages.base.single_file import check_file_of_weights, denoiser_of_file, is_single_file, pipeline_of_file
 from stages.errors import UserError
+from stages.storage.hub import HUB
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
 def resolve(name_or_path: str) -> str:
     """A path as given, else the same path below the project (shipped files are found from anywhere), else a hub id."""
+    check_name(name_or_path)
     for path in (Path(name_or_path), PROJECT_ROOT / name_or_path):
         if path.exists():
             return str(path)
     return name_or_path
+
+
+def check_name(name_or_path: str) -> None:
+    """
+    Raises:
+        UserError: it is the address of a dataset on the hub, which names a model by its id alone.
+    """
+    if name_or_path.startswith(HUB):
+        raise UserError(f"{name_or_path}: leave out {HUB}: say {name_or_path.removeprefix(HUB)}")
 
 
 def located(name_or_path: str) -> str:

@@ -128,6 +128,11 @@ def convert(key: str, value: Any, kind: Any = Any) -> Any:
     return value
 
 
+def is_nested(kind: Any) -> bool:
+    """Whether a type is that of a list of lists."""
+    return any(get_origin(one) is list and get_origin(get_args(one)[0]) is list for one in _alternatives(kind))
+
+
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, Scalar) and value.value is not None
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -12,6 +11,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from stages.configuration.hints import MUST_BE_A_LIST, key_value_hint, list_hint, requirement, shown, similar
 from stages.configuration.overrides import Scalar, convert, read_override, read_yaml
 from stages.errors import UsageError
 
@@ -43,7 +43,7 @@ def parse(config_class: type[Config], overrides: list[str]) -> Config:
 
 def files_and_overrides(overrides: list[str]) -> tuple[list[str], list[str]]:
     """The files after each `--config`, and the other arguments."""
-    files, overrides = [], list(overrides)
+    files, overrides = [], [part for one in overrides for part in split_off_file(one)]
     while "--config" in overrides:
         index = overrides.index("--config")
         if index + 1 == len(overrides):
@@ -51,6 +51,11 @@ def files_and_overrides(overrides: list[str]) -> tuple[list[str], list[str]]:
         files.append(overrides[index + 1])
         del overrides[index : index + 2]
     return files, overrides
+
+
+def split_off_file(override: str) -> list[str]:
+    """`--config=FILE` as the two words `--config FILE`."""
+    return override.split("=", 1) if override.startswith("--config=") else [override]
 
 
 def read_file(path: Path, types: Mapping[str, Any]) -> Layer:
@@ -84,8 +89,8 @@ def leaves(content: Mapping[Any, Any], types: Mapping[str, Any], prefix: str = "
 
 def override_of(override: str, types: Mapping[str, Any]) -> Layer:
     """Read `key=value`; a key below a dictionary option, such as `teacher.call.NAME`, sets that entry."""
-    if "=" not in override or override.startswith("-"):
-        raise UsageError(f"{override}: not understood: give `--config FILE`, `--help` or `key=value`")
+    if "=" not in override or override.startswith(("-", "=")):
+        raise UsageError(f"{override}: not understood: {key_value_hint(override, types)}")
     key, text = override.split("=", 1)
     owner = key
     while owner not in types and "." in owner:
@@ -104,27 +109,18 @@ def merge(config: DictConfig, layer: Layer, types: Mapping[str, Any]) -> None:
         if key not in types:
             if any(name.startswith(f"{key}.") for name in types):
                 raise UsageError(f"{key}: contains other keys: say {key}.NAME=..., --help lists them")
-            near = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
-            hint = f": did you mean {near[0]}?" if near else ": --help lists the keys"
-            raise UsageError(f"{key}: no such key{hint}")
+            near = similar(key, types)
+            hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the keys"
+            raise UsageError(f"{key}: no such key: {hint}")
         try:
             OmegaConf.update(config, key, value)
             OmegaConf.select(config, key)
         except OmegaConfBaseException as error:
-            message = str(error).splitlines()[0]
+            message = requirement(key, str(error).splitlines()[0])
             within = error.full_key if str(error.full_key).startswith(f"{key}.") else None
-            if "is not a ListConfig" in message:
-                message = "must be a list" if within else f"must be a list{list_hint(config, key, value)}"
-            raise UsageError(f"{within or f'{key}={value}'}: {message}") from error
-
-
-def list_hint(config: DictConfig, key: str, value: Any) -> str:
-    """How to give a value as a list, if the option takes a list of such values."""
-    try:
-        OmegaConf.update(config, key, [value])
-    except OmegaConfBaseException:
-        return ", such as [1,2]"
-    return f": say {key}=[{value}]"
+            if message == MUST_BE_A_LIST and not within:
+                message += list_hint(config, key, value, types[key])
+            raise UsageError(f"{within or f'{key}={shown(value)}'}: {message}") from error
 
 
 def options(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
@@ -140,8 +136,13 @@ def options(config_class: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any
             yield prefix + option.name, metadata.get("kind") or kind, default, metadata.get("help", "")
 
 
-def help_text(config_class: type[Any], description: str) -> str:
-    lines = [description, "", "usage: --config FILE key=value ...", ""]
+def help_text(config_class: type[Any], description: str, flags: Sequence[str] = ()) -> str:
+    """
+    Args:
+        flags: of the command, besides `--help` and `--config`; each of them stands alone.
+    """
+    modes = f"[{' | '.join(flags)}] " if flags else ""
+    lines = [description, "", f"usage: {modes}[--config FILE] key=value ...", ""]
     for key, kind, default, meaning in options(config_class):
         name = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
         shown = "required" if default == MISSING else f"default {default}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
 from stages.base.denoiser import fingerprint
-from stages.base.loading import choose_device
+from stages.base.loading import check_name, choose_device
 from stages.configuration.options import check_bounds, to_yaml
 from stages.errors import UserError
 from stages.evaluate.comparisons import Setting, measured_scales, settings
@@ -206,6 +206,8 @@ def adapter_names(adapter_dir: Any) -> dict[str, str]:
     folders = [adapter_dir] if isinstance(adapter_dir, str) else adapter_dir
     if not isinstance(folders, list) or not folders or not all(isinstance(folder, str) for folder in folders):
         raise UserError(f"adapter_dir={adapter_dir}: name the folder of an adapter, or a list of folders")
+    for folder in folders:
+        check_name(folder)
     names = [Path(folder).name for folder in folders]
     unique = names if len(set(names)) == len(names) else folders
     places = [str(Path(folder).resolve()) if Path(folder).exists() else folder.rstrip("/") for folder in folders]

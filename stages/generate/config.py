@@ -55,6 +55,7 @@ class TeacherConfig:
         list,
         "several sizes, in turn: each [width,height] in pixels, or [width,height,frames] of a video; in place of height "
         "and width",
+        kind=list[list[int]],
     )
     offload_text_encoder: bool = option(False, "keep on the GPU only the component that is running")
     call: dict[str, Any] = option(dict, "anything else that the pipeline's `__call__` takes: teacher.call.NAME=...")

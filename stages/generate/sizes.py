@@ -55,7 +55,7 @@ def read_sizes(teacher: TeacherConfig) -> list[Size]:
         try:
             size = Size.from_list(values)
         except ValueError as error:
-            raise UsageError(f"teacher.sizes: {values}: {error}") from error
+            raise UsageError(f"teacher.sizes: {values}: {error}: such as teacher.sizes=[[64,64]]") from error
         if size in sizes:
             raise UsageError(f"teacher.sizes: {size.name} stands there twice: name each size once")
         sizes.append(size)

@@ -28,6 +28,7 @@ from stages.records.schema import PublishedPlan
 from stages.records.trajectory import schema_mismatch
 from stages.storage.cache import ShardCache
 from stages.storage.folder import Folder, open_folder, unreadable
+from stages.storage.hub import hub_hint
 from stages.storage.sealing import sha256
 
 SKIP_HINT = "; training leaves it out with on_damage=skip"
@@ -67,7 +68,7 @@ class Dataset:
         if info is None:
             raise UserError(
                 f"{self.root}: holds no dataset: name the folder of one, or make one there with `python -m pipeline.generate "
-                f"--config FILE {self.root.override('output_dir')}` and a FILE of configs/generate"
+                f"--config FILE {self.root.override('output_dir')}` and a FILE of configs/generate{hub_hint(self.root, 'data_dir')}"
             )
         if not info.published or not info.complete:
             raise self._unfinished(sum(plan.units for plan in info.published or info.plans))

@@ -30,6 +30,7 @@ from stages.records.plans import (
 )
 from stages.records.schema import Commit, DatasetInfo
 from stages.storage.folder import Folder, open_folder
+from stages.storage.hub import hub_hint
 
 SCALE_BINS = 10
 TIMESTEP_BINS = 10
@@ -151,7 +152,7 @@ def survey(root: Folder, deep: bool) -> Survey:
 def _read_info(root: Folder) -> DatasetInfo:
     info = read_info(root)
     if info is None:
-        raise UserError(f"{root}: holds no dataset: there is no {DATASET_FILE} in it")
+        raise UserError(f"{root}: holds no dataset: there is no {DATASET_FILE} in it{hub_hint(root, 'data_dir')}")
     return info
 
 

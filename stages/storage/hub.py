@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
+from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from huggingface_hub import HfApi, get_token, hf_hub_url
@@ -14,6 +15,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -27,6 +29,7 @@ from stages.storage.folder import Folder
 from stages.storage.ranges import ranged_file
 
 HUB = "hf://"
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 ADDRESS = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(.+?))?/?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PARTIAL_CONTENT = 206
@@ -50,6 +53,14 @@ def open_hub(address: str) -> HubFolder:
         with hub_errors(address, "read"):
             revision = HfApi().dataset_info(repo_id, revision=revision, expand=["sha"], timeout=SECONDS).sha
     return HubFolder(repo_id, str(revision))
+
+
+def hub_hint(folder: Folder, key: str) -> str:
+    """How to name a dataset on the hub, if a folder that does not exist may be meant as one."""
+    name = str(folder)
+    if not REPOSITORY.fullmatch(name) or Path(name).exists():
+        return ""
+    return f"; if it is on the hub, say {key}={HUB}datasets/{name}"
 
 
 class HubFolder(Folder):
@@ -160,6 +171,8 @@ def hub_errors(what: str, done: str) -> Iterator[None]:
 def reason(error: Exception) -> str:
     """Return why the hub's client failed, with a way out, in one line."""
     endpoint = HfApi().endpoint
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, ClientError):
+        error = error.__cause__  # the client tells at length what its cache lacks
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, GatedRepoError):
         return f"{endpoint} asks for an agreement: give it on the repository's page, and set HF_TOKEN to your token"

@@ -117,7 +117,9 @@ class TrainConfig:
         None, "the denoiser to adapt, by its name in the pipeline, if the teacher has several"
     )
     filters: list[Any] | None = option(
-        None, "train only on samples whose manifest row passes all of these, such as [[class_label,in,[1,2]]]"
+        None,
+        "train only on samples whose manifest row passes all of these, such as [[class_label,in,[1,2]]]",
+        kind=list[list[Any]] | None,
     )
     shuffle_bytes: int = option(
         1 << 30, "size of the shuffle window: bytes of samples that are in memory together", at_least=1

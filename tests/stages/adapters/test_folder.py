@@ -187,9 +187,13 @@ def test_to_a_hub_and_back(adapter: GuidanceAdapter, tmp_path: Path, hub: Hub) -
     assert {CARD_FILE, CONFIG_FILE, WEIGHTS_FILE} == set(repo.files) - {".gitattributes"}
     assert repo.messages[1:] == ["First"]
     again = GuidanceAdapter.from_pretrained("someone/mine", cache_dir=tmp_path)
-    missing = "someone/nothing: neither a local folder nor an adapter on the hub: .* no such repository, or it is priv"
+    missing = "someone/nothing: no such folder, and no adapter on the hub: .* no such repository, or it is priv"
     with pytest.raises(UserError, match=missing):
         GuidanceAdapter.from_pretrained("someone/nothing", cache_dir=tmp_path)
+    with pytest.raises(UserError, match="hf://someone/mine: leave out hf://: say someone/mine"):
+        GuidanceAdapter.from_pretrained("hf://someone/mine")
+    with pytest.raises(UserError, match="runs/a/b: no such folder, and not the name of a repository on the hub"):
+        GuidanceAdapter.from_pretrained("runs/a/b")
     assert again.metadata == adapter.metadata
     for one, other in zip(adapter.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other)

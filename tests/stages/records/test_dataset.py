@@ -24,6 +24,16 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
         Dataset(tmp_path)
 
 
+def test_a_name_on_the_hub_without_its_scheme_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="if it is on the hub, say data_dir=hf://datasets/owner/name$"):
+        Dataset("owner/name")
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    for folder in ("owner/name", "name", "/owner/name"):
+        with pytest.raises(UserError, match="a FILE of configs/generate$"):
+            Dataset(folder)
+
+
 def test_an_unfinished_dataset_is_refused(damaged: Path) -> None:
     change_info(damaged, complete=False)
     (damaged / "commits" / "00002.json").unlink()

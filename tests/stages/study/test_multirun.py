@@ -83,7 +83,7 @@ def test_any_value_makes_a_valid_folder_name(value: str, name: str) -> None:
         ([*PLACES, "seed=0,0"], "seed=0: 2 runs would get this name"),
         (["data_dir=data", "output_dir=a,b"], "output_dir: all runs share one folder"),
         (["data_dir=data", "seed=0,1"], "output_dir: not given"),
-        ([*PLACES, "seed=0,one"], "seed=one: Value 'one'"),
+        ([*PLACES, "seed=0,one"], "seed=one: must be a whole number"),
         ([*PLACES, "sead=0,1"], "sead: no such key: did you mean seed?"),
         ([*PLACES, "seed=0,1", "--quiet"], "--quiet: not understood"),
         ([*PLACES, "seed=0,1", "--config"], "--config: name a YAML file"),

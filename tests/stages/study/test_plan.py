@@ -134,7 +134,7 @@ def test_each_step_names_the_folders_it_needs(tmp_path: Path) -> None:
         (claiming(judgement="keeps_gap"), "claims.a.home: not given: keeps_gap needs it$"),
         (claiming(judgement="keeps_gap", home="none"), "claims.a.home: none: not among the evaluations: scales$"),
         (claiming(against=["two"]), r"claims.a.against=\['two'\]: closes_gap takes no against: leave it out$"),
-        (claiming(threshold="much"), "claims.a.threshold: Value 'much'"),
+        (claiming(threshold="much"), "claims.a.threshold: must be a number"),
         (claiming(goal=1), "claims.a.goal: "),
         ({"claims": {"a": {}}}, "claims.a.adapters: not given"),
         ({"claims": {"a b": CLAIM}}, "claims: a b: a name has letters"),
