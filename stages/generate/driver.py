@@ -262,7 +262,7 @@ class Driver:
         self.info, self.digests, self.begun = info, plan_digests(info), True
 
     def _see_no_worker(self, failure: Failed) -> None:
-        if isinstance(failure.error, UserError):
+        if failure.ends_run:
             raise failure.error
         self.attempts[None] += 0 if failure.preempted else 1
         if self.attempts[None] >= MAX_ATTEMPTS and not self.profile.since:

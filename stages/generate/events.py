@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from stages.base.sampling import Condition
+from stages.errors import UserError
 from stages.generate.unit import Unit
 
 WAITING = "waiting for a place"  # the state of a worker until the cluster has room for it
@@ -46,6 +47,11 @@ class Failed:
     preempted: bool = False
     worker: str = ""
     lost: bool = False
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether the teacher cannot be loaded anywhere as it is configured; the error is then the command's."""
+        return self.unit is None and isinstance(self.error, UserError)
 
 
 Event = Loaded | Made | Failed

@@ -45,7 +45,7 @@ class ProgressReporter:
                 self._line(
                     f"unit {event.unit:05d}: {event.records:,} records in {took:.1f} s by {event.worker}; {self._rest(states)}"
                 )
-            case Failed():
+            case Failed() if not event.ends_run:
                 what = "loading" if event.unit is None else f"unit {event.unit:05d}"
                 how = (
                     "its node went away"

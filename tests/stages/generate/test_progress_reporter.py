@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.errors import UserError
 from stages.generate.events import WAITING, Event, Failed, Loaded, Made
 from stages.generate.plan import Plan
 from stages.generate.progress_reporter import QUIET_SECONDS, ProgressReporter, summary_of
@@ -18,6 +19,7 @@ EVENTS: list[Event] = [
     Failed(3, MemoryError("too much\nof it"), worker="teacher-1"),
     Failed(1, ConnectionError(), preempted=True, worker="teacher-2", lost=True),
     Failed(None, ImportError("no driver"), worker="teacher-3", lost=True),
+    Failed(None, UserError("the command ends with it"), worker="teacher-3", lost=True),
 ]
 STATES = Counter({"sampling": 1, "loading": 2, "idle": 0})
 
