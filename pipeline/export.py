@@ -21,7 +21,8 @@ from stages.adapters.folder import CARD_FILE, CONFIG_FILE, write_card
 from stages.base.loading import choose_device
 from stages.base.prompts import read_prompts
 from stages.configuration.options import check_bounds, option
-from stages.evaluate.comparisons import conditions_of, load_pair
+from stages.evaluate.comparisons import load_pair
+from stages.evaluate.conditions import conditions_of
 from stages.evaluate.dial import measure_dial
 from stages.storage.files import check_folder
 
@@ -65,7 +66,7 @@ def with_dial(config: ExportConfig) -> GuidanceAdapter:
     """Measure the adapter's dial at the exported scale, print it, and write it into the model card."""
     base = config.pretrained_model_name_or_path
     pipe, adapter = load_pair(config.adapter_dir, base, choose_device(config.device))
-    rows = read_prompts(config.prompts) if config.prompts else conditions_of(pipe, adapter, None, [])
+    rows = read_prompts(config.prompts) if config.prompts else conditions_of(type(pipe), adapter, None, [])
     dial = measure_dial(
         pipe, adapter, config.guidance_scale, rows, config.dial_samples, config.num_inference_steps
     )  # fmt: skip

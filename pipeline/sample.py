@@ -9,13 +9,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.command import run
+from stages.adapters import GuidanceAdapter
 from stages.base.loading import choose_device
 from stages.base.pictures import PICTURES, grid, to_picture
 from stages.base.prompts import READERS
-from stages.base.sampling import Request, decode, noise_seeds
+from stages.base.sampling import Condition, Request, decode, noise_seeds
 from stages.configuration.options import check_bounds
 from stages.errors import UsageError, UserError
-from stages.evaluate.comparisons import arguments_of, conditions_of, load_pair, sample_setting, settings
+from stages.evaluate.comparisons import (
+    arguments_of,
+    fit_to_pipeline,
+    load_recorded,
+    recorded_class,
+    sample_setting,
+    settings,
+)
+from stages.evaluate.conditions import conditions_of
 from stages.evaluate.config import SampleConfig
 from stages.evaluate.methods import title_of
 from stages.evaluate.sizes import at_size, check_size
@@ -30,10 +39,12 @@ def main(config: SampleConfig) -> None:
         raise UserError(f"output={output}: name an image file, e.g. grid.png")
     check_file(output)
     check_texts(config.prompts)
-    pipe, adapter = load_pair(config.adapter_dir, config.pretrained_model_name_or_path, choose_device(config.device))
-    pictures = {name: getattr(config, name) for name in PICTURES if getattr(config, name)}
-    conditions = conditions_of(pipe, adapter, config.class_labels, list(config.prompts), pictures)
-    conditions, arguments = at_size(conditions, config.size), arguments_of(pipe, adapter)
+    adapter, device = GuidanceAdapter.from_pretrained(config.adapter_dir), choose_device(config.device)
+    if (kind := recorded_class(adapter.metadata)) is not None:
+        conditions_at_size(config, kind, adapter)  # fails before the pipeline is loaded
+    pipe = load_recorded(adapter.metadata, config.pretrained_model_name_or_path, device)
+    adapter = fit_to_pipeline(adapter, pipe)
+    conditions, arguments = conditions_at_size(config, type(pipe), adapter), arguments_of(pipe, adapter)
     check_size(pipe, conditions[0], arguments)
     seeds = noise_seeds(config.seed, range(len(conditions)))
     request = Request(conditions, seeds, config.num_inference_steps, arguments)
@@ -50,6 +61,12 @@ def main(config: SampleConfig) -> None:
             file, format="jpeg" if output.suffix.lower() == ".jpg" else output.suffix[1:]
         )
     print(f"{output}: {len(conditions)} images in each of {len(rows)} rows")
+
+
+def conditions_at_size(config: SampleConfig, kind: type, adapter: GuidanceAdapter) -> list[Condition]:
+    """The conditions to sample by a pipeline of this class."""
+    pictures = {name: getattr(config, name) for name in PICTURES if getattr(config, name)}
+    return at_size(conditions_of(kind, adapter, config.class_labels, list(config.prompts), pictures), config.size)
 
 
 def check_texts(prompts: Sequence[str]) -> None:

@@ -16,7 +16,8 @@ from stages.base.loading import first_line
 from stages.base.pictures import PICTURES, grid, to_picture
 from stages.base.sampling import Condition, Request, decode, noise_seeds, takes_class_labels
 from stages.errors import UserError
-from stages.evaluate.comparisons import Setting, arguments_of, conditions_of, sample_setting
+from stages.evaluate.comparisons import Setting, arguments_of, sample_setting
+from stages.evaluate.conditions import conditions_of
 from stages.evaluate.methods import NONE
 from stages.evaluate.threads import threads_that_pay
 
@@ -96,7 +97,7 @@ class Sampler:
 
     def _condition(self, subject: Subject) -> Condition:
         labels, prompts = ([subject.shown], []) if isinstance(subject.shown, int) else (None, [subject.shown])
-        (condition,) = conditions_of(self.pipe, self.adapter, labels, prompts)
+        (condition,) = conditions_of(type(self.pipe), self.adapter, labels, prompts)
         return condition | ({NEGATIVE: subject.negative_prompt} if subject.negative_prompt else {})
 
     def _warm_up(self) -> Sample:

@@ -6,14 +6,14 @@ import inspect
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModularPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from torch import Tensor, nn
 
 from stages.adapters import GuidanceAdapter
@@ -21,16 +21,12 @@ from stages.adapters.metadata import AdapterMetadata
 from stages.base.denoiser import denoiser_of, denoisers_of
 from stages.base.hooks import SchedulerStep, count_evaluations, scheduler_steps
 from stages.base.loading import diffusers_class, first_line, load_pipeline, new_guider, quiet, resolve
-from stages.base.pictures import PicturePath, check_pictures
-from stages.base.prompts import check_columns
 from stages.base.sampling import (
-    Condition,
     Request,
     guider_of,
     sample,
     scale_keyword,
     synchronize,
-    takes_class_labels,
     undecoded,
 )
 from stages.errors import UsageError, UserError
@@ -106,6 +102,12 @@ def load_pair(
     return pipe, fit_to_pipeline(adapter, pipe)
 
 
+def recorded_class(metadata: AdapterMetadata) -> type | None:
+    """The class of the pipeline that `load_recorded` loads; None if only loading it tells."""
+    kind = ModularPipeline if metadata.teacher.guider else getattr(diffusers, str(metadata.base.pipeline_class), None)
+    return kind if isinstance(kind, type) and issubclass(kind, (DiffusionPipeline, ModularPipeline)) else None
+
+
 def load_recorded(metadata: AdapterMetadata, name_or_path: str | None, device: str) -> Any:
     """Load the teacher that an adapter's metadata describes: its pipeline class, scheduler and guider.
 
@@ -171,45 +173,6 @@ def arguments_of(pipe: Any, adapter: GuidanceAdapter) -> dict[str, Any]:
     parameters = inspect.signature(type(pipe).__call__).parameters
     has_guider = guider_of(pipe) is not None  # a modular pipeline takes every argument of its blocks
     return {name: value for name, value in adapter.metadata.arguments.items() if name in parameters or has_guider}
-
-
-def conditions_of(
-    pipe: Any,
-    adapter: GuidanceAdapter,
-    class_labels: list[int] | None,
-    prompts: list[str],
-    pictures: Mapping[str, list[str]] | None = None,
-) -> list[Condition]:
-    """The conditions to sample: the given prompts and pictures, or classes; by default all trained classes.
-
-    Args:
-        pictures: paths by the name of the pipeline's argument, as many for each as there are prompts.
-
-    Raises:
-        UserError: prompts for a pipeline that takes classes, or the reverse, or a class that was not trained on.
-    """
-    kind, given = type(pipe), {name: paths for name, paths in (pictures or {}).items() if paths}
-    if not takes_class_labels(kind):
-        takes_prompts = isinstance(pipe, ModularPipeline) or "prompt" in inspect.signature(kind.__call__).parameters
-        if not prompts and takes_prompts:
-            raise UserError(f"prompts: not given: {kind.__name__} takes prompts, not classes: say prompts=...")
-        columns: dict[str, list[Any]] = ({"prompt": prompts} if prompts else {}) | {
-            name: [PicturePath(path) for path in paths] for name, paths in given.items()
-        }
-        if differing := [name for name, values in columns.items() if len(values) != len(next(iter(columns.values())))]:
-            raise UserError(f"{differing[0]}: give as many as prompts")
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        check_columns(rows or [{}], "prompts", kind)
-        check_pictures(rows, "prompts", of_one_size=False)
-        return rows
-    if prompts or given:
-        raise UserError(f"{next(iter(given), 'prompts')}: {kind.__name__} takes classes: say class_labels=...")
-    trained = list(adapter.metadata.sampled["class_labels"])
-    labels = trained if class_labels is None else list(class_labels)
-    if not labels or not set(labels) <= set(trained):
-        known = f"{trained[0]} to {trained[-1]}" if len(trained) == trained[-1] - trained[0] + 1 else str(trained)
-        raise UserError(f"class_labels={labels}: name classes that the adapter was trained on: {known}")
-    return [{"class_label": label} for label in labels]
 
 
 def sample_setting(pipe: Any, adapter: GuidanceAdapter, setting: Setting, request: Request) -> Samples:

@@ -17,7 +17,8 @@ from stages.base.denoiser import fingerprint
 from stages.base.loading import check_name, choose_device
 from stages.configuration.options import check_bounds, to_yaml
 from stages.errors import UserError
-from stages.evaluate.comparisons import Setting, measured_scales, settings
+from stages.evaluate.comparisons import Setting, measured_scales, recorded_class, settings
+from stages.evaluate.conditions import read_conditions
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.effective_scale import effective_scale
 from stages.evaluate.methods import CFG, NONE
@@ -79,6 +80,9 @@ class Evaluation:
         self.folder = Path(config.output_dir or Path(folder) / "evaluation")
         check_own_folder(self.folder)
         self.settings = settings(config.guidance_scale, config.methods, list(self.adapters))
+        first = GuidanceAdapter.from_pretrained(folder)
+        if (kind := recorded_class(first.metadata)) is not None:  # else the workers find out
+            read_conditions(config, kind, first)
         self.reference: Reference | None = None
         if config.reference is not None:
             device = choose_device(config.device)

@@ -16,22 +16,21 @@ from torch.nn import functional
 from stages.adapters import GuidanceAdapter
 from stages.base.denoiser import denoiser_of, fingerprint
 from stages.base.loading import choose_device, first_line, use_scheduler
-from stages.base.pictures import check_pictures, to_picture
-from stages.base.prompts import check_columns, read_prompts
-from stages.base.sampling import Condition, Request, decode, noise_seeds, takes_class_labels
+from stages.base.pictures import to_picture
+from stages.base.sampling import Condition, Request, decode, noise_seeds
 from stages.errors import UserError
 from stages.evaluate.clip_score import ClipJudge
 from stages.evaluate.comparisons import (
     Samples,
     Setting,
     arguments_of,
-    conditions_of,
     fit_to_pipeline,
     load_pair,
     measured_scales,
     sample_setting,
     settings,
 )
+from stages.evaluate.conditions import read_conditions
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.effective_scale import squared_distances
 from stages.evaluate.identity import identity_of
@@ -40,7 +39,7 @@ from stages.evaluate.metrics import ImageMetrics
 from stages.evaluate.parts import LAYOUT, Parts, Result
 from stages.evaluate.preference import load_scores
 from stages.evaluate.reference import Reference
-from stages.evaluate.sizes import at_size, check_size
+from stages.evaluate.sizes import check_size
 from stages.evaluate.threads import threads_that_pay
 from stages.storage.files import whole_file
 
@@ -93,7 +92,7 @@ class Worker:
         for name, folder in others:
             self.adapters[name] = fit_to_pipeline(GuidanceAdapter.from_pretrained(folder), self.pipe)
         self.arguments = arguments_of(self.pipe, self.first)
-        self.conditions = at_size(self._read_conditions(), config.size)
+        self.conditions = read_conditions(config, type(self.pipe), self.first)
         self._check_comparable()
         check_size(self.pipe, self.conditions[0], self.arguments)
         self.judges: list[Judge] = []
@@ -128,28 +127,6 @@ class Worker:
                 f"scheduler={self.config.scheduler}: {type(self.pipe).__name__} cannot use it: {first_line(error)}: name "
                 "another one, or leave it out"
             ) from error
-
-    def _read_conditions(self) -> list[Condition]:
-        """The classes, or the prompts; either all prompts have a class or none has."""
-        prompts = self.config.prompts
-        scores = next((key for key in ("clip_model", "preference") if getattr(self.config, key)), None)
-        if prompts is None or takes_class_labels(type(self.pipe)):
-            if scores and takes_class_labels(type(self.pipe)):
-                raise UserError(
-                    f"{scores}: {type(self.pipe).__name__} takes classes, and the score needs prompts: leave it out"
-                )
-            return conditions_of(self.pipe, self.first, None, [prompts] if prompts else [])
-        rows = read_prompts(prompts)
-        check_columns(rows, f"prompts={prompts}", type(self.pipe))
-        check_pictures(rows[: self.config.num_samples], f"prompts={prompts}", of_one_size=False)
-        if scores and "prompt" not in rows[0]:
-            raise UserError(f"{scores}: prompts={prompts} has no prompts, and the score needs them: leave it out")
-        named = [row for row in rows if "class_label" in row]
-        if named and len(named) < len(rows):
-            raise UserError(
-                f"prompts={prompts}: {len(rows) - len(named)} rows have no class_label: give it to all or to none"
-            )
-        return rows
 
     def _check_comparable(self) -> None:
         """Check that all adapters were trained for the same base and teacher, because they share the base's samples."""

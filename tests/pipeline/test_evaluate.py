@@ -126,8 +126,8 @@ def test_a_killed_process_is_a_one_line_error(
 
 
 def test_a_users_error_in_a_process_is_raised(tiny_adapter: Path, tmp_path: Path) -> None:
-    run = Evaluation(config(tiny_adapter, tmp_path, clip_model="somewhere"))
-    with pytest.raises(UserError, match="clip_model: DiTPipeline takes classes"):
+    run = Evaluation(config(tiny_adapter, tmp_path, lora="somewhere"))
+    with pytest.raises(UserError, match="lora=somewhere: DiTPipeline takes no LoRA"):
         list(evaluate_over_processes(run, [0, 1], 2))
     assert not multiprocessing.active_children()
 
@@ -239,6 +239,6 @@ def test_a_killed_worker_is_replaced_and_loses_nothing(
 @pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_users_error_in_a_worker_is_raised(tiny_adapter: Path, tmp_path: Path) -> None:
-    wrong = Evaluation(config(tiny_adapter, tmp_path, clip_model="somewhere"))
-    with pytest.raises(UserError, match="clip_model: DiTPipeline takes classes"):
+    wrong = Evaluation(config(tiny_adapter, tmp_path, lora="somewhere"))
+    with pytest.raises(UserError, match="lora=somewhere: DiTPipeline takes no LoRA"):
         wrong.run(functools.partial(evaluate_over_ray, num_workers=1, num_cpus=1))

@@ -15,7 +15,8 @@ from stages.base.denoiser import denoiser_of, unflatten
 from stages.base.hooks import Call, watch_steps
 from stages.base.loading import load_pipeline
 from stages.base.sampling import CALL_DEFAULTS, Request, sample, undecoded
-from stages.evaluate.comparisons import Setting, conditions_of, load_pair, sample_setting
+from stages.evaluate.comparisons import Setting, load_pair, sample_setting
+from stages.evaluate.conditions import conditions_of
 from stages.evaluate.methods import CFG, NONE, ONE_PASS
 from stages.generate.config import TeacherConfig
 from stages.generate.plan import GOLDEN_RATIO
@@ -101,7 +102,7 @@ def test_an_adapter_is_trained_and_samples_in_one_pass(dataset: Dataset, tmp_pat
     assert summary["loss"] > 0
     assert summary["gap_closed"]
     pipe, adapter = load_pair(config.output_dir, None, "cpu")
-    request = Request(conditions_of(pipe, adapter, None, PROMPTS), [0, 1], 3, adapter.metadata.arguments)
+    request = Request(conditions_of(type(pipe), adapter, None, PROMPTS), [0, 1], 3, adapter.metadata.arguments)
     guided, one_pass = (sample_setting(pipe, adapter, Setting(method, 3.0), request) for method in (CFG, ONE_PASS))
     assert (guided.denoiser_evaluations, one_pass.denoiser_evaluations) == (2 * 3 * 2, 3 * 2)
     assert one_pass.latents.shape == guided.latents.shape

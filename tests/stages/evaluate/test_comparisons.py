@@ -8,7 +8,8 @@ import torch
 from stages.base.loading import load_pipeline
 from stages.base.sampling import Request
 from stages.errors import UserError
-from stages.evaluate.comparisons import Setting, conditions_of, load_lora, load_pair, sample_setting, settings
+from stages.evaluate.comparisons import Setting, load_lora, load_pair, sample_setting, settings
+from stages.evaluate.conditions import conditions_of
 from stages.evaluate.methods import CFG, NONE, ONE_PASS
 from tests.conftest import save_pipeline, tiny_dit
 
@@ -78,13 +79,13 @@ def test_a_base_of_another_architecture_is_refused(tiny_adapter: Path, tmp_path:
 
 def test_classes_the_adapter_never_saw_are_refused(tiny_adapter: Path) -> None:
     pipe, adapter = load_pair(str(tiny_adapter), None, "cpu")
-    assert conditions_of(pipe, adapter, [0, 9], []) == [{"class_label": 0}, {"class_label": 9}]
-    assert len(conditions_of(pipe, adapter, None, [])) == 10
+    assert conditions_of(type(pipe), adapter, [0, 9], []) == [{"class_label": 0}, {"class_label": 9}]
+    assert len(conditions_of(type(pipe), adapter, None, [])) == 10
     for labels in ([], [10], [-1]):
         with pytest.raises(UserError, match="trained on: 0 to 9"):
-            conditions_of(pipe, adapter, labels, [])
+            conditions_of(type(pipe), adapter, labels, [])
     with pytest.raises(UserError, match="DiTPipeline takes classes"):
-        conditions_of(pipe, adapter, None, ["a cat"])
+        conditions_of(type(pipe), adapter, None, ["a cat"])
 
 
 def test_another_checkpoint_of_the_base_is_accepted(tiny_adapter: Path, other_teacher: Path) -> None:

@@ -12,7 +12,7 @@ from stages.base.denoiser import denoiser_of, fingerprint
 from stages.base.loading import load_pipeline
 from stages.configuration.parsing import parse
 from stages.errors import UserError
-from stages.evaluate.comparisons import conditions_of
+from stages.evaluate.conditions import conditions_of
 from stages.evaluate.dial import STRENGTHS, measure_dial
 from stages.train.config import TrainConfig
 from stages.train.trainer import Trainer
@@ -48,7 +48,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> GuidanceAdapter:
 
 
 def dial(pipe: Any, adapter: GuidanceAdapter) -> list[dict[str, float]]:
-    conditions = conditions_of(pipe, adapter, None, [])
+    conditions = conditions_of(type(pipe), adapter, None, [])
     return measure_dial(pipe, adapter, SCALE, conditions, num_samples=15, num_inference_steps=10)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from stages.adapters import GuidanceAdapter
 from stages.errors import UserError
+from stages.evaluate import comparisons
 from stages.evaluate.comparisons import Setting
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluation import Evaluation, Worker, gap_closed
@@ -342,9 +343,21 @@ def test_all_prompts_have_a_class_or_none(text_adapter: Path, tmp_path: Path) ->
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("prompt,class_label\na zero,0\na seven,\n")
     with pytest.raises(UserError, match="1 rows have no class_label: give it to all or to none"):
-        evaluation(text_adapter, tmp_path, reference=None, prompts=str(prompts)).run()
-    with pytest.raises(UserError, match="prompts: not given: StableDiffusionPipeline takes prompts"):
-        evaluation(text_adapter, tmp_path, reference=None).run()
+        evaluation(text_adapter, tmp_path, reference=None, prompts=str(prompts))
+
+
+def test_prompts_are_checked_before_anything_is_loaded(
+    text_adapter: Path, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparisons, "load_pipeline", None)
+    for adapter, options, message in (
+        (text_adapter, {}, "prompts: not given: StableDiffusionPipeline takes prompts"),
+        (text_adapter, {"prompts": "nowhere.csv"}, "prompts=nowhere.csv: not readable"),
+        (tiny_adapter, {"prompts": "any.txt"}, "prompts: DiTPipeline takes classes: leave it out"),
+        (tiny_adapter, {"size": [64]}, r"size=\[64\]: give \[width,height\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluation(adapter, tmp_path, reference="nowhere", **options)
 
 
 def test_an_invalid_configuration_is_refused(tiny_adapter: Path, tmp_path: Path) -> None:
@@ -364,6 +377,6 @@ def test_an_invalid_configuration_is_refused(tiny_adapter: Path, tmp_path: Path)
         with pytest.raises(UserError, match=message):
             Evaluation(config)
     with pytest.raises(UserError, match="clip_model: DiTPipeline takes classes"):
-        evaluation(tiny_adapter, tmp_path, clip_model="somewhere").run()
+        evaluation(tiny_adapter, tmp_path, clip_model="somewhere")
     with pytest.raises(UserError, match="preference: DiTPipeline takes classes"):
-        evaluation(tiny_adapter, tmp_path, preference=["scores:PickScore"]).run()
+        evaluation(tiny_adapter, tmp_path, preference=["scores:PickScore"])
