@@ -7,6 +7,7 @@ one of the model that it takes the file for.
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from torch import nn
 
 from stages.errors import UserError
 
-GGUF = ".gguf"
-SINGLE_FILES = (".safetensors", ".ckpt", GGUF)
+GGUF, SAFETENSORS = ".gguf", ".safetensors"
+SINGLE_FILES = (SAFETENSORS, ".ckpt", GGUF)
+LORA = re.compile(r"(^|[._])lora[._]")  # in the names of a LoRA's weights
+Shapes = dict[str, tuple[int, ...]]
 # How the names of a VAE's and of text encoders' weights begin in checkpoints of whole pipelines.
 OTHER_PARTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.")
 
@@ -35,7 +38,8 @@ def is_gguf(name_or_path: str) -> bool:
 def check_file_of_weights(path: str, config: str) -> None:
     """
     Raises:
-        UserError: there is no such file, its configuration is not given, or its library is not installed.
+        UserError: there is no such file, its configuration is not given, its library is not installed, or it is a
+            file of safetensors by its name alone, or of a LoRA.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
@@ -46,6 +50,31 @@ def check_file_of_weights(path: str, config: str) -> None:
         )
     if is_gguf(path) and importlib.util.find_spec("gguf") is None:
         raise UserError(f"{path}: gguf is not installed: pip install '.[gguf]'")
+    if is_safetensors(path):
+        shapes = shapes_in(path)
+        if not shapes:
+            raise UserError(f"{path}: holds no weights")
+        if lora := [name for name in shapes if LORA.search(name)]:
+            raise UserError(
+                f"{path}: holds a LoRA ({lora[0]}): name a file with the weights of a pipeline or a denoiser"
+            )
+
+
+def is_safetensors(path: str) -> bool:
+    return path.lower().endswith(SAFETENSORS)
+
+
+def shapes_in(path: str) -> Shapes:
+    """The shapes of a safetensors file's weights by name, from its header.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file: {error}") from error
 
 
 def denoiser_of_file(path: str, config: str, subfolder: str, kind: Any, torch_dtype: torch.dtype) -> nn.Module:
@@ -63,9 +92,37 @@ def _from_single_file(path: str, config: str, kind: Any, **options: Any) -> Any:
     if not hasattr(kind, "from_single_file"):
         raise UserError(f"{path}: diffusers loads no {kind.__name__} from one file: name a folder")
     try:
-        return kind.from_single_file(path, config=config, **options)
+        loaded = kind.from_single_file(path, config=config, **options)
+        if isinstance(loaded, nn.Module) and any(weight.is_meta for weight in loaded.parameters()):
+            raise ValueError("it lacks some of them")
+        return loaded
+    except OSError:  # the file, or the configuration, cannot be read
+        raise
     except Exception as error:  # diffusers' conversions of other weights may raise anything
-        raise ValueError(f"its weights do not fit {config}: {error}") from error
+        found = difference(path, config, kind, options.get("subfolder")) or str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{path}: no {kind.__name__} could be loaded from it: its weights do not fit {config}: {found}"
+        ) from error
+
+
+def difference(path: str, config: str, kind: Any, subfolder: str | None) -> str | None:
+    """How the weights in a safetensors file differ from those of a denoiser; None if it tells nothing.
+
+    Args:
+        subfolder: of the denoiser in the configuration; None for a whole pipeline.
+    """
+    if subfolder is None or not is_safetensors(path):
+        return None
+    with torch.device("meta"):
+        denoiser = kind.from_config(kind.load_config(config, subfolder=subfolder))
+    expected = {name: tuple(weight.shape) for name, weight in denoiser.state_dict().items()}
+    found = shapes_in(path)
+    if found.keys().isdisjoint(expected):
+        return f"their names are others: the first is {next(iter(found))}"
+    for name, shape in expected.items():
+        if (there := found.get(name)) != shape:
+            return f"{name} has shape {list(there)}, not {list(shape)}" if there else f"{name} is missing"
+    return next((f"{name} is one too many" for name in found if name not in expected), None)
 
 
 def pipeline_of_file(path: str, config: str, class_name: str | None, torch_dtype: torch.dtype) -> Any:
@@ -87,12 +144,6 @@ def pipeline_of_file(path: str, config: str, class_name: str | None, torch_dtype
 
 def holds_a_pipeline(path: str) -> bool:
     """Whether a checkpoint holds more than a denoiser; one that is not in safetensors does, as a rule."""
-    if is_gguf(path):
-        return False
-    if not path.lower().endswith(".safetensors"):
-        return True
-    try:
-        with safe_open(path, "pt") as file:
-            return any(name.startswith(OTHER_PARTS) for name in file.keys())  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
+    if not is_safetensors(path):
+        return not is_gguf(path)
+    return any(name.startswith(OTHER_PARTS) for name in shapes_in(path))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 
 from stages.base.denoiser import fingerprint
 from stages.base.loading import denoiser_config, load_denoiser, load_pipeline
@@ -21,7 +21,7 @@ from stages.records.dataset import Dataset
 from stages.train.base import load_base
 from stages.train.trainer import Trainer
 from tests.conftest import generate, generate_config, small_adapter, train_config
-from tests.support.families import stable_diffusion_3
+from tests.support.families import qwen_image, stable_diffusion_3
 
 CLASS = "SD3Transformer2DModel"
 
@@ -121,18 +121,46 @@ def test_what_a_file_lacks_is_named(folder: Path, file: Path, tmp_path: Path, mo
         load_pipeline(str(file))
     with pytest.raises(UserError, match="diffusers loads no DiTTransformer2DModel from one file: name a folder"):
         load_denoiser(str(file), "transformer", "DiTTransformer2DModel", torch.float32, config=str(folder))
-    save_file({"nothing": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=f"other.safetensors: no {CLASS} could be loaded from it"):
-        load_denoiser(str(tmp_path / "other.safetensors"), *place, torch.float32, config=str(folder))
     save_file({"vae.nothing": torch.ones(1)}, tmp_path / "whole.safetensors")
     with pytest.raises(UserError, match=f"whole.safetensors: no .* loaded from it: its weights do not fit {folder}: "):
         load_pipeline(str(tmp_path / "whole.safetensors"), config=str(folder))
     with pytest.raises(UserError, match="diffusers loads no DiTPipeline from one file: name a folder"):
         load_pipeline(str(tmp_path / "whole.safetensors"), config=str(folder), pipeline_class="DiTPipeline")
-    (tmp_path / "broken.safetensors").write_bytes(b"no weights")
-    with pytest.raises(UserError, match="broken.safetensors: no .* could be loaded from it"):
-        load_pipeline(str(tmp_path / "broken.safetensors"), config=str(folder))
+    (tmp_path / "broken.ckpt").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="broken.ckpt: no .* could be loaded from it: Unable to load weights"):
+        load_pipeline(str(tmp_path / "broken.ckpt"), config=str(folder))
     (tmp_path / "any.gguf").touch()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"any.gguf: gguf is not installed: pip install '.\[gguf\]'"):
         denoiser_config(str(tmp_path / "any.gguf"), *place, config=str(folder))
+
+
+def test_what_a_file_holds_instead_of_a_denoiser_is_told(folder: Path, file: Path, tmp_path: Path) -> None:
+    own = load_file(file)
+    last, shape = "proj_out.weight", r"\[4, 4\], not \[\d+, \d+\]"
+    unfit = f"wrong.safetensors: no {CLASS} could be loaded from it: its weights do not fit {folder}: "
+    for content, message in (
+        ({"other": torch.ones(1)}, f"{unfit}their names are others: the first is other$"),
+        (own | {last: torch.zeros(4, 4)}, f"{unfit}{last} has shape {shape}$"),
+        ({name: weight for name, weight in own.items() if name != last}, f"{unfit}{last} is missing$"),
+        (own | {"other": torch.ones(1)}, f"{unfit}other is one too many$"),
+        ({f"transformer.{last}.lora_A.weight": torch.ones(1)}, rf"wrong.*: holds a LoRA \(transformer.{last}.lora_A"),
+        ({}, "wrong.safetensors: holds no weights$"),
+        (None, "wrong.safetensors: not a safetensors file: "),
+    ):
+        path = tmp_path / "wrong.safetensors"
+        path.write_bytes(b"no weights" if content is None else save(content))
+        with pytest.raises(UserError, match=message):
+            load_denoiser(str(path), "transformer", CLASS, torch.float32, config=str(folder))
+        with pytest.raises(UserError, match=message):
+            load_pipeline(str(path), config=str(folder))
+
+
+def test_a_class_whose_weights_diffusers_does_not_convert_lacks_none(tmp_path: Path) -> None:
+    pipe = qwen_image()
+    pipe.save_pretrained(tmp_path / "folder")
+    weights = list(pipe.transformer.state_dict().items())
+    place = ("transformer", "QwenImageTransformer2DModel", torch.float32)
+    save_file(dict(weights[1:]), tmp_path / "part.safetensors")
+    with pytest.raises(UserError, match=f"part.safetensors: no .*: {weights[0][0]} is missing$"):
+        load_denoiser(str(tmp_path / "part.safetensors"), *place, config=str(tmp_path / "folder"))
