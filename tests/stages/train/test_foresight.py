@@ -33,6 +33,11 @@ def test_a_dry_run_tells_layers_and_peak_and_writes_nothing(shared_dataset: Path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_wrong_vae_is_named_before_anything_is_loaded(shared_dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="vae_name_or_path=missing: no VAE could be loaded from it"):
+        foreseen(shared_dataset, tmp_path, vae_name_or_path="missing")
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
 def test_quantised_layers_are_counted_without_the_library(shared_dataset: Path, tmp_path: Path, kind: str) -> None:
     line = foreseen(shared_dataset, tmp_path, quantization=kind, mixed_precision="bf16")
