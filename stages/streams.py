@@ -107,7 +107,9 @@ def _hold_descriptors() -> None:
 
 def print_warnings_in_one_line() -> None:
     """Print warnings in one line each, and let libraries log only errors."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # meant for developers; a user can do nothing about them
+    # Meant for developers; a user can do nothing about them.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     for library in ("diffusers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +25,14 @@ REQUIREMENTS = {  # by a part of OmegaConf's message
 
 
 def key_value_hint(override: str, names: Iterable[str]) -> str:
-    """How to give an argument that is no `key=value`; many commands elsewhere take `--key value`."""
+    """How to give an argument that is no `key=value`; many commands elsewhere take `--key value`, or paths alone."""
+    if Path(override).exists():
+        is_configuration = Path(override).suffix in (".yaml", ".yml")
+        return (
+            f"say --config {override}"
+            if is_configuration
+            else f"say what it is, such as {next(iter(names))}={override}"
+        )
     name, _, value = override.lstrip("-").partition("=")
     key = name.replace("-", "_")
     if key not in names:

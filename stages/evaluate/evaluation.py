@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stages.adapters import GuidanceAdapter
 from stages.base.denoiser import fingerprint
-from stages.base.loading import check_name, choose_device
+from stages.base.loading import check_name, choose_device, diffusers_class
 from stages.configuration.options import check_bounds, to_yaml
 from stages.errors import UserError
 from stages.evaluate.comparisons import Setting, measured_scales, recorded_class, settings
@@ -80,6 +80,8 @@ class Evaluation:
         self.folder = Path(config.output_dir or Path(folder) / "evaluation")
         check_own_folder(self.folder)
         self.settings = settings(config.guidance_scale, config.methods, list(self.adapters))
+        if config.scheduler is not None:
+            diffusers_class(config.scheduler, "scheduler")
         first = GuidanceAdapter.from_pretrained(folder)
         if (kind := recorded_class(first.metadata)) is not None:  # else the workers find out
             read_conditions(config, kind, first)

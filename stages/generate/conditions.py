@@ -71,7 +71,7 @@ def _read_names(path: str) -> list[str]:
         return read_text(path).split()
     except (OSError, ValueError, obstore.exceptions.BaseError) as error:
         raise UserError(
-            f"{path}: no readable file of classes ({first_line(error)}): give `all`, a list, or a file"
+            f"{path}: no readable file of classes ({first_line(error)}): give `all`, a list such as [0,1], or a file"
         ) from error
 
 

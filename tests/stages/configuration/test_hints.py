@@ -54,6 +54,16 @@ def test_what_is_mistyped_leads_to_what_is_meant(kind: Any, override: str, messa
     assert str(error.value) == message
 
 
+def test_a_path_alone_leads_to_its_option(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").touch()
+    for path, hint in (
+        (tmp_path / "train.yaml", f"say --config {tmp_path}/train.yaml"),
+        (tmp_path, f"say what it is, such as data_dir={tmp_path}"),
+    ):
+        with pytest.raises(UsageError, match=f"{path}: not understood: {hint}$"):
+            parse(TrainConfig, [*NEEDED[TrainConfig], str(path)])
+
+
 def test_a_file_may_be_named_behind_an_equals_sign(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("seed: 7\n")
     assert parse(TrainConfig, [*NEEDED[TrainConfig], f"--config={tmp_path}/train.yaml"]).seed == 7

@@ -370,6 +370,7 @@ def test_an_invalid_configuration_is_refused(tiny_adapter: Path, tmp_path: Path)
         ({"output_dir": None, "adapter_dir": "no/adapter"}, "adapter_dir=no/adapter: no such folder: name an adapter"),
         ({"adapter_dir": [str(tiny_adapter)] * 2}, "is given twice"),
         ({"adapter_dir": [str(tiny_adapter), f"{tiny_adapter}/"]}, "is given twice"),
+        ({"scheduler": "DDIM"}, "scheduler=DDIM: diffusers .* has no such class"),
         ({"output_dir": str(tiny_adapter)}, "holds an adapter: name a folder of the evaluation's own"),
         ({"adapter_dir": 3}, "adapter_dir=3: name the folder"),
     ):
