@@ -38,8 +38,8 @@ def is_gguf(name_or_path: str) -> bool:
 def check_file_of_weights(path: str, config: str) -> None:
     """
     Raises:
-        UserError: there is no such file, its configuration is not given, its library is not installed, or it is a
-            file of safetensors by its name alone, or of a LoRA.
+        UserError: there is no such file, its configuration is not given, its library is not installed, or it holds
+            a LoRA or nothing.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
@@ -54,7 +54,8 @@ def check_file_of_weights(path: str, config: str) -> None:
         shapes = shapes_in(path)
         if not shapes:
             raise UserError(f"{path}: holds no weights")
-        if lora := [name for name in shapes if LORA.search(name)]:
+        lora = [name for name in shapes if LORA.search(name)]
+        if len(lora) > len(shapes) / 2:
             raise UserError(
                 f"{path}: holds a LoRA ({lora[0]}): name a file with the weights of a pipeline or a denoiser"
             )

@@ -68,7 +68,7 @@ class Dataset:
         if info is None:
             raise UserError(
                 f"{self.root}: holds no dataset: name the folder of one, or make one there with `python -m pipeline.generate "
-                f"--config FILE {self.root.override('output_dir')}` and a FILE of configs/generate{hub_hint(self.root, 'data_dir')}"
+                f"--config FILE {self.root.override('output_dir')}` and a FILE of configs/generate{hub_hint(self.root)}"
             )
         if not info.published or not info.complete:
             raise self._unfinished(sum(plan.units for plan in info.published or info.plans))

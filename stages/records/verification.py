@@ -152,7 +152,7 @@ def survey(root: Folder, deep: bool) -> Survey:
 def _read_info(root: Folder) -> DatasetInfo:
     info = read_info(root)
     if info is None:
-        raise UserError(f"{root}: holds no dataset: there is no {DATASET_FILE} in it{hub_hint(root, 'data_dir')}")
+        raise UserError(f"{root}: holds no dataset: there is no {DATASET_FILE} in it{hub_hint(root)}")
     return info
 
 

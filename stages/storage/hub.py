@@ -29,7 +29,7 @@ from stages.storage.folder import Folder
 from stages.storage.ranges import ranged_file
 
 HUB = "hf://"
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 ADDRESS = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(.+?))?/?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PARTIAL_CONTENT = 206
@@ -55,12 +55,12 @@ def open_hub(address: str) -> HubFolder:
     return HubFolder(repo_id, str(revision))
 
 
-def hub_hint(folder: Folder, key: str) -> str:
-    """How to name a dataset on the hub, if a folder that does not exist may be meant as one."""
+def hub_hint(folder: Folder) -> str:
+    """How `data_dir` names a dataset on the hub, if a folder that does not exist may be meant as one."""
     name = str(folder)
     if not REPOSITORY.fullmatch(name) or Path(name).exists():
         return ""
-    return f"; if it is on the hub, say {key}={HUB}datasets/{name}"
+    return f"; if it is on the hub, say data_dir={HUB}datasets/{name}"
 
 
 class HubFolder(Folder):

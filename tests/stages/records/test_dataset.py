@@ -29,7 +29,7 @@ def test_a_name_on_the_hub_without_its_scheme_is_told(tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match="if it is on the hub, say data_dir=hf://datasets/owner/name$"):
         Dataset("owner/name")
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    for folder in ("owner/name", "name", "/owner/name"):
+    for folder in ("owner/name", "name", "./name", "/owner/name"):
         with pytest.raises(UserError, match="a FILE of configs/generate$"):
             Dataset(folder)
 
