@@ -27,7 +27,7 @@ from stages.evaluate.comparisons import (
 from stages.evaluate.conditions import conditions_of
 from stages.evaluate.config import SampleConfig
 from stages.evaluate.methods import title_of
-from stages.evaluate.sizes import at_size, check_size
+from stages.evaluate.sizes import at_size, check_size, warn_of_another_size
 from stages.evaluate.threads import threads_that_pay
 from stages.storage.files import check_file, whole_file
 
@@ -46,6 +46,7 @@ def main(config: SampleConfig) -> None:
     adapter = fit_to_pipeline(adapter, pipe)
     conditions, arguments = conditions_at_size(config, type(pipe), adapter), arguments_of(pipe, adapter)
     check_size(pipe, conditions[0], arguments)
+    warn_of_another_size(pipe, adapter.metadata, conditions[0], arguments)
     seeds = noise_seeds(config.seed, range(len(conditions)))
     request = Request(conditions, seeds, config.num_inference_steps, arguments)
     rows = []
