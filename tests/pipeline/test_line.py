@@ -88,4 +88,4 @@ def test_damage_ends_verify_and_train_with_one_line(folder: Path) -> None:
 def test_wrong_usage_ends_with_status_two_and_one_line() -> None:
     printed = command("train", "data_dir=x", "output_dir=y", "learning_rat=3", status=2)
     assert printed.stderr.strip() == "error: learning_rat: no such key: did you mean learning_rate?"
-    assert "usage: --config FILE key=value" in command("evaluate", "--help").stdout
+    assert "usage: [--config FILE] key=value" in command("evaluate", "--help").stdout

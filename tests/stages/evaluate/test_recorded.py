@@ -75,8 +75,10 @@ def test_a_reconfigured_scheduler_is_restored(adapter_dir: Path, tmp_path: Path)
     assert other.scheduler.config.beta_end == 0.05  # this setting belongs to the other base's weights
 
 
-def test_the_card_shows_how_to_load_the_teacher(adapter_dir: Path) -> None:
+def test_the_card_shows_how_to_load_the_teacher(adapter_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card names a teacher that is on no hub by its folder's name."""
     adapter = GuidanceAdapter.from_pretrained(adapter_dir)
+    monkeypatch.chdir(Path(adapter.metadata.base.pretrained_model_name_or_path).parent)
     card = model_card(adapter.variant, 1, adapter.metadata)
     assert "| teacher | StableDiffusionPAGPipeline |" in card
     assert "| scheduler | DDIMScheduler |" in card
