@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import yaml
@@ -21,6 +21,7 @@ from stages.storage.sealing import seal, unseal
 CONFIG_FILE, GENERATION_FILE = "config.yaml", "generation.json"
 DATA = (".json", ".yaml")
 TEXT = (*DATA, ".html", ".md")
+UNDECODED = "surrogateescape"  # bytes that are no UTF-8 stay as they are
 
 
 def public_contents(contents: dict[str, bytes], info: DatasetInfo) -> dict[str, bytes]:
@@ -39,7 +40,7 @@ def public_contents(contents: dict[str, bytes], info: DatasetInfo) -> dict[str, 
         if commit["plan"] in renamed:
             changed[name] = seal(commit | {"plan": renamed[commit["plan"]]})
     if CONFIG_FILE in contents:
-        changed[CONFIG_FILE] = yaml.safe_dump(published["config"], sort_keys=False, allow_unicode=True).encode()
+        changed[CONFIG_FILE] = _to_yaml(published["config"])
     if GENERATION_FILE in contents:
         changed[GENERATION_FILE] = to_json(_counts(json.loads(contents[GENERATION_FILE])))
     return contents | changed
@@ -56,32 +57,59 @@ def public_texts(texts: dict[str, bytes]) -> dict[str, bytes]:
     Raises:
         UserError: one of them is damaged.
     """
-    values = {value for name, text in texts.items() if name.endswith(DATA) for value in _strings(name, text)}
-    for place in sorted(values, key=len, reverse=True):  # the longest first: it may begin with another one
-        if (new := public(place)) != place:
-            texts = {name: _replaced(text, place, new) for name, text in texts.items()}
-    return texts
+    values = {name: _value(name, text) for name, text in texts.items() if name.endswith(DATA)}
+    strings = {string for value in values.values() for string in _strings(value)}
+    places = {place: new for place in strings if (new := public(place)) != place}
+    changed = {}
+    for name, text in texts.items():
+        if name not in values:
+            changed[name] = _without(text.decode(errors=UNDECODED), places, (str, _in_html)).encode(errors=UNDECODED)
+        elif (value := _mapped(values[name], places)) != values[name]:
+            changed[name] = to_json(value) if name.endswith(".json") else _to_yaml(value)
+    return texts | changed
 
 
-def _replaced(text: bytes, place: str, new: str) -> bytes:
-    """Replace a place where it begins, as plain text, in JSON and in HTML; not within a word or a picture in base64."""
-    for written in (str, lambda value: json.dumps(value)[1:-1], html.escape):
-        found = rf"(?<![\w<+/.:-]){re.escape(written(place))}(?![\w+=-])".encode()
-        text = re.sub(found, lambda _: written(new).encode(), text)  # noqa: B023  called at once
+def _without(text: str, places: dict[str, str], spellings: tuple[Callable[[str], str], ...] = (str,)) -> str:
+    """Replace places where they begin in a text; not within a word or a picture in base64."""
+    for place in sorted(places, key=len, reverse=True):  # the longest first: it may begin with another one
+        for spelled in spellings:
+            found = rf"(?<![\w<+/.:-]){re.escape(spelled(place))}(?![\w+=-])"
+            text = re.sub(found, lambda _: spelled(places[place]), text)  # noqa: B023  called at once
     return text
 
 
-def _strings(name: str, text: bytes) -> Iterator[str]:
+def _in_html(text: str) -> str:
+    """Escape a text as Jinja does."""
+    return html.escape(text, quote=False).replace('"', "&#34;").replace("'", "&#39;")
+
+
+def _to_yaml(value: Any) -> bytes:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode()
+
+
+def _value(name: str, text: bytes) -> Any:
     """
     Raises:
         UserError: the text is damaged.
     """
     try:
-        inner = [(json.loads if name.endswith(".json") else yaml.safe_load)(text)]
+        return (json.loads if name.endswith(".json") else yaml.safe_load)(text)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{name}: is damaged: write it again, or remove it; nothing was uploaded") from error
+
+
+def _mapped(value: Any, places: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _mapped(inner, places) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_mapped(inner, places) for inner in value]
+    return _without(value, places) if isinstance(value, str) else value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    inner = [value]
     while inner:
-        value: Any = inner.pop()
+        value = inner.pop()
         if isinstance(value, str):
             yield value
         else:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from markupsafe import escape
 from safetensors.torch import save_file
 
 from stages.adapters import GuidanceAdapter
@@ -17,6 +18,7 @@ from stages.adapters.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from stages.errors import ChangedError, StorageError, UserError
 from stages.publish import adapter as publishing
 from stages.publish.adapter import publish_adapter
+from stages.publish.places import public_texts
 from stages.publish.repository import Repository
 from tests.support.faulty_s3 import Fault
 from tests.support.hub import READER, WRITER, Hub
@@ -132,6 +134,16 @@ def test_no_place_on_this_machine_is_published(writable: Hub, folder: Path, tiny
     head = writable.repos[REPO].branches["main"]
     publish_adapter(folder, REPO)
     assert writable.repos[REPO].branches["main"] == head
+
+
+def test_a_place_is_found_however_a_file_spells_it() -> None:
+    """YAML doubles a quotation mark, and breaks long lines at spaces; Jinja escapes in its own way."""
+    place = "/home/O'Neill & \"Co\": a/" + "folder with spaces/" * 9 + "run"
+    config = yaml.safe_dump({"adapter_dir": [place], "reference": "& <b>", "prompts": f"{place}/../p.csv"})
+    page = f"<p>{escape(place)}, {place}</p>"
+    found = public_texts({"a.yaml": config.encode(), "a.json": b'{"rows": []}', "a.html": page.encode()})
+    assert yaml.safe_load(found["a.yaml"]) == {"adapter_dir": ["run"], "reference": "& <b>", "prompts": "p.csv"}
+    assert (found["a.json"], found["a.html"]) == (b'{"rows": []}', b"<p>run, run</p>")
 
 
 def test_an_export_that_names_the_place_of_the_base_is_refused(writable: Hub, folder: Path, tiny_teacher: Path) -> None:
