@@ -19,8 +19,9 @@ def public(place: str) -> str:
 
     A relative path, a hub id and an address stay as they are.
     """
-    path = Path(place)
-    if "://" in place or not (path.is_absolute() or ".." in path.parts or path.parts[:1] == ("~",)):
+    local = place.removeprefix("file://")
+    path = Path(local)
+    if "://" in local or not (path.is_absolute() or ".." in path.parts or path.parts[:1] == ("~",)):
         return place
     if path.is_relative_to(PROJECT_ROOT / SHIPPED):
         return path.relative_to(PROJECT_ROOT).as_posix()

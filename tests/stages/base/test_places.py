@@ -18,6 +18,7 @@ SHIPPED = "stages/embedded/mnist_dit"
         ("/home/me/models/base", "base"),
         ("~/models/base.safetensors", "base.safetensors"),
         ("../base/", "base"),
+        ("file:///home/me/prompts.txt", "prompts.txt"),
         (str(PROJECT_ROOT / SHIPPED), SHIPPED),
         (SHIPPED, SHIPPED),
         ("models/base", "models/base"),
