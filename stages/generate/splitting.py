@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from stages.base.arguments import LENGTH
+from stages.base.pictures import PICTURES
+from stages.base.places import public
+from stages.base.sampling import Condition
 from stages.errors import UserError
 from stages.generate.recorder import Recording
 from stages.generate.unit import PlannedTrajectory
@@ -60,7 +63,7 @@ class Splitter:
                     part=part,
                     seed=planned.seed,
                     scale=planned.guidance_scale,
-                    condition=planned.condition,
+                    condition=_published(planned.condition),
                     denoiser=denoiser,
                     latent=latent[rows],
                     timestep=timestep[rows],
@@ -91,6 +94,11 @@ class Splitter:
             cause = f"does not fit into storage_dtype={dtype_name(self.dtype)}" if overflow else "is not finite"
             raise UserError(f"{name_of(first)}: the teacher's {name} {cause}")
         return stored.cpu()
+
+
+def _published(condition: Condition) -> Condition:
+    """A condition without the folders of its pictures: a shard is uploaded as it is."""
+    return {name: public(value) if name in PICTURES else value for name, value in condition.items()}
 
 
 def trimmed(values: Tensor, lengths: Tensor | None) -> list[Tensor]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,6 +34,14 @@ def test_a_trajectory_is_split_by_denoiser_and_its_parts_are_numbered_consecutiv
     assert parts[0].guidance_cosine.dtype == torch.float32
     assert [part.cond["tokens"].shape[0] for part in parts] == [4, 4, 2, 2]
     assert parts[0].cond.keys() == {"tokens"}
+
+
+def test_a_picture_is_named_without_the_folders_of_this_machine() -> None:
+    condition = {"prompt": "/imagine a/cat", "image": "/home/me/cat.png", "mask_image": "masks/cat.png"}
+    batch = [replace(planned, condition=condition) for planned in BATCH]
+    splitter = Splitter(("unet", "unet_2"), torch.float16, 9, with_negative=False)
+    part = next(splitter.split(batch, recording(torch.zeros(6, 1, 1, 1))))
+    assert part.condition == condition | {"image": "cat.png"}
 
 
 def test_negative_tokens_are_kept_on_request() -> None:

@@ -138,7 +138,7 @@ def test_no_place_on_this_machine_is_published(writable: Hub, folder: Path, tiny
 
 def test_a_place_is_found_however_a_file_spells_it() -> None:
     """YAML doubles a quotation mark, and breaks long lines at spaces; Jinja escapes in its own way."""
-    place = "/home/O'Neill & \"Co\": a/" + "folder with spaces/" * 9 + "run"
+    place = '/home/O\'Neill & "Co": a/' + "folder with spaces/" * 9 + "run"
     config = yaml.safe_dump({"adapter_dir": [place], "reference": "& <b>", "prompts": f"{place}/../p.csv"})
     page = f"<p>{escape(place)}, {place}</p>"
     found = public_texts({"a.yaml": config.encode(), "a.json": b'{"rows": []}', "a.html": page.encode()})
