@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from stages.train.best import BEST, Best
 from stages.train.bins import Bins
 from stages.train.decoding import Decoder
 from stages.train.defaults import RunConfig
+from stages.train.processes import from_main
 from stages.train.sampling import HeldOutSampling, NotSampledError, Samples
 from stages.train.selection import SelectedSample, describe_selection
 from stages.train.student import Student
@@ -73,9 +75,14 @@ class Validation:
             return
         if vae is None:
             self.remarks.append("validation: no pictures, because vae_name_or_path names no VAE")
-        elif self.is_main:
-            self.decoder = Decoder(vae, self.dataset, device)
-            self.decoder.try_out(self.sampling.sizes[0], self.sampling.two_passes[0])
+        else:
+            from_main(partial(self._prepare_decoder, vae, self.sampling, device))
+
+    def _prepare_decoder(self, name: str, sampling: HeldOutSampling, device: str) -> None:
+        """Load the VAE in the main process, and try it on a trajectory of each size."""
+        self.decoder = Decoder(name, self.dataset, device)
+        for size, latents in dict(zip(sampling.sizes, sampling.two_passes, strict=True)).items():
+            self.decoder.try_out(size, latents)
 
     def begin(self) -> None:
         """Measure the base without its adapter.

@@ -3,13 +3,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import pipeline.train
 from stages.adapters import GuidanceAdapter
+from stages.errors import UserError
+from stages.train import processes
 from stages.train.best import BEST, weights_of
+from stages.train.decoding import Decoder
+from stages.train.sampling import HeldOutSampling
 from stages.train.trainer import Trainer
 from tests.conftest import train_config
 
@@ -57,3 +62,20 @@ def test_a_longer_run_keeps_the_best_adapter_of_the_run_before(
     told = f"; {tmp_path / BEST} has a lower one, {before['validation_loss']:.5f} after 12 steps"
     assert capsys.readouterr().out.splitlines()[-1].endswith(told)
     assert GuidanceAdapter.from_pretrained(tmp_path / BEST).metadata.training["steps"] == 12
+
+
+def test_each_size_is_tried_before_the_first_step_and_all_processes_learn_of_a_refusal(
+    shared_dataset: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(
+        HeldOutSampling, "sizes", property(lambda self: [f"{i % 2}" for i in range(len(self.held_out))])
+    )
+    monkeypatch.setattr(Decoder, "try_out", lambda self, size, latents: tried.append(size))
+    Trainer(train_config(shared_dataset, tmp_path / "run", vae_name_or_path=str(tiny_teacher)))
+    assert tried == ["0", "1"]
+    sent: list[Any] = []
+    monkeypatch.setattr(processes, "broadcast_object_list", lambda outcome: sent.extend(outcome) or outcome)
+    with pytest.raises(UserError, match="vae_name_or_path=.*nowhere: no VAE could be loaded from it"):
+        Trainer(train_config(shared_dataset, tmp_path / "other", vae_name_or_path=str(tmp_path / "nowhere")))
+    assert "nowhere: no VAE" in str(sent[-1][1])
