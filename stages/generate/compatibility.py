@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from stages.base.loading import located
+from stages.base.places import public
 from stages.base.sampling import Condition
 from stages.configuration.options import dotted
 from stages.errors import ChangedError, UserError
@@ -20,6 +21,7 @@ from stages.records.schema import ConditionsSpec, DatasetInfo, GuidanceSpec, Pla
 from stages.records.teacher import PLACE_OF_TEACHER, TeacherFacts
 
 COUNTS = ("num_trajectories", "num_trajectories_per_condition")  # options that may rise once a dataset is published
+PLACES = (PLACE_OF_TEACHER, "config")  # options of a teacher that say where its files are
 CONDITIONS = ("prompts", "class_labels")  # options judged by the conditions that they name
 
 
@@ -39,7 +41,7 @@ def check_same_config(root: Any, entry: PlanEntry, plan: Plan) -> None:
     for key in sorted(old.keys() | new.keys()):
         if key in COUNTS and made and None not in (old[key], new[key]) and old[key] < new[key]:
             continue
-        if key == f"teacher.{PLACE_OF_TEACHER}" and located(old[key]) == located(new[key]):
+        if key.removeprefix("teacher.") in PLACES and is_same_place(old[key], new[key]):
             continue
         if old.get(key) != new.get(key) and not (key in CONDITIONS and goes_on):
             way_out = "finish that first" if key in COUNTS and not made else "take the old value"
@@ -53,6 +55,16 @@ def check_same_config(root: Any, entry: PlanEntry, plan: Plan) -> None:
             f"{root}: holds a dataset of other {key}: {key}={new[key]} no longer names {'first ' if made else ''}the "
             f"{count} that it was made of: restore them, or take another output_dir"
         )
+
+
+def is_same_place(described: str | None, given: str | None) -> bool:
+    """Whether a path may be the one of `dataset.json`, which has only its last name once published.
+
+    The fingerprint of the weights decides, once they are loaded.
+    """
+    if described is None or given is None:
+        return described == given
+    return located(given) == located(described) or public(located(given)) == described
 
 
 def check_still_same(root: Any, info: DatasetInfo | None, plan: Plan, teacher: TeacherFacts) -> None:
@@ -69,8 +81,8 @@ def check_still_same(root: Any, info: DatasetInfo | None, plan: Plan, teacher: T
     if info is None:
         raise gone(root)
     entry = info.plans[-1]
-    place = {PLACE_OF_TEACHER: plan.config.teacher.pretrained_model_name_or_path}
-    config = entry.config | {"teacher": entry.config["teacher"] | place}
+    places = {key: getattr(plan.config.teacher, key) for key in PLACES}
+    config = entry.config | {"teacher": entry.config["teacher"] | places}
     try:
         check_same_config(root, replace(entry, config=config), plan)
     except UserError as error:
@@ -86,9 +98,9 @@ def gone(root: Any) -> ChangedError:
 
 
 def differences(described: TeacherFacts, loaded: TeacherFacts) -> Iterator[tuple[str, Any, Any]]:
-    """(fact, as described, as loaded) for each fact in which two teachers differ, except the place of their weights."""
+    """(fact, as described, as loaded) for each fact in which two teachers differ, except where their files are."""
     for key, value in vars(loaded).items():
-        if key != PLACE_OF_TEACHER and (found := getattr(described, key)) != value:
+        if key not in PLACES and (found := getattr(described, key)) != value:
             yield key, found, value
 
 

@@ -294,9 +294,7 @@ def test_a_download_that_breaks_goes_on(writable: Hub, shared_dataset: Path, tmp
     assert verify(tmp_path / "copy")["ok"]
 
 
-def test_no_place_on_this_machine_is_published(
-    writable: Hub, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_place_on_this_machine_is_published(writable: Hub, tiny_teacher: Path, tmp_path: Path) -> None:
     """Also where a place is part of the plan, whose digest each commit record carries."""
     classes = tmp_path / "classes.txt"
     classes.write_text("1\n2\n")
@@ -320,8 +318,8 @@ def test_no_place_on_this_machine_is_published(
     assert (again.sent, again.address) == (0, done.address)
 
     snapshot_download("someone/tiny", repo_type="dataset", local_dir=tmp_path / "copy")
-    monkeypatch.chdir(tiny_teacher.parent)  # there, the teacher is found by its name
     copied = ["--config", str(tmp_path / "copy" / "config.yaml"), f"output_dir={tmp_path / 'copy'}"]
+    copied.append(f"teacher.pretrained_model_name_or_path={tiny_teacher}")
     grown = parse(GenerateConfig, [*copied, f"class_labels={classes}", "num_trajectories=8"])
     generate(grown)
     assert verify(tmp_path / "copy")["ok"]
