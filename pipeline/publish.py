@@ -32,14 +32,16 @@ class PublishConfig:
     private: bool = option(False, "make the repository private; by default everyone can read a new one")
     revision: str | None = option(None, "branch to upload to, made if it does not exist; by default `main`")
     license: str | None = option(
-        None, "of a dataset, for the header of its card, such as `cc-by-4.0`; by default the header names none"
+        None, "licence of the dataset, for its card's header, such as `cc-by-4.0`; by default the header names none"
     )
 
 
 def main(config: PublishConfig) -> None:
     check_bounds(config)
     if (config.data_dir is None) == (config.adapter_dir is None):
-        raise UsageError("name either data_dir or adapter_dir")
+        raise UsageError("give one of data_dir=FOLDER and adapter_dir=FOLDER")
+    if "://" in config.repo_id:
+        raise UsageError(f"repo_id={config.repo_id}: is an address: give OWNER/NAME alone")
     if "/" not in config.repo_id:
         raise UsageError(f"repo_id={config.repo_id}: has no owner: give OWNER/NAME")
     if config.revision is not None and not BRANCH.fullmatch(config.revision):

@@ -68,6 +68,8 @@ def loading_errors(name_or_path: str | Path) -> Iterator[None]:
     ) as error:
         # In one line, because torch names what is wrong with the weights in its second line.
         message = " ".join(str(error).split())[:MAX_MESSAGE_LENGTH]
+        if isinstance(error, FileNotFoundError) and error.filename:
+            message = f"no {Path(error.filename).name} in it"
         raise UserError(f"{name_or_path}: not an adapter: {message}") from error
 
 

@@ -76,7 +76,7 @@ def conditions_of(
         check_pictures(rows, "prompts", of_one_size=False)
         return rows
     if prompts or given:
-        raise UserError(f"{next(iter(given), 'prompts')}: {kind.__name__} takes classes: leave it out")
+        raise UserError(f"{next(iter(given), 'prompts')}: {kind.__name__} takes classes: say class_labels=[...]")
     trained = list(adapter.metadata.sampled["class_labels"])
     labels = trained if class_labels is None else list(class_labels)
     if not labels or not set(labels) <= set(trained):

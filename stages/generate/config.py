@@ -49,8 +49,8 @@ class TeacherConfig:
     guider: dict[str, Any] = option(
         dict, "run the model's modular pipeline with a guider of diffusers: its class as `name`, and its settings"
     )
-    height: int | None = option(None, "of the images in pixels; by default the pipeline's own", at_least=8)
-    width: int | None = option(None, "of the images in pixels; by default the pipeline's own", at_least=8)
+    height: int | None = option(None, "height of the images in pixels; by default the pipeline's own", at_least=8)
+    width: int | None = option(None, "width of the images in pixels; by default the pipeline's own", at_least=8)
     sizes: list[Any] = option(
         list,
         "several sizes, in turn: each [width,height] in pixels, or [width,height,frames] of a video; in place of height "

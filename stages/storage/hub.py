@@ -47,7 +47,10 @@ def open_hub(address: str) -> HubFolder:
     """
     match = ADDRESS.fullmatch(address)
     if match is None:
-        raise UserError(f"{address}: no dataset on the hub: write hf://datasets/OWNER/NAME, or with @REVISION behind")
+        raise UserError(
+            f"{address}: not the address of a dataset on the hub: write hf://datasets/OWNER/NAME, or "
+            "hf://datasets/OWNER/NAME@REVISION"
+        )
     repo_id, revision = match.groups()
     if revision is None or not COMMIT.fullmatch(revision):
         with hub_errors(address, "read"):

@@ -19,20 +19,14 @@ from stages.train.sampling import Samples
 
 
 class Decoder:
-    """Decodes the latents of images, and of the first frames of videos.
+    """Decodes the latents of images, and of the first frames of videos, of a dataset that `check_vae` accepted.
 
     Raises:
-        UserError: there is no VAE at that path, or the dataset does not tell how to give it the latents.
+        UserError: there is no VAE at that path.
     """
 
     def __init__(self, name_or_path: str, dataset: Dataset, device: str) -> None:
-        sizes = dataset.info.sizes
-        self.shapes = {size: shape for size in sizes if (shape := sizes[size].decoder_input) is not None}
-        if len(self.shapes) < len(sizes):
-            raise UserError(
-                f"vae_name_or_path={name_or_path}: the dataset does not tell how to decode its latents, because the "
-                "teacher's pipeline does so in its own way, or the dataset is older than this: leave it out"
-            )
+        self.shapes = {name: facts.decoder_input or [] for name, facts in dataset.info.sizes.items()}
         self.name_or_path = name_or_path
         self.vae = load_vae(name_or_path).to(device)
 

@@ -64,7 +64,8 @@ def describe_course(config: RunConfig, records: int, processes: int) -> list[str
     size = records_per_step(config) * processes
     passes = config.max_train_steps * size / records
     # diffusers' schedule of this name has none.
-    warmup = "" if config.lr_scheduler == "constant" else f" after {config.lr_warmup_steps} steps of warm-up"
+    warms_up = config.lr_scheduler != "constant" and config.lr_warmup_steps > 0
+    warmup = f" after {config.lr_warmup_steps} steps of warm-up" if warms_up else ""
     course = (
         f"{config.max_train_steps} steps of {size} records, {passes:.1f} passes over {records:,}; learning rate "
         f"{config.learning_rate:g}{warmup}; validation every {config.validation_steps} steps"

@@ -36,11 +36,11 @@ def foresee(dataset: Dataset, config: RunConfig, name: str, scale_range: list[fl
     """A line: how many layers are held in which precision and where; with `predict` also the peak of memory.
 
     Raises:
-        UserError: the base's configuration cannot be found, or is not the teacher's; the folder of a VAE holds none;
-            with `predict` also what the adapter's options or gradient_checkpointing do not fit.
+        UserError: the base's configuration cannot be found, or is not the teacher's; the VAE does not decode the
+            latents; with `predict` also what the adapter's options or gradient_checkpointing do not fit.
     """
     if config.vae_name_or_path is not None:
-        check_vae(config.vae_name_or_path)
+        check_vae(config.vae_name_or_path, dataset)
     kind = diffusers_class(facts_of_teacher(dataset, name).denoiser_class, "denoiser_class")
     settings = base_config(dataset, config.pretrained_model_name_or_path, name)
     dtype = computing_dtype(dataset, config.mixed_precision)

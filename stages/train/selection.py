@@ -19,6 +19,7 @@ from stages.records.dataset import Dataset
 from stages.train.config import TrainConfig
 
 Row = dict[str, Any]  # a row of the manifest
+LEAVE_OUT = ("scale_range", "timestep_range", "filters")  # options that may leave no record
 FEW_HELD_OUT = 4  # trajectories, where a share gives one or none
 
 
@@ -72,16 +73,25 @@ def select(dataset: Dataset, config: TrainConfig) -> tuple[list[SelectedSample],
         )
     for samples, purpose in zip(parts, ("train on", "validate with"), strict=True):
         if not samples:
-            raise UserError(
-                f"{dataset.root}: no record is left to {purpose}: change validation_share={config.validation_share:g}, "
-                "or widen scale_range, timestep_range, max_trajectories or filters"
-            )
+            raise UserError(f"{dataset.root}: no record is left to {purpose}: {_way_out(config, parts, held_out[1])}")
         if all(sample.row["scale"] == 1 for sample in samples):
             raise UserError(
                 f"{dataset.root}: every record to {purpose} has scale 1, which is no guidance: generate with a wider "
                 "guidance_scale, or change validation_share, seed, scale_range or filters"
             )
     return parts[0], parts[1]
+
+
+def _way_out(config: TrainConfig, parts: tuple[list[SelectedSample], list[SelectedSample]], held_out: pa.Table) -> str:
+    """What to change where a part has no samples: the options that leave out records."""
+    given = [name for name in LEAVE_OUT if getattr(config, name) is not None]
+    share = f"validation_share={config.validation_share:g}"
+    if not given:
+        return f"change {share}"
+    if not parts[0]:
+        return f"widen {' or '.join(given)}"
+    count = pc.count_distinct(held_out["trajectory"]).as_py()
+    return f"none of the {count} held-out trajectories has one: raise {share}, or widen {' or '.join(given)}"
 
 
 def describe_selection(

@@ -76,7 +76,7 @@ class Trainer:
             given = replace(given, cache_dir=None)  # it would be written
         self.root = Path(given.output_dir)
         self.checkpoints = self.root / "checkpoints"
-        device = choose_device(given.device)
+        device = choose_device("auto" if dry_run else given.device)
         self.processes = join_processes(device)
         several = device == "cuda" and self.processes.num_processes > 1
         self.device = f"cuda:{self.processes.local_process_index}" if several else device
@@ -116,6 +116,7 @@ class Trainer:
         Raises:
             UserError: a library is not installed, or this device cannot.
         """
+        choose_device(self.config.device)
         dtype = computing_dtype(self.dataset, self.config.mixed_precision)
         check_quantization(self.config.quantization, self.device, dtype)
 

@@ -74,7 +74,7 @@ class Validation:
             self.remarks.append(f"validation: no gap closed{pictures}: {error}")
             return
         if vae is None:
-            self.remarks.append("validation: no pictures, because vae_name_or_path names no VAE")
+            self.remarks.append("validation: without pictures; vae_name_or_path=FOLDER decodes some")
         else:
             from_main(partial(self._prepare_decoder, vae, self.sampling, device))
 

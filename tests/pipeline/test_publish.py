@@ -43,8 +43,12 @@ def test_a_repository_needs_an_owner() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "name either data_dir or adapter_dir"),
-        (["data_dir=a", "adapter_dir=b"], "name either data_dir or adapter_dir"),
+        ([], "give one of data_dir=FOLDER and adapter_dir=FOLDER"),
+        (["data_dir=a", "adapter_dir=b"], "give one of data_dir=FOLDER and adapter_dir=FOLDER"),
+        (
+            ["data_dir=a", "repo_id=hf://datasets/a/b"],
+            "repo_id=hf://datasets/a/b: is an address: give OWNER/NAME alone",
+        ),
         (["adapter_dir=b", "license=mit"], "license: only for a dataset"),
         (["data_dir=a", "private=perhaps"], "private=perhaps"),
         (["data_dir=a", "license=CC BY 4.0"], "license=CC BY 4.0: not as a hub spells it: such as mit or cc-by-4.0"),

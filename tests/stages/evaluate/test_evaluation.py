@@ -353,7 +353,7 @@ def test_prompts_are_checked_before_anything_is_loaded(
     for adapter, options, message in (
         (text_adapter, {}, "prompts: not given: StableDiffusionPipeline takes prompts"),
         (text_adapter, {"prompts": "nowhere.csv"}, "prompts=nowhere.csv: not readable"),
-        (tiny_adapter, {"prompts": "any.txt"}, "prompts: DiTPipeline takes classes: leave it out"),
+        (tiny_adapter, {"prompts": "any.txt"}, r"prompts: DiTPipeline takes classes: say class_labels=\[...\]"),
         (tiny_adapter, {"size": [64]}, r"size=\[64\]: give \[width,height\]"),
     ):
         with pytest.raises(UserError, match=message):

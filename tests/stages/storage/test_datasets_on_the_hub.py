@@ -126,8 +126,8 @@ def test_verify_reads_each_shard_of_a_commit(
 @pytest.mark.parametrize(
     ("address", "token", "message"),
     [
-        ("hf://someone/tiny", None, "no dataset on the hub: write hf://datasets/OWNER/NAME"),
-        ("hf://datasets/tiny", None, "no dataset on the hub: write hf://datasets/OWNER/NAME"),
+        ("hf://someone/tiny", None, "not the address of a dataset on the hub: write hf://datasets/OWNER/NAME"),
+        ("hf://datasets/tiny", None, "not the address of a dataset on the hub: write hf://datasets/OWNER/NAME"),
         ("hf://datasets/some one/tiny", None, "not a name of a repository: write OWNER/NAME"),
         ("hf://datasets/someone/nothing", None, "has no such repository, or it is private: .* or set HF_TOKEN"),
         ("hf://datasets/someone/private", None, "has no such repository, or it is private: .* or set HF_TOKEN"),

@@ -54,6 +54,14 @@ def test_a_dry_run_foresees_a_run_on_another_machine(shared_dataset: Path, tmp_p
         trainer.check_machine()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_a_dry_run_names_a_missing_gpu_last(shared_dataset: Path, tmp_path: Path) -> None:
+    trainer = Trainer(train_config(shared_dataset, tmp_path, device="cuda"), dry_run=True)
+    assert "predicted peak" in trainer.foresight
+    with pytest.raises(UserError, match="device=cuda: this device is not available"):
+        trainer.check_machine()
+
+
 def test_an_offloaded_base_is_not_in_the_peak(
     shared_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,8 +121,13 @@ def test_selection_leaves_a_missing_shard_to_the_stream_if_damage_is_skipped(dam
             {"scale_range": [50.0, 60.0]},
             r"scale_range=\[50.0, 60.0\]: no record of .* has such a scale: they are 1.19 to 5.47",
         ),
-        ({"timestep_range": [2000, 3000]}, "no record is left to train on"),
-        ({"validation_share": 0.99}, "no record is left to train on"),
+        ({"timestep_range": [2000, 3000]}, "no record is left to train on: widen timestep_range$"),
+        ({"filters": [["scale", ">", 9]]}, "no record is left to train on: widen filters$"),
+        (
+            {"filters": [["trajectory", "in", [0, 1, 7]]], "validation_share": 0.2},
+            "left to validate with: none of the 2 held-out trajectories has one: raise validation_share=0.2, or widen",
+        ),
+        ({"validation_share": 0.99}, "no record is left to train on: change validation_share=0.99$"),
         ({"scale_range": [3.0]}, r"scale_range=\[3.0\]: give \[LOW,HIGH\]"),
         ({"timestep_range": [9, 1]}, r"timestep_range=\[9, 1\]: give \[LOW,HIGH\]"),
         (
