@@ -27,6 +27,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from stages.adapters import GuidanceAdapter
 from stages.base.sampling import Request, sample, undecoded
@@ -149,6 +150,8 @@ def training(shape: Shape, batch_size: int, seconds: float, variant: str = DEFAU
 
     step()
     floor()
+    with unadapted(student.adapter, student.denoiser):
+        least = operations(backward)
     forget_peak()
     taken = take_turns({"step": lambda: timed(step), "floor": floor}, seconds)
     return {
@@ -159,9 +162,17 @@ def training(shape: Shape, batch_size: int, seconds: float, variant: str = DEFAU
         "steps_per_second": spread([1 / value for value in taken["step"]]),
         "records_per_second": spread([batch_size / value for value in taken["step"]]),
         "step_over_floor": ratios(taken["step"], taken["floor"]),
+        "operations_over_floor": round(operations(step) / least, 4),
         "peak_bytes": peak(),
         "waits_for": waiting_in(step),
     }
+
+
+def operations(work: Callable[[], object]) -> int:
+    """Return the floating-point operations of `work` in matrix products, convolutions and attention."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def forget_peak() -> None:

@@ -17,3 +17,4 @@ def test_the_measurement_runs_at_small_size(
     assert info["recording"]["recorded_over_bare"]["median"] > 0
     assert info["recording"]["records_per_second"]["median"] > 0
     assert info["training"]["step_over_floor"]["median"] > 0
+    assert info["training"]["operations_over_floor"] > 1

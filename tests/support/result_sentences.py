@@ -20,6 +20,7 @@ def sentences() -> list[tuple[str, str]]:
         "README.md": [*first, refused],
         "stages/generate/README.md": [*scale(read("scale/scale.json")), works],
         "stages/embedded/README.md": embedded(),
+        "stages/train/README.md": step(),
         "stages/adapters/README.md": [time_of("digits")],
         "stages/study/README.md": [*seconds_of_the_study(), *study(), *default()],
     }
@@ -59,6 +60,13 @@ def claims() -> list[str]:
         f"{len(failed)} of the {len(judged)} claims",
         f"the default adapter closes {closed:.3f} of the gap at scale 4",
     ]
+
+
+def step() -> list[str]:
+    dit, sd = (read(f"step/{shape}.json")["training"] for shape in ("dit_xl_2_256", "sd15"))
+    counted = [f"{training['operations_over_floor']:.2f} times as many" for training in (dit, sd)]
+    taken = ["{median:.2f} ({from:.2f} to {to:.2f})".format_map(training["step_over_floor"]) for training in (dit, sd)]
+    return [f"{counted[0]} for DiT-XL/2 and {counted[1]} for SD 1.5", f"{taken[0]} and {taken[1]} times as long"]
 
 
 def seconds_of_the_study() -> list[str]:
