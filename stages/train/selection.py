@@ -82,7 +82,7 @@ def select(dataset: Dataset, config: TrainConfig) -> tuple[list[SelectedSample],
     return parts[0], parts[1]
 
 
-def _way_out(config: TrainConfig, parts: tuple[list[SelectedSample], list[SelectedSample]], held_out: pa.Table) -> str:
+def _way_out(config: TrainConfig, parts: tuple[list[SelectedSample], ...], held_out: pa.Table) -> str:
     """What to change where a part has no samples: the options that leave out records."""
     given = [name for name in LEAVE_OUT if getattr(config, name) is not None]
     share = f"validation_share={config.validation_share:g}"

@@ -124,7 +124,7 @@ def test_selection_leaves_a_missing_shard_to_the_stream_if_damage_is_skipped(dam
         ({"timestep_range": [2000, 3000]}, "no record is left to train on: widen timestep_range$"),
         ({"filters": [["scale", ">", 9]]}, "no record is left to train on: widen filters$"),
         (
-            {"filters": [["trajectory", "in", [0, 1, 7]]], "validation_share": 0.2},
+            {"filters": [["trajectory", "in", [2, 3]]], "validation_share": 0.2},
             "left to validate with: none of the 2 held-out trajectories has one: raise validation_share=0.2, or widen",
         ),
         ({"validation_share": 0.99}, "no record is left to train on: change validation_share=0.99$"),
