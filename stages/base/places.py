@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from stages.base.loading import PROJECT_ROOT, resolve
 from stages.base.single_file import is_single_file
+from stages.storage.hub import REPOSITORY
 
 PACKAGE = "adapter-guidance-distillation"
 SHIPPED = "stages/embedded/"
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def public(place: str) -> str:
@@ -39,7 +38,7 @@ def public_values(value: Any) -> Any:
 
 def is_on_hub(name_or_path: str) -> bool:
     """Whether a model's name is that of a repository on a hub, and of no folder here."""
-    return HUB_ID.fullmatch(name_or_path) is not None and not Path(resolve(name_or_path)).exists()
+    return REPOSITORY.fullmatch(name_or_path) is not None and not Path(resolve(name_or_path)).exists()
 
 
 def is_shipped(name_or_path: str) -> bool:
