@@ -61,7 +61,7 @@ def train(trainer: Trainer, root: Path, resolved: str) -> None:
         print(
             f"{root}: {summary['steps']} steps, validation loss {summary['validation_loss']:.5f} (without guidance "
             f"{summary['validation_loss_unguided']:.5f}), {summary['records_per_second']:.0f} records/s{skipped(summary)}"
-            f"{better(root, summary)}"
+            f"{lowest(root, summary)}"
         )
 
 
@@ -103,11 +103,11 @@ def begin(root: Path, resolved: str, trainer: Trainer) -> None:
     print(*trainer.remarks, sep="\n")
 
 
-def better(root: Path, summary: dict[str, Any]) -> str:
+def lowest(root: Path, summary: dict[str, Any]) -> str:
     best = summary["best"]
     if best is None or best["step"] == summary["steps"]:
         return ""
-    return f"; {root / best['folder']} has a lower one, {best['validation_loss']:.5f} after {best['step']} steps"
+    return f"; the lowest was {best['validation_loss']:.5f} after {best['step']} steps, in {root / best['folder']}"
 
 
 def skipped(summary: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import diffusers
 from huggingface_hub import EvalResult, ModelCardData
 
 from stages.adapters.metadata import AdapterMetadata, Base
-from stages.base.places import PACKAGE, is_on_hub, is_shipped, public, public_values, short_name, whereabouts
+from stages.base.places import PACKAGE, is_on_hub, is_shipped, map_strings, public, short_name, whereabouts
 from stages.base.size import DEFAULT_SIZE, size_name
 
 CARD = """---
@@ -19,7 +19,7 @@ CARD = """---
 # One-pass guidance for {base}
 
 An adapter that folds classifier-free guidance into one forward pass (adapter guidance distillation, arXiv 2503.07274).
-The base stays frozen; the guidance scale is an input. `stages` is of the Python package `{package}`.
+The base stays frozen; the guidance scale is an input. `stages` is part of the Python package `{package}`.
 
 ```python
 {loading}
@@ -121,7 +121,7 @@ def teacher_of(metadata: AdapterMetadata) -> dict[str, str]:
 
 def as_code(values: dict[str, Any] | None) -> str:
     """Return JSON for a table cell; nothing for an empty value."""
-    return f"`{json.dumps(public_values(values), default=str)}`".replace("|", "\\|") if values else ""
+    return f"`{json.dumps(map_strings(values, public), default=str)}`".replace("|", "\\|") if values else ""
 
 
 def loading(metadata: AdapterMetadata) -> str:

@@ -23,7 +23,7 @@ from stages.adapters.config import AdapterConfig
 from stages.adapters.metadata import AdapterMetadata
 from stages.adapters.sites import Shape
 from stages.base.loading import check_name, first_line
-from stages.base.places import public_values
+from stages.base.places import map_strings, public
 from stages.errors import UserError
 from stages.storage.bucket import SCHEMES, read_object
 from stages.storage.files import whole_file, write_json
@@ -129,5 +129,5 @@ def push(adapter: AdapterBase, repo_id: str, private: bool | None, token: str | 
     with tempfile.TemporaryDirectory() as temporary:
         save(adapter, Path(temporary))
         config = Path(temporary) / CONFIG_FILE
-        write_json(config, public_values(json.loads(config.read_bytes())))
+        write_json(config, map_strings(json.loads(config.read_bytes()), public))
         return str(api.upload_folder(repo_id=repo_id, folder_path=temporary, commit_message=commit_message))

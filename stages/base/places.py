@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ def public(place: str) -> str:
     return path.name or place
 
 
-def public_values(value: Any) -> Any:
-    """JSON with each string in it as `public` has it."""
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """JSON in which each string is changed, but no key."""
     if isinstance(value, dict):
-        return {key: public_values(inner) for key, inner in value.items()}
+        return {key: map_strings(inner, change) for key, inner in value.items()}
     if isinstance(value, list):
-        return [public_values(inner) for inner in value]
-    return public(value) if isinstance(value, str) else value
+        return [map_strings(inner, change) for inner in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def is_on_hub(name_or_path: str) -> bool:

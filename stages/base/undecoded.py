@@ -222,9 +222,9 @@ def decoder_input_of(pipe: Any, kept: Kept) -> list[int] | None:
 
     None where more happens to the latents of the scheduler's last step than `to_decoder_input` does.
     """
-    decoders, received = decoders_of(pipe), kept[-1]
+    decoders, received = decoders_of(pipe), kept[-1][:1]
     config: Any = decoders[0].config if decoders else {}
-    if decoders and follows_convention(config, kept.stepped[: len(received)], received):
+    if decoders and follows_convention(config, kept.stepped[:1], received):
         return list(received.shape[1:])
     return None
 

@@ -6,11 +6,12 @@ import html
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import yaml
 
-from stages.base.places import public, public_values
+from stages.base.places import map_strings, public
 from stages.errors import UserError
 from stages.records.plans import DATASET_FILE, plan_digests
 from stages.records.schema import DatasetInfo
@@ -31,7 +32,7 @@ def public_contents(contents: dict[str, bytes], info: DatasetInfo) -> dict[str, 
     is, the record gets the digest of the plan as it is published. Everything else stays as it is, byte for byte.
     """
     described = unseal(contents[DATASET_FILE])
-    published = public_values(described)
+    published = map_strings(described, public)
     digests = zip(plan_digests(info), plan_digests(read_fields(DatasetInfo, published)), strict=True)
     renamed = {old: new for (_, old), (_, new) in digests if old != new}
     changed = {DATASET_FILE: seal(published)} if published != described else {}
@@ -64,7 +65,7 @@ def public_texts(texts: dict[str, bytes]) -> dict[str, bytes]:
     for name, text in texts.items():
         if name not in values:
             changed[name] = _without(text.decode(errors=UNDECODED), places, (str, _in_html)).encode(errors=UNDECODED)
-        elif (value := _mapped(values[name], places)) != values[name]:
+        elif (value := map_strings(values[name], partial(_without, places=places))) != values[name]:
             changed[name] = to_json(value) if name.endswith(".json") else _to_yaml(value)
     return texts | changed
 
@@ -96,14 +97,6 @@ def _value(name: str, text: bytes) -> Any:
         return (json.loads if name.endswith(".json") else yaml.safe_load)(text)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{name}: is damaged: write it again, or remove it; nothing was uploaded") from error
-
-
-def _mapped(value: Any, places: dict[str, str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _mapped(inner, places) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_mapped(inner, places) for inner in value]
-    return _without(value, places) if isinstance(value, str) else value
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -23,7 +23,6 @@ from stages.train.objective import squared_error
 from stages.train.quantization import INT4_GROUP
 from stages.train.sharding import is_asked
 from stages.train.student import Student, arguments_of, describe_base, example_inputs
-from stages.train.vae_folder import check_vae
 
 if TYPE_CHECKING:
     from stages.records.dataset import Dataset
@@ -36,11 +35,9 @@ def foresee(dataset: Dataset, config: RunConfig, name: str, scale_range: list[fl
     """A line: how many layers are held in which precision and where; with `predict` also the peak of memory.
 
     Raises:
-        UserError: the base's configuration cannot be found, or is not the teacher's; the VAE does not decode the
-            latents; with `predict` also what the adapter's options or gradient_checkpointing do not fit.
+        UserError: the base's configuration cannot be found, or is not the teacher's; with `predict` also what the
+            adapter's options or gradient_checkpointing do not fit.
     """
-    if config.vae_name_or_path is not None:
-        check_vae(config.vae_name_or_path, dataset)
     kind = diffusers_class(facts_of_teacher(dataset, name).denoiser_class, "denoiser_class")
     settings = base_config(dataset, config.pretrained_model_name_or_path, name)
     dtype = computing_dtype(dataset, config.mixed_precision)

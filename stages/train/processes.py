@@ -23,7 +23,8 @@ def from_main(compute: Callable[[], Result]) -> Result:
     """Return to every process what the main process computes: only its machine needs to have the output folder.
 
     Raises:
-        UserError: in every process, what the main process raised; of another exception of its, the others tell a line.
+        UserError: in every process, what the main process raised. It raises another exception itself, and the other
+            processes a UserError that names it.
     """
     outcome: list[tuple[Result | None, UserError | None]] = [(None, None)]
     failure: Exception | None = None

@@ -41,7 +41,7 @@ class Samples:
     """The final latents of each trajectory, those at lower scales first, and the share of the gap that is closed.
 
     Attributes:
-        sizes: their names.
+        sizes: the name of each trajectory's size.
         unguided, two_passes, one_pass: without guidance, as recorded, and with the adapter.
         gap_closed: by the trajectories' mean scale, as `scale_2.5`.
     """

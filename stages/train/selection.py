@@ -135,8 +135,8 @@ def remarks(dataset: Dataset, held_out: list[SelectedSample], config: TrainConfi
         lines.append("validation: a single trajectory, whose loss says little: raise validation_share")
     elif trajectories > asked:
         lines.append(
-            f"validation: {trajectories} trajectories are held out, because {asked} as of "
-            f"validation_share={config.validation_share:g} would say little"
+            f"validation: {trajectories} trajectories are held out; validation_share={config.validation_share:g} gives "
+            f"{asked}, which is too few to judge by"
         )
     low, high = dataset.plan.guidance.scale_range
     if config.scale_range and not low <= config.scale_range[0] <= config.scale_range[1] <= high:

@@ -51,6 +51,7 @@ from stages.train.sharding import is_asked
 from stages.train.stream import RecordStream
 from stages.train.student import Student
 from stages.train.telemetry import BatchPosition, Meter, Trackers, tracker_class
+from stages.train.vae_folder import check_vae
 from stages.train.validation import Validation
 
 NAMED_RECORDS = 5
@@ -92,6 +93,8 @@ class Trainer:
         scales, name = trained_scales(training, self.config), choose_denoiser(self.dataset, self.config)
         if not dry_run:
             self.check_machine()
+        if (vae := self.config.vae_name_or_path) is not None:
+            from_main(lambda: check_vae(vae, self.dataset))
         predict = dry_run or self.device.startswith("cuda")
         self.foresight = from_main(lambda: foresee(self.dataset, self.config, name, scales, predict))
         if not dry_run:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages.base.loading import PROJECT_ROOT
-from stages.base.places import is_on_hub, public, public_values, short_name, whereabouts
+from stages.base.places import is_on_hub, map_strings, public, short_name, whereabouts
 
 SHIPPED = "stages/embedded/mnist_dit"
 
@@ -31,7 +31,10 @@ SHIPPED = "stages/embedded/mnist_dit"
 )
 def test_a_published_place_is_none_on_this_machine(place: str, expected: str) -> None:
     assert public(place) == expected
-    assert public_values({"a": [place, 1, None], "b": {"c": place}}) == {"a": [expected, 1, None], "b": {"c": expected}}
+    assert map_strings({"a": [place, 1, None], "b": {"c": place}}, public) == {
+        "a": [expected, 1, None],
+        "b": {"c": expected},
+    }
     assert public(expected) == expected
 
 

@@ -43,7 +43,7 @@ def test_a_single_held_out_trajectory_becomes_a_few(dataset: Dataset) -> None:
         ({}, []),
         (
             {"validation_share": 0.05},
-            ["validation: 4 trajectories are held out, because 1 as of validation_share=0.05 would say little"],
+            ["validation: 4 trajectories are held out; validation_share=0.05 gives 1, which is too few to judge by"],
         ),
         (
             {"filters": [["trajectory", "not in", [0, 7]]]},

@@ -59,7 +59,7 @@ def test_a_longer_run_keeps_the_best_adapter_of_the_run_before(
     longer = train_config(shared_dataset, tmp_path, max_train_steps=14, resume_from_checkpoint="latest")
     pipeline.train.main(replace(longer, learning_rate=1.0, lr_scheduler="constant"))
     assert json.loads((tmp_path / "training.json").read_text())["best"] == before
-    told = f"; {tmp_path / BEST} has a lower one, {before['validation_loss']:.5f} after 12 steps"
+    told = f"; the lowest was {before['validation_loss']:.5f} after 12 steps, in {tmp_path / BEST}"
     assert capsys.readouterr().out.splitlines()[-1].endswith(told)
     assert GuidanceAdapter.from_pretrained(tmp_path / BEST).metadata.training["steps"] == 12
 
